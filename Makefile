@@ -1,0 +1,69 @@
+# Targets: env, demo, test, check, benchmark. They work from any folder (make -C, make -f) and set
+# up .venv first. Choices: EXTRAS=dev,gpu (what is installed beside the library), TEST_PROCESSES=2,
+# ARGS="..." (handed to nemotron-train, pytest or the benchmark).
+
+root := $(patsubst %/,%,$(dir $(abspath $(lastword $(MAKEFILE_LIST)))))
+venv := $(root)/.venv
+python := $(venv)/bin/python
+stamp := $(venv)/.installed
+
+EXTRAS ?= dev
+TEST_PROCESSES ?= 2
+ARGS ?=
+
+# Settings of the user's own pip and Python that would send packages elsewhere, drop dependencies or
+# fight constraints.txt. Where packages come from (index, proxy, certificates) stays the user's.
+clean_env := env -u PYTHONPATH -u PYTHONHOME -u PIP_CONSTRAINT -u PIP_BUILD_CONSTRAINT \
+	-u PIP_NO_DEPS -u PIP_PREFIX -u PIP_REQUIRE_VIRTUALENV -u PIP_ROOT -u PIP_TARGET -u PIP_USER \
+	-u PIP_REQUIRE_HASHES -u PIP_IGNORE_INSTALLED
+
+.DEFAULT_GOAL := help
+.PHONY: help env demo test check benchmark
+
+help:
+	@sed -n 's/^# //;1,3p' '$(lastword $(MAKEFILE_LIST))'
+
+env: $(stamp)
+
+# Looks for a Python 3.12 that really runs: a pyenv shim exists even where its version is not
+# selected, and Debian's python3.12 may lack venv. The existing .venv is kept if it is a 3.12.
+$(stamp): $(root)/pyproject.toml $(root)/constraints.txt
+	@runs() { "$$@" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info[:2] != (3, 12))' \
+		>/dev/null 2>&1; }; \
+	if ! runs '$(python)'; then \
+		found=; \
+		for candidate in python3.12 "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/3.12*/bin/python3.12 \
+				python3 python; do \
+			if runs "$$candidate"; then found=$$candidate; break; fi; \
+		done; \
+		if [ -z "$$found" ] && command -v uv >/dev/null 2>&1; then \
+			found=$$(uv python find 3.12 2>/dev/null || \
+				{ uv python install 3.12 >&2 && uv python find 3.12; }); \
+		fi; \
+		if [ -z "$$found" ] || ! runs "$$found"; then \
+			echo 'No Python 3.12 found (megatron-core needs it): install one, for example with' \
+				'"pyenv install 3.12" or "uv python install 3.12", then run make again.' >&2; \
+			exit 2; \
+		fi; \
+		rm -rf '$(venv)' && $(clean_env) "$$found" -m venv '$(venv)'; \
+	fi
+	@echo 'Installing into $(venv): a few minutes and about 5 GB the first time.'
+	@cd '$(root)' && $(clean_env) '$(python)' -m pip install --quiet --disable-pip-version-check \
+		--constraint constraints.txt --editable '.[$(EXTRAS)]'
+	@touch '$@'
+
+demo: $(stamp)
+	'$(venv)/bin/nemotron-train' pretrain $(ARGS)
+
+test: $(stamp)
+	cd '$(root)' && '$(python)' -m pytest --quiet --numprocesses $(TEST_PROCESSES) $(ARGS)
+
+check: $(stamp)
+	cd '$(root)' && '$(python)' -m ruff check .
+	cd '$(root)' && '$(python)' -m pyright
+	cd '$(root)' && '$(python)' -m pytest --quiet tests/test_imports.py
+
+benchmark: $(stamp)
+	cd '$(root)' && $(clean_env) '$(python)' -m pip install --quiet --disable-pip-version-check \
+		--constraint constraints.txt --editable '.[$(EXTRAS),benchmark]'
+	cd '$(root)' && '$(python)' benchmarks/cpu_step.py $(ARGS)
