@@ -1,0 +1,1 @@
+"""The configuration: what was asked (`schema`) and what follows from it (`derive`)."""

@@ -1,0 +1,1 @@
+"""The model: its shape (no torch), its layers, and how they become a Megatron-Core model."""

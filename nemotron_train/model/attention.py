@@ -1,0 +1,132 @@
+"""Core attention: grouped queries, causal, no positional embedding, documents kept apart.
+
+The projections around it are Megatron's `SelfAttention`; this module fills its
+`core_attention` slot. Two forms: `scaled_dot_product_attention` anywhere, Transformer Engine's
+kernel where it is installed.
+
+Shapes: S tokens, B rows, H query heads, G key/value heads, D head dimension.
+"""
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from nemotron_train.model.documents import PackedDocuments
+
+
+def _causal(q_BSHD: torch.Tensor, k_BSGD: torch.Tensor, v_BSGD: torch.Tensor) -> torch.Tensor:
+    """Causal attention of whole rows, [B,S,H,D]; scale 1/sqrt(D)."""
+    output_BHSD = F.scaled_dot_product_attention(
+        q_BSHD.transpose(1, 2),
+        k_BSGD.transpose(1, 2),
+        v_BSGD.transpose(1, 2),
+        is_causal=True,
+        enable_gqa=q_BSHD.shape[2] != k_BSGD.shape[2],
+    )
+    return output_BHSD.transpose(1, 2)
+
+
+class CoreAttention(MegatronModule):
+    """softmax(Q K^T / sqrt(D)) V per document, by torch's fused kernels.
+
+    Documents are cut out and attended one by one: exact isolation, and no S x S mask that a
+    long context could not afford.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        **unused: object,
+    ) -> None:
+        super().__init__(config)
+        assert attention_type == "self" and attn_mask_type == AttnMaskType.causal
+        assert not config.attention_dropout, "Nemotron 3 trains without dropout"
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        *,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> torch.Tensor:
+        """query [S,B,H,D], key and value [S,B,G,D] -> [S,B,H*D]."""
+        q_BSHD, k_BSGD, v_BSGD = (x.transpose(0, 1) for x in (query, key, value))
+        if isinstance(packed_seq_params, PackedDocuments) and packed_seq_params.boundaries:
+            rows = [
+                torch.cat(
+                    [
+                        _causal(
+                            q_BSHD[row : row + 1, start:end],
+                            k_BSGD[row : row + 1, start:end],
+                            v_BSGD[row : row + 1, start:end],
+                        )
+                        for start, end in parts
+                    ],
+                    dim=1,
+                )
+                for row, parts in enumerate(packed_seq_params.segments)
+            ]
+            output_BSHD = torch.cat(rows)
+        else:
+            output_BSHD = _causal(q_BSHD, k_BSGD, v_BSGD)
+        return output_BSHD.transpose(0, 1).flatten(2)
+
+
+class TransformerEngineAttention(MegatronModule):
+    """The same through Transformer Engine's variable-length kernel.
+
+    Translated and not run: no GPU with Transformer Engine was at hand.
+    """
+
+    def __init__(self, config: TransformerConfig, **kwargs: object) -> None:
+        super().__init__(config)
+        from megatron.core.extensions.transformer_engine import TEDotProductAttention
+
+        self.kernel = TEDotProductAttention(config, **kwargs)
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        *,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> torch.Tensor:
+        """query [S,B,H,D], key and value [S,B,G,D] -> [S,B,H*D]."""
+        assert attn_mask_type is not None
+        if not isinstance(packed_seq_params, PackedDocuments):
+            return self.kernel(query, key, value, attention_mask, attn_mask_type)
+        num_tokens, num_rows = query.shape[:2]
+        flat = [x.transpose(0, 1).flatten(0, 1) for x in (query, key, value)]
+        lengths = packed_seq_params.cumulative_lengths
+        output = self.kernel(
+            *flat,
+            attention_mask,
+            AttnMaskType.padding_causal,
+            packed_seq_params=PackedSeqParams(
+                qkv_format="thd",
+                cu_seqlens_q=lengths,
+                cu_seqlens_kv=lengths,
+                max_seqlen_q=packed_seq_params.longest,
+                max_seqlen_kv=packed_seq_params.longest,
+            ),
+        )
+        return output.view(num_rows, num_tokens, -1).transpose(0, 1)

@@ -1,0 +1,67 @@
+"""Builds the model of a configuration on this rank: specs, initial weights, Megatron's DDP."""
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from nemotron_train.config.schema import Config, ModelConfig
+from nemotron_train.model.hybrid import NemotronModel, stack_spec
+from nemotron_train.model.initialize import initialize
+from nemotron_train.model.specs import parts, stack_submodules
+from nemotron_train.model.translate import transformer_config
+from nemotron_train.platform.device import Platform
+
+
+def megatron_pattern(model: ModelConfig) -> str:
+    """The pattern in Megatron's grammar: "/" and the block's pattern once a depth."""
+    return model.pattern + f"/{model.mtp.pattern}" * model.mtp.depths
+
+
+def build_model(
+    config: Config, platform: Platform, groups: ProcessGroupCollection
+) -> NemotronModel:
+    """This rank's part of the model, with initial weights, on the platform's device.
+
+    Under `torch.device("meta")` the parameters stay on the meta device, without values.
+    """
+    translated = transformer_config(config, platform)
+    submodules = stack_submodules(config.model, platform.transformer_engine)
+    norm = parts(platform.transformer_engine).norm
+    model = NemotronModel(
+        config=translated,
+        hybrid_stack_spec=stack_spec(submodules, norm),
+        vocab_size=config.model.vocab_size,
+        max_sequence_length=config.train.sequence_length,
+        hybrid_layer_pattern=megatron_pattern(config.model),
+        pre_process=groups.pp.rank() == 0,
+        post_process=groups.pp.rank() == groups.pp.size() - 1,
+        parallel_output=True,
+        share_embeddings_and_output_weights=False,
+        position_embedding_type="none",
+        pg_collection=groups,
+    )
+    if next(model.parameters()).device.type != "meta":
+        initialize(model, config.model, config.train.seed)
+    return model
+
+
+def wrap_data_parallel(
+    model: NemotronModel, config: Config, groups: ProcessGroupCollection
+) -> DistributedDataParallel:
+    """Megatron's DDP: FP32 gradient buffers, summed (not averaged) over data-parallel ranks."""
+    return DistributedDataParallel(
+        config=model.config,
+        ddp_config=DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=False,
+            use_distributed_optimizer=config.parallel.distributed_optimizer,
+            check_for_nan_in_grad=False,
+        ),
+        module=model,
+        pg_collection=groups,
+    )
+
+
+def count_parameters(model: torch.nn.Module) -> int:
+    """Elements of all parameters on this rank."""
+    return sum(parameter.numel() for parameter in model.parameters())

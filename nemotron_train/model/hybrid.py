@@ -1,0 +1,138 @@
+"""The model: Megatron's `HybridModel` with our forward pass.
+
+Ours differs from upstream's in what a pretraining step needs and no more: documents packed in a
+row, the losses of the main head and of every multi-token-prediction depth returned apart, and
+weight gradients of the output layer accumulated in FP32 however often it is used.
+
+Shapes: B rows, S tokens a row, V vocabulary of this tensor-parallel rank.
+"""
+
+import torch
+from megatron.core.models.hybrid.hybrid_block import HybridStack
+from megatron.core.models.hybrid.hybrid_model import HybridModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.spec_utils import ModuleSpec
+
+from nemotron_train.model.cross_entropy import vocab_parallel_cross_entropy
+from nemotron_train.model.documents import PackedDocuments
+from nemotron_train.model.mtp import depth_mask, shift_left
+
+
+class NemotronStack(HybridStack):
+    """`HybridStack` whose final norm is the spec's.
+
+    UPSTREAM(megatron-core 0.19.2): the stack builds its final norm from Transformer Engine by
+    name, which fails where it is not installed.
+    """
+
+    def __init__(self, *args: object, final_norm: type, **kwargs: object) -> None:
+        super().__init__(*args, post_layer_norm=False, **kwargs)
+        self.post_layer_norm = True
+        if self.post_process:
+            self.final_norm = final_norm(
+                config=self.config,
+                hidden_size=self.config.hidden_size,
+                eps=self.config.layernorm_epsilon,
+            )
+
+
+class _AccumulateInMainGrad(torch.autograd.Function):
+    """Identity on a weight whose gradient goes to `weight.main_grad` (FP32) at every use.
+
+    Autograd would first add the uses up in the weight's own dtype: in BF16 the contribution of
+    a multi-token-prediction depth vanishes beside the main head's. Nemotron 3 Ultra diverged on
+    that (arXiv 2606.15007, section 2.7).
+    """
+
+    @staticmethod
+    def forward(ctx: object, weight: torch.Tensor) -> torch.Tensor:
+        ctx.weight = weight  # type: ignore[attr-defined]
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: object, *grads: torch.Tensor) -> None:
+        weight = ctx.weight  # type: ignore[attr-defined]
+        weight.main_grad.add_(grads[0])
+        weight.grad_added_to_main_grad = True
+
+
+class NemotronModel(HybridModel):
+    """Hybrid Mamba-2 / attention / LatentMoE language model with multi-token prediction."""
+
+    def _output_logits(self, hidden_SBD: torch.Tensor) -> torch.Tensor:
+        weight = self.output_layer.weight
+        if weight.dtype != torch.float32 and hasattr(weight, "main_grad"):
+            weight = _AccumulateInMainGrad.apply(weight)
+        logits_SBV, _ = self.output_layer(hidden_SBD, weight=weight)
+        return logits_SBV
+
+    def forward(
+        self,
+        tokens_BS: torch.Tensor,
+        labels_BS: torch.Tensor | None = None,
+        loss_mask_BS: torch.Tensor | None = None,
+        document_ids_BS: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Losses of one micro-batch, or logits.
+
+        Returns, on the last pipeline stage, with labels: FP32 [1 + depths], the sums of the
+        losses over counted targets (main head first); without labels: logits [B,S,V]. On other
+        stages: the hidden states [S,B,hidden] for the next one.
+        """
+        documents = (
+            PackedDocuments.of(document_ids_BS) if document_ids_BS is not None else None
+        )
+        hidden = self.embedding(tokens_BS, None) if self.pre_process else None
+        hidden = self.decoder(hidden, attention_mask=None, packed_seq_params=documents)
+        if not self.post_process:
+            return hidden
+        if labels_BS is None:
+            return self._output_logits(hidden).transpose(0, 1)
+        assert loss_mask_BS is not None and documents is not None
+        sums = [self._loss_sum(hidden, labels_BS, loss_mask_BS)]
+        if self.mtp_process:
+            sums += self._mtp_loss_sums(hidden, tokens_BS, labels_BS, loss_mask_BS, documents)
+        return torch.stack(sums)
+
+    def _loss_sum(
+        self, hidden_SBD: torch.Tensor, labels_BS: torch.Tensor, mask_BS: torch.Tensor
+    ) -> torch.Tensor:
+        loss_SB = vocab_parallel_cross_entropy(
+            self._output_logits(hidden_SBD), labels_BS.t(), self.pg_collection.tp
+        )
+        return (loss_SB * mask_BS.t()).sum()
+
+    def _mtp_loss_sums(
+        self,
+        hidden_SBD: torch.Tensor,
+        tokens_BS: torch.Tensor,
+        labels_BS: torch.Tensor,
+        loss_mask_BS: torch.Tensor,
+        documents: PackedDocuments,
+    ) -> list[torch.Tensor]:
+        """One loss sum a depth; each depth starts from the hidden states of the one before."""
+        block = self.mtp.layers[0]
+        sums = []
+        for depth in range(1, self.config.mtp_num_layers + 1):
+            hidden_SBD, tokens_BS, _, _ = block(
+                input_ids=tokens_BS,
+                position_ids=None,
+                hidden_states=hidden_SBD,
+                attention_mask=None,
+                packed_seq_params=documents,
+                embedding=self.embedding,
+            )
+            labels_BS = shift_left(labels_BS)
+            mask_BS = depth_mask(loss_mask_BS, documents.ids_BS, depth)
+            sums.append(self._loss_sum(hidden_SBD, labels_BS, mask_BS))
+        return sums
+
+
+def stack_spec(submodules: object, final_norm: type) -> ModuleSpec:
+    """The decoder's spec: our stack over `submodules`."""
+    return ModuleSpec(
+        module=NemotronStack, params={"final_norm": final_norm}, submodules=submodules
+    )
+
+
+__all__ = ["NemotronModel", "NemotronStack", "ProcessGroupCollection", "stack_spec"]

@@ -1,0 +1,228 @@
+"""LatentMoE (arXiv 2601.18089, eq. 1-2): router and shared expert see the full width, only
+dispatch, routed experts and combine live in the latent width. Without a latent size it is
+Nano's standard MoE.
+
+Megatron's `MoELayer` supplies the order of the steps, its router the scores and the expert bias,
+its dispatchers the exchange between expert-parallel ranks. Ours are the two latent projections
+(they come from the spec, so a precision plan can keep them in BF16), the grouped experts and
+what is measured about routing.
+
+Shapes: S tokens of a row, B rows, T = S*B tokens, E local experts, D width the experts see
+(latent or hidden), F width of one expert.
+"""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
+from torch import nn
+
+from nemotron_train.model.grouped_mlp import grouped_mlp
+from nemotron_train.model.sharding import mark_sharded
+
+
+class SigmoidRouter(TopKRouter):
+    """Megatron's router with its measurements kept on the layer.
+
+    UPSTREAM(megatron-core 0.19.2): the global metrics tracker indexes multi-token prediction's
+    layers past its end for a pattern like "*E" (Megatron-LM issue 7172). Here each router adds
+    its own loss to `load_balance_loss_sum`, and `train.metrics` reads the layers.
+    """
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)
+        self.load_balance_loss_sum = torch.zeros(())
+
+    def attach_and_log_load_balancing_loss(
+        self,
+        activation: torch.Tensor,
+        aux_loss_coeff: float,
+        aux_loss: torch.Tensor,
+        aux_loss_name: str,
+        reduce_group: torch.distributed.ProcessGroup,
+        needs_dp_avg: bool = True,
+        valid_token_count: int | torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Add the loss's gradient to `activation` and its value to this layer's sum.
+
+        The loss is weighted by this micro-batch's tokens, since gradients are divided by the
+        tokens of the whole global batch in the end; a repeated multi-token-prediction block
+        counts it once, not once a depth.
+        """
+        if self.is_mtp_layer and self.config.mtp_num_layers:
+            aux_loss = aux_loss / self.config.mtp_num_layers
+        num_tokens = activation.shape[0] if valid_token_count is None else valid_token_count
+        weighted = aux_loss * (num_tokens * self.tp_cp_group.size())
+        self.load_balance_loss_sum = (
+            self.load_balance_loss_sum.to(weighted.device) + weighted.detach() / aux_loss_coeff
+        )
+        return MoEAuxLossAutoScaler.apply(activation, weighted)
+
+
+class ReplicatedLinear(nn.Module):
+    """A linear whose weight every tensor-parallel rank holds whole: the latent projections.
+
+    Under sequence parallelism each rank multiplies its own tokens and Megatron sums the weight
+    gradient over the tensor-parallel group.
+    """
+
+    def __init__(
+        self, input_size: int, output_size: int, *, config: TransformerConfig, **unused: object
+    ) -> None:
+        super().__init__()
+        device = None if config.use_cpu_initialization else torch.cuda.current_device()
+        self.weight = nn.Parameter(
+            torch.empty(output_size, input_size, dtype=config.params_dtype, device=device)
+        )
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """[..., input_size] -> [..., output_size]; no bias, as Megatron's linears answer."""
+        return nn.functional.linear(x, self.weight), None
+
+
+class ExpertWeights(nn.Module):
+    """One weight matrix of every local expert, stacked: [E, out, in]."""
+
+    def __init__(self, shape: tuple[int, int, int], sharded_dim: int, config: TransformerConfig):
+        super().__init__()
+        device = None if config.use_cpu_initialization else torch.cuda.current_device()
+        self.weight = nn.Parameter(torch.empty(shape, dtype=config.params_dtype, device=device))
+        mark_sharded(self.weight, dim=sharded_dim)
+        self.weight.is_expert = True  # type: ignore[attr-defined]
+        # False sends the gradient to the expert-data-parallel group.
+        self.weight.allreduce = (  # type: ignore[attr-defined]
+            config.expert_model_parallel_size == 1
+            and config.expert_tensor_parallel_size == config.tensor_model_parallel_size
+        )
+
+
+class GroupedExperts(MegatronModule):
+    """All local experts as grouped products: y = W2 (p * relu(W1 x)^2), p the routing weight."""
+
+    def __init__(
+        self,
+        num_local_experts: int,
+        config: TransformerConfig,
+        *,
+        input_size: int,
+        pg_collection: ProcessGroupCollection,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(config)
+        self.num_local_experts = num_local_experts
+        self.ep_group, self.tp_group = pg_collection.ep, pg_collection.expt_tp
+        self.dp_group = pg_collection.expt_dp
+        width = config.moe_ffn_hidden_size // self.tp_group.size()
+        self.linear_fc1 = ExpertWeights((num_local_experts, width, input_size), 1, config)
+        self.linear_fc2 = ExpertWeights((num_local_experts, input_size, width), 2, config)
+
+    def forward(
+        self,
+        tokens_TD: torch.Tensor,
+        tokens_per_expert_E: torch.Tensor,
+        probabilities_T: torch.Tensor,
+    ) -> tuple[torch.Tensor, None]:
+        """tokens_TD sorted by expert -> [T,D]; partial sums under expert tensor parallelism."""
+        output_TD = grouped_mlp(
+            tokens_TD,
+            tokens_per_expert_E,
+            self.linear_fc1.weight,
+            self.linear_fc2.weight,
+            probabilities_T,
+        )
+        return output_TD, None
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> ShardedStateDict:
+        """Stored as one [all experts, out, in] tensor a matrix: any expert-parallel size loads."""
+        ensure_metadata_has_dp_cp_group(metadata)
+        sharded: ShardedStateDict = {}
+        offset_axis = len(sharded_offsets)
+        for name, module in (("linear_fc1", self.linear_fc1), ("linear_fc2", self.linear_fc2)):
+            weight = module.weight
+            key = f"{prefix}{name}.weight"
+            dim: int = weight.partition_dim  # type: ignore[attr-defined]
+            sharded[key] = ShardedTensor.from_rank_offsets(
+                key,
+                weight,
+                *sharded_offsets,
+                (offset_axis, self.ep_group.rank(), self.ep_group.size()),
+                (offset_axis + dim, self.tp_group.rank(), self.tp_group.size()),
+                replica_id=(0, 0, self.dp_group.rank()),
+                prepend_axis_num=offset_axis,
+            )
+        return sharded
+
+
+@dataclass
+class LatentMoESubmodules(MoESubmodules):
+    """Megatron's MoE submodules and the two latent projections."""
+
+    latent_projection: ModuleSpec | type = ReplicatedLinear
+
+
+class LatentMoELayer(MoELayer):
+    """Megatron's MoE layer with the latent projections of the spec.
+
+    UPSTREAM(megatron-core 0.19.2): `MoELayer` builds the projections itself and only from
+    Transformer Engine; it is shown a configuration without a latent size while it builds.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: LatentMoESubmodules,
+        layer_number: int | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        is_mtp_layer: bool = False,
+        name: str | None = None,
+    ) -> None:
+        without_latent = copy.copy(config)
+        without_latent.moe_latent_size = None
+        super().__init__(
+            without_latent, submodules, layer_number, pg_collection, is_mtp_layer, name
+        )
+        self.config = config
+        if config.moe_latent_size:
+            for projection_name, sizes, init_method in (
+                (
+                    "fc1_latent_proj",
+                    (config.hidden_size, config.moe_latent_size),
+                    config.init_method,
+                ),
+                (
+                    "fc2_latent_proj",
+                    (config.moe_latent_size, config.hidden_size),
+                    config.output_layer_init_method,
+                ),
+            ):
+                projection = build_module(
+                    submodules.latent_projection,
+                    *sizes,
+                    parallel_mode="duplicated",
+                    config=config,
+                    init_method=init_method,
+                    bias=False,
+                    skip_bias_add=False,
+                    skip_weight_param_allocation=False,
+                    is_expert=False,
+                    name=f"{name}.{projection_name}" if name else None,
+                )
+                self.add_module(projection_name, projection)
+
+
+def shared_expert_submodules(column_parallel: type, row_parallel: type) -> MLPSubmodules:
+    """The shared expert's two linears, at full width."""
+    return MLPSubmodules(linear_fc1=column_parallel, linear_fc2=row_parallel)

@@ -1,0 +1,212 @@
+"""Mamba-2 mixer (arXiv 2405.21060) in HybridModel's `mamba_layer` slot, tensor-parallel by
+heads and groups over Megatron's parallel linears.
+
+Owns the parameters and their sharding; the arithmetic is in `causal_conv`, `ssd` and
+`gated_norm`. Runs wherever those run, unlike Megatron's own mixer, which needs mamba_ssm.
+
+Shapes: S tokens, B rows, H heads of P channels (H*P = inner width), G groups of state size N,
+all of this tensor-parallel rank.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import (
+    ensure_metadata_has_dp_cp_group,
+    make_sharded_tensors_for_checkpoint,
+    sharded_state_dict_default,
+)
+from torch import nn
+
+from nemotron_train.config.schema import MambaConfig
+from nemotron_train.model.causal_conv import causal_conv
+from nemotron_train.model.documents import PackedDocuments
+from nemotron_train.model.gated_norm import gated_rms_norm
+from nemotron_train.model.sharding import mark_sharded, split_components
+from nemotron_train.model.ssd import ssd
+
+
+@dataclass
+class Mamba2MixerSubmodules:
+    """The two projections; the precision of each is decided by what stands here."""
+
+    in_proj: ModuleSpec | type
+    out_proj: ModuleSpec | type
+
+
+class GatedNormWeight(nn.Module):
+    """Holds the weight of the gated RMSNorm under the name `norm.weight`."""
+
+    def __init__(self, width: int, dtype: torch.dtype, device: object) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width, dtype=dtype, device=device))
+        mark_sharded(self.weight, dim=0)
+
+
+class Mamba2Mixer(MegatronModule):
+    """in_proj -> short causal convolution -> SSD -> gated grouped RMSNorm -> out_proj.
+
+    `in_proj` packs [z, x, B, C, dt] in that order, as the published checkpoints do. A_log, D
+    and dt_bias stay FP32 whatever the parameter dtype: they feed exponentials.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: Mamba2MixerSubmodules,
+        d_model: int,
+        mamba: MambaConfig,
+        layer_number: int,
+        pg_collection: ProcessGroupCollection,
+        pp_layer_offset: int = 0,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(config)
+        self.mamba = mamba
+        self.layer_number = layer_number
+        self.tp_group = pg_collection.tp
+        num_shards = self.tp_group.size()
+        self.num_heads = mamba.heads // num_shards
+        self.num_groups = mamba.groups // num_shards
+        self.inner_width = self.num_heads * mamba.head_dim
+        state_width = self.num_groups * mamba.state_size
+        self.conv_components = [self.inner_width, state_width, state_width]
+        components = [self.inner_width, *self.conv_components, self.num_heads]
+        full_inner = mamba.heads * mamba.head_dim
+
+        self.in_proj = build_module(
+            submodules.in_proj,
+            d_model,
+            sum(components) * num_shards,
+            config=config,
+            init_method=config.init_method,
+            gather_output=False,
+            bias=False,
+            skip_bias_add=False,
+            is_expert=False,
+            tp_comm_buffer_name="fc1",
+            tp_group=self.tp_group,
+            name=f"{name}.in_proj" if name else None,
+        )
+        mark_sharded(self.in_proj.weight, dim=0, components=components)
+
+        # None lets torch.device("meta") decide; Megatron asks for the current device on a GPU.
+        device = None if config.use_cpu_initialization else torch.cuda.current_device()
+        conv_width = sum(self.conv_components)
+        dtype = config.params_dtype
+        self.conv_weight = nn.Parameter(
+            torch.empty(conv_width, mamba.conv_kernel_size, dtype=dtype, device=device)
+        )
+        self.conv_bias = nn.Parameter(torch.empty(conv_width, dtype=dtype, device=device))
+        mark_sharded(self.conv_weight, dim=0, components=self.conv_components)
+        mark_sharded(self.conv_bias, dim=0, components=self.conv_components)
+        for parameter_name in ("A_log", "D", "dt_bias"):
+            parameter = nn.Parameter(
+                torch.empty(self.num_heads, dtype=torch.float32, device=device)
+            )
+            mark_sharded(parameter, dim=0)
+            self.register_parameter(parameter_name, parameter)
+        self.norm = GatedNormWeight(self.inner_width, dtype, device)
+
+        self.out_proj = build_module(
+            submodules.out_proj,
+            full_inner,
+            d_model,
+            config=config,
+            init_method=config.output_layer_init_method,
+            bias=False,
+            input_is_parallel=True,
+            skip_bias_add=True,
+            is_expert=False,
+            tp_comm_buffer_name="fc2",
+            tp_group=self.tp_group,
+            name=f"{name}.out_proj" if name else None,
+        )
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        inference_context: object | None = None,
+        packed_seq_params: PackedDocuments | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """hidden_states [S,B,hidden] (its shard of S under sequence parallelism) -> the same."""
+        mamba = self.mamba
+        documents_BS = packed_seq_params.ids_or_none if packed_seq_params is not None else None
+        zxbcdt_SBF, _ = self.in_proj(hidden_states)
+        zxbcdt_BSF = zxbcdt_SBF.transpose(0, 1)
+        z_BSI, xbc_BSC, dt_BSH = torch.split(
+            zxbcdt_BSF, [self.inner_width, sum(self.conv_components), self.num_heads], dim=-1
+        )
+        xbc_BSC = causal_conv(
+            xbc_BSC, self.conv_weight, self.conv_bias, document_ids_BS=documents_BS
+        )
+        x_BSI, B_BSK, C_BSK = torch.split(xbc_BSC, self.conv_components, dim=-1)
+        dt_BSH = F.softplus(dt_BSH.float() + self.dt_bias)
+        if mamba.dt_limit_min > 0.0 or mamba.dt_limit_max < float("inf"):
+            dt_BSH = dt_BSH.clamp(mamba.dt_limit_min, mamba.dt_limit_max)
+        y_BSHP = ssd(
+            x_BSI.unflatten(-1, (self.num_heads, mamba.head_dim)),
+            dt_BSH,
+            -torch.exp(self.A_log),
+            B_BSK.unflatten(-1, (self.num_groups, mamba.state_size)),
+            C_BSK.unflatten(-1, (self.num_groups, mamba.state_size)),
+            self.D,
+            chunk_size=mamba.chunk_size,
+            document_ids_BS=documents_BS,
+        )
+        y_BSI = gated_rms_norm(
+            y_BSHP.flatten(2),
+            z_BSI,
+            self.norm.weight,
+            group_size=self.inner_width // self.num_groups,
+            epsilon=self.config.layernorm_epsilon,
+        )
+        return self.out_proj(y_BSI.transpose(0, 1))
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> ShardedStateDict:
+        """Megatron's sharded form; packed tensors are stored one component at a time, so that a
+        checkpoint loads under another tensor-parallel size."""
+        metadata = ensure_metadata_has_dp_cp_group(metadata)
+        own: dict[str, torch.Tensor] = {}
+        self._save_to_state_dict(own, "", keep_vars=True)
+        sharded = make_sharded_tensors_for_checkpoint(
+            own,
+            prefix,
+            tensor_parallel_layers_axis_map={name: 0 for name in own},
+            sharded_offsets=sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=metadata["dp_cp_group"],
+        )
+        for name, module in self.named_children():
+            if name == "norm":
+                child = make_sharded_tensors_for_checkpoint(
+                    module.state_dict(prefix="", keep_vars=True),
+                    f"{prefix}norm.",
+                    {"weight": 0},
+                    sharded_offsets,
+                    tp_group=self.tp_group,
+                    dp_cp_group=metadata["dp_cp_group"],
+                )
+            else:
+                child = sharded_state_dict_default(
+                    module, f"{prefix}{name}.", sharded_offsets, metadata, tp_group=self.tp_group
+                )
+            sharded.update(child)
+        packed = {
+            "in_proj.weight": (self.in_proj.weight, "zxBCt"),
+            "conv_weight": (self.conv_weight, "xBC"),
+            "conv_bias": (self.conv_bias, "xBC"),
+        }
+        for name, (parameter, component_names) in packed.items():
+            sharded[f"{prefix}{name}"] = split_components(
+                sharded[f"{prefix}{name}"], parameter, component_names
+            )
+        return sharded

@@ -1,0 +1,65 @@
+"""Multi-token prediction: one physical block applied once a depth with shared weights
+(arXiv 2604.12374, section 2.1.2), over Megatron's `MultiTokenPredictionLayer`.
+
+Depth k at position i joins the previous depth's hidden state with the embedding of token i+k
+and predicts token i+k+1. Owns which targets count; the losses are weighed in `train.step`.
+
+Shapes: B rows, S tokens a row, V vocabulary of this rank.
+"""
+
+from collections.abc import Callable
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
+
+
+def shift_left(x_BS: torch.Tensor) -> torch.Tensor:
+    """x[:, i] becomes x[:, i+1]; the last column becomes 0."""
+    shifted = torch.zeros_like(x_BS)
+    shifted[:, :-1] = x_BS[:, 1:]
+    return shifted
+
+
+def depth_mask(
+    loss_mask_BS: torch.Tensor, document_ids_BS: torch.Tensor, depth: int
+) -> torch.Tensor:
+    """Which targets of `depth` count: token i+depth+1 exists, is wanted, and lies in i's document.
+
+    depth 0 is the main head and returns `loss_mask_BS` itself. Works on torch tensors and NumPy
+    arrays alike, so that the data side can count targets before any forward pass.
+    """
+    if depth == 0:
+        return loss_mask_BS
+    mask = loss_mask_BS * 0
+    same_document = document_ids_BS[:, depth:] == document_ids_BS[:, :-depth]
+    mask[:, :-depth] = loss_mask_BS[:, depth:] * same_document
+    return mask
+
+
+class MtpLayer(MultiTokenPredictionLayer):
+    """Megatron's block; tokens are shifted within rows, whatever the packing.
+
+    A position whose next token lies in another document gets that token's embedding: harmless,
+    since it can only reach later positions of its own document, none of whose targets at this
+    depth counts either.
+    """
+
+    def _get_embeddings(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor | None,
+        embedding: Callable[..., torch.Tensor],
+        hidden_states: torch.Tensor,
+        packed_seq_params: PackedSeqParams | None = None,
+        padding_mask: torch.Tensor | None = None,
+    ) -> tuple:
+        """Shift the tokens by one and embed them, as upstream, without positions."""
+        input_ids = shift_left(input_ids)
+        return (
+            input_ids,
+            position_ids,
+            padding_mask,
+            embedding(input_ids=input_ids, position_ids=None),
+            hidden_states,
+        )

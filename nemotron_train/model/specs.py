@@ -1,0 +1,143 @@
+"""The spec tree: which class fills each slot of Megatron's `HybridStack`.
+
+One switch: with Transformer Engine the parallel linears, norms and attention are its own,
+otherwise Megatron's plain ones and ours. The Mamba-2 mixer, the router and the experts are ours
+on both sides.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.hybrid.hybrid_block import HybridStackSubmodules
+from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+from megatron.core.transformer.multi_token_prediction import (
+    MultiTokenPredictionBlock,
+    MultiTokenPredictionBlockSubmodules,
+    MultiTokenPredictionLayerSubmodules,
+)
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_layer import (
+    MoETransformerLayer,
+    TransformerLayer,
+    TransformerLayerSubmodules,
+)
+
+from nemotron_train.config.schema import ModelConfig
+from nemotron_train.model.attention import CoreAttention, TransformerEngineAttention
+from nemotron_train.model.latent_moe import (
+    GroupedExperts,
+    LatentMoELayer,
+    LatentMoESubmodules,
+    ReplicatedLinear,
+    SigmoidRouter,
+    shared_expert_submodules,
+)
+from nemotron_train.model.mamba2 import Mamba2Mixer, Mamba2MixerSubmodules
+from nemotron_train.model.mtp import MtpLayer
+from nemotron_train.model.norm import RMSNorm
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The classes that differ between a machine with Transformer Engine and one without."""
+
+    column_parallel: type
+    row_parallel: type
+    replicated: type
+    norm: type
+    core_attention: type
+
+
+def parts(transformer_engine: bool) -> Parts:
+    """Transformer Engine's layers (translated, not run on a GPU), or the plain ones."""
+    if not transformer_engine:
+        return Parts(
+            ColumnParallelLinear, RowParallelLinear, ReplicatedLinear, RMSNorm, CoreAttention
+        )
+    from megatron.core.extensions.transformer_engine import (
+        TEColumnParallelLinear,
+        TELinear,
+        TENorm,
+        TERowParallelLinear,
+    )
+
+    return Parts(
+        TEColumnParallelLinear, TERowParallelLinear, TELinear, TENorm, TransformerEngineAttention
+    )
+
+
+def stack_submodules(model: ModelConfig, transformer_engine: bool) -> HybridStackSubmodules:
+    """The layers behind the letters M, * and E, and the multi-token-prediction block."""
+    part = parts(transformer_engine)
+    mamba_layer = ModuleSpec(
+        module=MambaLayer,
+        submodules=MambaLayerSubmodules(
+            norm=part.norm,
+            mixer=ModuleSpec(
+                module=Mamba2Mixer,
+                params={"mamba": model.mamba},
+                submodules=Mamba2MixerSubmodules(part.column_parallel, part.row_parallel),
+            ),
+            mamba_bda=get_bias_dropout_add,
+        ),
+    )
+    attention_layer = ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=part.norm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=part.column_parallel,
+                    core_attention=part.core_attention,
+                    linear_proj=part.row_parallel,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+        ),
+    )
+    moe = partial(
+        LatentMoELayer,
+        submodules=LatentMoESubmodules(
+            experts=partial(
+                GroupedExperts, input_size=model.moe.latent_size or model.hidden_size
+            ),
+            shared_experts=partial(
+                SharedExpertMLP,
+                submodules=shared_expert_submodules(part.column_parallel, part.row_parallel),
+            ),
+            router=SigmoidRouter,
+            latent_projection=part.replicated,
+        ),
+    )
+    moe_layer = ModuleSpec(
+        module=MoETransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            pre_mlp_layernorm=part.norm, mlp=moe, mlp_bda=get_bias_dropout_add
+        ),
+    )
+    mtp_layer = ModuleSpec(
+        module=MtpLayer,
+        submodules=MultiTokenPredictionLayerSubmodules(
+            enorm=part.norm,
+            hnorm=part.norm,
+            eh_proj=part.column_parallel,
+            mtp_model_layer=None,
+            layer_norm=part.norm,
+        ),
+    )
+    return HybridStackSubmodules(
+        mamba_layer=mamba_layer,
+        attention_layer=attention_layer,
+        moe_layer=moe_layer,
+        mtp_block_spec=ModuleSpec(
+            module=MultiTokenPredictionBlock,
+            submodules=MultiTokenPredictionBlockSubmodules(layer_specs=[mtp_layer]),
+        ),
+    )

@@ -1,0 +1,69 @@
+"""Process groups: starts torch.distributed and Megatron-Core's grid of ranks, and ends both.
+
+A single process is a grid of one: the same code runs everywhere. Owns no layout arithmetic
+(`config.derive` checks that the layout divides).
+"""
+
+import os
+import socket
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from nemotron_train.config.schema import ParallelConfig
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+
+
+def num_ranks() -> int:
+    """World size that the launcher set (torchrun, srun); 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start(parallel: ParallelConfig, backend: str) -> ProcessGroupCollection:
+    """Start the process groups of `parallel` and return them; COLLECTIVE.
+
+    Without a launcher's environment a single-rank store on loopback is used.
+    """
+    if not dist.is_initialized():
+        if "RANK" in os.environ:
+            dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+        else:
+            store = dist.TCPStore("127.0.0.1", _free_port(), 1, is_master=True)
+            dist.init_process_group(
+                backend, store=store, rank=0, world_size=1, timeout=COLLECTIVE_TIMEOUT
+            )
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor,
+            pipeline_model_parallel_size=parallel.pipeline,
+            context_parallel_size=parallel.context,
+            expert_model_parallel_size=parallel.expert,
+            expert_tensor_parallel_size=parallel.expert_tensor,
+            create_gloo_process_groups=False,
+        )
+    return ProcessGroupCollection.use_mpu_process_groups()
+
+
+def stop() -> None:
+    """Tear down Megatron's groups and torch.distributed; does nothing where none runs."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def sum_over(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """Sum `tensor` in place over `group` and return it; COLLECTIVE."""
+    if group.size() > 1:
+        dist.all_reduce(tensor, group=group)
+    return tensor

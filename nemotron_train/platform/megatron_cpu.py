@@ -1,0 +1,265 @@
+"""Everything that lets Megatron-Core 0.19 run where there is no CUDA device, in one place.
+
+Three kinds of adaptation, all put in place by `install()` and refused where a GPU exists:
+
+1. stand-ins on `torch.cuda` for what Megatron calls without asking whether a GPU is there
+   (current device, streams, events, random state);
+2. constants inside Megatron's functions that name the CUDA device or its tensor types, replaced
+   by the CPU's (`RENAMED`): narrower than wrapping torch's factories for the whole process;
+3. single functions whose CPU branch is missing upstream (`_REPLACED`).
+
+tests/platform/test_megatron_cpu.py holds one canary a patch: it fails once upstream no longer
+needs it. This module does not choose kernels or layers; `model.specs` does.
+"""
+
+import contextlib
+import importlib
+import types
+import warnings
+from collections.abc import Callable, Iterator
+
+import torch
+
+# UPSTREAM(megatron-core 0.19.2): functions with CUDA constants, by module. The value is what
+# each constant becomes. A module listed here in which nothing is found raises.
+RENAMED = {"cuda": "cpu"} | {
+    f"torch.cuda.{kind}Tensor": f"torch.{kind}Tensor" for kind in ("Float", "Half", "BFloat16")
+}
+MODULES_WITH_CONSTANTS = (
+    "megatron.core.optimizer.optimizer",
+    "megatron.core.optimizer.distrib_optimizer",
+    "megatron.core.optimizer.clip_grads",
+    "megatron.core.pipeline_parallel.schedules",
+    "megatron.core.transformer.utils",
+    "megatron.core.tensor_parallel.random",
+)
+
+# Modules whose decorators compile at import, or that import a replaced function by value.
+IMPORTED_EARLY = (
+    "megatron.core.models.hybrid.hybrid_model",
+    "megatron.core.transformer.moe.moe_layer",
+    "megatron.core.transformer.multi_token_prediction",
+    "megatron.core.distributed",
+    "megatron.core.optimizer",
+)
+
+
+class Stream:
+    """A stream that orders nothing: CPU work is synchronous."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        self.cuda_stream = 0
+
+    def wait_stream(self, stream: object) -> None:
+        """Nothing to wait for."""
+
+    def wait_event(self, event: object) -> None:
+        """Nothing to wait for."""
+
+    def record_event(self, event: object = None) -> "Event":
+        return Event()
+
+    def synchronize(self) -> None:
+        """Nothing to wait for."""
+
+    def query(self) -> bool:
+        return True
+
+    def __enter__(self) -> "Stream":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Nothing to restore."""
+
+
+class Event:
+    """An event that has always happened."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        """CUDA's events take timing flags; a CPU has no use for them."""
+
+    def record(self, stream: object = None) -> None:
+        """Already happened."""
+
+    def wait(self, stream: object = None) -> None:
+        """Already happened."""
+
+    def synchronize(self) -> None:
+        """Already happened."""
+
+    def query(self) -> bool:
+        return True
+
+
+class _DefaultGenerators:
+    """`torch.cuda.default_generators[i]`: the CPU's generator for every index."""
+
+    def __getitem__(self, index: object) -> torch.Generator:
+        return torch.random.default_generator
+
+
+def _get_rng_state(device: object = None) -> torch.Tensor:
+    return torch.random.get_rng_state()
+
+
+def _set_rng_state(state: torch.Tensor, device: object = None) -> None:
+    torch.random.set_rng_state(state)
+
+
+def _manual_seed(seed: int) -> None:
+    torch.random.default_generator.manual_seed(seed)
+
+
+def _nothing() -> Callable[..., None]:
+    """A new function that does nothing: where CUDA would synchronize, initialize or release.
+
+    A new one each time, since torch's compiler refuses to know one function by two names.
+    """
+
+    def nothing(*args: object, **kwargs: object) -> None:
+        """A CPU has nothing to do here."""
+
+    return nothing
+
+
+@contextlib.contextmanager
+def _stream_context(stream: object) -> Iterator[object]:
+    yield stream
+
+
+def _cuda_stand_ins() -> dict[str, object]:
+    """Attributes of `torch.cuda` that Megatron-Core uses without asking for a device."""
+    cpu_stream = Stream()
+    return {
+        "current_device": lambda: torch.device("cpu"),
+        "device_count": lambda: 1,
+        "current_stream": lambda device=None: cpu_stream,
+        "default_stream": lambda device=None: cpu_stream,
+        "stream": _stream_context,
+        "Stream": Stream,
+        "Event": Event,
+        "synchronize": _nothing(),
+        "empty_cache": _nothing(),
+        "set_device": _nothing(),
+        "manual_seed": _manual_seed,
+        "get_rng_state": _get_rng_state,
+        "set_rng_state": _set_rng_state,
+        "default_generators": _DefaultGenerators(),
+        "_lazy_init": _nothing(),
+        "_lazy_call": lambda function, **kwargs: function(),
+        "is_current_stream_capturing": lambda: False,
+    }
+
+
+def _with_renamed_constants(code: types.CodeType) -> types.CodeType:
+    def renamed(value: object) -> object:
+        if isinstance(value, str):
+            return RENAMED.get(value, value)
+        if isinstance(value, tuple):
+            return tuple(renamed(item) for item in value)
+        if isinstance(value, types.CodeType):
+            return _with_renamed_constants(value)
+        return value
+
+    constants = tuple(renamed(value) for value in code.co_consts)
+    return code if constants == code.co_consts else code.replace(co_consts=constants)
+
+
+def _functions_of(module: types.ModuleType) -> Iterator[types.FunctionType]:
+    """Plain functions, methods and static methods defined in `module` itself."""
+    owners = [module] + [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and value.__module__ == module.__name__
+    ]
+    for owner in owners:
+        for value in list(vars(owner).values()):
+            function = getattr(value, "__func__", value)
+            function = getattr(function, "__wrapped__", function)
+            if isinstance(function, types.FunctionType) and function.__module__ == module.__name__:
+                yield function
+
+
+def rename_constants(module: types.ModuleType) -> int:
+    """Replace CUDA's constants in every function of `module`; returns how many changed."""
+    num_changed = 0
+    for function in _functions_of(module):
+        code = _with_renamed_constants(function.__code__)
+        if code is not function.__code__:
+            function.__code__ = code
+            num_changed += 1
+    return num_changed
+
+
+def _move_to_host(
+    tensor: object, as_numpy: bool = False, record_stream: bool = False
+) -> object:
+    """`moe_utils.maybe_move_tensor_to_cpu`: upstream converts to NumPy only what was on a GPU,
+    and gloo's all-to-all needs its split sizes as a list-like."""
+    if isinstance(tensor, torch.Tensor) and as_numpy:
+        return tensor.numpy()
+    return tensor
+
+
+def _replace_everywhere(name: str, original: Callable, replacement: Callable) -> None:
+    """Rebind `name` in every loaded Megatron module that imported `original` by value."""
+    import sys
+
+    for module in list(sys.modules.values()):
+        if getattr(module, "__name__", "").startswith("megatron.core"):
+            if module.__dict__.get(name) is original:
+                setattr(module, name, replacement)
+
+
+@contextlib.contextmanager
+def _without_compile() -> Iterator[None]:
+    """While Megatron's modules are imported, `torch.compile` returns the function as it is:
+    inductor would ask for CUDA's properties, and compile for half a minute at the first step."""
+
+    def as_it_is(function: Callable | None = None, **options: object) -> Callable:
+        return function if function is not None else lambda wrapped: wrapped
+
+    compile_function = torch.compile
+    torch.compile = as_it_is  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = compile_function  # type: ignore[assignment]
+
+
+_installed = False
+
+
+def install() -> None:
+    """Adapt this process's torch and Megatron-Core to a machine without a GPU; idempotent.
+
+    Raises RuntimeError where a CUDA device exists: the stand-ins would hide it.
+    """
+    global _installed
+    if _installed:
+        return
+    if torch.cuda.is_available():
+        raise RuntimeError("the CPU adaptations must not be installed where a GPU is present")
+    stand_ins = _cuda_stand_ins()
+    for name, value in stand_ins.items():
+        setattr(torch.cuda, name, value)
+    for name in ("get_rng_state", "set_rng_state", "manual_seed"):
+        setattr(torch.cuda.random, name, stand_ins[name])
+    torch.cuda.nvtx.range_push = _nothing()  # type: ignore[assignment]
+    torch.cuda.nvtx.range_pop = _nothing()  # type: ignore[assignment]
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+    torch.nn.Module.cuda = lambda self, device=None: self  # type: ignore[method-assign]
+    with warnings.catch_warnings(), _without_compile():
+        # Four modules announce that Transformer Engine and Apex are missing; the platform line
+        # that the run prints says so once.
+        warnings.filterwarnings("ignore", message=".*not installed.*", category=UserWarning)
+        importlib.import_module("megatron.core.jit").disable_jit_fuser()
+        for module_name in MODULES_WITH_CONSTANTS:
+            if rename_constants(importlib.import_module(module_name)) == 0:
+                raise RuntimeError(f"{module_name} no longer names CUDA: drop it from the list")
+        moe_utils = importlib.import_module("megatron.core.transformer.moe.moe_utils")
+        for module_name in IMPORTED_EARLY:
+            importlib.import_module(module_name)
+    name = "maybe_move_tensor_to_cpu"
+    _replace_everywhere(name, getattr(moe_utils, name), _move_to_host)
+    _installed = True
