@@ -28,7 +28,7 @@ class LinearPrecision:
 
 # A wrong choice of experts cannot be averaged away, and the product is small: scores are always
 # computed in FP32 (arXiv 2512.20856; Megatron-Core's moe_router_dtype="fp32").
-_ROUTER_RULE = "*.mlp.router (always)"
+_ROUTER_RULE = "router: always float32"
 _ROUTER_FORMAT = "float32"
 
 
@@ -40,7 +40,7 @@ def resolve(config: Config) -> list[LinearPrecision]:
         if linear.path.endswith(".mlp.router"):
             format_name, rule = _ROUTER_FORMAT, _ROUTER_RULE
         else:
-            format_name, rule = chosen, f"* (precision.parameter_dtype={chosen})"
+            format_name, rule = chosen, "precision.parameter_dtype"
         found.append(
             LinearPrecision(
                 path=linear.path,

@@ -1,0 +1,1 @@
+"""Precision: which format each matrix product is computed in."""

@@ -1,0 +1,359 @@
+"""What `nemotron-train plan` prints: layers, parameters, precision, training, ranks, memory.
+
+Owns the layout of these tables and no number in them: those come from `model.shape`,
+`precision.plan`, `config.derive` and `config.memory`. Neither torch nor matplotlib is imported.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from nemotron_train.config.derive import Derived
+from nemotron_train.config.memory import heaviest_rank
+from nemotron_train.config.schema import Config, ModelConfig
+from nemotron_train.model.shape import (
+    LayerKind,
+    LayerShape,
+    Linear,
+    Tensor,
+    embedding_tensors,
+    expert_width,
+    forward_flops,
+    head_tensors,
+    layers,
+    linears,
+    mtp_tensors,
+    parameters,
+)
+from nemotron_train.precision.plan import resolve, share_of_flops
+
+_KIND_NAMES = {
+    LayerKind.mamba: "Mamba-2",
+    LayerKind.attention: "attention",
+    LayerKind.moe: "mixture of experts",
+}
+_ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
+
+
+def print_plan(config: Config, derived: Derived, console: Console, *, layers: bool = False) -> None:
+    """Prints the whole plan; with `layers` also a table with one row a layer.
+
+    Colours and rules only on a terminal. Works for any width; a cell too long is folded, never
+    cut, so that nothing is lost in a log.
+    """
+    _print_pattern(config, console)
+    _print_table(console, "Layers", _KIND_COLUMNS, _kind_rows(config))
+    if layers:
+        _print_table(console, "Every layer", _LAYER_COLUMNS, _layer_rows(config, derived))
+    _print_facts(console, "Parameters", _parameter_facts(config.model))
+    _print_table(console, "Precision", _PRECISION_COLUMNS, _precision_rows(config))
+    _print_facts(console, "Training", _training_facts(config, derived))
+    _print_facts(console, "Ranks", _rank_facts(config, derived))
+    _print_facts(console, "Memory of the fullest rank", _memory_facts(config, derived))
+
+
+def format_count(value: float) -> str:
+    """Three or four digits and a suffix: 123_611_033_088 -> `123.61 B`."""
+    for suffix, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if value >= size:
+            return f"{value / size:.2f} {suffix}"
+    return f"{value:,.0f}"
+
+
+def format_bytes(value: float) -> str:
+    for suffix, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if value >= size:
+            return f"{value / size:.2f} {suffix}"
+    return f"{value:,.0f} B"
+
+
+# Layers -------------------------------------------------------------------------------------
+
+_KIND_COLUMNS = ("layers", "kind", "shapes (in→out)", "parameters", "active", "FLOPs", "share")
+_LAYER_COLUMNS = ("layer", "stage", "kind", "module", "parameters", "active", "FLOPs", "share")
+
+
+def _print_pattern(config: Config, console: Console) -> None:
+    model = config.model
+    decoder = [layer for layer in layers(model) if not layer.in_mtp]
+    counts = ", ".join(
+        f"{sum(layer.kind == kind for layer in decoder)} {kind} {name}"
+        for kind, name in _KIND_NAMES.items()
+    )
+    _print_line(console, f"{model.name}: {len(decoder)} layers ({counts})", style="bold")
+    _print_line(console, f"  {model.pattern}")
+    if model.mtp.depths > 0:
+        _print_line(
+            console,
+            f"  multi-token prediction: one block {model.mtp.pattern}, applied to "
+            f"{model.mtp.depths} depth(s) with shared weights",
+        )
+
+
+def _kind_rows(config: Config) -> Iterable[Sequence[str]]:
+    """One row a kind, as layers of one kind are all alike; `FLOPs` are a token's, forward."""
+    model, length = config.model, config.train.sequence_length
+    whole = forward_flops(model, length)
+    shapes = layers(model)
+    head = linears(model)[-1]
+    yield _tensor_row("", "embedding", embedding_tensors(model), whole)
+    for kind in LayerKind:
+        group = [layer for layer in shapes if layer.kind == kind and not layer.in_mtp]
+        if group:
+            yield _group_row(model, f"{len(group)} x", group, length, whole)
+    if model.mtp.depths > 0:
+        times = f"mtp x {model.mtp.depths}"
+        projection = next(line for line in linears(model) if line.path == "mtp.layers.0.eh_proj")
+        yield _tensor_row(times, "projection, norms", mtp_tensors(model), whole, projection)
+        for layer in shapes:
+            if layer.in_mtp:
+                yield _group_row(model, times, [layer], length, whole)
+    times = f"x {head.applications}" if head.applications > 1 else ""
+    yield _tensor_row(times, "final norm, output", head_tensors(model), whole, head)
+    total = format_count(parameters(model).total_with_mtp)
+    yield "", "together", "", total, "", format_count(whole), "100.0%"
+
+
+def _layer_rows(config: Config, derived: Derived) -> Iterable[Sequence[str]]:
+    whole = forward_flops(config.model, config.train.sequence_length)
+    stage_of = [n for n, count in enumerate(derived.layers_per_stage) for _ in range(count)]
+    for layer in layers(config.model):
+        stage = stage_of[-1] if layer.in_mtp else stage_of[layer.number]
+        yield (
+            str(layer.number),
+            str(stage),
+            f"{layer.kind} {_KIND_NAMES[layer.kind]}",
+            layer.path,
+            *_costs([layer], config.train.sequence_length, whole),
+        )
+
+
+def _group_row(
+    model: ModelConfig, label: str, group: list[LayerShape], length: int, whole: int
+) -> Sequence[str]:
+    first = group[0]
+    return (
+        label,
+        f"{first.kind} {_KIND_NAMES[first.kind]}",
+        "\n".join([*map(_linear_text, first.linears), *_mixing_text(model, first)]),
+        *_costs(group, length, whole),
+    )
+
+
+def _costs(group: list[LayerShape], length: int, whole: int) -> Sequence[str]:
+    flops = sum(layer.forward_flops(length) for layer in group)
+    return (
+        format_count(sum(layer.parameters for layer in group)),
+        format_count(sum(layer.active_parameters for layer in group)),
+        format_count(flops),
+        f"{flops / whole:.1%}",
+    )
+
+
+def _tensor_row(
+    label: str, kind: str, tensors: list[Tensor], whole: int, linear: Linear | None = None
+) -> Sequence[str]:
+    rows, columns = tensors[0].shape[0], tensors[0].shape[-1]
+    flops = linear.flops if linear else 0
+    return (
+        label,
+        kind,
+        _linear_text(linear) if linear else f"lookup {rows} x {columns}",
+        format_count(sum(tensor.parameters for tensor in tensors)),
+        format_count(sum(tensor.active for tensor in tensors)),
+        format_count(flops),
+        f"{flops / whole:.1%}",
+    )
+
+
+def _linear_text(linear: Linear) -> str:
+    name = linear.path.split(".mlp.")[-1] if ".mlp." in linear.path else linear.path.split(".")[-1]
+    experts = f", {linear.active_copies} of {linear.copies}" if linear.copies > 1 else ""
+    return f"{name} {linear.in_size}→{linear.out_size}{experts}"
+
+
+def _mixing_text(model: ModelConfig, layer: LayerShape) -> list[str]:
+    """The sizes that no linear shows."""
+    mamba, attention = model.mamba, model.attention
+    if layer.kind == LayerKind.mamba:
+        return [
+            f"{mamba.heads} heads of {mamba.head_dim}, state {mamba.state_size}, "
+            f"{mamba.groups} groups"
+        ]
+    if layer.kind == LayerKind.attention:
+        return [
+            f"{attention.heads} query and {attention.key_value_heads} key-value heads of "
+            f"{attention.head_dim}"
+        ]
+    return []
+
+
+# Parameters and precision -------------------------------------------------------------------
+
+
+def _parameter_facts(model: ModelConfig) -> Iterable[tuple[str, str]]:
+    counts = parameters(model)
+    yield "total", _exact(counts.total)
+    if counts.mtp > 0:
+        yield "multi-token prediction", _exact(counts.mtp)
+        yield "total with it", _exact(counts.total_with_mtp)
+    if counts.expert_bias > 0:
+        yield (
+            "with the routers' biases",
+            f"{_exact(counts.published)}: {counts.expert_bias:,} buffers, not trained",
+        )
+    yield "active a token", _exact(counts.active_with_embeddings)
+    yield "  without embedding", _exact(counts.active_with_head_only)
+    yield "  nor output layer", _exact(counts.active_without_embeddings)
+
+
+_PRECISION_COLUMNS = ("count", "linears", "fprop", "dgrad", "wgrad", "FLOPs", "rule")
+
+
+def _precision_rows(config: Config) -> Iterable[Sequence[str]]:
+    """A row for the linears that differ in nothing but their layer: a glob that matches them."""
+    plan = resolve(config)
+    whole = sum(linear.flops for linear in plan)
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for linear in plan:
+        modules = re.sub(r"^(decoder|mtp)\..*layers\.\d+\.", r"\1.*.", linear.path)
+        formats = (linear.fprop, linear.dgrad, linear.wgrad)
+        groups.setdefault((modules, *formats, linear.rule), []).append(linear.flops)
+    for (modules, fprop, dgrad, wgrad, rule), flops in groups.items():
+        share = f"{sum(flops) / whole:.1%}"
+        yield str(len(flops)), modules, fprop, dgrad, wgrad, share, rule
+    for name, share in share_of_flops(plan).items():
+        yield "", f"all in {name}, three products", "", "", "", f"{share:.1%}", ""
+
+
+# Training, ranks, memory --------------------------------------------------------------------
+
+
+def _training_facts(config: Config, derived: Derived) -> Iterable[tuple[str, str]]:
+    train, optim = config.train, config.optim
+    yield (
+        "a step",
+        f"{derived.tokens_per_step:,} tokens = {derived.sequences_per_step:,} sequences of "
+        f"{train.sequence_length:,}",
+    )
+    overshoot = derived.total_steps * derived.tokens_per_step - train.total_tokens
+    steps = f"{derived.total_steps:,} for {format_count(train.total_tokens)} tokens"
+    if overshoot > 0:
+        steps += f" (the last is a whole batch too: {overshoot:,} beyond)"
+    yield "steps", steps
+    yield (
+        "learning rate",
+        f"{optim.peak_learning_rate:g} after {derived.warmup_steps:,} steps of warm-up "
+        f"({format_count(optim.warmup_tokens)} tokens)",
+    )
+    yield (
+        "",
+        f"{optim.min_learning_rate:g} after {derived.decay_steps:,} steps of {optim.decay_style} "
+        f"decay (the last {format_count(optim.decay_tokens)} tokens)",
+    )
+    yield (
+        "FLOPs",
+        f"{format_count(derived.training_flops_per_token)} a trained token, "
+        f"{derived.training_flops_per_token * train.total_tokens:.3g} the whole run",
+    )
+    yield (
+        "validation",
+        f"{train.validation_tokens:,} tokens = {derived.validation_sequences:,} sequences",
+    )
+
+
+def _rank_facts(config: Config, derived: Derived) -> Iterable[tuple[str, str]]:
+    parallel, model = config.parallel, config.model
+    tensor = f"{parallel.tensor} tensor" + (" (sequence too)" if parallel.sequence else "")
+    yield (
+        "dense layers",
+        f"{derived.num_ranks:,} = {tensor} x {parallel.pipeline} pipeline x "
+        f"{parallel.context} context x {derived.data_parallel} data",
+    )
+    yield (
+        "experts",
+        f"{derived.num_ranks:,} = {parallel.expert_tensor} expert tensor x {parallel.expert} "
+        f"expert x {parallel.pipeline} pipeline x {derived.expert_data_parallel} data",
+    )
+    yield (
+        "a rank holds",
+        f"{derived.attention_heads_per_rank} query and {derived.key_value_heads_per_rank} "
+        f"key-value heads, {derived.mamba_heads_per_rank} Mamba heads in "
+        f"{derived.mamba_groups_per_rank} groups, {derived.experts_per_rank} experts a layer",
+    )
+    if parallel.pipeline > 1:
+        yield "layers a stage", ", ".join(map(str, derived.layers_per_stage))
+    yield (
+        "a step",
+        f"{derived.micro_batches_per_step:,} micro batches of "
+        f"{config.train.micro_batch_sequences} sequence(s)",
+    )
+    num_moe_layers = sum(layer.kind == LayerKind.moe for layer in layers(model) if not layer.in_mtp)
+    if num_moe_layers > 0:
+        elements = model.moe.experts_per_token * expert_width(model)
+        size = elements * _ELEMENT_BYTES[derived.parameter_dtype]
+        remark = "" if parallel.expert > 1 else "; one rank holds every expert: nothing is sent"
+        yield (
+            "all-to-all a token",
+            f"{model.moe.experts_per_token} experts x {expert_width(model)} wide = {elements:,} "
+            f"elements, {format_bytes(size)}\neach way, in each of {num_moe_layers} layers, "
+            f"forward and again backward{remark}",
+        )
+
+
+def _memory_facts(config: Config, derived: Derived) -> Iterable[tuple[str, str]]:
+    memory = heaviest_rank(config, derived)
+    where = f", stage {memory.stage}" if config.parallel.pipeline > 1 else ""
+    yield (
+        "parameters",
+        f"{format_bytes(memory.parameter_bytes)}: {_exact(memory.parameters)} in "
+        f"{derived.parameter_dtype}{where}",
+    )
+    yield "gradients", f"{format_bytes(memory.gradient_bytes)} in float32"
+    masters = " and master weights" if derived.parameter_dtype != "float32" else ""
+    sharded = "over the replicas" if config.parallel.distributed_optimizer else "on every rank"
+    yield (
+        "optimizer",
+        f"{format_bytes(memory.optimizer_bytes)}: two moments{masters} in float32, {sharded}",
+    )
+    yield (
+        "together",
+        f"{format_bytes(memory.total_bytes)}, and activations, which are not estimated",
+    )
+
+
+# Printing -----------------------------------------------------------------------------------
+
+
+def _print_line(console: Console, line: str, style: str = "") -> None:
+    """One line, never wrapped or interpreted: it holds names from the configuration."""
+    console.print(Text(line, style=style), soft_wrap=True)
+
+
+def _print_table(
+    console: Console, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]
+) -> None:
+    _print_line(console, f"\n{title}", style="bold")
+    table = Table(box=box.SIMPLE_HEAD if console.is_terminal else None, pad_edge=False)
+    for column in columns:
+        numeric = column in {"parameters", "active", "FLOPs", "share", "count"}
+        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    console.print(table)
+
+
+def _print_facts(console: Console, title: str, facts: Iterable[tuple[str, str]]) -> None:
+    _print_line(console, f"\n{title}", style="bold")
+    table = Table.grid(padding=(0, 2))
+    for name, value in facts:
+        table.add_row(Text(f"  {name}"), Text(value))
+    console.print(table)
+
+
+def _exact(value: int) -> str:
+    return f"{format_count(value)} ({value:,})"
