@@ -1,0 +1,218 @@
+"""The batch source: state in, (batch, state) out, and the data it reads never changes.
+
+It owns no cursor: who keeps the state decides where training stands, and taking the same state
+twice gives the same batch twice. numpy only; moving to a device is the step's business.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from nemotron_train.config.schema import BlendSource, ConfigError, DataConfig, DataPhase
+from nemotron_train.data.blend import (
+    DataState,
+    Phase,
+    check_state,
+    exact_weights,
+    fingerprint,
+    schedule,
+)
+from nemotron_train.data.indexed import file_sha256
+from nemotron_train.data.tokenize import FILE_NAME as TOKENIZER_FILE
+from nemotron_train.data.windows import WindowedSource
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some rows of the global order. B sequences, S sequence length.
+
+    The label of a position is the token after it. Where that is the first token of another
+    document the loss mask is 0: nothing announces it. `document_ids_BS` numbers the documents of
+    a row 0, 1, 2, …, for masking attention and resetting state. `sample_ids_B` numbers samples
+    through the whole run; `origins_B3` says what each is: (source, epoch, window).
+    """
+
+    tokens_BS: np.ndarray  # int64
+    labels_BS: np.ndarray  # int64
+    loss_mask_BS: np.ndarray  # float32, 0 or 1
+    document_ids_BS: np.ndarray  # int64
+    sample_ids_B: np.ndarray  # int64
+    origins_B3: np.ndarray  # int64
+
+
+class BatchSource:
+    """Samples of the configured blend, in an order that depends on nothing but the
+    configuration, the data and the seed. Validation is read in file order, unshuffled.
+
+    Opens and checks all data at once, so that bad input stops a run before it trains. Raises
+    ConfigError for what WindowedSource and blend.py refuse, an empty blend, phases out of order,
+    and tokenizers that differ between the sources or from `data.tokenizer`.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        *,
+        sequence_length: int,
+        seed: int,
+        split: str,
+        vocab_size: int,
+    ) -> None:
+        assert split in ("train", "validation")
+        self._split, self._seed, self._sequence_length = split, seed, sequence_length
+        if split == "train":
+            self._knob, wanted = "data.phases", list(config.phases)
+        else:
+            self._knob, wanted = "data.validation", [DataPhase(0, config.validation)]
+        _check_phases(wanted, self._knob)
+        self._sources: dict[str, WindowedSource] = {}
+        by_path: dict[str, WindowedSource] = {}
+        self._phases = []
+        for number, phase in enumerate(wanted):
+            knob = f"data.phases[{number}].blend" if split == "train" else "data.validation"
+            for entry in phase.blend:
+                if entry.path not in by_path:
+                    by_path[entry.path] = WindowedSource(
+                        Path(entry.path),
+                        split,
+                        sequence_length=sequence_length,
+                        seed=seed,
+                        vocab_size=vocab_size,
+                        shuffle=split == "train",
+                    )
+            self._phases.append(_phase(phase, by_path, knob))
+        for source in by_path.values():
+            self._sources.setdefault(source.key, source)
+        self._keys = list(self._sources)
+        _check_tokenizers(config.tokenizer, list(by_path.values()))
+
+    @property
+    def folders(self) -> list[Path]:
+        """The folders of the sources, in the order of `Batch.origins_B3`'s first column."""
+        return [source.folder for source in self._sources.values()]
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies all data and all phases of this source."""
+        return fingerprint(self._phases, len(self._phases))
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the split in all sources, each counted once."""
+        return sum(source.num_tokens for source in self._sources.values())
+
+    @property
+    def num_samples(self) -> int:
+        """Samples an epoch of every source gives together: what one pass over all data takes."""
+        return sum(source.num_windows for source in self._sources.values())
+
+    @property
+    def unigram_entropy(self) -> float:
+        """Nats a token of this split, the sources weighted by their tokens."""
+        weighted = sum(
+            source.num_tokens * source.manifest.splits[self._split].unigram_entropy
+            for source in self._sources.values()
+        )
+        return weighted / self.num_tokens
+
+    def epochs(self, state: DataState) -> dict[str, float]:
+        """How often each folder has been read by now."""
+        return {
+            str(source.folder): state.drawn.get(key, 0) / source.num_windows
+            for key, source in self._sources.items()
+        }
+
+    def state_at_start(self) -> DataState:
+        """The state before the first sample."""
+        return DataState(
+            split=self._split,
+            sequence_length=self._sequence_length,
+            seed=self._seed,
+            fingerprint=fingerprint(self._phases, 0),
+        )
+
+    def take(
+        self, state: DataState, num_sequences: int, rank_slice: tuple[int, int] | None = None
+    ) -> tuple[Batch, DataState]:
+        """The next `num_sequences` samples, and the state after them.
+
+        With `rank_slice` = (start, stop) only these rows are read and returned; the state is
+        that after all of them, equal on every rank. Raises ConfigError if `state` belongs to
+        other data, another blend, sequence length or seed.
+        """
+        check_state(
+            self._phases,
+            state,
+            split=self._split,
+            sequence_length=self._sequence_length,
+            seed=self._seed,
+            knob=self._knob,
+        )
+        start, stop = rank_slice or (0, num_sequences)
+        assert 0 <= start <= stop <= num_sequences
+        draws, after = schedule(self._phases, state, num_sequences)
+        num_rows, length = stop - start, self._sequence_length
+        tokens_BT = np.empty((num_rows, length + 1), dtype=np.int64)
+        documents_BT = np.empty_like(tokens_BT)
+        origins_B3 = np.empty((num_rows, 3), dtype=np.int64)
+        for row, draw in enumerate(draws[start:stop]):
+            source = self._sources[draw.source]
+            epoch, window = source.window_at(draw.drawn)
+            tokens_BT[row], documents_BT[row] = source.read(epoch, window)
+            origins_B3[row] = self._keys.index(draw.source), epoch, window
+        same_document_BS = documents_BT[:, :-1] == documents_BT[:, 1:]
+        batch = Batch(
+            tokens_BS=tokens_BT[:, :-1].copy(),
+            labels_BS=tokens_BT[:, 1:].copy(),
+            loss_mask_BS=same_document_BS.astype(np.float32),
+            document_ids_BS=documents_BT[:, :-1].copy(),
+            sample_ids_B=np.arange(state.samples + start, state.samples + stop),
+            origins_B3=origins_B3,
+        )
+        return batch, after
+
+
+def _check_phases(phases: Sequence[DataPhase], knob: str) -> None:
+    if not phases or not phases[0].blend:
+        raise ConfigError(f"{knob}: empty; name at least one folder with prepared data")
+    if phases[0].from_tokens != 0:
+        raise ConfigError(f"{knob}[0].from_tokens={phases[0].from_tokens}: the first must be 0")
+    for number, (before, phase) in enumerate(pairwise(phases), 1):
+        if phase.from_tokens <= before.from_tokens:
+            raise ConfigError(
+                f"{knob}[{number}].from_tokens={phase.from_tokens}: must be above the phase "
+                f"before it ({before.from_tokens})"
+            )
+        if not phase.blend:
+            raise ConfigError(f"{knob}[{number}].blend: empty; name at least one folder")
+
+
+def _phase(phase: DataPhase, by_path: dict[str, WindowedSource], knob: str) -> Phase:
+    """The phase with its folders replaced by what identifies their data."""
+    entries: list[BlendSource] = list(phase.blend)
+    keys = [by_path[entry.path].key for entry in entries]
+    for index, key in enumerate(keys):
+        if key in keys[:index]:
+            raise ConfigError(
+                f"{knob}[{index}].path={entries[index].path}: holds the same data as "
+                f"{entries[keys.index(key)].path}; list it once, with the sum of the weights"
+            )
+    weights = exact_weights([entry.weight for entry in entries], knob)
+    return Phase(phase.from_tokens, tuple(zip(keys, weights, strict=True)))
+
+
+def _check_tokenizers(folder: str, sources: Sequence[WindowedSource]) -> None:
+    """All ids must mean the same, and what the run will decode with must be what encoded them."""
+    path = Path(folder) / TOKENIZER_FILE
+    if not path.is_file():
+        raise ConfigError(f"data.tokenizer={folder}: holds no {TOKENIZER_FILE}")
+    expected = file_sha256(path)
+    for source in sources:
+        if source.manifest.tokenizer.sha256 != expected:
+            raise ConfigError(
+                f"data.tokenizer={folder}: {source.folder} was prepared with another tokenizer; "
+                f"its own lies in {source.folder / 'tokenizer'}"
+            )

@@ -1,0 +1,234 @@
+"""Megatron `.bin/.idx` shards: a writer that can be killed, a reader that distrusts.
+
+The format is Megatron-Core's (`megatron/core/datasets/indexed_dataset.py`). `NAME.bin` holds the
+token ids back to back. `NAME.idx` holds, little-endian: the magic `MMIDIDX\\0\\0`, u64 version 1,
+u8 dtype code, u64 number of sequences n, u64 n + 1, then int32 [n] lengths in tokens, int64 [n]
+byte offsets into `.bin`, int64 [n + 1] document boundaries counted in sequences. Here a sequence
+is a document, so the boundaries are 0..n.
+
+What the folder of shards says about itself is manifest.py's business.
+"""
+
+import hashlib
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from nemotron_train.config.schema import ConfigError
+
+_MAGIC = b"MMIDIDX\x00\x00"
+_HEADER = struct.Struct("<9sQBQQ")
+_DTYPE_OF_CODE = {4: np.dtype("<i4"), 8: np.dtype("<u2")}
+_CODE_OF_DTYPE = {dtype: code for code, dtype in _DTYPE_OF_CODE.items()}
+_COUNT_CHUNK = 1 << 22  # tokens counted at once, so that a finished shard costs no memory
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """What is known of a finished shard."""
+
+    name: str  # file name without .bin/.idx
+    documents: int
+    tokens: int
+    max_token_id: int
+    bin_sha256: str
+    idx_sha256: str
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The dtype Megatron's own writer picks: uint16 below 65500 ids, else int32."""
+    return np.dtype("<u2") if vocab_size < 65500 else np.dtype("<i4")
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class ShardWriter:
+    """Appends documents to one shard; the final names appear only in `finish`.
+
+    While it grows, a shard is `NAME.bin.partial` (token ids) and `NAME.lengths.partial` (int32,
+    one a document). After `sync`, both survive a kill, and a new writer made with
+    `documents=<number at that sync>` drops whatever came later and goes on.
+    """
+
+    def __init__(self, folder: Path, name: str, dtype: np.dtype, *, documents: int = 0) -> None:
+        self.name, self.dtype, self.documents, self.tokens = name, dtype, documents, 0
+        self._folder = folder
+        self._bin_path = folder / f"{name}.bin"
+        self._idx_path = folder / f"{name}.idx"
+        self._bin_partial = folder / f"{name}.bin.partial"
+        self.lengths_path = folder / f"{name}.lengths.partial"
+        self._idx_path.unlink(missing_ok=True)
+        if documents:
+            if not self._bin_partial.exists():  # killed between finish() and the journal's commit
+                os.replace(self._bin_path, self._bin_partial)
+            lengths = np.fromfile(self.lengths_path, dtype="<i4", count=documents)
+            self.tokens = int(lengths.sum(dtype=np.int64))
+            os.truncate(self.lengths_path, documents * 4)
+            os.truncate(self._bin_partial, self.tokens * dtype.itemsize)
+        else:
+            self._bin_path.unlink(missing_ok=True)
+        mode = "ab" if documents else "wb"
+        self._bin = self._bin_partial.open(mode, buffering=1 << 20)
+        self._lengths = self.lengths_path.open(mode)
+
+    def add(self, tokens: np.ndarray) -> None:
+        """Append one document: integer [tokens], every id within the dtype."""
+        assert tokens.size, "a document has at least its end-of-document token"
+        self._bin.write(tokens.astype(self.dtype, copy=False).tobytes())
+        self._lengths.write(struct.pack("<i", tokens.size))
+        self.documents += 1
+        self.tokens += tokens.size
+
+    def sync(self) -> None:
+        """Make everything added so far durable."""
+        for stream in (self._bin, self._lengths):
+            stream.flush()
+            os.fsync(stream.fileno())
+
+    def finish(self, vocab_size: int) -> tuple[ShardEntry, np.ndarray]:
+        """Write the index, give both files their names, and read the tokens back once.
+
+        Returns the entry and how often each id occurs: int64 [vocab_size]. The lengths file
+        stays, so that a journal that has not heard of the end can still reopen the shard;
+        delete `lengths_path` once it has.
+        """
+        self.sync()
+        self._bin.close()
+        self._lengths.close()
+        lengths = np.fromfile(self.lengths_path, dtype="<i4")
+        os.replace(self._bin_partial, self._bin_path)
+        write_index(self._idx_path, lengths, self.dtype)
+        counts = count_tokens(self._bin_path, self.dtype, vocab_size)
+        entry = ShardEntry(
+            name=self.name,
+            documents=self.documents,
+            tokens=self.tokens,
+            max_token_id=int(np.flatnonzero(counts)[-1]),
+            bin_sha256=file_sha256(self._bin_path),
+            idx_sha256=file_sha256(self._idx_path),
+        )
+        return entry, counts
+
+
+def write_index(path: Path, lengths: np.ndarray, dtype: np.dtype) -> None:
+    """Write the `.idx` of documents of these lengths (int32 [documents]), atomically."""
+    ends = np.cumsum(lengths, dtype=np.int64) * dtype.itemsize
+    header = _HEADER.pack(_MAGIC, 1, _CODE_OF_DTYPE[dtype], len(lengths), len(lengths) + 1)
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as stream:
+        stream.write(header)
+        stream.write(lengths.astype("<i4").tobytes())
+        stream.write((ends - lengths.astype(np.int64) * dtype.itemsize).astype("<i8").tobytes())
+        stream.write(np.arange(len(lengths) + 1, dtype="<i8").tobytes())
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(partial, path)
+    sync_folder(path.parent)
+
+
+def count_tokens(path: Path, dtype: np.dtype, vocab_size: int) -> np.ndarray:
+    """How often each id occurs in a `.bin` file: int64 [vocab_size]."""
+    counts = np.zeros(vocab_size, dtype=np.int64)
+    with path.open("rb") as stream:
+        while (chunk := np.fromfile(stream, dtype=dtype, count=_COUNT_CHUNK)).size:
+            counts += np.bincount(chunk, minlength=vocab_size)
+    return counts
+
+
+class ShardReader:
+    """A memory-mapped shard: `tokens` [num_tokens] and `lengths` int32 [documents] are views.
+
+    Raises ConfigError, naming the file, if a file is missing, is no shard, or if the sizes of
+    `.bin` and `.idx` do not fit together. That costs a few reads whatever the shard's size;
+    `verify` reads everything.
+    """
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.bin_path, self.idx_path = folder / f"{name}.bin", folder / f"{name}.idx"
+        for path in (self.bin_path, self.idx_path):
+            if not path.is_file():
+                raise ConfigError(f"{path}: this shard file is missing; prepare the data again")
+        self.dtype, self.documents = self._read_header()
+        count = self.documents
+        index = np.memmap(self.idx_path, dtype=np.uint8, mode="r")[_HEADER.size :].view(np.ndarray)
+        self.lengths = index[: 4 * count].view("<i4")
+        self._byte_offsets = index[4 * count : 12 * count].view("<i8")
+        self._boundaries = index[12 * count :].view("<i8")
+        self.num_tokens = self.offset(count)
+        expected = self.num_tokens * self.dtype.itemsize
+        actual = self.bin_path.stat().st_size
+        if actual != expected:
+            raise ConfigError(
+                f"{self.bin_path}: holds {actual:,} bytes where its index promises {expected:,}: "
+                "truncated or not this index's file; prepare the data again"
+            )
+        if int(self._boundaries[-1]) != count:
+            raise ConfigError(f"{self.idx_path}: its last document ends outside the index")
+        if not expected:
+            raise ConfigError(f"{self.bin_path}: holds no token")
+        self.tokens = np.memmap(self.bin_path, dtype=self.dtype, mode="r").view(np.ndarray)
+
+    def _read_header(self) -> tuple[np.dtype, int]:
+        """(dtype, number of documents), checked against the size of the index file."""
+        path = self.idx_path
+        with path.open("rb") as stream:
+            header = stream.read(_HEADER.size)
+        if len(header) < _HEADER.size:
+            raise ConfigError(f"{path}: truncated: {len(header)} bytes are less than a header")
+        magic, version, code, sequences, boundaries = _HEADER.unpack(header)
+        if magic != _MAGIC:
+            raise ConfigError(f"{path}: not a Megatron index: it does not begin with MMIDIDX")
+        if version != 1:
+            raise ConfigError(f"{path}: index version {version}; only version 1 is known")
+        if code not in _DTYPE_OF_CODE:
+            raise ConfigError(f"{path}: dtype code {code}; token ids are uint16 (8) or int32 (4)")
+        if boundaries != sequences + 1 or sequences == 0:
+            raise ConfigError(
+                f"{path}: {sequences} sequences with {boundaries} document boundaries; a shard "
+                "has at least one document and each is one sequence"
+            )
+        expected = _HEADER.size + 12 * sequences + 8 * boundaries
+        actual = path.stat().st_size
+        if actual != expected:
+            raise ConfigError(
+                f"{path}: holds {actual:,} bytes where {sequences:,} documents need {expected:,}: "
+                "truncated or damaged; prepare the data again"
+            )
+        return _DTYPE_OF_CODE[code], sequences
+
+    def offset(self, document: int) -> int:
+        """Where a document begins, in tokens; `offset(documents)` is the shard's length."""
+        if document == self.documents:
+            last = document - 1
+            return int(self._byte_offsets[last]) // self.dtype.itemsize + int(self.lengths[last])
+        return int(self._byte_offsets[document]) // self.dtype.itemsize
+
+    def document(self, index: int) -> np.ndarray:
+        """One document's ids: a view of the file, [tokens]."""
+        begin = self.offset(index)
+        return self.tokens[begin : begin + int(self.lengths[index])]
+
+    def verify(self) -> None:
+        """Check every entry of the index; raises ConfigError naming the first wrong one."""
+        ends = np.cumsum(self.lengths, dtype=np.int64)
+        expected = (ends - self.lengths) * self.dtype.itemsize
+        wrong = (self._byte_offsets != expected) | (self.lengths < 0)
+        wrong |= self._boundaries[:-1] != np.arange(self.documents)
+        if wrong.any():
+            raise ConfigError(f"{self.idx_path}: entry {int(np.argmax(wrong))} is inconsistent")

@@ -1,0 +1,239 @@
+"""Inputs of `data prepare` as a stream of raw batches, each with the position after it.
+
+The reading process only cuts: a batch is bytes or values as they stand in the input, and
+encode.py makes documents of it in a worker. A position is enough to go on after a kill.
+"""
+
+import glob
+import gzip
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import IO, Any
+
+from nemotron_train.config.schema import ConfigError
+
+_BATCH_BYTES = 1 << 20
+_BATCH_ROWS = 512
+_JSON_LINES = (".jsonl", ".ndjson", ".json")
+_COMPRESSED = (".gz", ".zst")
+
+
+class InputFormat(StrEnum):
+    by_name = "by_name"  # .jsonl .ndjson .json, .parquet; any other file is text
+    text = "text"
+    jsonl = "jsonl"
+    parquet = "parquet"
+    dataset = "dataset"  # a Hugging Face `datasets` name or local path, streamed
+
+
+class TextDocuments(StrEnum):
+    file = "file"  # a text file is one document
+    line = "line"  # a line is one document
+
+
+@dataclass(frozen=True)
+class InputFile:
+    path: Path
+    format: InputFormat  # text, jsonl or parquet
+    size: int  # bytes
+    modified: int  # ns; a changed file must not be continued
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far the input has been read: which file, bytes (lines) or rows of it, and its line."""
+
+    file: int = 0
+    offset: int = 0
+    line: int = 0
+
+
+@dataclass(frozen=True)
+class RawBatch:
+    """`payload` is bytes of whole lines (jsonl, text lines), the bytes of a whole file (text), or
+    a list of values (parquet, dataset). `first_line` counts from 1."""
+
+    format: InputFormat
+    payload: bytes | list[Any]
+    name: str
+    first_line: int
+    after: Position
+    bytes_read: int  # of all input files, so far; 0 if their size is not known
+
+
+def list_inputs(where: str, input_format: InputFormat) -> list[InputFile]:
+    """The files a path, folder or glob stands for, sorted by path; hidden files are left out.
+
+    Raises ConfigError if there are none.
+    """
+    root = Path(where)
+    if root.is_dir():
+        found = [
+            path
+            for path in root.rglob("*")
+            if not any(part.startswith(".") for part in path.relative_to(root).parts)
+        ]
+    else:
+        found = [root] if root.is_file() else [Path(p) for p in glob.glob(where, recursive=True)]
+    files = sorted((path for path in found if path.is_file()), key=lambda path: path.as_posix())
+    if not files:
+        raise ConfigError(
+            f"input={where}: no file, folder or pattern with files; for a Hugging Face data set "
+            "set format=dataset"
+        )
+    inputs = []
+    for path in files:
+        status = path.stat()
+        of_file = _format_of(path) if input_format == InputFormat.by_name else input_format
+        inputs.append(InputFile(path, of_file, status.st_size, status.st_mtime_ns))
+    return inputs
+
+
+def _format_of(path: Path) -> InputFormat:
+    suffixes = [suffix for suffix in path.suffixes if suffix not in _COMPRESSED]
+    last = suffixes[-1].lower() if suffixes else ""
+    if last in _JSON_LINES:
+        return InputFormat.jsonl
+    return InputFormat.parquet if last == ".parquet" else InputFormat.text
+
+
+def read_files(
+    files: list[InputFile], start: Position, text_field: str, text_documents: TextDocuments
+) -> Iterator[RawBatch]:
+    """All batches of `files` after `start`, in order."""
+    before = sum(entry.size for entry in files[: start.file])
+    for index in range(start.file, len(files)):
+        entry = files[index]
+        begin = start if index == start.file else Position(index)
+        if entry.format == InputFormat.parquet:
+            yield from _read_parquet(entry, begin, text_field, before)
+        elif entry.format == InputFormat.text and text_documents == TextDocuments.file:
+            raw, stream = _open(entry.path)
+            with raw, stream:
+                payload = _read(stream, str(entry.path), -1)
+            after, done = Position(index + 1), before + entry.size
+            yield RawBatch(InputFormat.text, payload, str(entry.path), 0, after, done)
+        else:
+            yield from _read_lines(entry, begin, before)
+        before += entry.size
+
+
+def _open(path: Path) -> tuple[IO[bytes], IO[bytes]]:
+    """(the file as it lies on disk, its decompressed bytes): the same object if it is plain."""
+    raw = path.open("rb")
+    if path.suffix == ".gz":
+        return raw, gzip.GzipFile(fileobj=raw)  # pyright: ignore[reportReturnType]
+    if path.suffix == ".zst":
+        import pyarrow
+
+        return raw, pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode="r"), "zstd")
+    return raw, raw
+
+
+def _read_lines(entry: InputFile, begin: Position, before: int) -> Iterator[RawBatch]:
+    """Batches of whole lines; a compressed file is decompressed again up to `begin`."""
+    raw, stream = _open(entry.path)
+    name, offset, line = str(entry.path), begin.offset, begin.line
+    rest = b""
+    with raw, stream:
+        if stream is raw:
+            raw.seek(offset)
+        else:
+            skip = offset
+            while skip:
+                skipped = len(_read(stream, name, min(skip, _BATCH_BYTES)))
+                assert skipped, f"{name} ends before the position it was read to"
+                skip -= skipped
+        while True:
+            chunk = _read(stream, name, _BATCH_BYTES)
+            payload, newline, tail = (rest + chunk).rpartition(b"\n")
+            if chunk and not newline:  # one line longer than a batch
+                rest = tail
+                continue
+            # At the end of the file a last line without a newline is a line too.
+            payload, rest = (payload + newline, tail) if chunk else (rest, b"")
+            if payload:
+                lines = payload.count(b"\n")
+                offset += len(payload)
+                after = Position(begin.file, offset, line + lines)
+                done = before + min(raw.tell(), entry.size)
+                yield RawBatch(entry.format, payload, name, line + 1, after, done)
+                line += lines
+            if not chunk:
+                return
+
+
+def _read(stream: IO[bytes], name: str, size: int) -> bytes:
+    """Up to `size` bytes (-1: all); ConfigError naming the file if it cannot be decompressed."""
+    try:
+        return stream.read(size)
+    except (EOFError, OSError, zlib.error) as error:
+        raise ConfigError(f"{name}: cannot be read ({error})") from None
+
+
+def _read_parquet(
+    entry: InputFile, begin: Position, text_field: str, before: int
+) -> Iterator[RawBatch]:
+    """Batches of rows, row group by row group; groups that lie before `begin` are not read."""
+    import pyarrow
+    import pyarrow.parquet
+
+    name = str(entry.path)
+    try:
+        table = pyarrow.parquet.ParquetFile(entry.path)
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise ConfigError(f"{name}: not a Parquet file ({error})") from None
+    with table:
+        columns = table.schema_arrow.names
+        if text_field not in columns:
+            raise ConfigError(
+                f"text_field={text_field}: not a column of {name}; it has {', '.join(columns)}"
+            )
+        row = 0
+        for group in range(table.num_row_groups):
+            num_rows = table.metadata.row_group(group).num_rows
+            if row + num_rows <= begin.offset:
+                row += num_rows
+                continue
+            for batch in table.iter_batches(_BATCH_ROWS, row_groups=[group], columns=[text_field]):
+                skip = min(max(begin.offset - row, 0), batch.num_rows)
+                values = batch.column(0).to_pylist()[skip:]
+                first, row = row + skip, row + batch.num_rows
+                if values:
+                    done = before + entry.size * row // table.metadata.num_rows
+                    after = Position(begin.file, row)
+                    yield RawBatch(entry.format, values, name, first + 1, after, done)
+
+
+def read_dataset(
+    name: str, config_name: str, split: str, text_field: str, start: Position
+) -> Iterator[RawBatch]:
+    """Batches of rows of a Hugging Face data set, streamed; ConfigError if it cannot be opened.
+
+    The library brings torch into this process when it is installed; the workers stay without.
+    """
+    import datasets
+
+    try:
+        stream = datasets.load_dataset(name, config_name or None, split=split, streaming=True)
+    except Exception as error:  # the library and its transports raise many kinds
+        lines = str(error).strip().splitlines()
+        reason = lines[0] if lines else type(error).__name__
+        raise ConfigError(f"input={name}: `datasets` cannot open it ({reason})") from error
+    assert isinstance(stream, datasets.IterableDataset)
+    if stream.column_names is not None:
+        if text_field not in stream.column_names:
+            raise ConfigError(
+                f"text_field={text_field}: not a column of {name}; it has "
+                f"{', '.join(stream.column_names)}"
+            )
+        stream = stream.select_columns([text_field])
+    row = start.offset
+    for rows in stream.skip(row).batch(_BATCH_ROWS):
+        values = list(rows[text_field])
+        after = Position(0, row + len(values))
+        yield RawBatch(InputFormat.dataset, values, name, row + 1, after, 0)
+        row += len(values)

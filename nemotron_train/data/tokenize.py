@@ -1,0 +1,109 @@
+"""Tokenizers: load one from a folder, train a byte-level BPE, encode without surprises.
+
+Only `tokenizers` is used, so any tokenizer that ships a `tokenizer.json` works, Hugging Face's
+included. The border to that library is this file.
+"""
+
+import json
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from nemotron_train.config.schema import ConfigError
+from nemotron_train.data.indexed import file_sha256
+
+END_OF_DOCUMENT = "<|endoftext|>"
+FILE_NAME = "tokenizer.json"
+_SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json")  # what Hugging Face reads too
+_SMALLEST_VOCABULARY = 257  # 256 bytes and the end of a document
+
+
+@dataclass(frozen=True)
+class LoadedTokenizer:
+    """A tokenizer and what must be known of it; `vocab_size` is its largest id plus one."""
+
+    tokenizer: Tokenizer
+    sha256: str
+    vocab_size: int
+
+    def encode(self, text: str) -> np.ndarray:
+        """Ids of a text, int64 [tokens], with nothing added before or after."""
+        return np.array(self.tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int64)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of these ids, special tokens shown."""
+        return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
+
+
+def load_tokenizer(folder: Path) -> LoadedTokenizer:
+    """Read `folder/tokenizer.json`. Raises ConfigError naming the file if it cannot be used."""
+    path = folder / FILE_NAME
+    if not path.is_file():
+        raise ConfigError(f"{path}: missing; a tokenizer is a folder that holds {FILE_NAME}")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises plain Exception
+        raise ConfigError(f"{path}: not a tokenizer ({error})") from None
+    # A document that merely mentions «<|endoftext|>» must not end there.
+    tokenizer.encode_special_tokens = True
+    # Both may be stored in the file, and would cut or pad documents silently.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+    return LoadedTokenizer(tokenizer, file_sha256(path), vocab_size)
+
+
+def end_of_document_id(loaded: LoadedTokenizer, token: str, folder: Path) -> int:
+    """The id of the end-of-document token; ConfigError lists what the tokenizer has instead."""
+    token_id = loaded.tokenizer.token_to_id(token)
+    if token_id is None:
+        special = sorted(
+            added.content
+            for added in loaded.tokenizer.get_added_tokens_decoder().values()
+            if added.special
+        )
+        raise ConfigError(
+            f"end_of_document_token={token!r}: not in {folder / FILE_NAME}; its special tokens: "
+            f"{', '.join(special[:20]) or 'none'}"
+        )
+    return token_id
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> LoadedTokenizer:
+    """Train a byte-level BPE on `texts` and write `folder/tokenizer.json`.
+
+    Deterministic. The vocabulary comes out smaller than asked if the texts have too few pairs.
+    """
+    if vocab_size < _SMALLEST_VOCABULARY:
+        raise ConfigError(
+            f"vocabulary of {vocab_size}: a byte-level BPE needs at least {_SMALLEST_VOCABULARY}"
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
+    tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[END_OF_DOCUMENT],
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        ),
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / FILE_NAME))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END_OF_DOCUMENT}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return load_tokenizer(folder)
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy the files that make up a tokenizer into the folder `target`."""
+    target.mkdir(parents=True, exist_ok=True)
+    for name in (FILE_NAME, *_SIDE_FILES):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)

@@ -1,0 +1,174 @@
+"""One source as training samples: documents, concatenated and cut into overlapping windows.
+
+In every epoch the documents of a split are put in a new order, concatenated, and cut into
+windows of sequence_length + 1 tokens of which neighbours share one, as Megatron's GPTDataset
+does it; the windows are then drawn in a new order too. The last tokens of an epoch that fill no
+window are left out, others in every epoch.
+
+Nothing of the size of the data is ever built. Documents are shuffled in two levels: the order of
+blocks of 4096 neighbouring documents, and the order within a block. So a window costs one search
+among the blocks and one within a block, and memory grows by a few bytes a block.
+
+Array legend: S sequence length, T = S + 1.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from nemotron_train.config.schema import ConfigError
+from nemotron_train.data.indexed import ShardEntry, ShardReader, file_sha256
+from nemotron_train.data.manifest import FILE_NAME, Manifest, load_manifest, split_fingerprint
+from nemotron_train.data.permutation import key64, permute, shuffled
+
+_DOCUMENTS_A_BLOCK = 4096
+_OPEN_SHARDS = 128  # two file descriptors each; common limits allow 1024 a process
+_CACHED_BLOCKS = 256  # 64 KiB each
+_VERIFIED_BYTES = 64 << 20  # splits up to this size are hashed when opened
+
+
+class WindowedSource:
+    """The windows of one split of one prepared folder.
+
+    `key` identifies the data (not the path): a moved folder keeps its order, a changed one does
+    not go unnoticed. `num_windows` is how many an epoch has.
+
+    Raises ConfigError, naming the file or knob: no manifest, no such split, a missing, truncated
+    or exchanged shard, ids that a model of `vocab_size` cannot take, too few tokens for a window.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        split: str,
+        *,
+        sequence_length: int,
+        seed: int,
+        vocab_size: int,
+        shuffle: bool,
+    ) -> None:
+        self.folder, self.manifest = folder, load_manifest(folder)
+        entry = self.manifest.splits.get(split)
+        if entry is None:
+            raise ConfigError(
+                f"{folder / FILE_NAME}: has no {split} split; it has "
+                f"{', '.join(self.manifest.splits) or 'none'}"
+            )
+        _check_vocabulary(folder, self.manifest, split, vocab_size)
+        self.key = split_fingerprint(entry)[:16]
+        self.num_tokens = entry.tokens
+        self.num_windows = (entry.tokens - 1) // sequence_length
+        if self.num_windows < 1:
+            raise ConfigError(
+                f"train.sequence_length={sequence_length}: the {split} split of {folder} has only "
+                f"{entry.tokens} tokens; a sample needs sequence_length + 1"
+            )
+        self._sequence_length, self._shuffle = sequence_length, shuffle
+        self._vocab_size = vocab_size
+        self._order_key = key64("order", seed, self.key)
+        self._names = [shard.name for shard in entry.shards]
+        # Bound caches, freed with the source; module-level ones would outlive it.
+        self._shard = lru_cache(_OPEN_SHARDS)(lambda index: ShardReader(folder, self._names[index]))
+        self._epoch_layout = lru_cache(2)(self._lay_out_epoch)
+        self._block_layout = lru_cache(_CACHED_BLOCKS)(self._lay_out_block)
+        self._open_blocks(entry.shards)
+
+    def _open_blocks(self, entries: Sequence[ShardEntry]) -> None:
+        """Open and check every shard; note shard, first document, documents, tokens a block."""
+        split_bytes = self.num_tokens * np.dtype(self.manifest.dtype).itemsize
+        rows = []
+        for index, entry in enumerate(entries):
+            shard = self._shard(index)
+            if (shard.documents, shard.num_tokens) != (entry.documents, entry.tokens):
+                raise ConfigError(
+                    f"{shard.idx_path}: {shard.documents} documents and {shard.num_tokens} tokens, "
+                    f"where the manifest says {entry.documents} and {entry.tokens}; prepare again"
+                )
+            if split_bytes <= _VERIFIED_BYTES:
+                for path, expected in (
+                    (shard.bin_path, entry.bin_sha256),
+                    (shard.idx_path, entry.idx_sha256),
+                ):
+                    if file_sha256(path) != expected:
+                        raise ConfigError(f"{path}: its checksum is not the manifest's; damaged")
+            for first in range(0, shard.documents, _DOCUMENTS_A_BLOCK):
+                last = min(first + _DOCUMENTS_A_BLOCK, shard.documents)
+                num_tokens = shard.offset(last) - shard.offset(first)
+                rows.append((index, first, last - first, num_tokens))
+        self._block_shard, self._block_first, self._block_documents, self._block_tokens = np.array(
+            rows, dtype=np.int64
+        ).T
+
+    def _lay_out_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """(blocks in this epoch's order, their cumulated tokens): int64 [blocks] each."""
+        order = np.arange(self._block_tokens.size)
+        if self._shuffle:
+            order = shuffled(order.size, key64("blocks", self._order_key, epoch))
+        return order, np.cumsum(self._block_tokens[order])
+
+    def _lay_out_block(self, epoch: int, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """(documents in this epoch's order, numbered within their shard, their cumulated
+        tokens): int64 [documents] each."""
+        documents = np.arange(self._block_documents[block])
+        if self._shuffle:
+            key = key64("documents", self._order_key, epoch, block)
+            documents = shuffled(documents.size, key)
+        documents = documents + self._block_first[block]
+        lengths = self._shard(int(self._block_shard[block])).lengths
+        return documents, np.cumsum(lengths[documents], dtype=np.int64)
+
+    def window_at(self, drawn: int) -> tuple[int, int]:
+        """(epoch, window) of the sample drawn after `drawn` others."""
+        epoch, position = divmod(drawn, self.num_windows)
+        if not self._shuffle:
+            return epoch, position
+        key = key64("windows", self._order_key, epoch)
+        return epoch, int(permute(np.array([position]), self.num_windows, key)[0])
+
+    def read(self, epoch: int, window: int) -> tuple[np.ndarray, np.ndarray]:
+        """(token ids, document numbers from 0 within the window): int64 [T] each."""
+        num_tokens = self._sequence_length + 1
+        tokens_T = np.empty(num_tokens, dtype=np.int64)
+        documents_T = np.empty(num_tokens, dtype=np.int64)
+        order, ends = self._epoch_layout(epoch)
+        begin = window * self._sequence_length
+        slot = int(np.searchsorted(ends, begin, side="right"))
+        skip = begin - (int(ends[slot - 1]) if slot else 0)  # tokens of the block before us
+        filled = document = 0
+        while filled < num_tokens:
+            block = int(order[slot])
+            shard = self._shard(int(self._block_shard[block]))
+            documents, document_ends = self._block_layout(epoch, block)
+            index = int(np.searchsorted(document_ends, skip, side="right"))
+            skip -= int(document_ends[index - 1]) if index else 0
+            while filled < num_tokens and index < documents.size:
+                piece = shard.document(int(documents[index]))[skip : skip + num_tokens - filled]
+                if piece.size:  # other writers' shards may have empty documents
+                    tokens_T[filled : filled + piece.size] = piece
+                    documents_T[filled : filled + piece.size] = document
+                    filled, document = filled + piece.size, document + 1
+                index, skip = index + 1, 0
+            slot, skip = slot + 1, 0
+        if tokens_T.min() < 0 or tokens_T.max() >= self._vocab_size:
+            raise ConfigError(
+                f"{self.folder}: token id {tokens_T.max()} in sample {window} of epoch {epoch}, "
+                f"outside the vocabulary of {self._vocab_size}; `nemotron-train data inspect` "
+                "finds the damaged shard"
+            )
+        return tokens_T, documents_T
+
+
+def _check_vocabulary(folder: Path, manifest: Manifest, split: str, vocab_size: int) -> None:
+    if manifest.tokenizer.vocab_size > vocab_size:
+        raise ConfigError(
+            f"model.vocab_size={vocab_size}: the tokenizer of {folder} has "
+            f"{manifest.tokenizer.vocab_size} ids; raise it or prepare with a smaller tokenizer"
+        )
+    for shard in manifest.splits[split].shards:
+        if shard.max_token_id >= vocab_size:
+            raise ConfigError(
+                f"{folder / shard.name}.bin: holds token id {shard.max_token_id}, outside "
+                f"model.vocab_size={vocab_size}"
+            )
