@@ -171,32 +171,27 @@ def _check_split(config: Config, kinds: set[LayerKind]) -> None:
         _must_divide(knob, value, "parallel.tensor", parallel.tensor)
     if LayerKind.attention in kinds:
         _check_key_value_heads(model.attention.key_value_heads, parallel.tensor)
+    if parallel.context > 1:
+        raise ConfigError(
+            f"parallel.context={parallel.context}: neither the Mamba-2 state nor the batches are "
+            "passed between context-parallel ranks yet; must be 1"
+        )
+    if LayerKind.moe in kinds and parallel.tensor > 1 and not parallel.sequence:
+        raise ConfigError(
+            f"parallel.tensor={parallel.tensor} with E layers needs parallel.sequence=true: the "
+            "tensor-parallel ranks share the routed tokens out among themselves"
+        )
     if parallel.sequence and parallel.tensor == 1:
         raise ConfigError(
             "parallel.sequence=true needs parallel.tensor above 1: it shards the sequence over "
             "the tensor-parallel ranks"
         )
-    if parallel.context > 1:
-        # Attention balances the causal work by giving every rank an early and a late chunk.
-        _must_divide(
-            "train.sequence_length",
-            train.sequence_length,
-            "2 x parallel.context",
-            2 * parallel.context,
-        )
     if parallel.sequence:
         _must_divide(
             "train.sequence_length",
             train.sequence_length,
-            "parallel.context x parallel.tensor",
-            parallel.context * parallel.tensor,
-        )
-    if LayerKind.mamba in kinds and parallel.context > 1:
-        _must_divide(
-            "model.mamba.heads",
-            model.mamba.heads,
-            "parallel.tensor x parallel.context",
-            parallel.tensor * parallel.context,
+            "parallel.tensor",
+            parallel.tensor,
         )
 
 
@@ -250,21 +245,22 @@ def _check_ranks(config: Config, num_ranks: int) -> None:
 
 
 def _check_batch(config: Config, num_ranks: int) -> None:
+    """Both batches are whole sequences, and every data-parallel rank takes an equal number of
+    whole micro batches of them."""
     train, parallel = config.train, config.parallel
     data_parallel = num_ranks // (parallel.tensor * parallel.pipeline * parallel.context)
     length = train.sequence_length
+    together = train.micro_batch_sequences * data_parallel
     for knob in ("global_batch_tokens", "validation_tokens"):
         value = getattr(train, knob)
         _must_divide(f"train.{knob}", value, "train.sequence_length", length)
-    sequences = train.global_batch_tokens // length
-    together = train.micro_batch_sequences * data_parallel
-    if sequences % together:
-        raise ConfigError(
-            f"train.global_batch_tokens={train.global_batch_tokens} is {sequences} sequences of "
-            f"{length}, which {data_parallel} data-parallel rank(s) x "
-            f"train.micro_batch_sequences={train.micro_batch_sequences} = {together} do not "
-            f"divide; {_nearest(train.global_batch_tokens, together * length)} would do"
-        )
+        if value // length % together:
+            raise ConfigError(
+                f"train.{knob}={value} is {value // length} sequences of {length}, which "
+                f"{data_parallel} data-parallel rank(s) x "
+                f"train.micro_batch_sequences={train.micro_batch_sequences} = {together} do not "
+                f"divide; {_nearest(value, together * length)} would do"
+            )
 
 
 def _check_schedule(config: Config) -> None:
