@@ -2,6 +2,7 @@
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from nemotron_train.config.schema import Config, ModelConfig
@@ -49,16 +50,27 @@ def wrap_data_parallel(
     model: NemotronModel, config: Config, groups: ProcessGroupCollection
 ) -> DistributedDataParallel:
     """Megatron's DDP: FP32 gradient buffers, summed (not averaged) over data-parallel ranks."""
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=False,
+        use_distributed_optimizer=config.parallel.distributed_optimizer,
+        check_for_nan_in_grad=False,
+    )
+    layout = None
+    if config.parallel.distributed_optimizer:
+        layout = DistributedOptimizer.compute_full_param_layout(
+            list(model.parameters()),
+            None,  # without overlap there is one bucket
+            groups.dp_cp.size(),
+            ddp_config,
+            expert_data_parallel_world_size=groups.expt_dp.size(),
+        )
     return DistributedDataParallel(
         config=model.config,
-        ddp_config=DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True,
-            overlap_grad_reduce=False,
-            use_distributed_optimizer=config.parallel.distributed_optimizer,
-            check_for_nan_in_grad=False,
-        ),
+        ddp_config=ddp_config,
         module=model,
         pg_collection=groups,
+        full_param_layout=layout,
     )
 
 

@@ -80,6 +80,6 @@ def transformer_config(config: Config, platform: Platform) -> TransformerConfig:
         perform_initialization=False,
         use_cpu_initialization=platform.device == "cpu",
         gradient_accumulation_fusion=False,
-        deterministic_mode=False,
+        cuda_graph_modules=[],
         batch_p2p_comm=platform.device != "cpu",
     )

@@ -6,7 +6,9 @@ CPU adaptations of `megatron_cpu` in place.
 
 import functools
 import importlib.util
+import logging
 import os
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +36,7 @@ def prepare(num_threads: int = 0) -> Platform:
 
     num_threads: CPU threads for torch; 0 leaves each rank its share of the cores.
     """
+    _quiet_libraries()
     if torch.cuda.is_available():
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         torch.cuda.set_device(local_rank)
@@ -50,6 +53,24 @@ def prepare(num_threads: int = 0) -> Platform:
     return Platform("cpu", f"CPU, {num_threads} threads a rank", "gloo", False, False)
 
 
+def _quiet_libraries() -> None:
+    """Drop what Megatron-Core and torch say about themselves at every start and step; anything
+    about the user's run passes."""
+    for message in (
+        ".*is experimental and still under active development",
+        ".*grad attribute of a Tensor that is not a leaf",
+        ".*torch.distributed.* is deprecated",
+        ".*(Transformer Engine and )?Apex (is|are) not installed",
+    ):
+        warnings.filterwarnings("ignore", message=message)
+    for name in (
+        "torch.utils.cpp_extension",  # "No CUDA runtime is found"
+        "megatron.core.dist_checkpointing.strategies.torch",  # its own deprecations
+        "megatron.core.dist_checkpointing.strategies.async_utils",
+    ):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
 def peak_memory_bytes() -> int:
     """Peak memory of this process so far: the device's allocator, or the resident set on a CPU."""
     if torch.cuda.is_available():
@@ -57,3 +78,16 @@ def peak_memory_bytes() -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+# Dense BF16 peak of one device, operations a second, by a word of its name (vendor data sheets).
+PEAK_FLOPS = {"GB300": 2.5e15, "GB200": 2.5e15, "B200": 2.25e15, "H200": 989e12, "H100": 989e12}
+PEAK_FLOPS |= {"A100": 312e12}
+
+
+def peak_flops() -> float:
+    """Dense BF16 peak of this process's device; 0.0 where it is not known (a CPU, say)."""
+    if not torch.cuda.is_available():
+        return 0.0
+    name = torch.cuda.get_device_name()
+    return next((rate for word, rate in PEAK_FLOPS.items() if word in name), 0.0)

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from nemotron_train.config.schema import ParallelConfig
+from nemotron_train.config.schema import ConfigError, ParallelConfig
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 
@@ -67,3 +67,15 @@ def sum_over(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     if group.size() > 1:
         dist.all_reduce(tensor, group=group)
     return tensor
+
+
+def raise_together(problem: str) -> None:
+    """Raise ConfigError on every rank if the first rank has a `problem`; COLLECTIVE.
+
+    Else the others would wait in their next collective until it times out.
+    """
+    message = [problem]
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(message, src=0)
+    if message[0]:
+        raise ConfigError(message[0])

@@ -15,7 +15,6 @@ needs it. This module does not choose kernels or layers; `model.specs` does.
 import contextlib
 import importlib
 import types
-import warnings
 from collections.abc import Callable, Iterator
 
 import torch
@@ -31,6 +30,7 @@ MODULES_WITH_CONSTANTS = (
     "megatron.core.optimizer.clip_grads",
     "megatron.core.pipeline_parallel.schedules",
     "megatron.core.transformer.utils",
+    "megatron.core.utils",
     "megatron.core.tensor_parallel.random",
 )
 
@@ -249,10 +249,7 @@ def install() -> None:
     torch.cuda.nvtx.range_pop = _nothing()  # type: ignore[assignment]
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
     torch.nn.Module.cuda = lambda self, device=None: self  # type: ignore[method-assign]
-    with warnings.catch_warnings(), _without_compile():
-        # Four modules announce that Transformer Engine and Apex are missing; the platform line
-        # that the run prints says so once.
-        warnings.filterwarnings("ignore", message=".*not installed.*", category=UserWarning)
+    with _without_compile():
         importlib.import_module("megatron.core.jit").disable_jit_fuser()
         for module_name in MODULES_WITH_CONSTANTS:
             if rename_constants(importlib.import_module(module_name)) == 0:

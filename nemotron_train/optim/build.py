@@ -1,0 +1,78 @@
+"""AdamW through Megatron-Core's optimizers: FP32 master weights and state, sharded over the
+data-parallel ranks when `parallel.distributed_optimizer` asks for it.
+
+Weight decay applies to matrices only: norms, biases, A_log, D and dt_bias are left alone.
+"""
+
+from collections.abc import Sequence
+
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import (
+    MegatronOptimizer,
+    OptimizerConfig,
+    ParamKey,
+    get_megatron_optimizer,
+)
+from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
+from megatron.core.optimizer_param_scheduler import ParamGroupOverride
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from nemotron_train.config.schema import Config
+from nemotron_train.model.translate import TORCH_DTYPES
+from nemotron_train.platform.device import Platform
+
+UNDECAYED = (".bias", "conv_bias", "A_log", ".D", "dt_bias")
+
+
+def decays(name: str, num_dims: int) -> bool:
+    """Whether weight decay applies to the parameter called `name` with `num_dims` dimensions."""
+    return num_dims > 1 and not name.endswith(UNDECAYED)
+
+
+def build_optimizer(
+    config: Config,
+    model: Sequence[DistributedDataParallel],
+    groups: ProcessGroupCollection,
+    platform: Platform,
+) -> MegatronOptimizer:
+    """AdamW over all parameters of `model` on this rank."""
+    dtype = TORCH_DTYPES[config.precision.parameter_dtype]
+    optim = config.optim
+    undecayed = ParamKey(
+        with_name_predicate=ParamWithNamePredicate(
+            name="undecayed", fn=lambda parameter, name: not decays(name, parameter.dim())
+        )
+    )
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=optim.peak_learning_rate,
+            min_lr=optim.min_learning_rate,
+            weight_decay=optim.weight_decay,
+            adam_beta1=optim.beta1,
+            adam_beta2=optim.beta2,
+            adam_eps=optim.epsilon,
+            clip_grad=optim.clip_grad_norm,
+            bf16=config.precision.parameter_dtype == "bfloat16",
+            params_dtype=dtype,
+            use_distributed_optimizer=config.parallel.distributed_optimizer,
+            log_num_zeros_in_grad=True,
+        ),
+        list(model),
+        config_overrides={undecayed: ParamGroupOverride(wd_mult=0.0)},
+        use_gloo_process_groups=False,
+        pg_collection=groups,
+    )
+    if platform.device == "cpu":
+        # torch's AdamW walks tensor by tensor on a CPU unless told to use its fused kernel.
+        for group in optimizer.param_groups:
+            group["fused"] = True
+            group["foreach"] = False
+    return optimizer
+
+
+def set_learning_rate(optimizer: MegatronOptimizer, rate: float, weight_decay: float) -> None:
+    """Set the rate of the coming step; `wd_mult` tells the groups that do not decay."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+        group["weight_decay"] = weight_decay * group.get("wd_mult", 1.0)

@@ -1,0 +1,117 @@
+"""Composition root: a configuration becomes objects, and training runs. Reads like a table of
+contents; every object is passed, none is looked up.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+
+from nemotron_train.config.derive import derive
+from nemotron_train.config.schema import Config, ConfigError, DataKind
+from nemotron_train.data.batches import BatchSource
+from nemotron_train.platform import device
+from nemotron_train.precision.plan import plan_text
+from nemotron_train.report.plot import plot_loss
+from nemotron_train.train.metrics import MetricsWriter, open_sinks
+from nemotron_train.train.run_folder import RunFolder, open_run_folder
+
+EXIT_DONE, EXIT_STOPPED = 0, 3
+
+
+def pretrain(config: Config) -> int:
+    """Train, or go on training, the run that `config` describes. Returns the exit code.
+
+    Raises ConfigError where the configuration, the data or the run folder is wrong.
+    """
+    derived = derive(config, int(os.environ.get("WORLD_SIZE", "1")))
+    platform = device.prepare(config.train.threads)
+    # Megatron-Core can be imported only now that the platform is prepared.
+    from nemotron_train.platform import groups as process_groups
+    from nemotron_train.train.session import Session
+
+    is_first_rank = os.environ.get("RANK", "0") == "0"
+    console = Console(quiet=not is_first_rank)
+    console.print(platform.describe(), highlight=False)
+    train_data, validation_data = open_data(config, console.print)
+    groups = process_groups.start(config.parallel, platform.backend)
+    try:
+        folder, problem = None, ""
+        if is_first_rank:
+            try:
+                folder = open_run_folder(config, derived, plan_text(config))
+            except ConfigError as error:
+                problem = str(error)
+        process_groups.raise_together(problem)
+        path = Path(config.resume) if config.resume else Path(config.folder) / config.name
+        session = Session(
+            config, derived, platform, groups, train_data, validation_data, path, console
+        )
+        progress = session.resume()
+        if progress.tokens >= config.train.total_tokens:
+            console.print(f"{path} is finished: {progress.tokens:,} tokens; nothing to do")
+            return EXIT_DONE
+        writer = open_writer(config, folder, progress.step, console) if folder else None
+        progress, summary = session.fit(progress, writer)
+        if folder is not None and writer is not None:
+            writer.close()
+            finish(folder, summary, console)
+        return EXIT_DONE if summary["finished"] else EXIT_STOPPED
+    finally:
+        process_groups.stop()
+
+
+def open_writer(
+    config: Config, folder: RunFolder, resume_step: int, console: Console
+) -> MetricsWriter:
+    """metrics.jsonl and the sinks that the configuration asks for."""
+    sinks = open_sinks(
+        config.logging,
+        folder.path,
+        run_name=config.name,
+        run_id=folder.run_id,
+        config=asdict(config),
+        resume_step=resume_step,
+        say=console.print,
+    )
+    return MetricsWriter(folder.metrics, resume_step=resume_step, sinks=sinks, say=console.print)
+
+
+def finish(folder: RunFolder, summary: dict[str, float], console: Console) -> None:
+    """summary.json and loss.png, and the last lines a person reads."""
+    folder.write_summary(summary)
+    picture = plot_loss(folder.path)
+    nats = "nats a token"
+    if summary["finished"]:
+        console.print(
+            f"validation loss {summary['validation_loss']:.3f} {nats}; the corpus's unigram "
+            f"entropy is {summary['unigram_entropy']:.3f}",
+            highlight=False,
+        )
+    else:
+        console.print(f"stopped at step {summary['step']}; the same command goes on from there")
+    console.print(f"{folder.path}: loss curve in {picture.name}", highlight=False)
+
+
+def open_data(config: Config, say: Callable[[str], None]) -> tuple[BatchSource, BatchSource]:
+    """Training and validation batches; the embedded corpus is built on first use.
+
+    Raises ConfigError for data that is missing, damaged or of another vocabulary.
+    """
+    if config.data.kind == DataKind.embedded:
+        from nemotron_train.data.corpus import build_embedded
+
+        build_embedded(config.data.embedded_folder, config.model.vocab_size, progress=say)
+
+    def source(split: str) -> BatchSource:
+        return BatchSource(
+            config.data,
+            sequence_length=config.train.sequence_length,
+            seed=config.train.seed,
+            split=split,
+            vocab_size=config.model.vocab_size,
+        )
+
+    return source("train"), source("validation")

@@ -1,0 +1,55 @@
+"""Validation: mean loss of each head over a fixed part of the validation split."""
+
+from functools import partial
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from nemotron_train.config.derive import Derived
+from nemotron_train.config.schema import Config
+from nemotron_train.data.batches import BatchSource
+from nemotron_train.platform.groups import sum_over
+from nemotron_train.train.step import _forward_step, count_targets, micro_batches
+
+
+@torch.no_grad()
+def validation_losses(
+    config: Config,
+    derived: Derived,
+    model: DistributedDataParallel,
+    batches: BatchSource,
+    groups: ProcessGroupCollection,
+    device: str,
+) -> list[float]:
+    """Mean loss of the main head and of each depth, always over the same sequences; COLLECTIVE.
+
+    Every data-parallel rank takes an equal share of whole micro-batches; what is left over at
+    the end of `validation_tokens` is not evaluated.
+    """
+    rows = config.train.micro_batch_sequences
+    num_micro = derived.validation_sequences // (rows * groups.dp.size())
+    start = groups.dp.rank() * num_micro * rows
+    batch, _ = batches.take(
+        batches.state_at_start(),
+        num_micro * rows * groups.dp.size(),
+        (start, start + num_micro * rows),
+    )
+    num_heads = 1 + config.model.mtp.depths
+    targets_K = torch.from_numpy(count_targets(batch, num_heads)).to(device)
+    model.eval()
+    reports = get_forward_backward_func()(
+        forward_step_func=partial(_forward_step),
+        data_iterator=micro_batches(batch, rows, device),
+        model=[model],
+        num_microbatches=num_micro,
+        seq_length=config.train.sequence_length,
+        micro_batch_size=rows,
+        forward_only=True,
+    )
+    model.train()
+    sums_K = torch.stack(reports).double().sum(0) if reports else torch.zeros_like(targets_K)
+    sum_over(sums_K, groups.pp)
+    totals = sum_over(torch.stack([sums_K, targets_K]), groups.dp)
+    return (totals[0] / totals[1].clamp(min=1)).tolist()

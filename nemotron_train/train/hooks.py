@@ -1,0 +1,130 @@
+"""Side jobs of the loop, in the order `run.py` lists them: validate, log, save.
+
+Each says when it is due and does one thing. The last step is due for all of them.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+from nemotron_train.train.checkpoint import Checkpoints
+from nemotron_train.train.loop import Progress, StepResult
+from nemotron_train.train.metrics import MetricsWriter
+from nemotron_train.train.progress_bar import ProgressDisplay
+
+
+class TrainingFailed(RuntimeError):
+    """Training cannot go on; the last checkpoint is good."""
+
+
+def _due(progress: Progress, every_steps: int, last_step: int) -> bool:
+    return progress.step == last_step or (every_steps > 0 and progress.step % every_steps == 0)
+
+
+class Validate:
+    """Adds `validation_loss` (and one a depth) to the step's metrics."""
+
+    def __init__(
+        self, losses: Callable[[], list[float]], every_steps: int, last_step: int
+    ) -> None:
+        self._losses, self._every, self._last = losses, every_steps, last_step
+        self.latest: float = math.nan
+
+    def due(self, progress: Progress) -> bool:
+        return _due(progress, self._every, self._last)
+
+    def run(self, progress: Progress, result: StepResult) -> None:
+        main, *depths = self._losses()
+        self.latest = main
+        result.metrics["validation_loss"] = main
+        for depth, loss in enumerate(depths, start=1):
+            result.metrics[f"validation_mtp_loss_{depth}"] = loss
+
+
+class Log:
+    """Turns the step's metrics into plain numbers, checks them, and hands them on.
+
+    Every rank runs it, so that a loss that is not a number ends all of them at the same step;
+    only the rank that has a writer writes.
+    """
+
+    def __init__(
+        self,
+        writer: MetricsWriter | None,
+        display: ProgressDisplay | None,
+        every_steps: int,
+        last_step: int,
+        tokens_per_step: int,
+        flops_per_token: float,
+        peak_flops: float,
+    ) -> None:
+        self._writer, self._display = writer, display
+        self._every, self._last = every_steps, last_step
+        self._tokens_per_step = tokens_per_step
+        self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
+        self._seconds, self._steps = 0.0, 0
+        self.latest: Mapping[str, float] = {}
+
+    def due(self, progress: Progress) -> bool:
+        return True  # every step's time counts
+
+    def run(self, progress: Progress, result: StepResult) -> None:
+        self._seconds += result.seconds
+        self._steps += 1
+        if _due(progress, self._every, self._last) or progress.step == 1:
+            self._log(progress, result)
+
+    def _log(self, progress: Progress, result: StepResult) -> None:
+        numbers: dict[str, float] = {"step": progress.step, "tokens": progress.tokens}
+        for name, value in result.metrics.items():  # SYNC: the device's numbers are read here
+            numbers[name] = value.item() if isinstance(value, torch.Tensor) else value
+        seconds = self._seconds / self._steps
+        self._seconds, self._steps = 0.0, 0
+        numbers["tokens_per_second"] = self._tokens_per_step / seconds
+        numbers["step_seconds"] = seconds
+        if self._peak_flops > 0:
+            rate = numbers["tokens_per_second"] * self._flops_per_token
+            numbers["model_flops_utilization"] = rate / self._peak_flops
+        self.latest = numbers
+        if self._writer is not None:
+            self._writer.write(numbers)
+        if self._display is not None:
+            self._display.update(numbers)
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(numbers[name]):
+                raise TrainingFailed(
+                    f"{name} is {numbers[name]} at step {progress.step}; nothing was saved since "
+                    "the last checkpoint: resume from it with a lower optim.peak_learning_rate "
+                    "or another train.seed"
+                )
+
+
+class Save:
+    """Saves a checkpoint."""
+
+    def __init__(
+        self,
+        checkpoints: Checkpoints,
+        every_steps: int,
+        last_step: int,
+        say: Callable[[str], None],
+    ) -> None:
+        self._checkpoints, self._every, self._last = checkpoints, every_steps, last_step
+        self._say = say
+        self.saved_step = -1
+        self.saved_path: Path | None = None
+
+    def due(self, progress: Progress) -> bool:
+        return _due(progress, self._every, self._last)
+
+    def run(self, progress: Progress, result: StepResult) -> None:
+        self.save(progress)
+
+    def save(self, progress: Progress) -> None:
+        """Save unless this very step was saved already."""
+        if progress.step != self.saved_step:
+            self.saved_path = self._checkpoints.save(progress)
+            self.saved_step = progress.step
+            self._say(f"saved {self.saved_path}")

@@ -1,0 +1,127 @@
+"""One process's part of a run: model, optimizer, data and checkpoints, built once and joined.
+
+`run.py` decides what is built and prints; this holds the objects and the order in which the
+side jobs follow a step. Everything Megatron-Core needs exists when this module is imported.
+"""
+
+import math
+import time
+from pathlib import Path
+
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from rich.console import Console
+
+from nemotron_train.config.derive import Derived
+from nemotron_train.config.schema import Config
+from nemotron_train.data.batches import BatchSource
+from nemotron_train.model.build import build_model, wrap_data_parallel
+from nemotron_train.optim.build import build_optimizer
+from nemotron_train.platform.device import Platform, peak_flops, peak_memory_bytes
+from nemotron_train.train.checkpoint import Checkpoints, latest
+from nemotron_train.train.evaluate import validation_losses
+from nemotron_train.train.hooks import Log, Save, Validate
+from nemotron_train.train.loop import Progress, fit
+from nemotron_train.train.metrics import MetricsWriter
+from nemotron_train.train.progress_bar import ProgressDisplay
+from nemotron_train.train.step import Trainer
+from nemotron_train.train.stop import StopOnRequest
+
+
+class Session:
+    """Builds this rank's part of the run; COLLECTIVE."""
+
+    def __init__(
+        self,
+        config: Config,
+        derived: Derived,
+        platform: Platform,
+        groups: ProcessGroupCollection,
+        train_data: BatchSource,
+        validation_data: BatchSource,
+        folder: Path,
+        console: Console,
+    ) -> None:
+        self.config, self.derived, self.platform, self.groups = config, derived, platform, groups
+        self.train_data, self.validation_data = train_data, validation_data
+        self.console = console
+        model_parallel_cuda_manual_seed(config.train.seed)
+        core = build_model(config, platform, groups)
+        if platform.device != "cpu":
+            core = core.to(platform.device)
+        self.model = wrap_data_parallel(core, config, groups)
+        self.optimizer = build_optimizer(config, [self.model], groups, platform)
+        self.trainer = Trainer(
+            config, derived, self.model, self.optimizer, train_data, groups, platform.device
+        )
+        self.folder = folder / "checkpoints"
+        self.checkpoints = Checkpoints(
+            self.folder,
+            self.model,
+            self.optimizer,
+            groups,
+            config.model,
+            config.train.keep_checkpoints,
+            console.print,
+        )
+
+    def resume(self) -> Progress:
+        """Progress of the newest undamaged checkpoint, loaded; or of a fresh run."""
+        path = latest(self.folder, self.console.print)
+        if path is None:
+            return Progress(0, 0, self.train_data.state_at_start())
+        progress = self.checkpoints.load(path)
+        self.console.print(f"resumed from {path}")
+        return progress
+
+    def validate(self) -> list[float]:
+        """Mean validation loss of the main head and of each depth; COLLECTIVE."""
+        return validation_losses(
+            self.config,
+            self.derived,
+            self.model,
+            self.validation_data,
+            self.groups,
+            self.platform.device,
+        )
+
+    def fit(
+        self, progress: Progress, writer: MetricsWriter | None
+    ) -> tuple[Progress, dict[str, float]]:
+        """Train to the end or to a request to stop; returns the progress and the summary."""
+        train, last_step = self.config.train, self.derived.total_steps
+        stop = StopOnRequest(train.stop_after_steps, self.platform.device)
+        started = time.perf_counter()
+        with ProgressDisplay(last_step, self.console, start_step=progress.step) as display:
+            validate = Validate(self.validate, train.validate_every_steps, last_step)
+            log = Log(
+                writer,
+                display,
+                every_steps=train.log_every_steps,
+                last_step=last_step,
+                tokens_per_step=self.derived.tokens_per_step,
+                flops_per_token=self.derived.training_flops_per_token,
+                peak_flops=peak_flops() * self.derived.num_ranks,
+            )
+            save = Save(self.checkpoints, train.save_every_steps, last_step, display.message)
+            progress = fit(
+                self.trainer,
+                until=train.total_tokens,
+                progress=progress,
+                hooks=[validate, log, save],
+                stop=stop,
+            )
+            save.save(progress)
+        summary = {
+            "step": progress.step,
+            "tokens": progress.tokens,
+            "finished": progress.tokens >= train.total_tokens,
+            "loss": log.latest.get("loss", math.nan),
+            "validation_loss": validate.latest,
+            "unigram_entropy": self.validation_data.unigram_entropy,
+            "seconds": time.perf_counter() - started,
+            "tokens_per_second": log.latest.get("tokens_per_second", math.nan),
+            "peak_memory_bytes": peak_memory_bytes(),
+            "parameters": self.derived.parameters,
+        }
+        return progress, summary

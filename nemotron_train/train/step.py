@@ -1,0 +1,180 @@
+"""One optimizer step: micro-batches through Megatron's schedule, gradients, AdamW.
+
+Every loss is a mean over the counted targets of the whole global batch. The targets are known
+before any forward pass, so each head's weight is too: depth k's summed loss enters with
+`weight_k / targets_k`. Megatron divides all gradients by one number of tokens at the end; the
+weights passed to it are multiplied by that number first.
+
+Shapes: B rows of a micro-batch, S tokens a row, K heads (the main one and a depth each).
+"""
+
+import time
+from collections.abc import Iterator
+from functools import partial
+
+import numpy as np
+import torch
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from nemotron_train.config.derive import Derived
+from nemotron_train.config.schema import Config
+from nemotron_train.data.batches import Batch, BatchSource
+from nemotron_train.model.hybrid import NemotronModel
+from nemotron_train.model.latent_moe import SigmoidRouter
+from nemotron_train.model.mtp import depth_mask
+from nemotron_train.optim.build import set_learning_rate
+from nemotron_train.optim.schedule import learning_rate
+from nemotron_train.platform.groups import sum_over
+from nemotron_train.train.loop import Progress, StepResult
+
+Tensors = dict[str, torch.Tensor]
+
+
+def count_targets(batch: Batch, num_heads: int) -> np.ndarray:
+    """Counted targets of each head in `batch`: float64 [K]."""
+    return np.array(
+        [
+            depth_mask(batch.loss_mask_BS, batch.document_ids_BS, depth).sum(dtype=np.float64)
+            for depth in range(num_heads)
+        ]
+    )
+
+
+def micro_batches(batch: Batch, rows: int, device: str) -> Iterator[Tensors]:
+    """Cut this rank's rows into micro-batches of tensors on `device`."""
+    for start in range(0, len(batch.tokens_BS), rows):
+        part = slice(start, start + rows)
+        yield {
+            name: torch.from_numpy(array[part]).to(device, non_blocking=True)
+            for name, array in (
+                ("tokens_BS", batch.tokens_BS),
+                ("labels_BS", batch.labels_BS),
+                ("loss_mask_BS", batch.loss_mask_BS),
+                ("document_ids_BS", batch.document_ids_BS),
+            )
+        }
+
+
+def head_weights(config: Config) -> np.ndarray:
+    """Weight of each head's mean loss in the total: 1, then loss_scale / depths a depth: [K]."""
+    mtp = config.model.mtp
+    return np.array([1.0] + [mtp.loss_scale / max(mtp.depths, 1)] * mtp.depths)
+
+
+def _forward_step(
+    iterator: Iterator[Tensors], model: torch.nn.Module, weights_K: torch.Tensor | None = None
+) -> tuple:
+    batch = next(iterator)
+    output = model(**batch)
+
+    def loss(sums_K: torch.Tensor) -> tuple:
+        num_tokens = torch.tensor(batch["tokens_BS"].numel(), dtype=torch.int)
+        total = sums_K.sum() if weights_K is None else (sums_K * weights_K).sum()
+        return total, num_tokens.to(sums_K.device), sums_K.detach()
+
+    return output, loss
+
+
+class Trainer:
+    """Takes optimizer steps. Holds what a step needs; the state of the run is in `Progress`."""
+
+    def __init__(
+        self,
+        config: Config,
+        derived: Derived,
+        model: DistributedDataParallel,
+        optimizer: MegatronOptimizer,
+        batches: BatchSource,
+        groups: ProcessGroupCollection,
+        device: str,
+    ) -> None:
+        self.config, self.derived = config, derived
+        self.model, self.optimizer, self.batches = model, optimizer, batches
+        self.groups, self.device = groups, device
+        self.weights = head_weights(config)
+        rows = derived.sequences_per_step // derived.data_parallel
+        self.rank_rows = (groups.dp.rank() * rows, (groups.dp.rank() + 1) * rows)
+        self.routers = [
+            (name, module)
+            for name, module in model.module.named_modules()
+            if isinstance(module, SigmoidRouter)
+        ]
+        core: NemotronModel = model.module
+        core.config.finalize_model_grads_func = self._finalize
+        core.config.no_sync_func = model.no_sync
+        core.config.grad_scale_func = optimizer.scale_loss
+
+    def _finalize(self, *args: object, **kwargs: object) -> None:
+        """Read the routers' counts, which Megatron's own finalization resets, then run it."""
+        self.routing = self._routing_metrics()
+        finalize_model_grads(*args, **kwargs)
+
+    def _routing_metrics(self) -> dict[str, torch.Tensor]:
+        """MaxVio of each MoE layer, max expert load / mean load (arXiv 2408.15664), and the mean
+        load-balance loss. COLLECTIVE over ranks that share a pipeline stage."""
+        if not self.routers:
+            return {}
+        loads = torch.stack([router.local_tokens_per_expert for _, router in self.routers])
+        sum_over(loads, self.groups.tp_dp_cp)
+        losses = torch.stack([router.load_balance_loss_sum.float() for _, router in self.routers])
+        sum_over(losses, self.groups.dp_cp)
+        for _, router in self.routers:
+            router.load_balance_loss_sum = torch.zeros(())
+        violations = loads.amax(1) / loads.mean(1).clamp(min=1e-9)
+        metrics = {
+            f"max_vio/{name.removesuffix('.mlp.router')}": value
+            for (name, _), value in zip(self.routers, violations, strict=True)
+        }
+        metrics["max_vio"] = violations.amax()
+        metrics["load_balance_loss"] = losses.mean() / self.derived.tokens_per_step
+        return metrics
+
+    def __call__(self, progress: Progress) -> StepResult:
+        """Train on the next global batch; COLLECTIVE."""
+        started = time.perf_counter()
+        tokens = progress.tokens + self.derived.tokens_per_step
+        rate = learning_rate(tokens, self.config.optim, self.config.train.total_tokens)
+        set_learning_rate(self.optimizer, rate, self.config.optim.weight_decay)
+        batch, data = self.batches.take(
+            progress.data, self.derived.sequences_per_step, self.rank_rows
+        )
+        targets_K = torch.from_numpy(count_targets(batch, len(self.weights))).to(self.device)
+        sum_over(targets_K, self.groups.dp)
+        weights_K = torch.from_numpy(self.weights).to(self.device) / targets_K.clamp(min=1)
+
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        reports = get_forward_backward_func()(
+            forward_step_func=partial(
+                _forward_step, weights_K=(weights_K * self.derived.tokens_per_step).float()
+            ),
+            data_iterator=micro_batches(
+                batch, self.config.train.micro_batch_sequences, self.device
+            ),
+            model=[self.model],
+            num_microbatches=self.derived.micro_batches_per_step,
+            seq_length=self.config.train.sequence_length,
+            micro_batch_size=self.config.train.micro_batch_sequences,
+            forward_only=False,
+        )
+        _, grad_norm, num_zeros = self.optimizer.step()
+        losses_K = self._mean_losses(reports, targets_K)
+        metrics: dict[str, object] = {"loss": losses_K[0], "lr": rate, "grad_norm": grad_norm}
+        for depth, loss in enumerate(losses_K[1:], start=1):
+            metrics[f"mtp_loss_{depth}"] = loss
+        metrics |= self.routing
+        metrics["zero_weight_gradients"] = num_zeros
+        after = Progress(progress.step + 1, tokens, data)
+        return StepResult(after, metrics, time.perf_counter() - started)
+
+    def _mean_losses(self, reports: list[torch.Tensor], targets_K: torch.Tensor) -> torch.Tensor:
+        """Mean loss of each head over the global batch, on every rank: FP64 [K]."""
+        sums_K = (
+            torch.stack(reports).double().sum(0) if reports else torch.zeros_like(targets_K)
+        )
+        sum_over(sums_K, self.groups.dp)
+        sum_over(sums_K, self.groups.pp)  # only the last stage has reports
+        return sums_K / targets_K.clamp(min=1)
