@@ -1,8 +1,8 @@
 """The arithmetic of the model: pattern -> layers, tensors, linears, parameters and FLOPs.
 
 Owns which tensors a Nemotron-3-shaped model has, their shapes, and what a token costs. Knows
-nothing of torch, of precision or of how the model is built; `tests` compare it with a model
-that really was. Module paths follow Megatron-Core's `HybridModel`, except that layer numbers
+nothing of torch, of precision or of how the model is built. Names follow the modules of the built
+model, which are Megatron-Core's `HybridModel` and ours in its slots, except that layer numbers
 are global (Megatron's start again at every pipeline stage).
 
 What exists (arXiv 2512.20856, section 2; no bias on any linear, every MLP ungated): embedding
@@ -329,8 +329,8 @@ def _mamba(model: ModelConfig, path: str, applications: int) -> _Parts:
     mixer = f"{path}.mixer"
     own = [
         _tensor(f"{path}.norm.weight", (model.hidden_size,)),
-        _tensor(f"{mixer}.conv1d.weight", (convolved, 1, mamba.conv_kernel_size), split),
-        _tensor(f"{mixer}.conv1d.bias", (convolved,), split),
+        _tensor(f"{mixer}.conv_weight", (convolved, mamba.conv_kernel_size), split),
+        _tensor(f"{mixer}.conv_bias", (convolved,), split),
         _tensor(f"{mixer}.dt_bias", (mamba.heads,), split),
         _tensor(f"{mixer}.A_log", (mamba.heads,), split),
         _tensor(f"{mixer}.D", (mamba.heads,), split),

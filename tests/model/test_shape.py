@@ -154,6 +154,8 @@ def hugging_face_shapes(model: ModelConfig) -> Counter[tuple[int, ...]]:
             if name.endswith("v_proj.weight"):
                 shapes[(query_key_value, model.hidden_size)] += 1
                 query_key_value = 0
+        elif name.endswith("conv1d.weight"):
+            shapes[(parameter.shape[0], parameter.shape[2])] += 1  # one input channel a group
         else:
             shapes[tuple(parameter.shape)] += 1
     return shapes
