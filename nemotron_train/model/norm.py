@@ -1,0 +1,95 @@
+"""RMSNorm with Megatron-Core's norm interface.
+
+Owns: the norm before each layer and at the end. Does not own: the gated grouped norm inside a
+Mamba-2 mixer (model/mamba2.py), Transformer Engine's norms.
+
+On a GPU it is torch's fused kernel. On a CPU, torch composes `rms_norm` and its gradient of
+separate passes; there the gradient borrows layer norm's fused kernel, about twice as fast.
+
+Shape legend: N rows, D normalized width.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class _RmsNorm(torch.autograd.Function):
+    """y = x s w with s = (mean(x²) + ε)^-½, statistics in FP32 or wider.
+
+    Layer norm's gradient kernel, told that the mean is 0 and the inverse deviation is s, returns
+    s (g - mean(g) - x s mean(g x s)) with g = w ∂y, and ∂w = Σ ∂y x s. RMSNorm's gradient lacks
+    the mean(g) term, so it is added back. Its BF16 form sums ∂w in BF16: it gets FP32.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
+        wide_ND = _wide(x_ND)
+        scale_N1 = (wide_ND * wide_ND).mean(-1, keepdim=True).add_(epsilon).rsqrt_()
+        ctx.save_for_backward(x_ND, weight_D, scale_N1)
+        return (wide_ND * scale_N1).mul_(weight_D).to(x_ND.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        x_ND, weight_D, scale_N1 = ctx.saved_tensors
+        width = x_ND.shape[1]
+        grad_ND, weight = _wide(grads[0]).contiguous(), _wide(weight_D)
+        grad_x_ND, grad_weight_D, _ = torch.ops.aten.native_layer_norm_backward(
+            grad_ND,
+            _wide(x_ND),
+            [width],
+            torch.zeros_like(scale_N1),
+            scale_N1,
+            weight,
+            None,
+            [True, True, False],
+        )
+        grad_x_ND.add_(torch.mv(grad_ND, weight / width).unsqueeze(1).mul_(scale_N1))
+        return grad_x_ND.to(x_ND.dtype), grad_weight_D.to(weight_D.dtype), None
+
+
+def rms_norm(x_ND: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
+    """x (mean(x²) + ε)^-½ w over the last dimension of [..., D]; x's dtype, FP32 inside."""
+    if x_ND.is_cuda:
+        return F.rms_norm(x_ND, (x_ND.shape[-1],), weight_D, epsilon)
+    rows_ND = x_ND.reshape(-1, x_ND.shape[-1])
+    normed_ND: Tensor = _RmsNorm.apply(rows_ND, weight_D, epsilon)  # pyright: ignore
+    return normed_ND.view(x_ND.shape)
+
+
+class RMSNorm(torch.nn.Module):
+    """The norm slot of Megatron-Core's layers (transformer/torch_norm.py, LayerNormBuilder).
+
+    Unlike Megatron's WrappedTorchNorm it works under sequence parallelism: each rank normalizes
+    its own tokens and Megatron sums the weight's gradient over the tensor-parallel group.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: object
+    ) -> None:
+        super().__init__()
+        assert config.normalization == "RMSNorm", config.normalization
+        assert not config.layernorm_zero_centered_gamma, "the weight is not stored minus one"
+        self.eps = eps
+        device = None if config.use_cpu_initialization else torch.cuda.current_device()
+        self.weight = torch.nn.Parameter(
+            torch.ones(hidden_size, dtype=config.params_dtype, device=device)
+        )
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., hidden_size] → the same shape and dtype."""
+        return rms_norm(x, self.weight, self.eps)
+
+    def reset_parameters(self) -> None:
+        """Ones, as torch's norms name it (the meta device is materialized through it)."""
+        torch.nn.init.ones_(self.weight)
