@@ -6,6 +6,7 @@ Weight decay applies to matrices only: norms, biases, A_log, D and dt_bias are l
 
 from collections.abc import Sequence
 
+import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import (
     MegatronOptimizer,
@@ -13,6 +14,7 @@ from megatron.core.optimizer import (
     ParamKey,
     get_megatron_optimizer,
 )
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
 from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -68,7 +70,47 @@ def build_optimizer(
         for group in optimizer.param_groups:
             group["fused"] = True
             group["foreach"] = False
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if isinstance(part.optimizer, torch.optim.AdamW):
+            _make_loadable(part, part.optimizer)
     return optimizer
+
+
+def _make_loadable(part: MegatronOptimizer, inner: torch.optim.AdamW) -> None:
+    """Let the distributed optimizer load a checkpoint into torch's AdamW.
+
+    UPSTREAM(megatron-core 0.19.2): it cannot name what it would load before torch's optimizer
+    has a `step` for every parameter, and then wants a `step` among the loaded tensors, where
+    none is: it is restored with the parameter groups.
+    """
+    if len(inner.state) == 0:
+        for group in inner.param_groups:
+            for parameter in group["params"]:
+                inner.state[parameter] = {
+                    "step": torch.zeros((), dtype=torch.float32),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+    if isinstance(part, DistributedOptimizer):
+        set_states = part._set_main_param_and_optimizer_states
+
+        def set_states_without_step(model_param: object, tensors: dict) -> None:
+            set_states(model_param, {"step": None, **tensors})
+
+        part._set_main_param_and_optimizer_states = set_states_without_step
+
+
+def load_optimizer_state(optimizer: MegatronOptimizer, state: dict) -> None:
+    """Load what `sharded_state_dict` described.
+
+    UPSTREAM(megatron-core 0.19.2): torch's AdamW gets one `step` tensor shared by all
+    parameters, and its fused kernel then counts every parameter as a step.
+    """
+    optimizer.load_state_dict(state)
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if isinstance(part.optimizer, torch.optim.AdamW):
+            for parameter_state in part.optimizer.state.values():
+                parameter_state["step"] = parameter_state["step"].clone()
 
 
 def set_learning_rate(optimizer: MegatronOptimizer, rate: float, weight_decay: float) -> None:

@@ -60,6 +60,8 @@ def _quiet_libraries() -> None:
         ".*is experimental and still under active development",
         ".*grad attribute of a Tensor that is not a leaf",
         ".*torch.distributed.* is deprecated",
+        ".*argument order of load has been changed",
+        ".*torch.distributed is disabled, unavailable or uninitialized",
         ".*(Transformer Engine and )?Apex (is|are) not installed",
     ):
         warnings.filterwarnings("ignore", message=message)

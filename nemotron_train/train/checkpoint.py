@@ -29,6 +29,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from nemotron_train.config.schema import ConfigError, ModelConfig
 from nemotron_train.data.batches import DataState
+from nemotron_train.optim.build import load_optimizer_state
 from nemotron_train.train.loop import Progress
 
 STEP_FOLDER = re.compile(r"step_(\d{8})")
@@ -206,5 +207,5 @@ class Checkpoints:
                 )
         loaded = dist_checkpointing.load(self._sharded_state(is_loading=True), str(path))
         self._model.module.load_state_dict(loaded["model"])
-        self._optimizer.load_state_dict(loaded["optimizer"])
+        load_optimizer_state(self._optimizer, loaded["optimizer"])
         return Progress(state["step"], state["tokens"], DataState.from_dict(state["data"]))
