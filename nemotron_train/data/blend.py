@@ -60,19 +60,25 @@ class DataState:
     @classmethod
     def from_dict(cls, raw: Any) -> "DataState":
         """The inverse of `to_dict`; ConfigError if `raw` is not such a dictionary."""
-        kinds = {"split": str, "sequence_length": int, "seed": int, "fingerprint": str}
-        kinds |= {"samples": int, "phase": int, "phase_drawn": dict, "drawn": dict}
-        if not isinstance(raw, dict) or set(raw) != set(kinds):
+        numbers = {"sequence_length": 1, "seed": None, "samples": 0, "phase": 0}  # lower limits
+        texts, counts = ("split", "fingerprint"), ("phase_drawn", "drawn")
+        if not isinstance(raw, dict) or set(raw) != {*numbers, *texts, *counts}:
             raise ConfigError("the checkpoint's data state has not the fields of this version")
-        for name, kind in kinds.items():
-            value = raw[name]
-            counts = list(value.values()) if type(value) is dict else [value]
-            damaged = type(value) is not kind or (kind is int and name != "seed" and value < 0)
-            if kind is dict:
-                damaged |= any(type(count) is not int or count < 0 for count in counts)
-            if damaged:
-                raise ConfigError(f"the checkpoint's data state is damaged: {name}={raw[name]!r}")
+        for name, value in raw.items():
+            if name in texts:
+                good = type(value) is str
+            elif name in counts:
+                good = type(value) is dict and all(_is_count(count) for count in value.values())
+            else:
+                lowest = numbers[name]
+                good = type(value) is int and (lowest is None or value >= lowest)
+            if not good:
+                raise ConfigError(f"the checkpoint's data state is damaged: {name}={value!r}")
         return cls(**raw)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
 
 
 def exact_weights(weights: Sequence[float], knob: str) -> list[int]:

@@ -1,6 +1,5 @@
 """What `nemotron-train data prepare` and `nemotron-train data inspect` show."""
 
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -138,7 +137,7 @@ def inspect(path: str | Path, samples: int = 3) -> str | None:
                 )
     except ConfigError as error:
         return str(error)
-    print("checksums of all shards agree with the manifest", file=sys.stdout)
+    console.print("checksums of all shards agree with the manifest")
     return None
 
 

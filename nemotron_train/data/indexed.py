@@ -101,6 +101,11 @@ class ShardWriter:
             stream.flush()
             os.fsync(stream.fileno())
 
+    def abandon(self) -> None:
+        """Close the files as they are."""
+        self._bin.close()
+        self._lengths.close()
+
     def finish(self, vocab_size: int) -> tuple[ShardEntry, np.ndarray]:
         """Write the index, give both files their names, and read the tokens back once.
 
@@ -109,8 +114,7 @@ class ShardWriter:
         delete `lengths_path` once it has.
         """
         self.sync()
-        self._bin.close()
-        self._lengths.close()
+        self.abandon()
         lengths = np.fromfile(self.lengths_path, dtype="<i4")
         os.replace(self._bin_partial, self._bin_path)
         write_index(self._idx_path, lengths, self.dtype)

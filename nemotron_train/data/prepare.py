@@ -56,7 +56,7 @@ from nemotron_train.data.tokenize import (
 )
 
 _JOURNAL = "journal.json"
-_COMMIT_BATCHES = 16  # about 16 MiB of text is what a kill costs at most
+_COMMIT_TOKENS = 1 << 22  # the work a kill costs at most: seconds on one worker
 _SHOWN_BAD_RECORDS = 5
 
 
@@ -257,19 +257,25 @@ class _Preparation:
 
     def run(self, report: Report) -> None:
         """Read, encode and write what is left; the work folder then holds finished data."""
-        self._commit()
-        since_commit = 0
-        for batch, encoded in self._encoded():
-            shards = self._num_shards()
-            self._write(batch, encoded)
-            report(self._progress)
-            since_commit += 1
-            if since_commit >= _COMMIT_BATCHES or self._num_shards() > shards or self._enough():
-                self._commit()
-                since_commit = 0
-            if self._enough():
-                break
-        self._finish()
+        try:
+            self._commit()
+            committed = self._progress.tokens
+            for batch, encoded in self._encoded():
+                shards = self._num_shards()
+                self._write(batch, encoded)
+                report(self._progress)
+                due = self._progress.tokens - committed >= _COMMIT_TOKENS
+                if due or self._num_shards() > shards or self._enough():
+                    self._commit()
+                    committed = self._progress.tokens
+                if self._enough():
+                    break
+            self._finish()
+        except BaseException:
+            # A buffer flushed late, by the garbage collector, would spoil a continuation.
+            for writer in self._writers.values():
+                writer.abandon()
+            raise
 
     def _num_shards(self) -> int:
         return sum(len(writer.finished) for writer in self._writers.values())

@@ -81,6 +81,11 @@ class SplitWriter:
             path.unlink()
         self._spent = []
 
+    def abandon(self) -> None:
+        """Close the files without finishing; the last stored state can still be continued."""
+        if self._shard:
+            self._shard.abandon()
+
     def close(self) -> np.ndarray:
         """Finish the last shard; returns how often each id occurs: int64 [vocab_size]."""
         if self._shard:
