@@ -77,9 +77,7 @@ def check_offsets(x_BSHP: Tensor, B_BSGN: Tensor, C_BSGN: Tensor, chunk_size: in
     batch, length, num_heads, head_dim = x_BSHP.shape
     num_groups, state_size = B_BSGN.shape[2:]
     num_chunks = -(-length // chunk_size)
-    spans = [
-        (batch - 1) * t.stride(0) + length * t.stride(1) for t in (x_BSHP, B_BSGN, C_BSGN)
-    ]
+    spans = [(batch - 1) * t.stride(0) + length * t.stride(1) for t in (x_BSHP, B_BSGN, C_BSGN)]
     spans.append(batch * num_chunks * num_heads * head_dim * state_size)  # chunk states
     spans.append(batch * num_chunks * chunk_size * chunk_size * num_groups)  # C.B^T
     if max(spans) >= 2**31:
