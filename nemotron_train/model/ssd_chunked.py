@@ -81,8 +81,8 @@ def chunked_ssd(
 
 
 class _ChunkedSsd(torch.autograd.Function):
-    """Saves x, the small operands, the state entering each chunk and the output before its
-    decay factor; x times its factor is recomputed. Products take x's dtype, sums dt's."""
+    """Saves the small operands, x, the state entering each chunk, and the input and output of the
+    products (x's width each). Products take x's dtype, sums dt's."""
 
     @staticmethod
     def forward(
@@ -115,14 +115,12 @@ class _ChunkedSsd(torch.autograd.Function):
         # A token's own contribution dt (C.B) x rides on the D skip.
         y_BSHP = _expanded(_to_tokens(_own(op, D_H)), head_dim).mul_(x_BSHP)
         y_KGBLJP = _chunks(y_BSHP, op)
-        y_KGBLJP += _scaled(out.unflatten(-1, (-1, head_dim)), op.read_KGBLJ, dt_BSH.dtype).view(
-            y_KGBLJP.shape
-        )
+        y_KGBLJP.addcmul_(out.unflatten(-1, (-1, head_dim)), _expanded(op.read_KGBLJ, head_dim))
         if op.steep_I is not None:
             steep = _steep(op, op.steep_I, x_BSHP)
             _add_to_heads(y_KGBLJP, op.steep_I, steep.weights_KIBLL @ steep.xdt_KIBLP)
 
-        ctx.save_for_backward(x_BSHP, A_H, D_H, states, out, *op)
+        ctx.save_for_backward(x_BSHP, A_H, D_H, states, out, xw, *op)
         ctx.length, ctx.has_initial = length, initial_BHPN is not None
         final_BHPN = _state_to_heads(states[-1], head_dim) * _CENTRE if return_final_state else None
         return y_BSHP[:, :length].to(x_BSHP.dtype), final_BHPN
@@ -130,13 +128,12 @@ class _ChunkedSsd(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         dy_BSHP, dfinal_BHPN = gradients
-        x_BSHP, A_H, D_H, states, out, *rest = ctx.saved_tensors
+        x_BSHP, A_H, D_H, states, out, xw, *rest = ctx.saved_tensors
         op = _Operands(*rest)
         num_chunks, num_groups = op.dt_KGBLJ.shape[:2]
         head_dim, dtype, accumulate = x_BSHP.shape[3], x_BSHP.dtype, op.dt_KGBLJ.dtype
         x_KGBLJP = _chunks(x_BSHP, op)
         dy_BSHP = _pad(dy_BSHP, op)
-        xw = _scaled(x_KGBLJP, op.dt_KGBLJ * op.write_KGBLJ, dtype)
         dyr = _scaled(_chunks(dy_BSHP, op), op.read_KGBLJ, dtype)
 
         # Through the states; dsum is the gradient of each chunk's own sum of x B^T.
@@ -161,9 +158,7 @@ class _ChunkedSsd(torch.autograd.Function):
         dxdt_KGBLJ = (dxw_KGBLJP * x_KGBLJP).sum(-1, dtype=accumulate).mul_(op.write_KGBLJ)
         dx_BSHP = _expanded(_to_tokens(_own(op, D_H)), head_dim).mul_(dy_BSHP)
         dx_KGBLJP = _chunks(dx_BSHP, op)
-        dx_KGBLJP += _scaled(dxw_KGBLJP, op.dt_KGBLJ * op.write_KGBLJ, accumulate).view(
-            dx_KGBLJP.shape
-        )
+        dx_KGBLJP.addcmul_(dxw_KGBLJP, _expanded(op.dt_KGBLJ * op.write_KGBLJ, head_dim))
         if op.steep_I is not None:
             steep = _steep(op, op.steep_I, x_BSHP)
             dy_KGBLJP = _chunks(dy_BSHP, op)
