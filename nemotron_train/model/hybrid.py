@@ -79,9 +79,7 @@ class NemotronModel(HybridModel):
         losses over counted targets (main head first); without labels: logits [B,S,V]. On other
         stages: the hidden states [S,B,hidden] for the next one.
         """
-        documents = (
-            PackedDocuments.of(document_ids_BS) if document_ids_BS is not None else None
-        )
+        documents = PackedDocuments.of(document_ids_BS) if document_ids_BS is not None else None
         hidden = self.embedding(tokens_BS, None) if self.pre_process else None
         hidden = self.decoder(hidden, attention_mask=None, packed_seq_params=documents)
         if not self.post_process:

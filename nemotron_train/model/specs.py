@@ -105,9 +105,7 @@ def stack_submodules(model: ModelConfig, transformer_engine: bool) -> HybridStac
     moe = partial(
         LatentMoELayer,
         submodules=LatentMoESubmodules(
-            experts=partial(
-                GroupedExperts, input_size=model.moe.latent_size or model.hidden_size
-            ),
+            experts=partial(GroupedExperts, input_size=model.moe.latent_size or model.hidden_size),
             shared_experts=partial(
                 SharedExpertMLP,
                 submodules=shared_expert_submodules(part.column_parallel, part.row_parallel),

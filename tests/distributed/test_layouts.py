@@ -1,0 +1,79 @@
+"""The loss does not depend on the layout: two gloo ranks against one, ten optimizer steps.
+
+Second truth: the run on one rank, in FP32, with every ingredient (Mamba-2, LatentMoE, attention,
+two MTP depths, packed documents). Covers tensor + sequence, pipeline, expert and data
+parallelism with the distributed optimizer, initial weights included. Not covered here: products
+of several layouts (they need four ranks), BF16.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+LAYOUTS = {
+    "tensor": ["parallel.tensor=2", "parallel.sequence=true"],
+    "pipeline": ["parallel.pipeline=2", "model.pattern=MEM|*EME"],
+    "expert": ["parallel.expert=2"],
+    "data": [],
+    "replicated_optimizer": ["parallel.distributed_optimizer=false"],
+}
+
+
+def train(folder: Path, data: list[str], name: str, overrides: list[str], ranks: int) -> list[dict]:
+    """Train `name` on `ranks` processes; returns its metrics lines."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = []
+    for rank in range(ranks):
+        environment = os.environ | {
+            "OMP_NUM_THREADS": "1",
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(ranks),
+            "LOCAL_WORLD_SIZE": str(ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        command = [sys.executable, "-m", "nemotron_train", "pretrain", f"name={name}", *data]
+        command += ["train.micro_batch_sequences=2", "train.threads=1", *overrides]
+        processes.append(
+            subprocess.Popen(
+                command,
+                cwd=folder,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * ranks, "\n".join(outputs)
+    lines = (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+@pytest.fixture(scope="module")
+def one_rank(small_run: tuple[Path, list[str]]) -> list[dict]:
+    folder, overrides = small_run
+    return train(folder, overrides, "one_rank", ["model.pattern=MEM*EME"], 1)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_loss_equals_one_rank(
+    layout: str, small_run: tuple[Path, list[str]], one_rank: list[dict]
+) -> None:
+    folder, overrides = small_run
+    pattern = [] if layout == "pipeline" else ["model.pattern=MEM*EME"]
+    rows = train(folder, overrides, layout, [*pattern, *LAYOUTS[layout]], 2)
+    assert len(rows) == len(one_rank) == 10
+    for ours, reference in zip(rows, one_rank, strict=True):
+        for name in ("loss", "mtp_loss_1", "mtp_loss_2", "load_balance_loss", "max_vio"):
+            assert ours[name] == pytest.approx(reference[name], rel=1e-5), (name, ours["step"])
+        assert ours["grad_norm"] == pytest.approx(reference["grad_norm"], rel=1e-4)
+    assert rows[-1]["validation_loss"] == pytest.approx(one_rank[-1]["validation_loss"], rel=1e-5)

@@ -1,0 +1,140 @@
+"""A run cut in two equals the uninterrupted one bit for bit; damaged checkpoints are not used.
+
+Second truth: the uninterrupted run, in another process. Same layout only; loading another one
+is not covered here.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+Small = tuple[Path, list[str]]
+LONG = ["train.total_tokens=5120"]  # 20 steps of 256 tokens
+
+
+def pretrain(small_run: Small, *overrides: str) -> subprocess.CompletedProcess[str]:
+    folder, common = small_run
+    command = [sys.executable, "-m", "nemotron_train", "pretrain", *common, *LONG, *overrides]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+
+
+def metrics(folder: Path) -> list[dict]:
+    """All lines but the times."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    timed = ("tokens_per_second", "step_seconds")
+    return [{k: v for k, v in row.items() if k not in timed} for row in rows]
+
+
+def weights(folder: Path, step: int) -> dict[str, str]:
+    """Checksums of the saved tensors and of the data's cursor."""
+    manifest = folder / "checkpoints" / f"step_{step:08d}" / "manifest.json"
+    sums = json.loads(manifest.read_text())["sha256"]
+    return {name: sums[name] for name in sums if name.endswith((".distcp", "progress.json"))}
+
+
+@pytest.fixture(scope="module")
+def whole(small_run: Small) -> Path:
+    done = pretrain(small_run, "name=whole")
+    assert done.returncode == 0, done.stderr
+    return small_run[0] / "runs" / "whole"
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_cut_in_two_equals_uninterrupted(small_run: Small, whole: Path, dtype: str) -> None:
+    """Steps 1-20 against 1-10 and, in a new process, 11-20: losses, gradients, weights."""
+    if dtype == "bf16":
+        assert pretrain(small_run, "name=whole_bf16", "precision=bf16").returncode == 0
+        whole = whole.with_name("whole_bf16")
+    knobs = (f"name=cut_{dtype}", f"precision={dtype}")
+    first = pretrain(small_run, *knobs, "train.stop_after_steps=10")
+    assert first.returncode == 3, first.stderr
+    cut = whole.with_name(f"cut_{dtype}")
+    assert len(metrics(cut)) == 10
+    second = subprocess.run(
+        [sys.executable, "-m", "nemotron_train", "pretrain", f"resume=runs/cut_{dtype}"],
+        cwd=small_run[0],
+        capture_output=True,
+        text=True,
+    )
+    assert second.returncode == 0, second.stderr
+    assert "resumed from" in second.stdout
+    assert metrics(cut) == metrics(whole)
+    assert weights(cut, 20) == weights(whole, 20)
+
+
+def test_same_command_again_finds_the_run_finished(small_run: Small, whole: Path) -> None:
+    before = (whole / "metrics.jsonl").read_bytes()
+    done = pretrain(small_run, "name=whole")
+    assert done.returncode == 0 and "finished" in done.stdout
+    assert (whole / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "no_manifest", "pickle"])
+def test_damaged_checkpoint_is_named_and_the_one_before_used(
+    small_run: Small, tmp_path: Path, damage: str
+) -> None:
+    from nemotron_train.train import checkpoint
+
+    source = small_run[0] / "runs" / "two_checkpoints"
+    if not source.exists():
+        done = pretrain(small_run, f"name={source.name}", "train.save_every_steps=10")
+        assert done.returncode == 0, done.stderr
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(source / "checkpoints", folder)
+    newest = checkpoint.step_folder(folder, 20)
+    shard = next(newest.glob("*.distcp"))
+    marker = tmp_path / "code_ran"
+    if damage == "flip":
+        data = bytearray(shard.read_bytes())
+        data[len(data) // 2] ^= 1
+        shard.write_bytes(data)
+    elif damage == "truncate":
+        shard.write_bytes(shard.read_bytes()[:-1])
+    elif damage == "remove":
+        shard.unlink()
+    elif damage == "no_manifest":
+        (newest / "manifest.json").unlink()
+    else:
+        # A hostile pickle whose checksum is right: refused by name, its code never run.
+        payload = f"cbuiltins\nexec\n(Vopen({str(marker)!r}, 'w')\ntR.".encode()
+        (newest / ".metadata").write_bytes(payload)
+        manifest = json.loads((newest / "manifest.json").read_text())
+        manifest["sha256"][".metadata"] = checkpoint._sha256(newest / ".metadata")
+        (newest / "manifest.json").write_text(json.dumps(manifest))
+    said: list[str] = []
+    found = checkpoint.latest(folder, said.append)
+    assert found == checkpoint.step_folder(folder, 10)
+    assert len(said) == 1 and newest.name in said[0]
+    assert not marker.exists()
+
+
+def test_another_model_is_refused(small_run: Small, whole: Path) -> None:
+    """The run folder's own check names the knob; so does the checkpoint if that is tampered with."""
+    done = pretrain(small_run, "name=whole", "model.hidden_size=128")
+    assert done.returncode == 2
+    assert "hidden_size" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_signal_saves_and_exits_with_3(small_run: Small) -> None:
+    """SIGTERM in the middle: a checkpoint of the step reached, exit code 3, then resumable."""
+    import signal
+
+    folder, common = small_run
+    command = [sys.executable, "-m", "nemotron_train", "pretrain", *common, "name=signalled"]
+    process = subprocess.Popen(
+        [*command, "train.total_tokens=1000000"], cwd=folder, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step"):
+            process.send_signal(signal.SIGTERM)
+            break
+    output = process.stdout.read()
+    assert process.wait(timeout=120) == 3, output
+    steps = [row["step"] for row in metrics(folder / "runs" / "signalled")]
+    saved = folder / "runs" / "signalled" / "checkpoints" / f"step_{steps[-1]:08d}"
+    assert (saved / "manifest.json").exists()
