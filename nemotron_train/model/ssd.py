@@ -13,13 +13,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from nemotron_train.config.schema import ConfigError
-from nemotron_train.model.ssd_chunked import chunked_ssd
+from nemotron_train.model.ssd_chunked import SPLIT_RANGE, chunked_ssd
 
-# Tokens a chunk on a CPU where the configured chunk is longer. Measured: 32 to 64 cost the same
-# within a few percent, 128 half as much again; the shorter one leaves fewer heads «steep».
-CPU_CHUNK = 32
+# Tokens a chunk on a CPU, at most. Measured on two cores, forward and backward (docs/log.md): 64
+# costs 5 to 15 % less than 32 and two thirds of 128, but more heads are steep
+# in a longer chunk, and a steep head costs two to three times a mild one.
+CPU_CHUNKS = (64, 32)
 
 
 def ssd(
@@ -56,11 +58,21 @@ def ssd(
             *arguments, chunk_size, document_ids_BS, initial_state_BHPN, return_final_state
         )
     if not x_BSHP.is_cuda:
-        chunk_size = min(chunk_size, CPU_CHUNK)
+        chunk_size = min(chunk_size, _cpu_chunk(dt_BSH, A_H))
     y_BSHP, final_BHPN = chunked_ssd(
         *arguments, initial_state_BHPN, document_ids_BS, chunk_size, return_final_state
     )
     return (y_BSHP, final_BHPN) if return_final_state else y_BSHP
+
+
+@torch.no_grad()
+def _cpu_chunk(dt_BSH: Tensor, A_H: Tensor) -> int:
+    """The longer chunk, unless more than one head in sixteen would be steep in it."""
+    longest, shorter = CPU_CHUNKS
+    padding = -dt_BSH.shape[1] % longest
+    windows = F.pad(dt_BSH, (0, 0, 0, padding)).unflatten(1, (-1, longest)).sum(2)
+    steep_H = (windows.amax((0, 1)) * A_H) < -SPLIT_RANGE
+    return longest if 16 * int(steep_H.sum()) <= len(A_H) else shorter
 
 
 @lru_cache(maxsize=1)

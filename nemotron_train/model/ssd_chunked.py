@@ -144,9 +144,8 @@ class _ChunkedSsd(torch.autograd.Function):
         dsum.unflatten(-1, (-1, head_dim)).mul_(op.end_KGBJ[..., None, :, None])
         dsum = dsum.to(dtype)
 
-        below = op.pairs.tril(-1).to(dtype)
         dyr_inside = _without_steep(dyr, op)
-        dscores = _bmm(dyr_inside, _without_steep(xw, op).mT).mul_(below)
+        dscores = _bmm(dyr_inside, _without_steep(xw, op).mT)
         dxw = _bmm(op.scores_KGBLL.mT, dyr_inside)
         _add_bmm(dxw, _masked(op.B_KGBLN, op.last_KGBL1), dsum)
 
@@ -172,6 +171,7 @@ class _ChunkedSsd(torch.autograd.Function):
         dA_H = (da_KGBLJ * op.dt_KGBLJ).sum((0, 2, 3)).flatten()
 
         # B and C; the diagonal of the scores joins here.
+        dscores.mul_(op.pairs.tril(-1).to(dtype))
         dscores.diagonal(dim1=-2, dim2=-1).add_((dyx_KGBLJ * op.dt_KGBLJ).sum(-1))
         dB = _masked(_bmm(xw, dsum.mT), op.last_KGBL1)
         _add_bmm(dB, dscores.mT, op.C_KGBLN)
@@ -316,9 +316,8 @@ class _Steep(NamedTuple):
 def _steep(op: _Operands, steep_I: Tensor, x_BSHP: Tensor) -> _Steep:
     cum_KIBL = _heads(op.cum_KGBLJ, steep_I)
     difference = cum_KIBL[..., :, None] - cum_KIBL[..., None, :]
-    # Masked before exp: above the diagonal the exponent is positive and may overflow.
-    difference.masked_fill_(op.pairs.tril(-1) == 0, -torch.inf)
-    decay_KIBLL = difference.to(x_BSHP.dtype).exp()
+    # Positive above the diagonal, where it could overflow; the scores are zero there.
+    decay_KIBLL = difference.to(x_BSHP.dtype).clamp_(max=0).exp_()
     scores_KIBLL = op.scores_KGBLL[:, steep_I // op.dt_KGBLJ.shape[4]]
     x_KIBLP, dt_KIBL = _heads(_chunks(x_BSHP, op), steep_I), _heads(op.dt_KGBLJ, steep_I)
     dt_KIBL1 = dt_KIBL[..., None]
