@@ -1,0 +1,332 @@
+"""NVFP4 in plain torch: 4-bit E2M1 codes, an E4M3 scale a block of 16, one FP32 scale a tensor.
+
+Owns: quantization (nearest-even and stochastic), packing, dequantization, the random Hadamard
+transform. Does not own: products (gemm.py), random words (rounding.py), which tensor of a linear
+takes which rounding (precision/linear.py). Never imports Transformer Engine.
+
+Bit for bit the arithmetic of Transformer Engine's reference NVFP4 quantizer since 2.14 (pinned:
+2.17.1), whose block scale is `amax · (S · fp32(1/6))`; older releases round twice there. Its
+training recipe: arXiv 2509.25149. Stochastic rounding follows the same library's software rounder.
+
+Shape legend: R rows, C columns of the matrix; B blocks along a dimension.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nemotron_train.precision.gemm import Operand
+from nemotron_train.precision.rounding import round_to_nearest_, rows_per_chunk
+
+BLOCK = 16
+E2M1_MAX = 6.0
+E4M3_MAX = 448.0
+GLOBAL_DIVISOR = E2M1_MAX * E4M3_MAX
+E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+# Never drawn again: native kernels have the same constant (arXiv 2509.25149, appendix C.2, uses
+# one fixed sign vector for all layers).
+HADAMARD_SIGNS = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)
+
+Block = Literal["1d", "2d"]
+ReduceAmax = Callable[[Tensor], Tensor]
+
+_FLOAT_MAX = torch.finfo(torch.float32).max
+_CHUNK_ELEMENTS = 1 << 17
+
+
+# --------------------------------------------------------------------------------- the tensor
+@dataclass(frozen=True)
+class NVFP4Tensor:
+    """A quantized matrix [R, C] (leading dimensions flattened), 4.5 bits an element.
+
+    codes: uint8 [R, ceil(C / 2)], element 2i in the low nibble; bit 3 of a nibble is the sign.
+    scales: uint8 [rows, ceil(C / 16)], E4M3 bit patterns; 2-D blocks repeat theirs for each of
+    their 16 rows, so `rows` is R rounded up to 16 there. amax: FP32 scalar.
+    shape: of the tensor that was quantized.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    amax: Tensor
+    shape: torch.Size
+
+    def unpacked_codes(self) -> Tensor:
+        """uint8 [R, C], one code an element."""
+        pairs = torch.stack((self.codes & 0xF, self.codes >> 4), dim=-1)
+        return pairs.flatten(1)[:, : self.shape[-1]]
+
+    def _element_scales(self) -> Tensor:
+        scales = self.scales.view(torch.float8_e4m3fn).float()[: self.codes.shape[0]]
+        return scales.repeat_interleave(BLOCK, dim=1)[:, : self.shape[-1]]
+
+    def _element_values(self) -> Tensor:
+        signed = torch.tensor([*E2M1_VALUES, *(-value for value in E2M1_VALUES)])
+        return signed.to(self.codes.device)[self.unpacked_codes().int()]
+
+    def operand(self) -> Operand:
+        """What a product takes; equals `nvfp4_operand` of the same tensor bit for bit. Zeros are
+        +0, whatever the sign of their code."""
+        values = self._element_values().mul_(self._element_scales()).add_(0.0)
+        return Operand(values.bfloat16().view(self.shape), self.amax, GLOBAL_DIVISOR)
+
+    def dequantize(self) -> Tensor:
+        """FP32 of the original shape: code · ((block scale · amax) · fp32(1/2688)), the order of
+        roundings of Transformer Engine's dequantize kernel."""
+        scale = (self._element_scales() * self.amax) * torch.tensor(1 / GLOBAL_DIVISOR)
+        return (self._element_values() * scale).view(self.shape)
+
+
+# ----------------------------------------------------------------------------------- quantize
+@torch.no_grad()
+def quantize_nvfp4(
+    x: Tensor,
+    *,
+    block: Block = "1d",
+    random_words: Tensor | None = None,
+    amax: Tensor | None = None,
+    reduce_amax: ReduceAmax | None = None,
+) -> NVFP4Tensor:
+    """Quantize to packed codes, blocks along the last dimension (quantize `x.t()` for the other).
+
+    The arguments of `nvfp4_operand`, which training uses; this one stores and is compared.
+    """
+    blocks = _Blocks(x, block, dim=-1)
+    scales = blocks.scales(amax, reduce_amax)
+    scaled = _scaled(blocks.values, scales.encode)
+    if random_words is None:
+        codes = e2m1_codes(round_e2m1(scaled)) | ((scaled < 0).to(torch.uint8) << 3)
+    else:
+        words = blocks.split(random_words)
+        codes = e2m1_codes(round_e2m1(scaled, words)) | (scaled.signbit().to(torch.uint8) << 3)
+    codes = blocks.join(codes, keep_padded_columns=True)
+    packed = codes[:, ::2] | (codes[:, 1::2] << 4)
+    scale_bits = scales.decode.to(torch.float8_e4m3fn).view(torch.uint8)
+    if block == "2d":
+        scale_bits = scale_bits.expand(-1, BLOCK, -1, -1).flatten(0, 1)
+    return NVFP4Tensor(
+        codes=packed[:, : (x.shape[-1] + 1) // 2].contiguous(),
+        scales=scale_bits.squeeze(-1),
+        amax=scales.amax,
+        shape=x.shape,
+    )
+
+
+@torch.no_grad()
+def nvfp4_operand(
+    x: Tensor,
+    *,
+    block: Block = "1d",
+    dim: Literal[-1, 0] = -1,
+    random_words: Tensor | None = None,
+    amax: Tensor | None = None,
+    reduce_amax: ReduceAmax | None = None,
+) -> Operand:
+    """Quantize and dequantize the blocks at once: from x to what a product takes.
+
+    x: [..., C] BF16, FP16 or FP32; a NaN or infinity anywhere makes the product not finite.
+    block: "1d" 16 elements along `dim`; "2d" 16 × 16, the same in both orientations.
+    dim: -1, blocks along the last dimension; 0, along the rows of the matrix [R, C], which is
+    quantizing the transpose without transposing. The result is laid out as x either way.
+    random_words: uint8 of x's shape: round stochastically, up with probability
+    (position between the neighbours) minus at most 1/256; None: to nearest, ties to even.
+    amax: FP32 scalar to use instead of max |x|; reduce_amax: maps this rank's max |x| to the
+    maximum over the ranks that hold parts of one tensor (COLLECTIVE if it is).
+
+    Sizes that are no multiple of 16 are padded with zeros, and cropped again.
+    Source: Transformer Engine 2.17.1, quantization_ref_nvfp4.py; software rounding: its ptx.cuh.
+    """
+    blocks = _Blocks(x, block, dim)
+    scales = blocks.scales(amax, reduce_amax)
+    # A block whose scale rounded to zero is zero whatever its codes: encoding it as +0 spares the
+    # product a negative zero.
+    encode = scales.encode.masked_fill_(scales.decode == 0, 0.0)
+    decode, words = scales.decode, None
+    if random_words is not None:
+        words = blocks.split(random_words)
+        decode = decode * 0.5  # _round_stochastically_ returns twice the number
+    operand = torch.empty(blocks.values.shape, dtype=torch.bfloat16, device=x.device)
+    chunk = rows_per_chunk(operand, _CHUNK_ELEMENTS)
+    for start in range(0, operand.shape[0], chunk):
+        part = slice(start, start + chunk)
+        scaled = _scaled(blocks.values[part], encode[part])
+        if words is None:
+            _round_to_nearest_(scaled)
+        else:
+            _round_stochastically_(scaled, words[part])
+        operand[part] = scaled.mul_(decode[part])
+    return Operand(blocks.join(operand).view(x.shape), scales.amax, GLOBAL_DIVISOR)
+
+
+# ----------------------------------------------------------------------------------- elements
+def round_e2m1(x: Tensor, random_words: Tensor | None = None) -> Tensor:
+    """FP32 numbers rounded to E2M1, the largest magnitudes saturating at 6; x is kept.
+
+    random_words None: to nearest, ties to the even code; NaN becomes 0, as the reference's
+    comparisons make it. With uint8 words r: |x| + step · r/256 in FP32, rounded down to the grid,
+    step being the grid's at |x|; NaN becomes 6, as a saturating conversion makes it. A zero
+    result is +0. Source of the second: Transformer Engine's software rounder (pull request 3281).
+    """
+    if random_words is None:
+        return _round_to_nearest_(x.nan_to_num(nan=0.0, posinf=E2M1_MAX, neginf=-E2M1_MAX))
+    finite = x.nan_to_num(nan=E2M1_MAX, posinf=E2M1_MAX, neginf=-E2M1_MAX)
+    return _round_stochastically_(finite, random_words).mul_(0.5)
+
+
+def _round_to_nearest_(scaled: Tensor) -> Tensor:
+    return round_to_nearest_(scaled.clamp_(-E2M1_MAX, E2M1_MAX), mantissa_bits=1, min_exponent=0)
+
+
+def _round_stochastically_(scaled: Tensor, words: Tensor) -> Tensor:
+    """In place; returns TWICE the rounded number, one pass less.
+
+    A grid's step at z is half of max(1, z's power of two). Twice the sum's integer part is on the
+    grid where it is below 4; dropping all but its first mantissa bit puts the rest there, and
+    leaves the former as they are. FP32 rounds the sum once, as the fused multiply-add of the
+    source does: word times step is exact.
+    """
+    scaled.clamp_(-E2M1_MAX, E2M1_MAX)
+    bits = torch.bitwise_and(scaled.view(torch.int32), 0x7F800000)
+    power = bits.clamp_(min=0x3F800000).view(torch.float32)
+    increments = words.float().mul_(power).copysign_(scaled)
+    scaled.add_(increments, alpha=2.0**-9).mul_(2.0)
+    scaled.copy_(bits.copy_(scaled))  # the integer part, rounded toward zero
+    scaled.view(torch.int32).bitwise_and_(-(1 << 22))
+    return scaled
+
+
+def e2m1_codes(numbers: Tensor) -> Tensor:
+    """uint8 0…7 of E2M1 numbers, by magnitude; the sign bit is the caller's."""
+    magnitudes = numbers.abs()
+    below_2 = magnitudes.clamp(max=2.0).mul_(2.0)
+    below_4 = magnitudes.clamp(2.0, 4.0).sub_(2.0)
+    below_6 = magnitudes.clamp(4.0, 6.0).sub_(4.0).mul_(0.5)
+    return below_2.add_(below_4).add_(below_6).to(torch.uint8)
+
+
+def _scaled(x: Tensor, encode: Tensor) -> Tensor:
+    """x · encode in FP32, in a new tensor."""
+    if x.dtype == torch.float32:
+        return x * encode
+    return x.float().mul_(encode)
+
+
+# ------------------------------------------------------------------------------------- blocks
+@dataclass(frozen=True)
+class _Scales:
+    """Per block, with 1 for each of its dimensions: `encode` multiplies before rounding,
+    `decode` (the E4M3 number) after. amax: FP32 scalar."""
+
+    encode: Tensor
+    decode: Tensor
+    amax: Tensor
+
+
+class _Blocks:
+    """A matrix seen as blocks: values are [R, B, 16] (dim -1), [B, 16, C] (dim 0) or
+    [R/16, 16, C/16, 16] (2-D); leading dimensions flattened, sizes padded with zeros."""
+
+    def __init__(self, x: Tensor, block: Block, dim: Literal[-1, 0]) -> None:
+        assert block in ("1d", "2d") and dim in (-1, 0), (block, dim)
+        assert x.dtype in (torch.float32, torch.bfloat16, torch.float16), x.dtype
+        self._block, self._dim = block, dim
+        self._size = (x.numel() // max(1, x.shape[-1]), x.shape[-1])
+        self.values = self.split(x)
+
+    def split(self, x: Tensor) -> Tensor:
+        """x's elements, or their random words, as blocks; a view where nothing is padded."""
+        num_rows, num_columns = self._size
+        matrix = x.reshape(num_rows, num_columns)
+        pad_rows = -num_rows % BLOCK if self._block == "2d" or self._dim == 0 else 0
+        pad_columns = -num_columns % BLOCK if self._block == "2d" or self._dim == -1 else 0
+        if pad_rows or pad_columns:
+            matrix = F.pad(matrix, (0, pad_columns, 0, pad_rows))
+        matrix = matrix.contiguous()
+        if self._block == "2d":
+            return matrix.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK))
+        return matrix.unflatten(self._dim, (-1, BLOCK))
+
+    def join(self, values: Tensor, keep_padded_columns: bool = False) -> Tensor:
+        """Blocks back to the matrix, padding cropped."""
+        num_rows, num_columns = self._size
+        matrix = values.flatten(0, 1) if self._block == "2d" or self._dim == 0 else values
+        matrix = matrix if matrix.ndim == 2 else matrix.flatten(1)
+        if keep_padded_columns:
+            return matrix[:num_rows]
+        return matrix[:num_rows, :num_columns].contiguous()
+
+    def scales(self, amax: Tensor | None, reduce_amax: ReduceAmax | None) -> _Scales:
+        """Transformer Engine's reference, `_quantize_blockwise_reference`: order of roundings and
+        clamps as there. Divisions are between tensors: a Python number would become a product
+        with a reciprocal."""
+        block_amax = self._block_amax()
+        if amax is None:
+            amax = block_amax.amax() if block_amax.numel() else block_amax.new_zeros(())
+        amax = amax.float().reshape(())
+        if reduce_amax is not None:
+            amax = reduce_amax(amax)
+        encode_all = (amax.new_full((), GLOBAL_DIVISOR) / amax).clamp(max=_FLOAT_MAX)
+        encode_all = encode_all.masked_fill(encode_all == 0, 1.0)
+        decode_all = encode_all.reciprocal()
+        decode = block_amax.mul_(encode_all * amax.new_full((), E2M1_MAX).reciprocal())
+        # No lower clamp: a block far below the tensor's maximum gets scale 0.
+        decode = round_to_nearest_(decode.clamp_(max=E4M3_MAX), mantissa_bits=3, min_exponent=-6)
+        encode = (decode * decode_all).reciprocal_().clamp_(max=_FLOAT_MAX)
+        return _Scales(encode, decode, amax)
+
+    def _block_amax(self) -> Tensor:
+        """FP32, NaN if any element of the block is."""
+        if self.values.device.type != "cpu":
+            dims = (1, 3) if self._block == "2d" else (-1 if self._dim == -1 else 1,)
+            return self.values.abs().amax(dims, keepdim=True).float()
+        chunk = rows_per_chunk(self.values, _CHUNK_ELEMENTS)
+        amax_of = _amax_of_rows if self._dim == -1 and self._block == "1d" else _amax_of_columns
+        found = torch.cat([amax_of(part) for part in self.values.split(chunk)])
+        if self._block == "2d":
+            return _amax_of_rows(found.squeeze(1)).unsqueeze(1)
+        return found
+
+
+def _amax_of_rows(x: Tensor) -> Tensor:
+    """max |x| over the last, 16 wide dimension [P, B, 16] → [P, B, 1]: on a CPU pooling is four
+    times as fast as a reduction over so few elements."""
+    return F.max_pool1d(x.abs().float().flatten(1), BLOCK).unsqueeze(-1)
+
+
+def _amax_of_columns(x: Tensor) -> Tensor:
+    """max |x| over dimension 1 → FP32, 1 there. Without the sign bit a float orders as its bits
+    do, NaN above all; integers are reduced twice as fast as BF16."""
+    integer = torch.int32 if x.dtype == torch.float32 else torch.int16
+    largest = (x.view(integer) & torch.iinfo(integer).max).amax(1, keepdim=True)
+    return largest.view(x.dtype).float()
+
+
+# ------------------------------------------------------------------------- Hadamard transform
+def hadamard_matrix(dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+    """[16, 16]: diag(HADAMARD_SIGNS) times Sylvester's matrix, over 4: orthogonal, and exact in
+    every float format."""
+    matrix = torch.ones(1, 1)
+    while matrix.shape[0] < BLOCK:
+        matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), matrix)
+    signs = torch.tensor(HADAMARD_SIGNS, dtype=torch.float32)
+    return (signs[:, None] * matrix / 4.0).to(device=device, dtype=dtype)
+
+
+def hadamard(x: Tensor, dim: Literal[-1, 0] = -1) -> Tensor:
+    """Random Hadamard transform of each 16 consecutive elements, in x's dtype.
+
+    dim -1: along the last dimension. dim 0: along the rows of the matrix [R, C] (leading
+    dimensions flattened), equal to transforming the transpose. That length must be a multiple of
+    16: both operands of a weight gradient are transformed along the tokens they sum over, and
+    only a padding that both share keeps their product. One matrix product: a GPU sums in another
+    order, so after rounding to BF16 about one element in 10^5 may be one ulp off the CPU's.
+    """
+    length = x.shape[-1] if dim == -1 else x.numel() // x.shape[-1]
+    assert length % BLOCK == 0, f"cannot transform {length} elements: no multiple of {BLOCK}"
+    matrix = hadamard_matrix(x.dtype, x.device)
+    if dim == -1:
+        return (x.reshape(-1, BLOCK) @ matrix).view(x.shape)
+    return (matrix.t() @ x.reshape(-1, BLOCK, x.shape[-1])).view(x.shape)

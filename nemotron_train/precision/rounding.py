@@ -1,0 +1,125 @@
+"""Rounding to a low-precision grid, and the random words that stochastic rounding draws.
+
+Owns: nearest-even rounding of FP32 numbers to a floating-point grid; a counter-based generator of
+8-bit words. Does not own: scales and blocks (nvfp4.py, mxfp8.py), or which tensor is rounded how
+(precision/linear.py).
+
+The generator has no state: a word is a function of (seed, stream, step, row, column). A rank that
+holds a slice of a tensor asks for the words of its slice, and a resumed run for those of its step.
+"""
+
+import torch
+from torch import Tensor
+
+_WORD = 0xFFFFFFFF
+_PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
+_PHILOX_ROUNDS = 10
+
+_BYTES_PER_WORD = 4
+# Elements worked on at a time on a CPU, so that the temporaries stay in the L2 cache.
+_CHUNK_ELEMENTS = 1 << 19
+
+_EXPONENT_MASK = 0x7F800000
+_MANTISSA_BITS = 23
+
+
+def philox4x32(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int], num_rounds: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32: 128 random bits for a 128-bit counter.
+
+    counter: four int64 tensors of one shape, each element in [0, 2^32).
+    key: two integers in [0, 2^32). Returns four int64 tensors with elements in [0, 2^32).
+    Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011), section 3.3.
+    """
+    c0, c1, c2, c3 = counter
+    key_0, key_1 = key
+    for _ in range(num_rounds):
+        # The 64-bit product of two 32-bit numbers may wrap to a negative one: its bits are right,
+        # and the mask removes the copies of its sign that the shift brings in.
+        product_0, product_1 = c0 * _PHILOX_MULTIPLIERS[0], c2 * _PHILOX_MULTIPLIERS[1]
+        c0 = ((product_1 >> 32) & _WORD) ^ c1 ^ key_0
+        c2 = ((product_0 >> 32) & _WORD) ^ c3 ^ key_1
+        c1, c3 = product_1 & _WORD, product_0 & _WORD
+        key_0, key_1 = (key_0 + _PHILOX_WEYL[0]) & _WORD, (key_1 + _PHILOX_WEYL[1]) & _WORD
+    return c0, c1, c2, c3
+
+
+def random_words(
+    shape: tuple[int, int],
+    *,
+    seed: int,
+    stream: int,
+    step: int = 0,
+    row_offset: int = 0,
+    column_offset: int = 0,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """uint8 words, uniform on 0…255, for the elements of a matrix or of a slice of it.
+
+    The word of an element depends on seed (64 bits), stream (which tensor: 32 bits), step (32
+    bits) and the element's row and column in the whole matrix (32 bits each), on nothing else:
+    `random_words((2, 3), row_offset=r, column_offset=c, …)` is [r:r+2, c:c+3] of the whole.
+
+    Philox4x32-10 turns (seed, stream, step, row) into a 64-bit key for the row; the row's words
+    are a two-multiply 32-bit mix (MurmurHash3's finalizer) of that key and the column, four words
+    a mix. A few times cheaper than Philox for every element, and ample for 8-bit rounding;
+    tests/precision/test_rounding.py has the statistics.
+    """
+    num_rows, num_columns = shape
+    first = column_offset // _BYTES_PER_WORD
+    skipped = column_offset - first * _BYTES_PER_WORD
+    num_groups = -(-(skipped + num_columns) // _BYTES_PER_WORD)
+    rows = torch.arange(row_offset, row_offset + num_rows, device=device)
+    constants = (torch.full_like(rows, value & _WORD) for value in (stream, step, 0))
+    key_0, key_1, _, _ = philox4x32(
+        (rows, *constants), (seed & _WORD, (seed >> 32) & _WORD), _PHILOX_ROUNDS
+    )
+    groups = torch.arange(first, first + num_groups, device=device)
+    spread = _as_int32(groups * _PHILOX_WEYL[0])
+    words = torch.empty(num_rows, num_groups, dtype=torch.int32, device=device)
+    chunk = rows_per_chunk(words, _CHUNK_ELEMENTS // _BYTES_PER_WORD)
+    keys = (_as_int32(key_0)[:, None], _as_int32(key_1)[:, None])
+    for start in range(0, num_rows, chunk):
+        part = slice(start, start + chunk)
+        _mix(spread, keys[0][part], keys[1][part], out=words[part])
+    return words.view(torch.uint8)[:, skipped : skipped + num_columns]
+
+
+def _mix(spread: Tensor, key_0: Tensor, key_1: Tensor, out: Tensor) -> None:
+    shifted = torch.bitwise_xor(spread, key_0, out=out).bitwise_right_shift(16)
+    out.bitwise_xor_(shifted.bitwise_and_(0xFFFF)).mul_(0x85EBCA6B - (1 << 32)).add_(key_1)
+    torch.bitwise_right_shift(out, 13, out=shifted)
+    out.bitwise_xor_(shifted.bitwise_and_(0x7FFFF)).mul_(0xC2B2AE35 - (1 << 32))
+    torch.bitwise_right_shift(out, 16, out=shifted)
+    out.bitwise_xor_(shifted.bitwise_and_(0xFFFF))
+
+
+def _as_int32(values: Tensor) -> Tensor:
+    """The low 32 bits of each int64."""
+    return values.view(torch.int32).view(*values.shape, 2)[..., 0].contiguous()
+
+
+def rows_per_chunk(rows: Tensor, elements: int) -> int:
+    """How many of the leading dimension's entries to work on at a time: about `elements`
+    elements on a CPU, all of them elsewhere (a GPU wants few, large kernels)."""
+    num_rows = max(1, rows.shape[0])
+    if rows.device.type != "cpu":
+        return num_rows
+    return max(1, elements * num_rows // max(1, rows.numel()))
+
+
+def round_to_nearest_(values: Tensor, *, mantissa_bits: int, min_exponent: int) -> Tensor:
+    """Round FP32 values in place to the nearest number of a floating-point grid, ties to even.
+
+    The grid has `mantissa_bits` stored mantissa bits, and below 2^min_exponent the step of that
+    binade (subnormals). Values must lie within the format's range already. A zero result is +0.
+    NaN stays NaN. Five passes: adding and subtracting 1.5 · 2^(23 - mantissa_bits) times a
+    number's own power of two leaves the FP32 adder to round it, exactly once.
+    """
+    magic_bits = torch.bitwise_and(values.view(torch.int32), _EXPONENT_MASK)
+    magic_bits.clamp_(min=(min_exponent + 127) << _MANTISSA_BITS)
+    magic_bits.add_(((_MANTISSA_BITS - mantissa_bits) << _MANTISSA_BITS) | (1 << 22))
+    magic = magic_bits.view(torch.float32)
+    return values.add_(magic).sub_(magic)
