@@ -72,10 +72,9 @@ def random_words(
     skipped = column_offset - first * _BYTES_PER_WORD
     num_groups = -(-(skipped + num_columns) // _BYTES_PER_WORD)
     rows = torch.arange(row_offset, row_offset + num_rows, device=device)
-    constants = (torch.full_like(rows, value & _WORD) for value in (stream, step, 0))
-    key_0, key_1, _, _ = philox4x32(
-        (rows, *constants), (seed & _WORD, (seed >> 32) & _WORD), _PHILOX_ROUNDS
-    )
+    streams, steps = torch.full_like(rows, stream & _WORD), torch.full_like(rows, step & _WORD)
+    counter = (rows, streams, steps, torch.zeros_like(rows))
+    key_0, key_1, _, _ = philox4x32(counter, (seed & _WORD, (seed >> 32) & _WORD), _PHILOX_ROUNDS)
     groups = torch.arange(first, first + num_groups, device=device)
     spread = _as_int32(groups * _PHILOX_WEYL[0])
     words = torch.empty(num_rows, num_groups, dtype=torch.int32, device=device)
