@@ -3,6 +3,7 @@
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.param_layout import PerBufferParamLayout
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from nemotron_train.config.schema import Config, ModelConfig
@@ -65,6 +66,8 @@ def wrap_data_parallel(
             ddp_config,
             expert_data_parallel_world_size=groups.expt_dp.size(),
         )
+        for buffer in layout.layouts.values():
+            _count_padding_between_buckets(buffer)
     return DistributedDataParallel(
         config=model.config,
         ddp_config=ddp_config,
@@ -72,6 +75,18 @@ def wrap_data_parallel(
         pg_collection=groups,
         full_param_layout=layout,
     )
+
+
+def _count_padding_between_buckets(buffer: PerBufferParamLayout) -> None:
+    """Let all buckets but the last count their padding as elements.
+
+    UPSTREAM(megatron-core 0.19.2): a checkpoint of the distributed optimizer leaves out the
+    padding between buckets and then reads parameters at offsets that include it. With an
+    embedding on two pipeline stages (its own bucket) the optimizer's state would be shifted and
+    its end lost; upstream warns of «data corruption» and goes on.
+    """
+    for bucket, (start, end) in enumerate(buffer.bucket_indices[:-1]):
+        buffer.per_bucket_numel_unpadded[bucket] = end - start
 
 
 def count_parameters(model: torch.nn.Module) -> int:

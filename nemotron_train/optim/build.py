@@ -45,6 +45,13 @@ def build_optimizer(
             name="undecayed", fn=lambda parameter, name: not decays(name, parameter.dim())
         )
     )
+    # UPSTREAM(megatron-core 0.19.2): the distributed optimizer mixes up the order of FP32 and BF16
+    # parameters that share a group. Naming the optimizer again tells groups apart and no more.
+    kept_wide = ParamKey(
+        with_name_predicate=ParamWithNamePredicate(
+            name="kept_wide", fn=lambda parameter, name: parameter.dtype != dtype
+        )
+    )
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
@@ -61,7 +68,10 @@ def build_optimizer(
             log_num_zeros_in_grad=True,
         ),
         list(model),
-        config_overrides={undecayed: ParamGroupOverride(wd_mult=0.0)},
+        config_overrides={
+            undecayed: ParamGroupOverride(wd_mult=0.0),
+            kept_wide: ParamGroupOverride(optimizer="adam"),
+        },
         use_gloo_process_groups=False,
         pg_collection=groups,
     )

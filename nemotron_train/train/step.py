@@ -20,7 +20,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from nemotron_train.config.derive import Derived
-from nemotron_train.config.schema import Config
+from nemotron_train.config.schema import Config, ModelConfig
 from nemotron_train.data.batches import Batch, BatchSource
 from nemotron_train.model.hybrid import NemotronModel
 from nemotron_train.model.latent_moe import SigmoidRouter
@@ -78,6 +78,22 @@ def _forward_step(
     return output, loss
 
 
+def moe_layer_names(model: ModelConfig) -> list[str]:
+    """All MoE layers of the model, whatever this rank holds, by their module paths."""
+    decoder = model.pattern.replace("|", "")
+    names = [f"decoder.layers.{i}" for i, letter in enumerate(decoder) if letter == "E"]
+    if model.mtp.depths:
+        block = "mtp.layers.0.mtp_model_layer.layers"
+        names += [f"{block}.{i}" for i, letter in enumerate(model.mtp.pattern) if letter == "E"]
+    return names
+
+
+def moe_layer_name(router: SigmoidRouter) -> str:
+    """The name in `moe_layer_names` of the layer that `router` belongs to."""
+    block = "mtp.layers.0.mtp_model_layer" if router.is_mtp_layer else "decoder"
+    return f"{block}.layers.{router.layer_number - 1}"
+
+
 class Trainer:
     """Takes optimizer steps. Holds what a step needs; the state of the run is in `Progress`."""
 
@@ -97,11 +113,8 @@ class Trainer:
         self.weights = head_weights(config)
         rows = derived.sequences_per_step // derived.data_parallel
         self.rank_rows = (groups.dp.rank() * rows, (groups.dp.rank() + 1) * rows)
-        self.routers = [
-            (name, module)
-            for name, module in model.module.named_modules()
-            if isinstance(module, SigmoidRouter)
-        ]
+        self.routers = [m for m in model.module.modules() if isinstance(m, SigmoidRouter)]
+        self.moe_layers = moe_layer_names(config.model)
         core: NemotronModel = model.module
         core.config.finalize_model_grads_func = self._finalize
         core.config.no_sync_func = model.no_sync
@@ -113,23 +126,27 @@ class Trainer:
         finalize_model_grads(*args, **kwargs)
 
     def _routing_metrics(self) -> dict[str, torch.Tensor]:
-        """MaxVio of each MoE layer, max expert load / mean load (arXiv 2408.15664), and the mean
-        load-balance loss. COLLECTIVE over ranks that share a pipeline stage."""
-        if not self.routers:
+        """MaxVio of each MoE layer, fullest expert / mean load (Ultra report, section 2.7), the
+        largest of them, and the mean load-balance loss; the same on every rank. COLLECTIVE."""
+        if not self.moe_layers:
             return {}
-        loads = torch.stack([router.local_tokens_per_expert for _, router in self.routers])
-        sum_over(loads, self.groups.tp_dp_cp)
-        losses = torch.stack([router.load_balance_loss_sum.float() for _, router in self.routers])
-        sum_over(losses, self.groups.dp_cp)
-        for _, router in self.routers:
-            router.load_balance_loss_sum = torch.zeros(())
-        violations = loads.amax(1) / loads.mean(1).clamp(min=1e-9)
+        stats = torch.zeros(2, len(self.moe_layers), device=self.device)
+        if self.routers:
+            loads = torch.stack([router.local_tokens_per_expert for router in self.routers])
+            sum_over(loads, self.groups.tp_dp_cp)
+            losses = torch.stack([router.load_balance_loss_sum.float() for router in self.routers])
+            sum_over(losses, self.groups.tp_dp_cp)
+            own = [self.moe_layers.index(moe_layer_name(router)) for router in self.routers]
+            stats[0, own] = loads.amax(1) / loads.mean(1).clamp(min=1e-9)
+            stats[1, own] = losses / self.derived.tokens_per_step
+            for router in self.routers:
+                router.load_balance_loss_sum = torch.zeros(())
+        sum_over(stats, self.groups.pp)  # each stage fills in its own layers
         metrics = {
-            f"max_vio/{name.removesuffix('.mlp.router')}": value
-            for (name, _), value in zip(self.routers, violations, strict=True)
+            f"max_vio/{name}": value for name, value in zip(self.moe_layers, stats[0], strict=True)
         }
-        metrics["max_vio"] = violations.amax()
-        metrics["load_balance_loss"] = losses.mean() / self.derived.tokens_per_step
+        metrics["max_vio"] = stats[0].amax()
+        metrics["load_balance_loss"] = stats[1].mean()
         return metrics
 
     def __call__(self, progress: Progress) -> StepResult:
