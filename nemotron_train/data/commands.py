@@ -141,6 +141,12 @@ def inspect(path: str | Path, samples: int = 3) -> str | None:
     return None
 
 
+def run_inspect(path: str | Path, samples: int = 3) -> None:
+    """`inspect`, with what it finds wrong raised as ConfigError."""
+    if problem := inspect(path, samples):
+        raise ConfigError(problem)
+
+
 def _verify(folder: Path, entry: ShardEntry, manifest: Manifest) -> None:
     """Check a shard's files whole; ConfigError naming the first wrong one."""
     shard = ShardReader(folder, entry.name)

@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import multiprocessing
+import os
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,7 +139,16 @@ _encoder: Encoder | None = None  # one a worker process: a tokenizer is too larg
 def start_worker(folder: str, *settings: Any) -> None:
     """Pool initializer: `settings` are Encoder's fields after the tokenizer."""
     global _encoder
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _encoder = Encoder(load_tokenizer(Path(folder)), *settings)
+
+
+def _end_with_parent() -> None:
+    # A killed parent closes no queue: the workers hold both ends of it, and would wait for ever.
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def encode_in_worker(batch: RawBatch) -> EncodedBatch:

@@ -15,8 +15,12 @@ def exclusive(folder: Path, *, wait: bool) -> Iterator[None]:
     With `wait`, blocks until it is ours; without, raises ConfigError if another process has it.
     The empty lock file stays: removing it would let two processes lock different files.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with (folder.parent / f".{folder.name}.lock").open("w") as stream:
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = (folder.parent / f".{folder.name}.lock").open("w")
+    except OSError as error:
+        raise ConfigError(f"{folder}: cannot be made there ({error.strerror})") from None
+    with lock as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -96,6 +96,21 @@ def test_a_phase_begins_at_the_first_sample_at_or_after_its_tokens() -> None:
     assert [draw.source for draw in draws] == list("aaabcc")
 
 
+@settings(deadline=None)
+@given(first=WEIGHTS, second=WEIGHTS, switch=st.integers(1, 60))
+def test_a_new_phase_keeps_its_own_shares(
+    first: list[float], second: list[float], switch: int
+) -> None:
+    """What the phase before has drawn is no debt: within one sample from the switch on."""
+    phases = [phase(first), phase(second, switch)]
+    draws, _ = schedule(phases, start(phases), switch + 100)
+    total = sum(weight for _, weight in phases[1].weights)
+    drawn = [draw.source for draw in draws[switch:]]
+    for source, weight in phases[1].weights:
+        for length in range(1, len(drawn) + 1):
+            assert abs(drawn[:length].count(source) * total - weight * length) < total
+
+
 def test_a_source_keeps_its_place_across_phases() -> None:
     a_and_b, only_b = Phase(0, (("a", 1), ("b", 1))), Phase(40, (("b", 1),))
     phases = [a_and_b, only_b, Phase(60, a_and_b.weights)]

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -198,12 +199,16 @@ def test_killed_with_its_workers_the_same_command_continues(tmp_path: Path) -> N
     script = tmp_path / "program.py"
     script.write_text(KILLED)
     command = [sys.executable, str(script), str(tmp_path)]
+    workers: list[psutil.Process] = []
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
         for line in process.stdout:
             if int(line) > 100:
+                workers = psutil.Process(process.pid).children()
                 process.send_signal(signal.SIGKILL)
                 break
+    assert len(workers) >= 2
+    assert not psutil.wait_procs(workers, timeout=20)[1], "workers outlive their parent"
     assert not (tmp_path / "out").exists() and (tmp_path / "out.partial").exists()
     reported: list[int] = []
     for output in ("out", "whole"):
@@ -328,6 +333,7 @@ def test_wrong_settings_are_named(tmp_path: Path, tokenizer_folder: Path) -> Non
     (tmp_path / "g.jsonl.gz").write_bytes(gzip.compress(json_lines(TEXTS))[:-300])
     refused(r"g\.jsonl\.gz: cannot be read", input=str(tmp_path / "g.jsonl.gz"))
     missing = {"input": str(tmp_path / "no"), "output": str(tmp_path / "fourth")}
+    refused("cannot be made", output=str(tmp_path / "in" / "a.txt" / "out"))
     refused("`datasets` cannot open", format=InputFormat.dataset, **missing)
 
 
