@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.moe.router import Router
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
 
 
@@ -44,6 +45,14 @@ class MtpLayer(MultiTokenPredictionLayer):
     since it can only reach later positions of its own document, none of whose targets at this
     depth counts either.
     """
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)  # pyright: ignore[reportArgumentType]
+        # UPSTREAM(megatron-core 0.19.2): HybridStack does not tell its MoE layers that they lie
+        # in this block, and a repeated block's load-balance loss then counts once a depth.
+        for module in self.modules():
+            if isinstance(module, Router):
+                module.is_mtp_layer = True
 
     def _get_embeddings(
         self,

@@ -127,6 +127,22 @@ def test_mtp_depths_share_one_block_and_learn_from_masked_targets_only(groups: o
         assert model(row, other, mask, ids)[depth] == sums[depth]
 
 
+def test_repeated_block_counts_its_load_balance_loss_once(groups: object) -> None:
+    """Two depths run the block's router twice; together they add one loss, like any other layer.
+    A perfectly balanced router's sequence loss is 1 a token, so each sum is near the tokens."""
+    _, model = build(groups, "model.init_std=0.001")
+    mask, ids = torch.ones(NUM_ROWS, LENGTH), torch.zeros(NUM_ROWS, LENGTH, dtype=torch.long)
+    model(tokens(6), tokens(7), mask, ids)
+    sums = {
+        name: float(module.load_balance_loss_sum) / (NUM_ROWS * LENGTH)
+        for name, module in model.named_modules()
+        if name.endswith("mlp.router")
+    }
+    assert len(sums) == 4 and sum("mtp" in name for name in sums) == 1
+    for name, value in sums.items():
+        assert value == pytest.approx(1.0, abs=0.3), name
+
+
 def test_output_layer_gradient_is_accumulated_in_fp32(groups: object) -> None:
     """In BF16, main_grad holds the FP32 sum of the three heads' gradients, each rounded once;
     adding them up in BF16 first would lose the small ones."""
