@@ -28,8 +28,9 @@ def causal_conv(
 
     Taps before the first token read `initial_BKC` (the K-1 inputs before it, oldest first; they
     belong to each row's first document) or zero; taps that reach into another document read
-    zero. `document_ids_BS` is non-decreasing along S. Sums in FP32 (FP64 with FP64 inputs), and
-    returns contiguous y_BSC in x's dtype. x, weight, bias and the initial inputs get gradients.
+    zero. `document_ids_BS` is non-decreasing along S. Sums in FP32 (FP64 with FP64 inputs);
+    returns y_BSC in x's dtype and memory order (batch- or sequence-first). x, weight, bias and
+    the initial inputs receive gradients.
 
     On CUDA the `causal_conv1d` package computes it where it is installed, unless `force_torch`.
     """
@@ -124,13 +125,13 @@ class _CausalConv(torch.autograd.Function):
         dx = dsum * taps_KC[0]
         dtaps_KC = torch.zeros_like(taps_KC)
         product = torch.mul(dsum, x)
-        dtaps_KC[0] = product.flatten(0, 1).sum(0)
+        dtaps_KC[0] = product.sum((0, 1))
         for j in _shifts(x, taps_KC):
             dx[:, :-j].addcmul_(dsum[:, j:], taps_KC[j])
             torch.mul(dsum[:, j:], x[:, :-j], out=product[:, j:])
             # Summing whole rows, zeros included: ten times faster than over a sliced view.
             product[:, :j] = 0
-            dtaps_KC[j] = product.flatten(0, 1).sum(0)
+            dtaps_KC[j] = product.sum((0, 1))
         if young and drows_RC is not None:
             b, t, *sources = young
             dx[b, t] += drows_RC * taps_KC[0]

@@ -58,7 +58,7 @@ class _GatedRmsNorm(torch.autograd.Function):
         normed.unflatten(-1, groups).mul_(scale_BSG1)
         # With n the normed u and t = dout weight: du = scale (t - n mean(t n)).
         product = normed * dout
-        dweight_D = product.flatten(0, -2).sum(0)
+        dweight_D = product.sum((0, 1))
         mean_BSG1 = product.mul_(weight_D).unflatten(-1, groups).mean(-1, keepdim=True)
         du = torch.mul(dout, weight_D, out=product)
         du.unflatten(-1, groups).addcmul_(normed.unflatten(-1, groups), mean_BSG1, value=-1).mul_(

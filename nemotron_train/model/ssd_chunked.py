@@ -113,7 +113,7 @@ class _ChunkedSsd(torch.autograd.Function):
             _add_bmm(out[start:], _masked(op.C_KGBLN, op.first_KGBL1)[start:], entering)
 
         # A token's own contribution dt (C.B) x rides on the D skip.
-        y_BSHP = _expanded(_to_tokens(_own(op, D_H)), head_dim).mul_(x_BSHP)
+        y_BSHP = _own_tokens(op, D_H, x_BSHP).mul_(x_BSHP)
         y_KGBLJP = _chunks(y_BSHP, op)
         y_KGBLJP.addcmul_(out.unflatten(-1, (-1, head_dim)), _expanded(op.read_KGBLJ, head_dim))
         if op.steep_I is not None:
@@ -155,7 +155,7 @@ class _ChunkedSsd(torch.autograd.Function):
         dyx_KGBLJ = _chunks(dyx_BSH, op)
         dxw_KGBLJP = dxw.unflatten(-1, (-1, head_dim))
         dxdt_KGBLJ = (dxw_KGBLJP * x_KGBLJP).sum(-1, dtype=accumulate).mul_(op.write_KGBLJ)
-        dx_BSHP = _expanded(_to_tokens(_own(op, D_H)), head_dim).mul_(dy_BSHP)
+        dx_BSHP = _own_tokens(op, D_H, x_BSHP).mul_(dy_BSHP)
         dx_KGBLJP = _chunks(dx_BSHP, op)
         dx_KGBLJP.addcmul_(dxw_KGBLJP, _expanded(op.dt_KGBLJ * op.write_KGBLJ, head_dim))
         if op.steep_I is not None:
@@ -372,10 +372,15 @@ def _without_steep(t: Tensor, op: _Operands) -> Tensor:
     return (split * keep_H.view(num_groups, 1, 1, heads, 1)).flatten(-2)
 
 
-def _own(op: _Operands, D_H: Tensor) -> Tensor:
-    """The weight of a token on its own output, D + dt (C . B): KGBLJ."""
+def _own_tokens(op: _Operands, D_H: Tensor, x_BSHP: Tensor) -> Tensor:
+    """The weight of a token on its own output, D + dt (C . B), for every channel, in x's memory
+    order: Megatron's activations are sequence-first, and what leaves here meets them again."""
     D_GJ = D_H.view(op.dt_KGBLJ.shape[1], 1, 1, -1)
-    return torch.addcmul(D_GJ, op.dt_KGBLJ, op.own_KGBL[..., None])
+    own_KGBLJ = torch.addcmul(D_GJ, op.dt_KGBLJ, op.own_KGBL[..., None])
+    if x_BSHP.stride(0) >= x_BSHP.stride(1):
+        return _expanded(_to_tokens(own_KGBLJ), x_BSHP.shape[3])
+    own_SBH = own_KGBLJ.permute(0, 3, 2, 1, 4).flatten(0, 1).flatten(2)
+    return _expanded(own_SBH, x_BSHP.shape[3]).transpose(0, 1)
 
 
 def _pad_by(t: Tensor, padding: int) -> Tensor:
