@@ -37,8 +37,8 @@ class Operand:
         return replace(self, values=self.values.t())
 
     def dequantize(self) -> Tensor:
-        """FP32, the order of roundings that Transformer Engine's dequantize kernel has not: use
-        `NVFP4Tensor.dequantize` for that one. Differs from it by at most 1.5 FP32 ulp."""
+        """FP32: values · (scale / divisor), finite wherever the numbers are. NVFP4Tensor has the
+        dequantization whose roundings are Transformer Engine's; they differ by an ulp or two."""
         return self.values.float() * (self.scale / _scalar(self.divisor, self.scale))
 
 

@@ -109,7 +109,7 @@ def _blocks(matrix: Tensor, dim: Literal[-1, 0]) -> Tensor:
 def _scale_exponents(blocks: Tensor, dim: Literal[-1, 0]) -> tuple[Tensor, Tensor]:
     """Per block (1 for its dimension): int32 exponent of its scale, -127 … 127, and whether the
     block holds a NaN."""
-    if dim == -1 and blocks.device.type == "cpu":
+    if dim == -1 and blocks.device.type == "cpu" and blocks.numel():
         # Pooling is four times as fast as a reduction over so few elements.
         chunks = blocks.split(rows_per_chunk(blocks, _CHUNK_ELEMENTS))
         pooled = [F.max_pool1d(chunk.abs().float().flatten(1), BLOCK) for chunk in chunks]

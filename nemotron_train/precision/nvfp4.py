@@ -75,8 +75,9 @@ class NVFP4Tensor:
 
     def dequantize(self) -> Tensor:
         """FP32 of the original shape: code · ((block scale · amax) · fp32(1/2688)), the order of
-        roundings of Transformer Engine's dequantize kernel."""
-        scale = (self._element_scales() * self.amax) * torch.tensor(1 / GLOBAL_DIVISOR)
+        roundings of Transformer Engine's dequantize kernel, and infinite where that is: once amax
+        exceeds 7.6e35. `operand().dequantize()` is not."""
+        scale = (self._element_scales() * self.amax) * self.amax.new_full((), 1 / GLOBAL_DIVISOR)
         return (self._element_values() * scale).view(self.shape)
 
 
@@ -293,6 +294,8 @@ class _Blocks:
 def _amax_of_rows(x: Tensor) -> Tensor:
     """max |x| over the last, 16 wide dimension [P, B, 16] → [P, B, 1]: on a CPU pooling is four
     times as fast as a reduction over so few elements."""
+    if x.numel() == 0:  # an expert without tokens: pooling refuses it
+        return x.new_zeros((*x.shape[:-1], 1), dtype=torch.float32)
     return F.max_pool1d(x.abs().float().flatten(1), BLOCK).unsqueeze(-1)
 
 
