@@ -414,8 +414,8 @@ def _state_to_heads(state_GBNJP: Tensor, head_dim: int) -> Tensor:
 
 
 def _expanded(scale: Tensor, head_dim: int) -> Tensor:
-    """[..., H] -> a fresh contiguous [..., H, P]. A copy, then a full-width multiplication, is three
-    times faster on a CPU than one that broadcasts over 32 channels at a time."""
+    """[..., H] -> a fresh contiguous [..., H, P]. A copy, then a full-width multiplication, is
+    three times faster on a CPU than one that broadcasts over 32 channels at a time."""
     expanded = scale[..., None].expand(*scale.shape, head_dim)
     return expanded.clone(memory_format=torch.contiguous_format)  # never an alias, even for P = 1
 
