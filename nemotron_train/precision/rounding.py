@@ -17,8 +17,8 @@ _PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
 _PHILOX_ROUNDS = 10
 
 _BYTES_PER_WORD = 4
-# Elements worked on at a time on a CPU, so that the temporaries stay in the L2 cache.
-_CHUNK_ELEMENTS = 1 << 19
+# Words made at a time on a CPU, so that the temporaries stay in the cache.
+_CHUNK_ELEMENTS = 1 << 21
 
 _EXPONENT_MASK = 0x7F800000
 _MANTISSA_BITS = 23

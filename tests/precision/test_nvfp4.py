@@ -92,7 +92,7 @@ def _words(x: Tensor, seed: int) -> Tensor:
     return torch.randint(0, 256, x.shape, generator=generator, dtype=torch.uint8)
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(x=_matrices(), block=st.sampled_from(["1d", "2d"]))
 def test_agrees_with_the_scalar_definition(x: Tensor, block) -> None:
     quantized = quantize_nvfp4(x, block=block)
@@ -130,7 +130,7 @@ def test_two_dimensional_blocks_are_the_same_in_both_orientations(x: Tensor) -> 
 def test_sign_symmetry(x: Tensor) -> None:
     plus, minus = quantize_nvfp4(x), quantize_nvfp4(-x)
     assert torch.equal(plus.scales, minus.scales)
-    assert torch.equal(plus.dequantize(), -minus.dequantize())
+    assert torch.equal(plus.operand().values, -minus.operand().values)
     words = _words(x, 2)
     plus, minus = nvfp4_operand(x, random_words=words), nvfp4_operand(-x, random_words=words)
     assert torch.equal(plus.values, -minus.values)

@@ -1,0 +1,113 @@
+"""What emulated quantization costs, against the copy that bounds it and the product it serves.
+
+    python benchmarks/nvfp4.py [--rows 2048] [--columns 1024] [--threads 2] [--device cpu]
+
+Every kind is timed in turn, many rounds in one process, and quoted as the median of its ratio to
+a copy in the same round: other load on the machine then touches both. The floor is what must move
+(x read twice, once for the block maxima, the BF16 operand written once, a random word an element
+read) over the copy's bandwidth. The product is compared with the plain BF16 one.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from nemotron_train.precision.gemm import block_scaled_matmul
+from nemotron_train.precision.mxfp8 import mxfp8_operand
+from nemotron_train.precision.nvfp4 import hadamard, nvfp4_operand, quantize_nvfp4
+from nemotron_train.precision.rounding import random_words
+
+COPY = "copy (BF16)"
+
+
+def kinds(rows: int, columns: int, device: str) -> dict[str, tuple[Callable[[], object], float]]:
+    """Name → what is timed, and the bytes an element it cannot avoid moving."""
+    x = torch.randn(rows, columns, device=device).bfloat16()
+    target = torch.empty_like(x)
+    words = random_words((rows, columns), seed=1, stream=1, device=device)
+    return {
+        COPY: (lambda: target.copy_(x), 4),
+        "torch.rand": (lambda: torch.rand(rows, columns, device=device), 4),
+        "random words": (
+            lambda: random_words((rows, columns), seed=1, stream=1, device=device),
+            1,
+        ),
+        "NVFP4 1x16": (lambda: nvfp4_operand(x), 6),
+        "NVFP4 16x1": (lambda: nvfp4_operand(x, dim=0), 6),
+        "NVFP4 16x16": (lambda: nvfp4_operand(x, block="2d"), 6),
+        "NVFP4 1x16 stochastic": (lambda: nvfp4_operand(x, random_words=words), 7),
+        "NVFP4 16x1 stochastic": (lambda: nvfp4_operand(x, dim=0, random_words=words), 7),
+        "NVFP4 1x16 packed": (lambda: quantize_nvfp4(x), 4.5),
+        "Hadamard along rows": (lambda: hadamard(x, dim=0), 4),
+        "MXFP8 1x32": (lambda: mxfp8_operand(x), 6),
+        "MXFP8 32x1": (lambda: mxfp8_operand(x, dim=0), 6),
+    }
+
+
+def products(rows: int, columns: int, device: str) -> dict[str, Callable[[], object]]:
+    """Square products [rows, columns] x [columns, columns]; operands are already quantized."""
+    x = torch.randn(rows, columns, device=device).bfloat16()
+    w = torch.randn(columns, columns, device=device).bfloat16()
+    a, b = nvfp4_operand(x), nvfp4_operand(w, block="2d")
+    return {
+        "BF16 product": lambda: x @ w.t(),
+        "block-scaled, BF16 result": lambda: block_scaled_matmul(a, b),
+        "block-scaled, FP32 result": lambda: block_scaled_matmul(a, b, out_dtype=torch.float32),
+        "quantize x and w, then product": lambda: block_scaled_matmul(
+            nvfp4_operand(x), nvfp4_operand(w, block="2d")
+        ),
+    }
+
+
+def time_in_turn(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each function in each round, after one round of warm-up."""
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for index in range(rounds + 1):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if index:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="What emulated quantization costs")
+    parser.add_argument("--rows", type=int, default=2048)
+    parser.add_argument("--columns", type=int, default=1024)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--device", default="cpu")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    rows, columns = arguments.rows, arguments.columns
+    num_elements = rows * columns
+
+    table = kinds(rows, columns, arguments.device)
+    seconds = time_in_turn({name: timed for name, (timed, _) in table.items()}, arguments.rounds)
+    print(f"{rows} x {columns} BF16, {arguments.device}, {arguments.threads} threads, medians")
+    print(f"{'kind':32}{'ns/element':>12}{'GB/s':>8}{'x copy':>8}{'x floor':>9}")
+    for name, (_, num_bytes) in table.items():
+        nanoseconds = statistics.median(seconds[name]) / num_elements * 1e9
+        ratio = statistics.median(
+            mine / copy for mine, copy in zip(seconds[name], seconds[COPY], strict=True)
+        )
+        of_floor = ratio * table[COPY][1] / num_bytes
+        print(
+            f"{name:32}{nanoseconds:12.3f}{num_bytes / nanoseconds:8.1f}{ratio:8.1f}{of_floor:9.1f}"
+        )
+    print(f"\n{'product':32}{'ms':>12}{'x BF16':>8}")
+    seconds = time_in_turn(products(rows, columns, arguments.device), arguments.rounds)
+    plain = seconds["BF16 product"]
+    for name, mine in seconds.items():
+        ratio = statistics.median(one / other for one, other in zip(mine, plain, strict=True))
+        print(f"{name:32}{statistics.median(mine) * 1e3:12.2f}{ratio:8.2f}")
+
+
+if __name__ == "__main__":
+    main()
