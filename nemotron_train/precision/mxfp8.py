@@ -25,7 +25,7 @@ _E8M0_NAN, _E8M0_MAX, _E8M0_BIAS = 255, 254, 127
 # Below the largest block's exponent by more than this, a code's last bit would leave BF16's
 # normal range: such blocks become zero in an operand.
 _EXPONENT_RANGE = 117
-_CHUNK_ELEMENTS = 1 << 20  # as in nvfp4.py
+_CHUNK_ELEMENTS = 1 << 19  # as in nvfp4.py
 
 
 @dataclass(frozen=True)

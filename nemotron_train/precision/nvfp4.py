@@ -37,7 +37,7 @@ ReduceAmax = Callable[[Tensor], Tensor]
 _FLOAT_MAX = torch.finfo(torch.float32).max
 # As many at a time on a CPU: the FP32 temporaries stay in the cache, and each pass is long enough
 # that starting and joining the threads is not what it costs.
-_CHUNK_ELEMENTS = 1 << 20
+_CHUNK_ELEMENTS = 1 << 19
 
 
 # --------------------------------------------------------------------------------- the tensor
