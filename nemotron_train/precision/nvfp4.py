@@ -27,8 +27,7 @@ E2M1_MAX = 6.0
 E4M3_MAX = 448.0
 GLOBAL_DIVISOR = E2M1_MAX * E4M3_MAX
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-# Never drawn again: native kernels have the same constant (arXiv 2509.25149, appendix C.2, uses
-# one fixed sign vector for all layers).
+# Never drawn again: the same constant as in Transformer Engine.
 HADAMARD_SIGNS = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)
 
 Block = Literal["1d", "2d"]
@@ -142,7 +141,7 @@ def nvfp4_operand(
     maximum over the ranks that hold parts of one tensor (COLLECTIVE if it is).
 
     Sizes that are no multiple of 16 are padded with zeros, and cropped again.
-    Source: Transformer Engine 2.17.1, quantization_ref_nvfp4.py; software rounding: its ptx.cuh.
+    Source: Transformer Engine 2.17.1's quantization_ref_nvfp4.py; `round_e2m1` for the stochastic.
     """
     blocks = _Blocks(x, block, dim)
     scales = blocks.scales(amax, reduce_amax)
