@@ -1,8 +1,8 @@
 """Core attention: grouped queries, causal, no positional embedding, documents kept apart.
 
 The projections around it are Megatron's `SelfAttention`; this module fills its
-`core_attention` slot. Two forms: `scaled_dot_product_attention` anywhere, Transformer Engine's
-kernel where it is installed.
+`core_attention` slot. Forms: batched products on a CPU (`causal_attention`),
+`scaled_dot_product_attention` on a GPU, Transformer Engine's kernel where it is installed.
 
 Shapes: S tokens, B rows, H query heads, G key/value heads, D head dimension.
 """
@@ -15,11 +15,14 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from nemotron_train.model.causal_attention import causal_attention
 from nemotron_train.model.documents import PackedDocuments
 
 
 def _causal(q_BSHD: torch.Tensor, k_BSGD: torch.Tensor, v_BSGD: torch.Tensor) -> torch.Tensor:
     """Causal attention of whole rows, [B,S,H,D]; scale 1/sqrt(D)."""
+    if not q_BSHD.is_cuda:
+        return causal_attention(q_BSHD, k_BSGD, v_BSGD)
     output_BHSD = F.scaled_dot_product_attention(
         q_BSHD.transpose(1, 2),
         k_BSGD.transpose(1, 2),

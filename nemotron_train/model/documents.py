@@ -8,6 +8,7 @@ Shapes: B rows (sequences), S tokens a row.
 """
 
 import functools
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -51,7 +52,7 @@ class PackedDocuments(PackedSeqParams):
         rows = []
         for ids in self.ids_BS.cpu().numpy():
             cuts = [0, *((ids[1:] != ids[:-1]).nonzero()[0] + 1).tolist(), len(ids)]
-            rows.append(list(zip(cuts[:-1], cuts[1:], strict=True)))
+            rows.append(list(itertools.pairwise(cuts)))
         return rows
 
     @functools.cached_property

@@ -27,7 +27,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from torch import nn
 
-from nemotron_train.model.grouped_mlp import grouped_mlp
+from nemotron_train.model.grouped_mlp import grouped_mlp, routed_mlp
 from nemotron_train.model.sharding import mark_sharded
 
 
@@ -67,6 +67,56 @@ class SigmoidRouter(TopKRouter):
             self.load_balance_loss_sum.to(weighted.device) + weighted.detach() / aux_loss_coeff
         )
         return MoEAuxLossAutoScaler.apply(activation, weighted)
+
+
+    def route_here(self, hidden_SBD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The choices of all tokens in compact form, where no other rank has a say.
+
+        The same scores, choices, bias counts and sequence-wise loss as `forward`, without its
+        [tokens, experts] maps: (experts [T,K] int64, probabilities [T,K] FP32).
+        """
+        num_tokens, num_rows = hidden_SBD.shape[:2]
+        self._maintain_float32_expert_bias()
+        logits_TE = self.gating(hidden_SBD).view(num_tokens * num_rows, -1).float()
+        scores_TE = torch.sigmoid(logits_TE)
+        with torch.no_grad():
+            experts_TK = torch.topk(scores_TE + self.expert_bias, self.topk, dim=1).indices
+        chosen_TK = torch.gather(scores_TE, 1, experts_TK)
+        scale = self.config.moe_router_topk_scaling_factor or 1.0
+        probabilities_TK = chosen_TK * (scale / (chosen_TK.sum(-1, keepdim=True) + 1e-20))
+        if self.training and torch.is_grad_enabled():
+            counts_E = torch.bincount(experts_TK.flatten(), minlength=scores_TE.shape[1])
+            self.local_tokens_per_expert += counts_E
+            probabilities_TK = self._with_sequence_loss(probabilities_TK, scores_TE, num_rows)
+        return experts_TK, probabilities_TK
+
+    def _with_sequence_loss(
+        self, probabilities_TK: torch.Tensor, scores_TE: torch.Tensor, num_rows: int
+    ) -> torch.Tensor:
+        """Attach E/(K S^2) sum_e count_e sum_t share_te, the mean over rows of the Switch loss of
+        each row (arXiv 2101.03961, eq. 4); shares are scores normalized over the experts."""
+        coefficient = self.config.moe_aux_loss_coeff
+        if not coefficient:
+            return probabilities_TK
+        num_experts = scores_TE.shape[1]
+        shares_TE = scores_TE / (scores_TE.sum(-1, keepdim=True) + 1e-20)
+        shares_BE = shares_TE.view(-1, num_rows, num_experts).sum(0)
+        with torch.no_grad():
+            # The loss counts choices before the bias, as upstream.
+            top_TK = torch.topk(scores_TE, self.topk, dim=1, sorted=False).indices
+            rows_T1 = torch.arange(num_rows, device=top_TK.device).repeat(len(top_TK) // num_rows)
+            cells = (rows_T1.unsqueeze(1) * num_experts + top_TK).flatten()
+            counts_BE = torch.bincount(cells, minlength=shares_BE.numel()).view_as(shares_BE)
+        length = scores_TE.shape[0] // num_rows
+        scale = coefficient * num_experts / (self.topk * length * length * num_rows)
+        return self.attach_and_log_load_balancing_loss(
+            probabilities_TK,
+            coefficient,
+            (shares_BE * counts_BE).sum() * scale,
+            "seq_load_balancing_loss",
+            self.tp_cp_group,
+            valid_token_count=scores_TE.shape[0],
+        )
 
 
 class ReplicatedLinear(nn.Module):
@@ -142,6 +192,19 @@ class GroupedExperts(MegatronModule):
             probabilities_T,
         )
         return output_TD, None
+
+    def routed(
+        self, tokens_TD: torch.Tensor, experts_TK: torch.Tensor, probabilities_TK: torch.Tensor
+    ) -> torch.Tensor:
+        """Sum over each token's experts, all of them here: [T,D], without an exchange."""
+        output_TD, _ = routed_mlp(
+            tokens_TD,
+            experts_TK,
+            probabilities_TK,
+            self.linear_fc1.weight,
+            self.linear_fc2.weight,
+        )
+        return output_TD
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
@@ -221,6 +284,29 @@ class LatentMoELayer(MoELayer):
                     name=f"{name}.{projection_name}" if name else None,
                 )
                 self.add_module(projection_name, projection)
+        alone = (pg_collection.ep, pg_collection.expt_tp, pg_collection.tp_cp)
+        self.all_here = all(group.size() == 1 for group in alone) and not self.moe_layer_recompute
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        intermediate_tensors: object = None,
+        padding_mask: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[S,B,hidden] -> the same. With every expert on this rank, straight through; otherwise
+        through Megatron's dispatcher. tests/distributed holds the two against each other."""
+        if not self.all_here or intermediate_tensors is not None or padding_mask is not None:
+            return super().forward(hidden_states, intermediate_tensors, padding_mask)
+        shared_SBD = self.shared_experts_compute(hidden_states)
+        experts_TK, probabilities_TK = self.router.route_here(hidden_states)
+        latent = hidden_states
+        if self.config.moe_latent_size:
+            latent, _ = self.fc1_latent_proj(hidden_states)
+        routed = self.experts.routed(latent.flatten(0, 1), experts_TK, probabilities_TK)
+        output_SBD = routed.view(*hidden_states.shape[:2], -1)
+        if self.config.moe_latent_size:
+            output_SBD, _ = self.fc2_latent_proj(output_SBD)
+        return (output_SBD if shared_SBD is None else output_SBD + shared_SBD), None
 
 
 def shared_expert_submodules(column_parallel: type, row_parallel: type) -> MLPSubmodules:

@@ -180,7 +180,7 @@ class Mamba2Mixer(MegatronModule):
         sharded = make_sharded_tensors_for_checkpoint(
             own,
             prefix,
-            tensor_parallel_layers_axis_map={name: 0 for name in own},
+            tensor_parallel_layers_axis_map=dict.fromkeys(own, 0),
             sharded_offsets=sharded_offsets,
             tp_group=self.tp_group,
             dp_cp_group=metadata["dp_cp_group"],
