@@ -1,0 +1,8 @@
+"""`python -m nemotron_train`: the same as the console script `nemotron-train`."""
+
+import sys
+
+from nemotron_train.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,110 @@
+"""The picture of a run: loss.png. Matplotlib without a display; no torch."""
+
+import os
+from pathlib import Path
+
+from nemotron_train.report.read import Run, read_run
+
+RAW, SMOOTH, VALIDATION, REFERENCE = "#9ecae1", "#08519c", "#d94801", "#636363"
+
+
+def plot_loss(run_folder: Path) -> Path:
+    """Draws training loss (each step, and smoothed), validation loss and the unigram entropy as a
+    line to beat, with the learning rate below, over tokens. Writes and returns
+    `run_folder`/loss.png. Raises ConfigError when the folder holds no run."""
+    run = read_run(run_folder)
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    # Figure and canvas by hand, not pyplot: no global state, no display looked for.
+    figure = Figure(figsize=(8, 5.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    loss_axes, rate_axes = figure.subplots(
+        2, 1, sharex=True, gridspec_kw={"height_ratios": [4, 1], "hspace": 0.05}
+    )
+    _draw_loss(loss_axes, run)
+    _draw_learning_rate(rate_axes, run)
+    loss_axes.set_title(run.name, loc="left", fontweight="bold")
+    loss_axes.set_title(_subtitle(run), loc="right", fontsize=9, color=REFERENCE)
+    path = run_folder / "loss.png"
+    temporary = run_folder / f".loss.{os.getpid()}.png"
+    figure.savefig(temporary, dpi=150)
+    os.replace(temporary, path)
+    return path
+
+
+def smoothed(values: list[float], span: float) -> list[float]:
+    """Exponential mean with weights (1 - 1/span)^age, normalized, so that the first points are
+    means of what there is rather than pulled to zero (the correction of Adam's moments)."""
+    keep, mean, weight, out = 1 - 1 / span, 0.0, 0.0, []
+    for value in values:
+        mean = keep * mean + (1 - keep) * value
+        weight = keep * weight + (1 - keep)
+        out.append(mean / weight)
+    return out
+
+
+def _draw_loss(axes, run: Run) -> None:
+    tokens, losses = run.series("loss")
+    span = max(len(losses) / 25, 1.0)
+    axes.plot(tokens, losses, color=RAW, linewidth=0.8, label="training, each step")
+    axes.plot(tokens, smoothed(losses, span), color=SMOOTH, linewidth=2, label="training, smoothed")
+    tokens_seen, validations = run.series("validation_loss")
+    if validations:
+        axes.plot(
+            tokens_seen,
+            validations,
+            color=VALIDATION,
+            linewidth=1,
+            marker="o",
+            markersize=4.5,
+            label="validation",
+        )
+    entropy = run.summary.get("unigram_entropy")
+    if isinstance(entropy, int | float):
+        axes.axhline(
+            entropy,
+            color=REFERENCE,
+            linestyle="--",
+            linewidth=1.2,
+            label=f"unigram entropy {entropy:.2f}",
+        )
+    axes.set_ylabel("loss (nats a token)")
+    _tidy(axes)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, loc="upper right")
+
+
+def _draw_learning_rate(axes, run: Run) -> None:
+    tokens, rates = run.series("lr")
+    axes.plot(tokens, rates, color=SMOOTH, linewidth=1.2)
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("learning rate")
+    axes.set_xlabel("tokens")
+    axes.xaxis.set_major_formatter(lambda value, _: format_tokens(value))
+    axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
+    _tidy(axes)
+
+
+def _tidy(axes) -> None:
+    axes.grid(color="0.9", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.margins(x=0.01)
+
+
+def _subtitle(run: Run) -> str:
+    _, validations = run.series("validation_loss")
+    tokens = run.rows[-1].get("tokens")
+    parts = [f"{format_tokens(tokens)} tokens"] if tokens is not None else []
+    if validations:
+        parts.append(f"validation loss {validations[-1]:.3f}")
+    return " · ".join(parts)
+
+
+def format_tokens(value: float) -> str:
+    """512000 as `512K`, 25e12 as `25T`: three digits are enough on an axis."""
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if abs(value) >= size:
+            return f"{value / size:.3g}{letter}"
+    return f"{value:.3g}"

@@ -1,0 +1,119 @@
+"""What a person sees while a run goes on: a bar on a terminal, plain lines elsewhere.
+
+Owns: the display of numbers it is given, and the estimate of the time left. Does not own: the
+numbers. Only one rank makes a display.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.text import Text
+
+SECONDS_BETWEEN_LINES = 2.0  # without a terminal: readable by a person, small in a log file
+SLOWEST_SECONDS_BETWEEN_LINES = 30.0  # reached as the run grows long
+
+
+class ProgressDisplay:
+    """Shows a run of `total_steps` steps, of which `start_step` are done before it begins.
+
+    with ProgressDisplay(total_steps, console) as display:
+        display.update({"step": 1, "loss": 8.3, "tokens_per_second": 2300.0, ...})
+
+    `update` takes an object of metrics.jsonl (docs/metrics.md); what it lacks is not shown.
+    """
+
+    def __init__(
+        self,
+        total_steps: int,
+        console: Console | None = None,
+        *,
+        start_step: int = 0,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._console = console or Console()
+        self._total_steps = total_steps
+        self._clock = clock
+        self._start_step = self._step = start_step
+        self._start_time = clock()
+        self._next_line_time = self._start_time
+        self._bar: Progress | None = None
+        if self._console.is_terminal:
+            self._bar = Progress(
+                TextColumn("[bold]step"),
+                MofNCompleteColumn(),
+                BarColumn(),
+                TextColumn("{task.fields[numbers]}"),
+                TextColumn("{task.fields[left]} left", style="cyan"),
+                console=self._console,
+                transient=False,
+            )
+            self._task = self._bar.add_task(
+                "", total=total_steps, completed=start_step, numbers="", left="?"
+            )
+
+    def __enter__(self) -> Self:
+        self._start_time = self._clock()
+        self._next_line_time = self._start_time
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def update(self, metrics: Mapping[str, Any]) -> None:
+        """Shows the numbers of a step. Without a terminal: the first and the last step, and
+        between them one line in a while."""
+        self._step = metrics["step"]
+        now = self._clock()
+        numbers, left = format_numbers(metrics), format_seconds(self._seconds_left(now))
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self._step, numbers=numbers, left=left)
+            return
+        if now < self._next_line_time and self._step < self._total_steps:
+            return
+        elapsed = now - self._start_time
+        self._next_line_time = now + min(
+            max(SECONDS_BETWEEN_LINES, elapsed / 50), SLOWEST_SECONDS_BETWEEN_LINES
+        )
+        width = len(str(self._total_steps))
+        self._print(f"step {self._step:{width}}/{self._total_steps}  {numbers}  {left} left")
+
+    def message(self, text: str) -> None:
+        """A line of its own, above the bar."""
+        self._print(text)
+
+    def _print(self, text: str) -> None:
+        # Text: brackets in names are no markup. soft_wrap: one line stays one line in a log.
+        self._console.print(Text(text), soft_wrap=True)
+
+    def _seconds_left(self, now: float) -> float | None:
+        done = self._step - self._start_step
+        if done <= 0:
+            return None
+        return (now - self._start_time) / done * max(self._total_steps - self._step, 0)
+
+
+def format_numbers(metrics: Mapping[str, Any]) -> str:
+    """`loss 3.2140  validation 3.3021  2,310 tokens/s`, as far as `metrics` has them."""
+    shown = []
+    if metrics.get("loss") is not None:
+        shown.append(f"loss {metrics['loss']:.4f}")
+    if metrics.get("validation_loss") is not None:
+        shown.append(f"validation {metrics['validation_loss']:.4f}")
+    if metrics.get("tokens_per_second") is not None:
+        shown.append(f"{metrics['tokens_per_second']:,.0f} tokens/s")
+    return "  ".join(shown)
+
+
+def format_seconds(seconds: float | None) -> str:
+    """`0:42`, `12:05`, `3:02:10`; `?` where nothing is known yet."""
+    if seconds is None:
+        return "?"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

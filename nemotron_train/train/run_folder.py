@@ -1,0 +1,303 @@
+"""The run folder: which files it holds, how they are written, and whether a run may go on in it.
+
+Owns: `config.yaml`, `derived.yaml`, `precision.txt`, `environment.json`, `summary.json`, the paths
+of the other files, the lock that keeps a second process out. Every file is complete or absent.
+Does not own: the lines of metrics.jsonl (`train.metrics`) and checkpoints (`train.checkpoint`).
+
+Only one rank opens the folder; it tells the others.
+"""
+
+import dataclasses
+import enum
+import fcntl
+import json
+import os
+import platform
+import re
+import socket
+import subprocess
+import sys
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from nemotron_train.config.schema import Config, ConfigError
+
+# Knobs that may differ between the processes of one run: where it lies, when it saves, looks and
+# reports, how many threads it uses. Everything else would change the trajectory.
+FREE_KNOBS = (
+    "name",
+    "folder",
+    "resume",
+    "logging",
+    "train.threads",
+    "train.log_every_steps",
+    "train.validate_every_steps",
+    "train.save_every_steps",
+    "train.keep_checkpoints",
+    "train.stop_after_steps",
+)
+
+PACKAGES = (
+    "nemotron-train",
+    "torch",
+    "megatron-core",
+    "transformer-engine",
+    "mamba-ssm",
+    "causal-conv1d",
+    "numpy",
+    "hydra-core",
+    "omegaconf",
+    "datasets",
+    "tokenizers",
+    "safetensors",
+    "wandb",
+)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """An opened run folder. `run_id` is its identity for W&B, kept over resumes."""
+
+    path: Path
+    run_id: str
+    is_new: bool  # nobody trained in it before
+    _lock: IO[str] | None = field(repr=False, default=None)  # held until the process ends
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def summary(self) -> Path:
+        return self.path / "summary.json"
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Replaces summary.json: plain values, names as in docs/metrics.md."""
+        write_atomically(self.summary, _to_json(summary))
+
+    def close(self) -> None:
+        """Lets another process train in the folder; the end of this process does it too."""
+        if self._lock is not None:
+            self._lock.close()
+
+
+def open_run_folder(
+    config: Config,
+    derived: Any,
+    precision_text: str,
+    *,
+    command: Sequence[str] | None = None,
+    hosts: Sequence[str] = (),
+) -> RunFolder:
+    """Makes the run's folder, or opens it to go on, and writes all that is known at the start.
+
+    `derived`: any dataclass of plain values. `command`: the words typed (default: this process's).
+    `hosts`: the machines of all ranks (default: this one). An existing config.yaml stays as it was
+    first asked; each start is added to environment.json.
+
+    Raises ConfigError when the folder cannot be made, belongs to another configuration, or another
+    process is training in it.
+    """
+    asked = "resume" if config.resume else "name"
+    path = Path(config.resume) if config.resume else Path(config.folder) / config.name
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = _lock(path)
+    except OSError as error:
+        raise ConfigError(f"{asked}={path}: cannot make the run folder ({error})") from error
+    config_path = path / "config.yaml"
+    wanted = _to_plain(dataclasses.replace(config, resume=""))
+    is_new = not config_path.exists()
+    changed: dict[str, list[Any]] = {}
+    if is_new:
+        if (path / "checkpoints").exists() or (path / "metrics.jsonl").exists():
+            raise ConfigError(
+                f"{asked}={path}: the folder holds a run without its config.yaml; "
+                "put that back or give another name=..."
+            )
+        write_atomically(config_path, _to_yaml(wanted))
+    else:
+        changed = _differences(_read_config(config_path), wanted)
+        _refuse_another_run(path, changed)
+    write_atomically(path / "derived.yaml", _to_yaml(_to_plain(derived)))
+    write_atomically(path / "precision.txt", precision_text.rstrip("\n") + "\n")
+    run_id = _record_start(path / "environment.json", command or sys.argv, hosts, changed)
+    return RunFolder(path, run_id, is_new, lock)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replaces a file as a whole: a reader, or a crash, sees the old one or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+# The same run, or another one? --------------------------------------------------------------
+
+
+def _refuse_another_run(path: Path, changed: Mapping[str, Sequence[Any]]) -> None:
+    fixed = [knob for knob in changed if not _is_free(knob)]
+    if not fixed:
+        return
+    shown = ", ".join(f"{k} was {changed[k][0]!r}, now {changed[k][1]!r}" for k in fixed[:3])
+    more = f" and {len(fixed) - 3} more" if len(fixed) > 3 else ""
+    raise ConfigError(
+        f"{path} holds a run of another configuration: {shown}{more}; "
+        f"give a new name=..., or resume={path} without these knobs"
+    )
+
+
+def _is_free(knob: str) -> bool:
+    return any(knob == free or knob.startswith(f"{free}.") for free in FREE_KNOBS)
+
+
+def _differences(old: Any, new: Any, prefix: str = "") -> dict[str, list[Any]]:
+    """Dotted knob -> [old value, new value], where two plain trees differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        found: dict[str, list[Any]] = {}
+        for key in [*new, *(key for key in old if key not in new)]:
+            name = f"{prefix}.{key}" if prefix else str(key)
+            found |= _differences(old.get(key), new.get(key), name)
+        return found
+    return {} if old == new else {prefix: [old, new]}
+
+
+def _read_config(path: Path) -> Any:
+    """An earlier config.yaml, with the defaults of knobs that came later."""
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path))
+        return _to_plain(OmegaConf.to_object(merged))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{path} is no configuration of this version ({reason})") from error
+
+
+# What the files say -------------------------------------------------------------------------
+
+
+def _record_start(
+    path: Path,
+    command: Sequence[str],
+    hosts: Sequence[str],
+    changed: Mapping[str, Sequence[Any]],
+) -> str:
+    """Adds this start to environment.json; returns the run's id."""
+    earlier = _read_json(path)
+    run_id = earlier.get("run_id") or uuid.uuid4().hex[:12]
+    start = {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": [_without_secrets(word) for word in command],
+        "changed": {knob: values[1] for knob, values in changed.items()},
+        "hosts": list(hosts) or [socket.gethostname()],
+        "git": _git_state(),
+        "versions": {"python": platform.python_version()} | _versions(),
+        "platform": platform.platform(),
+        "cores": os.cpu_count(),
+    }
+    starts = [*earlier.get("starts", []), start]
+    write_atomically(path, _to_json({"run_id": run_id, "starts": starts}))
+    return run_id
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return loaded if isinstance(loaded, dict) else {}
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _git_state() -> dict[str, Any]:
+    """Commit of the checkout this package runs from; empty for an installed wheel."""
+    package = Path(__file__).resolve().parent.parent
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(package), *words]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        return done.stdout.strip()
+
+    try:
+        # A wheel inside somebody else's checkout must not report that one's commit.
+        git("ls-files", "--error-unmatch", "__init__.py")
+        return {
+            "commit": git("rev-parse", "HEAD"),
+            "modified": git("status", "--porcelain", "--untracked-files=no") != "",
+        }
+    except (OSError, subprocess.SubprocessError):
+        return {}
+
+
+SECRET_NAME = re.compile(r"(api_?key|secret|password|passwd|credential|auth|_token$|^token$)", re.I)
+SECRET_VALUE = re.compile(r"(hf_|ghp_|sk-)[A-Za-z0-9_-]{16,}|\b[0-9a-f]{40}\b|(?<=://)[^/@\s]+@")
+
+
+def _without_secrets(word: str) -> str:
+    """A word of the command line fit to be kept: what looks like a key is blotted out."""
+    name, equals, _ = word.partition("=")
+    if equals and SECRET_NAME.search(name.rpartition(".")[2]):
+        return f"{name}=***"
+    return SECRET_VALUE.sub("***", word)
+
+
+def _to_plain(value: Any) -> Any:
+    """Dataclasses, enums, paths and tuples as what YAML and JSON can hold."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        names = [entry.name for entry in dataclasses.fields(value)]
+        return {name: _to_plain(getattr(value, name)) for name in names}
+    if isinstance(value, enum.Enum):
+        return value.name
+    if isinstance(value, Mapping):
+        return {str(_to_plain(key)): _to_plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_to_plain(entry) for entry in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return str(value)
+
+
+def _to_yaml(value: Any) -> str:
+    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=100)
+
+
+def _to_json(value: Any) -> str:
+    return json.dumps(_to_plain(value), indent=2, ensure_ascii=False) + "\n"
+
+
+def _lock(path: Path) -> IO[str] | None:
+    """Holds the folder for this process; the system lets go when it ends, however it ends."""
+    file = open(path / ".lock", "w", encoding="utf-8")  # noqa: SIM115 - open as long as the process
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ConfigError(f"{path}: another process is training in this run folder") from None
+    except OSError:  # a file system without locks: better unguarded than not at all
+        file.close()
+        return None
+    return file
