@@ -12,6 +12,7 @@ from operator import attrgetter
 
 from nemotron_train.config.schema import Config, ConfigError, DataKind, ModelConfig
 from nemotron_train.model.shape import LayerKind, parse_pattern
+from nemotron_train.precision.plan import check_plan
 
 
 def check(config: Config, num_ranks: int) -> None:
@@ -31,6 +32,7 @@ def check(config: Config, num_ranks: int) -> None:
     _check_schedule(config)
     _check_data(config)
     _check_batch(config, num_ranks)
+    check_plan(config)
 
 
 _ABOVE_ZERO = (

@@ -7,6 +7,7 @@ a recipe must set; a name carries its unit. There is no `None` or `-1` for «you
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 from omegaconf import MISSING
 
@@ -19,6 +20,25 @@ class ConfigError(ValueError):
 class Dtype(StrEnum):
     float32 = "float32"
     bfloat16 = "bfloat16"
+
+
+class GemmFormat(StrEnum):
+    """How both operands of a matrix product are stored, from the lowest precision up."""
+
+    nvfp4 = "nvfp4"  # 4-bit E2M1, a scale for 16 elements and one for the tensor
+    mxfp8 = "mxfp8"  # 8-bit E4M3, a power-of-two scale for 32 elements
+    bf16 = "bf16"
+    float32 = "float32"
+
+
+class LinearKind(StrEnum):
+    """Where a linear lies, for `PrecisionRule.layer_type`."""
+
+    any = "any"
+    mamba = "mamba"
+    attention = "attention"
+    moe = "moe"  # routed and shared experts, latent projections
+    mtp_projection = "mtp_projection"
 
 
 class DecayStyle(StrEnum):
@@ -97,10 +117,75 @@ class ModelConfig:
     init_std: float = MISSING
 
 
+_AS_FORMAT: Any = "${.format}"  # an interpolation: whatever `format` beside it is
+
+
+@dataclass
+class FormatConfig:
+    """The format of a linear's three matrix products; each follows `format` unless set itself.
+
+    The switches are NVFP4's and as in Transformer Engine's recipe (arXiv 2509.25149, section 4);
+    they mean nothing to a product in another format.
+    """
+
+    format: GemmFormat = MISSING
+    fprop: GemmFormat = _AS_FORMAT  # y = x W^T
+    dgrad: GemmFormat = _AS_FORMAT  # dx = dy W
+    wgrad: GemmFormat = _AS_FORMAT  # dW = dy^T x
+    weight_2d: bool = True  # weights in 16 x 16 blocks, the same numbers in fprop and dgrad
+    hadamard: bool = True  # random Hadamard transform of wgrad's operands
+    stochastic_rounding: bool = True  # of the gradients dy
+
+
+@dataclass
+class PrecisionRule(FormatConfig):
+    """A format for the linears that meet every condition. Layer numbers are the whole decoder's,
+    whatever the pipeline stages, and never an MTP block's."""
+
+    match: str = "*"  # glob over the module path, such as "*.mixer.out_proj" (fnmatch)
+    layer_type: LinearKind = LinearKind.any
+    first_layers: int = 0  # only the decoder's first n layers; 0: no condition
+    last_layers: int = 0  # only the decoder's last n layers; 0: no condition
+    last_fraction: float = 0.0  # the same as a share, rounded to whole pairs; 0: no condition
+    mtp: bool = False  # true: only the multi-token-prediction block
+    experts: bool = False  # true: only routed experts
+    optional: bool = False  # true: the model may lack what the rule is for
+    enabled: bool = True
+
+
+@dataclass
+class AtLeast:
+    """A lower bound on precision for each product: whatever lies below is raised to it, and
+    nothing is lowered. `nvfp4` raises nothing."""
+
+    format: GemmFormat = GemmFormat.nvfp4
+    fprop: GemmFormat = _AS_FORMAT
+    dgrad: GemmFormat = _AS_FORMAT
+    wgrad: GemmFormat = _AS_FORMAT
+
+
+@dataclass
+class PrecisionPhase:
+    """From its start until the next phase's, the rules hold with `at_least` instead of any
+    earlier phase's. The start is given in one of three ways; in none, it is the run's."""
+
+    from_tokens: int = 0
+    from_fraction: float = 0.0  # of train.total_tokens
+    with_decay: bool = False  # where the learning rate begins to decay
+    at_least: AtLeast = field(default_factory=AtLeast)
+
+
 @dataclass
 class PrecisionConfig:
+    """The precision plan. A linear gets the format of the first rule, in the order written,
+    whose conditions it meets, or else `default`. Routers and the output layer take part in no
+    rule: float32, and the parameters' dtype."""
+
     name: str = MISSING
     parameter_dtype: Dtype = MISSING  # parameters and activations; master weights stay FP32
+    default: FormatConfig = field(default_factory=FormatConfig)
+    rules: dict[str, PrecisionRule] = field(default_factory=dict)
+    phases: list[PrecisionPhase] = field(default_factory=list)
 
 
 @dataclass

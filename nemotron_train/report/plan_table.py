@@ -29,7 +29,17 @@ from nemotron_train.model.shape import (
     mtp_tensors,
     parameters,
 )
-from nemotron_train.precision.plan import resolve, share_of_flops
+from nemotron_train.precision.plan import (
+    LinearPrecision,
+    linears_share,
+    padding_lines,
+    phase_boundaries,
+    phase_text,
+    resolve,
+    rule_text,
+    share_rows,
+)
+from nemotron_train.precision.rules import claims
 
 _KIND_NAMES = {
     LayerKind.mamba: "Mamba-2",
@@ -50,7 +60,7 @@ def print_plan(config: Config, derived: Derived, console: Console, *, layers: bo
     if layers:
         _print_table(console, "Every layer", _LAYER_COLUMNS, _layer_rows(config, derived))
     _print_facts(console, "Parameters", _parameter_facts(config.model))
-    _print_table(console, "Precision", _PRECISION_COLUMNS, _precision_rows(config))
+    _print_precision(config, console)
     _print_facts(console, "Training", _training_facts(config, derived))
     _print_facts(console, "Ranks", _rank_facts(config, derived))
     _print_facts(console, "Memory of the fullest rank", _memory_facts(config, derived))
@@ -212,22 +222,43 @@ def _parameter_facts(model: ModelConfig) -> Iterable[tuple[str, str]]:
 
 
 _PRECISION_COLUMNS = ("count", "linears", "fprop", "dgrad", "wgrad", "FLOPs", "rule")
+_SHARE_COLUMNS = ("FLOPs in", "fprop", "dgrad", "wgrad", "all three")
 
 
-def _precision_rows(config: Config) -> Iterable[Sequence[str]]:
+def _print_precision(config: Config, console: Console) -> None:
+    """The plan of each phase: linears, shares of FLOPs, paddings; and rules without a linear."""
+    boundaries = phase_boundaries(config)
+    for tokens in boundaries:
+        plan = resolve(config, tokens)
+        phase = f", {phase_text(config, tokens)}" if len(boundaries) > 1 else ""
+        title = f"Precision ({config.precision.name}{phase})"
+        _print_table(console, title, _PRECISION_COLUMNS, _precision_rows(plan))
+        title = f"Share of the linears' FLOPs, which are {linears_share(config):.1%} of all"
+        _print_table(console, title, _SHARE_COLUMNS, share_rows(plan))
+        for line in _without_layers(padding_lines(config, plan)):
+            _print_line(console, f"  {line}")
+    for claim in claims(config):
+        if not claim.linears:
+            _print_line(console, f"  no linear is left for {claim.text}")
+
+
+def _precision_rows(plan: list[LinearPrecision]) -> Iterable[Sequence[str]]:
     """A row for the linears that differ in nothing but their layer: a glob that matches them."""
-    plan = resolve(config)
     whole = sum(linear.flops for linear in plan)
     groups: dict[tuple[str, ...], list[int]] = {}
     for linear in plan:
-        modules = re.sub(r"^(decoder|mtp)\..*layers\.\d+\.", r"\1.*.", linear.path)
-        formats = (linear.fprop, linear.dgrad, linear.wgrad)
-        groups.setdefault((modules, *formats, linear.rule), []).append(linear.flops)
+        (modules,) = _without_layers([linear.path])
+        formats = (linear.formats.fprop, linear.formats.dgrad, linear.formats.wgrad)
+        groups.setdefault((modules, *formats, rule_text(linear)), []).append(linear.flops)
     for (modules, fprop, dgrad, wgrad, rule), flops in groups.items():
         share = f"{sum(flops) / whole:.1%}"
         yield str(len(flops)), modules, fprop, dgrad, wgrad, share, rule
-    for name, share in share_of_flops(plan).items():
-        yield "", f"all in {name}, three products", "", "", "", f"{share:.1%}", ""
+
+
+def _without_layers(lines: list[str]) -> list[str]:
+    """Lines that begin with a module path, the layer in it replaced by *; each once."""
+    layer = re.compile(r"^(decoder|mtp)\..*layers\.\d+\.")
+    return list(dict.fromkeys(layer.sub(r"\1.*.", line) for line in lines))
 
 
 # Training, ranks, memory --------------------------------------------------------------------

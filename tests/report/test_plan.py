@@ -109,14 +109,15 @@ def test_bytes(value: int, text: str) -> None:
 # Precision ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("precision", "dtype"), [("fp32", "float32"), ("bf16", "bfloat16")])
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", "float32"), ("bf16", "bf16")])
 def test_every_linear_has_one_precision(precision: str, dtype: str) -> None:
     config = compose_config([f"precision={precision}"])
     plan = resolve(config)
     assert [entry.path for entry in plan] == [linear.path for linear in linears(config.model)]
     for entry in plan:
         wanted = "float32" if entry.path.endswith("router") else dtype
-        assert entry.fprop == entry.dgrad == entry.wgrad == wanted
+        formats = entry.formats
+        assert formats.fprop == formats.dgrad == formats.wgrad == wanted
         assert entry.rule
     assert sum(share_of_flops(plan).values()) == pytest.approx(1)
 
