@@ -163,13 +163,18 @@ def _load_yaml(path: Path, asked: str) -> Any:
 
 
 def _set_knob(config: Any, override: Any) -> None:
-    from omegaconf import OmegaConf
+    from omegaconf import OmegaConf, open_dict
     from omegaconf.errors import ValidationError
 
     key, value = override.key_or_group, override.value()
     try:
-        # +KNOB=VALUE adds an entry to a table such as precision.rules; a field it cannot add.
-        OmegaConf.update(config, key, value, force_add=override.is_add())
+        if override.is_add():  # an entry of a table such as precision.rules
+            for name in reversed(key.split(".")):
+                value = {name: value}
+            with open_dict(config):
+                config.merge_with(value)
+        else:
+            OmegaConf.update(config, key, value)
     except ValidationError as error:
         # Token counts are written 1e9 by people who count them; an int field takes that too.
         if not (isinstance(value, float) and value.is_integer()):
