@@ -21,7 +21,7 @@ from nemotron_train.config.schema import (
 )
 from nemotron_train.model.shape import forward_flops, linears
 from nemotron_train.precision.blocking import BLOCK, paddings
-from nemotron_train.precision.rules import NVFP4_OPTIONS, ROLES, check_dtype, claims
+from nemotron_train.precision.rules import NVFP4_OPTIONS, ROLES, check_dtype, check_used, claims
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,9 @@ def check_plan(config: Config) -> None:
         knob = f"precision.phases[{number}].at_least"
         bounds = {role: getattr(phase.at_least, role) for role in ROLES}
         check_dtype(knob, bounds, dtype)
+        common = phase.at_least.format
+        if common != GemmFormat.nvfp4:  # which raises nothing anyway
+            check_used(f"{knob}.format={common}", common, bounds)
         before, plan = plan, _resolve(config, phase.at_least)
         if [entry.formats for entry in before] == [entry.formats for entry in plan]:
             raise ConfigError(

@@ -111,11 +111,7 @@ def claims(config: Config) -> list[Claim]:
 def check_format(knob: str, format_config: FormatConfig, dtype: Dtype) -> None:
     """Raises ConfigError for a setting of one rule that has no effect or no meaning."""
     own = {role: getattr(format_config, role) for role in ROLES}
-    if format_config.format not in own.values():
-        raise ConfigError(
-            f"{knob}.format={format_config.format} has no effect: fprop={own['fprop']}, "
-            f"dgrad={own['dgrad']} and wgrad={own['wgrad']} are all set to something else"
-        )
+    check_used(f"{knob}.format={format_config.format}", format_config.format, own)
     check_dtype(knob, own, dtype)
     for option, roles in NVFP4_OPTIONS.items():
         concerned = any(own[role] == GemmFormat.nvfp4 for role in roles)
@@ -124,6 +120,13 @@ def check_format(knob: str, format_config: FormatConfig, dtype: Dtype) -> None:
                 f"{knob}.{option}=false has no effect: it is an option of nvfp4, and "
                 + " and ".join(f"{role}={own[role]}" for role in roles)
             )
+
+
+def check_used(setting: str, value: GemmFormat, formats: dict[str, GemmFormat]) -> None:
+    """Raises ConfigError if all three products override the common format."""
+    if value not in formats.values():
+        own = ", ".join(f"{role}={formats[role]}" for role in ROLES)
+        raise ConfigError(f"{setting} has no effect: all three products have their own, {own}")
 
 
 def check_dtype(knob: str, formats: dict[str, GemmFormat], dtype: Dtype) -> None:

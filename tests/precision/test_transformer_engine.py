@@ -1,0 +1,185 @@
+"""The plan in Megatron's words, read by Megatron's own matcher, against the plan itself.
+
+Does not cover: Transformer Engine, which is not installed here, and so nothing that a GPU does.
+The contexts in which Megatron quantizes are written down a second time below, from its source.
+"""
+
+from fnmatch import fnmatchcase
+
+import pytest
+
+from nemotron_train.cli import compose_config, recipes_folder
+from nemotron_train.config.schema import Config, ConfigError
+from nemotron_train.model.shape import linears
+from nemotron_train.platform import device
+from nemotron_train.precision.plan import formats_at
+from nemotron_train.precision.transformer_engine import to_transformer_engine
+
+device.prepare()
+from megatron.core.quantization.quant_config import MatchContext, RecipeConfig  # noqa: E402
+
+RUNS = ("nano_30b_a3b", "super_120b_a12b", "ultra_550b_a55b")
+PLANS = sorted(path.stem for path in (recipes_folder() / "precision").glob("*.yaml"))
+NOT_NATIVE = {"fp32", "nvfp4_bf16_forward", "nvfp4_then_mxfp8"}
+
+# Megatron-Bridge's per-module file for Super: globs in order (te_quant.cfg).
+PUBLISHED = {
+    "*.linear_qkv": "bf16",
+    "*.linear_proj": "bf16",
+    "*mlp.fc[12]_latent_proj": "bf16",
+    "mtp.*": "bf16",
+    "*mixer.out_proj": "mxfp8",
+}
+
+
+def local_path(path: str, config: Config) -> str:
+    """The name in the stage that holds the layer: its numbers begin at 0 again."""
+    words = path.split(".")
+    if words[0] == "decoder":
+        number = int(words[2])
+        for stage in config.model.pattern.split("|"):
+            if number < len(stage):
+                words[2] = str(number)
+                break
+            number -= len(stage)
+    return ".".join(words)
+
+
+def read_by_megatron(path: str, config: Config, native: dict) -> str:
+    """The format of a linear: its context's, unless the recipe that Megatron matches replaces it.
+
+    Layers in the middle of the decoder and of the MTP block are in a quantized context; the MTP
+    projection is in one only if it is FP8's.
+    """
+    fields, words = native["transformer_config"], path.split(".")
+    context = {"fp4": "nvfp4", "fp8": "mxfp8"}.get(next(iter(fields), ""), "bf16")
+    if words[-1] == "eh_proj":
+        context = context if context == "mxfp8" else "bf16"
+    else:
+        number = int(words[words.index("layers", 3 if words[0] == "mtp" else 0) + 1])
+        first = fields.get("num_layers_at_start_in_bf16", 0)
+        last = fields.get("num_layers_at_end_in_bf16", 0)
+        if not first <= number < len(config.model.pattern.replace("|", "")) - last:
+            context = "bf16"
+    recipe = RecipeConfig.from_config_dict(native)
+    matched = recipe.match(MatchContext(local_path(path, config), layer_number=None))
+    if matched is None:
+        return context
+    training = matched.config["training_recipe"]
+    if context == "bf16" and not training.get("override_nonquantized_autocast", False):
+        return "bf16"
+    return training.get("fp4_quantization_recipe", training.get("fp8_quantization_recipe", "bf16"))
+
+
+@pytest.mark.parametrize("plan", [plan for plan in PLANS if plan not in NOT_NATIVE])
+@pytest.mark.parametrize("run", RUNS)
+def test_megatron_reads_the_plan(plan: str, run: str) -> None:
+    config = compose_config([f"run={run}", f"precision={plan}"])
+    native = to_transformer_engine(config)
+    formats = formats_at(config, 0)
+    for linear in linears(config.model):
+        if not linear.path.endswith(("router", "output_layer")):
+            wanted = formats[linear.path].fprop
+            assert read_by_megatron(linear.path, config, native) == wanted, linear.path
+    experts = {f.fprop for path, f in formats.items() if ".experts." in path}
+    padded = native["transformer_config"].get("moe_router_padding_for_quantization", False)
+    assert padded == (experts != {"bf16"})
+
+
+def test_super_is_the_published_file() -> None:
+    """The same choice for every linear as Megatron-Bridge's globs, and its fields around them."""
+    config = compose_config(["run=super_120b_a12b", "precision=nvfp4_nemotron3"])
+    native = to_transformer_engine(config)
+    assert native["transformer_config"] == {
+        "fp4": "e2m1",
+        "fp4_recipe": "nvfp4",
+        "fp4_param": False,
+        "first_last_layers_bf16": True,
+        "num_layers_at_start_in_bf16": 0,
+        "num_layers_at_end_in_bf16": 14,
+        "moe_router_padding_for_quantization": True,
+    }
+    assert native["environment"] == {}
+    kind = {"transformer_engine_config_type": "TEQuantizationParams"}
+    assert native["configs"] == {
+        "bf16": kind | {"training_recipe": {}},
+        "mxfp8": kind | {"training_recipe": {"fp8_quantization_recipe": "mxfp8"}},
+    }
+    recipe = RecipeConfig.from_config_dict(native)
+    for linear in linears(config.model):
+        chosen = recipe.match_to_config_key(MatchContext(linear.path, layer_number=None))
+        published = [key for glob, key in PUBLISHED.items() if fnmatchcase(linear.path, glob)]
+        assert chosen == (published[0] if published else None), linear.path
+
+
+def test_options_hold_for_the_process() -> None:
+    config = compose_config(
+        ["run=super_120b_a12b", "precision=nvfp4_all", "precision.default.hadamard=false"]
+    )
+    assert to_transformer_engine(config)["environment"] == {"NVTE_NVFP4_DISABLE_RHT": "1"}
+
+
+def test_a_rule_with_several_conditions_becomes_its_modules() -> None:
+    rule = "{experts: true, match: 'decoder.*', layer_type: moe, format: mxfp8}"
+    config = compose_config(
+        ["run=super_120b_a12b", "precision=nvfp4_all", f"+precision.rules.new={rule}"]
+    )
+    patterns = [m["pattern"] for m in to_transformer_engine(config)["matchers"].values()]
+    names = [f"decoder.layers.*.mlp.experts.linear_fc{n}" for n in (1, 2)]
+    assert patterns == ["mtp.layers.0.eh_proj", *names]
+
+
+def test_a_quantized_rule_over_an_unquantized_default() -> None:
+    rule = "{match: '*.in_proj', format: mxfp8}"
+    config = compose_config(
+        ["run=super_120b_a12b", "precision=bf16", f"+precision.rules.new={rule}"]
+    )
+    native = to_transformer_engine(config)
+    assert native["transformer_config"] == {}
+    (recipe,) = native["configs"].values()
+    assert recipe["training_recipe"] == {
+        "fp8_quantization_recipe": "mxfp8",
+        "override_nonquantized_autocast": True,
+    }
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ("precision=nvfp4_bf16_forward", "precision.phases has 1 phase(s)"),
+        ("precision=fp32", "parameter_dtype=float32"),
+        ("precision=nvfp4_all precision.default.fprop=bf16", "default: fprop=bf16, dgrad=nvfp4"),
+        ("precision=nvfp4_nemotron3 precision.rules.qkv.format=nvfp4 "
+         "precision.rules.qkv.hadamard=false", "hadamard is true for default and false for qkv"),
+        ("precision=nvfp4_nemotron3 precision.rules.last_layers.format=mxfp8", "rules.last_layers"),
+        ("precision=nvfp4_nemotron3 precision.rules.last_layers.layer_type=moe", "last_layers"),
+        ("precision=bf16 +precision.rules.new={experts:true,format:mxfp8}", "routed experts"),
+        ("precision=nvfp4_all +precision.rules.new={match:'decoder.layers.80.*',format:bf16} "
+         "model.pattern=${stages} parallel.pipeline=2",
+         "decoder.layers.80.mixer.in_proj: new (decoder.layers.80.*) asks for bf16"),
+        ("precision=nvfp4_all +precision.rules.new={match:'*.out_proj',format:mxfp8} "
+         "+precision.rules.end={last_layers:4,format:bf16}", "new (*.out_proj) asks for mxfp8"),
+        ("precision=nvfp4_all model.mamba.heads=136 model.mamba.groups=8",
+         "19592 output features on a rank"),
+        ("precision=nvfp4_all train.sequence_length=1000", "1000 tokens on a rank"),
+    ],
+)  # fmt: skip
+def test_what_megatron_cannot_say(overrides: str, words: str) -> None:
+    whole = compose_config(["model=super_120b_a12b"]).model.pattern
+    stages = f"'{whole[:44]}|{whole[44:]}'"
+    words_given = overrides.replace("${stages}", stages).split()
+    config = compose_config(
+        ["run=super_120b_a12b", "parallel.tensor=1", "parallel.sequence=false", *words_given]
+    )
+    with pytest.raises(ConfigError) as error:
+        to_transformer_engine(config)
+    assert words in str(error.value)
+
+
+def test_a_layer_number_is_fine_without_pipeline_stages() -> None:
+    rule = "{match: 'decoder.layers.80.*', format: bf16}"
+    config = compose_config(
+        ["run=super_120b_a12b", "precision=nvfp4_all", f"+precision.rules.new={rule}"]
+    )
+    patterns = [m["pattern"] for m in to_transformer_engine(config)["matchers"].values()]
+    assert "decoder.layers.80.*" in patterns
