@@ -82,6 +82,7 @@ def our_step(
     from nemotron_train.model.build import build_model, wrap_data_parallel
     from nemotron_train.optim.build import build_optimizer
     from nemotron_train.platform import groups as process_groups
+    from nemotron_train.precision.attach import PrecisionControl
     from nemotron_train.train.loop import Progress
     from nemotron_train.train.step import Trainer
 
@@ -92,7 +93,14 @@ def our_step(
     optimizer = build_optimizer(config, [model], groups, platform)
     batches = RandomBatches(config.model.vocab_size)
     trainer = Trainer(
-        config, derive(config), model, optimizer, batches, groups, platform.device  # type: ignore[arg-type]
+        config,
+        derive(config),
+        model,
+        optimizer,
+        batches,  # type: ignore[arg-type]
+        groups,
+        platform.device,
+        PrecisionControl(model.module, config, groups),
     )
     progress = Progress(0, 0, None)  # type: ignore[arg-type]
 

@@ -12,6 +12,7 @@ from nemotron_train.model.initialize import initialize
 from nemotron_train.model.specs import parts, stack_submodules
 from nemotron_train.model.translate import transformer_config
 from nemotron_train.platform.device import Platform
+from nemotron_train.precision.attach import quantizes
 
 
 def megatron_pattern(model: ModelConfig) -> str:
@@ -27,11 +28,11 @@ def build_model(
     Under `torch.device("meta")` the parameters stay on the meta device, without values.
     """
     translated = transformer_config(config, platform)
-    submodules = stack_submodules(config.model, platform.transformer_engine)
-    norm = parts(platform.transformer_engine).norm
+    part = parts(platform.transformer_engine, emulated=quantizes(config))
+    submodules = stack_submodules(config.model, part)
     model = NemotronModel(
         config=translated,
-        hybrid_stack_spec=stack_spec(submodules, norm),
+        hybrid_stack_spec=stack_spec(submodules, part.norm),
         vocab_size=config.model.vocab_size,
         max_sequence_length=config.train.sequence_length,
         hybrid_layer_pattern=megatron_pattern(config.model),

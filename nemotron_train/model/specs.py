@@ -1,7 +1,7 @@
 """The spec tree: which class fills each slot of Megatron's `HybridStack`.
 
 One switch: with Transformer Engine the parallel linears, norms and attention are its own,
-otherwise Megatron's plain ones and ours. The Mamba-2 mixer, the router and the experts are ours
+otherwise Megatron's plain ones and ours; a plan with block formats takes emulated linears. The Mamba-2 mixer, the router and the experts are ours
 on both sides.
 """
 
@@ -40,6 +40,12 @@ from nemotron_train.model.latent_moe import (
 from nemotron_train.model.mamba2 import Mamba2Mixer, Mamba2MixerSubmodules
 from nemotron_train.model.mtp import MtpLayer
 from nemotron_train.model.norm import RMSNorm
+from nemotron_train.precision.experts import EmulatedExperts
+from nemotron_train.precision.linear import (
+    EmulatedColumnParallelLinear,
+    EmulatedReplicatedLinear,
+    EmulatedRowParallelLinear,
+)
 
 
 @dataclass(frozen=True)
@@ -51,13 +57,29 @@ class Parts:
     replicated: type
     norm: type
     core_attention: type
+    experts: type
 
 
-def parts(transformer_engine: bool) -> Parts:
-    """Transformer Engine's layers (translated, not run on a GPU), or the plain ones."""
+def parts(transformer_engine: bool, emulated: bool = False) -> Parts:
+    """Linears that emulate a precision plan, Transformer Engine's layers (translated, not run on a
+    GPU), or the plain ones."""
+    if emulated:
+        return Parts(
+            EmulatedColumnParallelLinear,
+            EmulatedRowParallelLinear,
+            EmulatedReplicatedLinear,
+            RMSNorm,
+            CoreAttention,
+            EmulatedExperts,
+        )
     if not transformer_engine:
         return Parts(
-            ColumnParallelLinear, RowParallelLinear, ReplicatedLinear, RMSNorm, CoreAttention
+            ColumnParallelLinear,
+            RowParallelLinear,
+            ReplicatedLinear,
+            RMSNorm,
+            CoreAttention,
+            GroupedExperts,
         )
     from megatron.core.extensions.transformer_engine import (
         TEColumnParallelLinear,
@@ -67,13 +89,17 @@ def parts(transformer_engine: bool) -> Parts:
     )
 
     return Parts(
-        TEColumnParallelLinear, TERowParallelLinear, TELinear, TENorm, TransformerEngineAttention
+        TEColumnParallelLinear,
+        TERowParallelLinear,
+        TELinear,
+        TENorm,
+        TransformerEngineAttention,
+        GroupedExperts,
     )
 
 
-def stack_submodules(model: ModelConfig, transformer_engine: bool) -> HybridStackSubmodules:
+def stack_submodules(model: ModelConfig, part: Parts) -> HybridStackSubmodules:
     """The layers behind the letters M, * and E, and the multi-token-prediction block."""
-    part = parts(transformer_engine)
     mamba_layer = ModuleSpec(
         module=MambaLayer,
         submodules=MambaLayerSubmodules(
@@ -105,7 +131,7 @@ def stack_submodules(model: ModelConfig, transformer_engine: bool) -> HybridStac
     moe = partial(
         LatentMoELayer,
         submodules=LatentMoESubmodules(
-            experts=partial(GroupedExperts, input_size=model.moe.latent_size or model.hidden_size),
+            experts=partial(part.experts, input_size=model.moe.latent_size or model.hidden_size),
             shared_experts=partial(
                 SharedExpertMLP,
                 submodules=shared_expert_submodules(part.column_parallel, part.row_parallel),

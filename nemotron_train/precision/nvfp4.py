@@ -128,6 +128,7 @@ def nvfp4_operand(
     random_words: Tensor | None = None,
     amax: Tensor | None = None,
     reduce_amax: ReduceAmax | None = None,
+    rows_per_tensor: Tensor | None = None,
 ) -> Operand:
     """Quantize and dequantize the blocks at once: from x to what a product takes.
 
@@ -139,11 +140,14 @@ def nvfp4_operand(
     (position between the neighbours) minus at most 1/256; None: to nearest, ties to even.
     amax: FP32 scalar to use instead of max |x|; reduce_amax: maps this rank's max |x| to the
     maximum over the ranks that hold parts of one tensor (COLLECTIVE if it is).
+    rows_per_tensor: int64 [E]: x is E tensors stacked along its rows (experts), each with an amax
+    of its own; a tensor's rows are a multiple of 16 unless blocks run along the last dimension.
+    The operand's scale is then [E].
 
     Sizes that are no multiple of 16 are padded with zeros, and cropped again.
     Source: Transformer Engine 2.17.1's quantization_ref_nvfp4.py; `round_e2m1` for the stochastic.
     """
-    blocks = _Blocks(x, block, dim)
+    blocks = _Blocks(x, block, dim, rows_per_tensor)
     scales = blocks.scales(amax, reduce_amax)
     # A block whose scale rounded to zero is zero whatever its codes: encoding it as +0 spares the
     # product a negative zero.
@@ -229,7 +233,7 @@ def _scaled(x: Tensor, encode: Tensor) -> Tensor:
 @dataclass(frozen=True)
 class _Scales:
     """Per block, with 1 for each of its dimensions: `encode` multiplies before rounding,
-    `decode` (the E4M3 number) after. amax: FP32 scalar."""
+    `decode` (the E4M3 number) after. amax: FP32 scalar, or one a stacked tensor."""
 
     encode: Tensor
     decode: Tensor
@@ -240,12 +244,18 @@ class _Blocks:
     """A matrix seen as blocks: values are [R, B, 16] (dim -1), [B, 16, C] (dim 0) or
     [R/16, 16, C/16, 16] (2-D); leading dimensions flattened, sizes padded with zeros."""
 
-    def __init__(self, x: Tensor, block: Block, dim: Literal[-1, 0]) -> None:
+    def __init__(
+        self, x: Tensor, block: Block, dim: Literal[-1, 0], rows_per_tensor: Tensor | None = None
+    ) -> None:
         assert block in ("1d", "2d") and dim in (-1, 0), (block, dim)
         assert x.dtype in (torch.float32, torch.bfloat16, torch.float16), x.dtype
         self._block, self._dim = block, dim
         self._size = (x.numel() // max(1, x.shape[-1]), x.shape[-1])
         self.values = self.split(x)
+        self._lengths = None
+        if rows_per_tensor is not None:
+            rows_per_entry = 1 if block == "1d" and dim == -1 else BLOCK
+            self._lengths = rows_per_tensor.to(x.device) // rows_per_entry
 
     def split(self, x: Tensor) -> Tensor:
         """x's elements, or their random words, as blocks; a view where nothing is padded."""
@@ -275,18 +285,33 @@ class _Blocks:
         with a reciprocal."""
         block_amax = self._block_amax()
         if amax is None:
-            amax = block_amax.amax() if block_amax.numel() else block_amax.new_zeros(())
-        amax = amax.float().reshape(())
+            amax = self._amax(block_amax)
+        amax = amax.float()
         if reduce_amax is not None:
             amax = reduce_amax(amax)
         encode_all = (amax.new_full((), GLOBAL_DIVISOR) / amax).clamp(max=_FLOAT_MAX)
         encode_all = encode_all.masked_fill(encode_all == 0, 1.0)
-        decode_all = encode_all.reciprocal()
-        decode = block_amax.mul_(encode_all * amax.new_full((), E2M1_MAX).reciprocal())
+        decode_all = self._spread(encode_all.reciprocal())
+        sixth = amax.new_full((), E2M1_MAX).reciprocal()
+        decode = block_amax.mul_(self._spread(encode_all * sixth))
         # No lower clamp: a block far below the tensor's maximum gets scale 0.
         decode = round_to_nearest_(decode.clamp_(max=E4M3_MAX), mantissa_bits=3, min_exponent=-6)
         encode = (decode * decode_all).reciprocal_().clamp_(max=_FLOAT_MAX)
         return _Scales(encode, decode, amax)
+
+    def _amax(self, block_amax: Tensor) -> Tensor:
+        """max |x| of the tensor, or of each stacked one; 0 of an empty one."""
+        if self._lengths is None:
+            return block_amax.amax() if block_amax.numel() else block_amax.new_zeros(())
+        entries = block_amax.flatten(1).amax(1) if block_amax.numel() else block_amax.flatten()
+        return torch.segment_reduce(entries, "max", lengths=self._lengths, initial=0.0)
+
+    def _spread(self, per_tensor: Tensor) -> Tensor:
+        """A number a tensor as one for each entry of `values`' first dimension."""
+        if self._lengths is None:
+            return per_tensor
+        spread = per_tensor.repeat_interleave(self._lengths)
+        return spread.view(-1, *[1] * (self.values.ndim - 1))
 
     def _block_amax(self) -> Tensor:
         """FP32, NaN if any element of the block is."""

@@ -18,6 +18,7 @@ from nemotron_train.data.batches import BatchSource
 from nemotron_train.model.build import build_model, wrap_data_parallel
 from nemotron_train.optim.build import build_optimizer
 from nemotron_train.platform.device import Platform, peak_flops, peak_memory_bytes
+from nemotron_train.precision.attach import PrecisionControl
 from nemotron_train.train.checkpoint import Checkpoints, latest
 from nemotron_train.train.evaluate import validation_losses
 from nemotron_train.train.hooks import Log, Save, Validate
@@ -51,8 +52,16 @@ class Session:
             core = core.to(platform.device)
         self.model = wrap_data_parallel(core, config, groups)
         self.optimizer = build_optimizer(config, [self.model], groups, platform)
+        self.precision = PrecisionControl(core, config, groups)
         self.trainer = Trainer(
-            config, derived, self.model, self.optimizer, train_data, groups, platform.device
+            config,
+            derived,
+            self.model,
+            self.optimizer,
+            train_data,
+            groups,
+            platform.device,
+            self.precision,
         )
         self.folder = folder / "checkpoints"
         self.checkpoints = Checkpoints(
@@ -71,6 +80,7 @@ class Session:
         if path is None:
             return Progress(0, 0, self.train_data.state_at_start())
         progress = self.checkpoints.load(path)
+        self.precision.weights_changed()
         self.console.print(f"resumed from {path}")
         return progress
 

@@ -28,6 +28,7 @@ from nemotron_train.model.mtp import depth_mask
 from nemotron_train.optim.build import set_learning_rate
 from nemotron_train.optim.schedule import learning_rate
 from nemotron_train.platform.groups import sum_over
+from nemotron_train.precision.attach import PrecisionControl
 from nemotron_train.train.loop import Progress, StepResult
 
 Tensors = dict[str, torch.Tensor]
@@ -106,8 +107,9 @@ class Trainer:
         batches: BatchSource,
         groups: ProcessGroupCollection,
         device: str,
+        precision: PrecisionControl,
     ) -> None:
-        self.config, self.derived = config, derived
+        self.config, self.derived, self.precision = config, derived, precision
         self.model, self.optimizer, self.batches = model, optimizer, batches
         self.groups, self.device = groups, device
         self.weights = head_weights(config)
@@ -162,6 +164,7 @@ class Trainer:
         sum_over(targets_K, self.groups.dp)
         weights_K = torch.from_numpy(self.weights).to(self.device) / targets_K.clamp(min=1)
 
+        self.precision.before_step(progress.step, progress.tokens)
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
         reports = get_forward_backward_func()(
@@ -178,6 +181,7 @@ class Trainer:
             forward_only=False,
         )
         _, grad_norm, num_zeros = self.optimizer.step()
+        self.precision.weights_changed()
         losses_K = self._mean_losses(reports, targets_K)
         metrics: dict[str, object] = {"loss": losses_K[0], "lr": rate, "grad_norm": grad_norm}
         for depth, loss in enumerate(losses_K[1:], start=1):

@@ -1,0 +1,134 @@
+"""Brings a precision plan to the modules of a built model, phase by phase, and reads it back.
+
+Owns: which module carries which path of the plan, the switch at a phase's start, the clock of the
+random words. Does not own: the plan (`plan`), the arithmetic (`linear`, `experts`).
+"""
+
+import re
+from dataclasses import dataclass
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from nemotron_train.config.schema import Config, ConfigError
+from nemotron_train.model.latent_moe import ExpertWeights
+from nemotron_train.precision.linear import (
+    QUANTIZED,
+    Attached,
+    EmulatedColumnParallelLinear,
+    EmulatedReplicatedLinear,
+    EmulatedRowParallelLinear,
+    RoundingClock,
+)
+from nemotron_train.precision.plan import LinearFormats, formats_at, phase_boundaries
+
+
+def quantizes(config: Config) -> bool:
+    """Whether the plan puts any product of any phase in a block format."""
+    return any(
+        getattr(formats, role) in QUANTIZED
+        for start in phase_boundaries(config)
+        for formats in formats_at(config, start).values()
+        for role in ("fprop", "dgrad", "wgrad")
+    )
+
+
+def global_modules(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """Modules by path, decoder layers numbered from 0 over all pipeline stages."""
+    modules = {}
+    for name, module in model.named_modules():
+        match = re.match(r"decoder\.layers\.(\d+)(.*)", name)
+        if match:
+            number = model.decoder.layers[int(match[1])].layer_number - 1
+            name = f"decoder.layers.{number}{match[2]}"
+        modules[name] = module
+    return modules
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """A linear on this rank and how its weight is cut."""
+
+    path: str
+    module: torch.nn.Module
+    shards: torch.distributed.ProcessGroup | None
+    cut: str
+
+
+class PrecisionControl:
+    """Holds the model of this rank to the plan of `config` as training goes on."""
+
+    def __init__(
+        self, model: torch.nn.Module, config: Config, groups: ProcessGroupCollection
+    ) -> None:
+        self._config = config
+        self._boundaries = phase_boundaries(config)
+        self._phase_start = -1
+        self.clock = RoundingClock(seed=config.train.seed, replica=groups.dp.rank())
+        self._slots = _slots(model, config, groups)
+        self._enter(0)
+
+    def before_step(self, step: int, tokens: int) -> bool:
+        """Prepare optimizer step `step`, which starts after `tokens` trained tokens; True when a
+        new phase begins with it."""
+        self.clock.step = step
+        start = max(boundary for boundary in self._boundaries if boundary <= tokens)
+        if start == self._phase_start:
+            return False
+        self._enter(start)
+        return True
+
+    def weights_changed(self) -> None:
+        """The optimizer stepped or a checkpoint was loaded: quantized weights are stale."""
+        self.clock.weights_version += 1
+
+    def attached(self) -> dict[str, LinearFormats]:
+        """What this rank's modules carry, read from the modules."""
+        found = {}
+        for slot in self._slots:
+            carried = getattr(slot.module, "attached", None)
+            if carried is not None:
+                found[carried.path] = carried.formats
+        return found
+
+    def _enter(self, start: int) -> None:
+        formats = formats_at(self._config, start)
+        for slot in self._slots:
+            slot.module.attached = Attached(  # type: ignore[assignment]
+                slot.path, formats[slot.path], self.clock, slot.shards, slot.cut
+            )
+        self._phase_start = start
+        self.weights_changed()
+        found = self.attached()
+        for slot in self._slots:
+            if found.get(slot.path) != formats[slot.path]:
+                raise RuntimeError(
+                    f"{slot.path} carries {found.get(slot.path)}, the plan says "
+                    f"{formats[slot.path]}: the run stops rather than train in another precision"
+                )
+
+
+def _slots(
+    model: torch.nn.Module, config: Config, groups: ProcessGroupCollection
+) -> list[_Slot]:
+    """The linears of this rank that a plan can quantize. Raises ConfigError for one that the plan
+    quantizes and that has no emulated form."""
+    slots = []
+    for path, module in global_modules(model).items():
+        if isinstance(module, EmulatedColumnParallelLinear):
+            slots.append(_Slot(path, module, groups.tp, "outputs"))
+        elif isinstance(module, EmulatedRowParallelLinear):
+            slots.append(_Slot(path, module, groups.tp, "inputs"))
+        elif isinstance(module, EmulatedReplicatedLinear):
+            slots.append(_Slot(path, module, None, ""))
+        elif isinstance(module, ExpertWeights):
+            cut = "outputs" if path.endswith("fc1") else "inputs"
+            slots.append(_Slot(path, module, groups.expt_tp, cut))
+    known = {slot.path for slot in slots}
+    present = global_modules(model)
+    for start in phase_boundaries(config):
+        for path, formats in formats_at(config, start).items():
+            asked = (formats.fprop, formats.dgrad, formats.wgrad)
+            if path in present and path not in known and any(f in QUANTIZED for f in asked):
+                raise ConfigError(f"precision: {path} has no emulated form, but the plan asks {asked}")
+    return slots

@@ -1,0 +1,209 @@
+"""Routed experts whose grouped products are computed in emulated block formats.
+
+Each expert's weights, tokens and gradients are tensors of their own, each with its own largest
+magnitude, as in Transformer Engine's grouped linear. An expert's tokens are padded with zero rows
+to a multiple of 32, which every format's blocks along the tokens divide.
+
+Shapes: T tokens sorted by expert, P the same with padding, E experts, D expert input and output
+width, F expert hidden width; N and K output and input features of one of the two products.
+"""
+
+import torch
+from torch import Tensor
+
+from nemotron_train.model.grouped_mlp import (
+    permute,
+    permute_probabilities,
+    plan_permutation,
+    unpermute,
+)
+from nemotron_train.model.latent_moe import ExpertWeights, GroupedExperts
+from nemotron_train.precision import nvfp4
+from nemotron_train.precision.gemm import Operand, product_factor
+from nemotron_train.precision.linear import Attached, Dim, Role
+from nemotron_train.precision.mxfp8 import mxfp8_operand
+
+ROW_MULTIPLE = 32
+
+
+def _grouped_operand(
+    attached: Attached,
+    tensor: Tensor,
+    form: str,
+    role: Role,
+    dim: Dim,
+    rows_E: Tensor,
+    words: Tensor | None = None,
+) -> Operand:
+    """E tensors stacked along the rows of `tensor`, each quantized by itself."""
+    if form == "mxfp8":
+        operand = mxfp8_operand(tensor, dim=dim)
+        return Operand(operand.values, operand.scale.expand(len(rows_E)), 1.0)
+    if form == "nvfp4":
+        return nvfp4.nvfp4_operand(
+            tensor,
+            block="2d" if role == "w" and attached.formats.weight_2d else "1d",
+            dim=dim,
+            random_words=words,
+            reduce_amax=attached.reduce_amax if attached.is_cut(role) else None,
+            rows_per_tensor=rows_E,
+        )
+    values = tensor if form == "float32" else tensor.bfloat16()
+    return Operand(values, torch.ones(len(rows_E), device=tensor.device), 1.0)
+
+
+def _scaled_product(out: Tensor, a: Tensor, b: Tensor, factor: float) -> None:
+    """out = factor * a @ b, one rounding where the kernel scales its FP32 accumulator."""
+    if a.dtype == torch.bfloat16 and out.dtype == torch.float32:
+        a, b = a.float(), b.float()
+    torch.addmm(out, a, b.to(a.dtype), beta=0, alpha=factor, out=out)
+
+
+class _GroupedProducts(torch.autograd.Function):
+    """y_e = x_e W_e^T for every expert e, each of the three products in its own format."""
+
+    @staticmethod
+    def forward(ctx, x_PK, weight_ENK, attached: Attached, rows: list[int], weights):
+        rows_E = torch.tensor(rows)
+        x = _grouped_operand(attached, x_PK, attached.formats.fprop, "x", -1, rows_E)
+        w = _weight_operand(weights, weight_ENK, attached, "fprop")
+        factors = product_factor(x, w).tolist()
+        y_PN = x_PK.new_empty(x_PK.shape[0], weight_ENK.shape[1])
+        values_ENK = w.values.view_as(weight_ENK)
+        start = 0
+        for expert, (count, factor) in enumerate(zip(rows, factors, strict=True)):
+            part = slice(start, start + count)
+            if count:
+                _scaled_product(y_PN[part], x.values[part], values_ENK[expert].t(), factor)
+            start += count
+        ctx.save_for_backward(x_PK, weight_ENK)
+        ctx.attached, ctx.rows, ctx.weights = attached, rows, weights
+        ctx.call = attached.next_call()
+        return y_PN
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        x_PK, weight_ENK = ctx.saved_tensors
+        dy_PN = grads[0].contiguous()
+        dx_PK = _input_gradient(ctx, dy_PN, x_PK, weight_ENK)
+        dw_ENK = _weight_gradient(ctx, dy_PN, x_PK, weight_ENK)
+        return dx_PK, dw_ENK, None, None, None
+
+
+def _input_gradient(ctx, dy_PN: Tensor, x_PK: Tensor, weight_ENK: Tensor) -> Tensor:
+    attached: Attached = ctx.attached
+    formats, rows_E = attached.formats, torch.tensor(ctx.rows)
+    words = None
+    if formats.dgrad == "nvfp4" and formats.stochastic_rounding:
+        words = attached.words(dy_PN.shape, "dgrad", ctx.call, dy_PN.device)
+    dy = _grouped_operand(attached, dy_PN, formats.dgrad, "dy", -1, rows_E, words)
+    w = _weight_operand(ctx.weights, weight_ENK, attached, "dgrad")
+    factors = product_factor(dy, w).tolist()
+    values_ENK = w.values.view_as(weight_ENK)
+    dx_PK = torch.empty_like(x_PK)
+    start = 0
+    for expert, (count, factor) in enumerate(zip(ctx.rows, factors, strict=True)):
+        part = slice(start, start + count)
+        if count:
+            _scaled_product(dx_PK[part], dy.values[part], values_ENK[expert], factor)
+        start += count
+    return dx_PK
+
+
+def _weight_gradient(ctx, dy_PN: Tensor, x_PK: Tensor, weight_ENK: Tensor) -> Tensor:
+    attached: Attached = ctx.attached
+    formats, rows_E = attached.formats, torch.tensor(ctx.rows)
+    if formats.wgrad == "nvfp4" and formats.hadamard:
+        dy_PN, x_PK = nvfp4.hadamard(dy_PN, dim=0), nvfp4.hadamard(x_PK, dim=0)
+    words = None
+    if formats.wgrad == "nvfp4" and formats.stochastic_rounding:
+        words = attached.words(dy_PN.shape, "wgrad", ctx.call, dy_PN.device)
+    dy = _grouped_operand(attached, dy_PN, formats.wgrad, "dy", 0, rows_E, words)
+    x = _grouped_operand(attached, x_PK, formats.wgrad, "x", 0, rows_E)
+    factors = product_factor(dy, x).tolist()
+    dw_ENK = torch.zeros_like(weight_ENK)
+    start = 0
+    for expert, (count, factor) in enumerate(zip(ctx.rows, factors, strict=True)):
+        part = slice(start, start + count)
+        if count:
+            _scaled_product(dw_ENK[expert], dy.values[part].t(), x.values[part], factor)
+        start += count
+    return dw_ENK
+
+
+def _weight_operand(
+    weights: ExpertWeights, weight_ENK: Tensor, attached: Attached, product: str
+) -> Operand:
+    """All experts' quantized weights, kept until the weights change; see `linear.weight_operand`.
+
+    16 x 16 blocks serve fprop and dgrad; 1-D blocks run along K for fprop and along N for dgrad.
+    """
+    formats = attached.formats
+    form = formats.fprop if product == "fprop" else formats.dgrad
+    both = form == "nvfp4" and formats.weight_2d
+    dim: Dim = -1 if both or product == "fprop" or form not in ("nvfp4", "mxfp8") else 0
+    key = (form, dim, attached.clock.weights_version)
+    kept: dict = weights.__dict__.setdefault("_quantized_weight", {})
+    if key not in kept:
+        for old in [old for old in kept if old[2] != key[2]]:
+            del kept[old]
+        stacked = weight_ENK.detach().flatten(0, 1)
+        rows_E = torch.full((weight_ENK.shape[0],), weight_ENK.shape[1])
+        kept[key] = _grouped_operand(attached, stacked, form, "w", dim, rows_E)
+    return kept[key]
+
+
+class EmulatedExperts(GroupedExperts):
+    """Megatron's experts interface over emulated grouped products, once a plan is attached to
+    `linear_fc1` and `linear_fc2`."""
+
+    def _emulates(self) -> bool:
+        both = (self.linear_fc1, self.linear_fc2)
+        attached = [getattr(weights, "attached", None) for weights in both]
+        return any(a is not None and a.quantizes for a in attached)
+
+    def forward(
+        self,
+        tokens_TD: Tensor,
+        tokens_per_expert_E: Tensor,
+        probabilities_T: Tensor,
+    ) -> tuple[Tensor, None]:
+        """tokens_TD sorted by expert -> [T,D]."""
+        if not self._emulates():
+            return super().forward(tokens_TD, tokens_per_expert_E, probabilities_T)
+        counts = [int(count) for count in tokens_per_expert_E.tolist()]
+        padded = [-(-count // ROW_MULTIPLE) * ROW_MULTIPLE for count in counts]
+        rows_T = _padded_rows(counts, padded, tokens_TD.device)
+        x_PD = tokens_TD.new_zeros(sum(padded), tokens_TD.shape[1])
+        x_PD = x_PD.index_copy(0, rows_T, tokens_TD)
+        p_P1 = probabilities_T.new_zeros(sum(padded)).index_copy(0, rows_T, probabilities_T)
+        fc1, fc2 = self.linear_fc1, self.linear_fc2
+        hidden_PF = _GroupedProducts.apply(x_PD, fc1.weight, fc1.attached, padded, fc1)
+        active_PF = torch.relu(hidden_PF).square() * p_P1.unsqueeze(1)
+        y_PD = _GroupedProducts.apply(
+            active_PF.to(x_PD.dtype), fc2.weight, fc2.attached, padded, fc2
+        )
+        return y_PD.index_select(0, rows_T), None
+
+    def routed(self, tokens_TD: Tensor, experts_TK: Tensor, probabilities_TK: Tensor) -> Tensor:
+        """Sum over each token's experts, all of them here: [T,D]."""
+        if not self._emulates():
+            return super().routed(tokens_TD, experts_TK, probabilities_TK)
+        permutation = plan_permutation(experts_TK, self.num_local_experts)
+        rows, _ = self.forward(
+            permute(tokens_TD, permutation),
+            permutation.tokens_per_expert_E,
+            permute_probabilities(probabilities_TK, permutation),
+        )
+        return unpermute(rows, permutation)
+
+
+def _padded_rows(counts: list[int], padded: list[int], device: torch.device) -> Tensor:
+    """Row in the padded layout of each token: int64 [T]."""
+    shift, offsets = 0, []
+    for count, room in zip(counts, padded, strict=True):
+        offsets.append(shift)
+        shift += room - count
+    counts_E = torch.tensor(counts)
+    shifts_T = torch.tensor(offsets).repeat_interleave(counts_E)
+    return (torch.arange(sum(counts)) + shifts_T).to(device)

@@ -1,0 +1,280 @@
+"""Linears whose three products are computed in emulated block formats, on any device.
+
+Owns: which operand of which product is quantized how (the training recipe of arXiv 2509.25149 and
+Transformer Engine's NVFP4BlockScaling), under tensor and sequence parallelism. Does not own: the
+numerics (`nvfp4`, `mxfp8`, `gemm`), which format a linear gets (`plan`), experts
+(`precision.experts`). Never imports Transformer Engine.
+
+    fprop  y  = x  w^T    x along K, nearest; w in 16 x 16 blocks, nearest
+    dgrad  dx = dy w      dy along N, stochastic; the same w blocks
+    wgrad  dw = dy^T x    both along T, after a Hadamard transform; dy stochastic
+
+A tensor that is cut over tensor-parallel ranks gets the largest magnitude of all its shards, so
+its codes do not depend on the layout as long as shards are multiples of a block. (Transformer
+Engine reduces it only where sequence parallelism splits a tensor, and scales other shards apart.)
+
+Shapes: T tokens, K input features, N output features, all as this rank multiplies them.
+"""
+
+import zlib
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from torch import Tensor
+
+from nemotron_train.model.latent_moe import ReplicatedLinear
+from nemotron_train.precision import nvfp4
+from nemotron_train.precision.gemm import Operand, block_scaled_matmul
+from nemotron_train.precision.mxfp8 import mxfp8_operand
+from nemotron_train.precision.plan import LinearFormats
+from nemotron_train.precision.rounding import random_words
+
+Role = Literal["x", "w", "dy"]
+Dim = Literal[-1, 0]
+QUANTIZED = ("nvfp4", "mxfp8")
+
+
+@dataclass
+class RoundingClock:
+    """What the random words of this process depend on, shared by all its linears.
+
+    seed: the run's. step: the optimizer step being computed. replica: this rank's place among the
+    data-parallel ranks, which see different tokens. weights_version: counts changes of the
+    weights; a linear keeps its quantized weight until it moves.
+    """
+
+    seed: int = 0
+    step: int = 0
+    replica: int = 0
+    weights_version: int = 0
+
+
+@dataclass
+class Attached:
+    """What a plan attaches to one linear. shards: the tensor-parallel group over which its weight
+    is cut, along the inputs (row parallel) or the outputs (column parallel)."""
+
+    path: str
+    formats: LinearFormats
+    clock: RoundingClock
+    shards: dist.ProcessGroup | None = None
+    cut: Literal["", "inputs", "outputs"] = ""
+    calls: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether any product is in a block format; plain products take the plain path."""
+        formats = self.formats
+        return any(f in QUANTIZED for f in (formats.fprop, formats.dgrad, formats.wgrad))
+
+    def next_call(self) -> int:
+        """Number of this forward call within the step: micro-batch and depth in one."""
+        step = self.clock.step
+        call = self.calls.get(step, 0)
+        self.calls = {step: call + 1}
+        return call
+
+    def words(self, shape: torch.Size, product: str, call: int, device: torch.device) -> Tensor:
+        """Random words for a gradient [T, N]: by path, product, call and replica, and by row and
+        column of the whole gradient."""
+        offset = 0
+        if self.cut == "outputs" and self.shards is not None:
+            offset = self.shards.rank() * shape[1]
+        name = f"{self.path}/{product}/{call}/{self.clock.replica}"
+        return random_words(
+            (shape[0], shape[1]),
+            seed=self.clock.seed,
+            stream=zlib.crc32(name.encode()),
+            step=self.clock.step,
+            column_offset=offset,
+            device=device,
+        )
+
+    def is_cut(self, role: Role) -> bool:
+        """Whether this rank holds a shard of the tensor: both halves of a weight are cut, the
+        inputs of a row-parallel linear, the output gradients of a column-parallel one."""
+        if self.shards is None or self.shards.size() == 1 or not self.cut:
+            return False
+        return role == "w" or role == ("x" if self.cut == "inputs" else "dy")
+
+    def reduce_amax(self, amax: Tensor) -> Tensor:
+        """Largest over the ranks that hold shards of one tensor; COLLECTIVE."""
+        dist.all_reduce(amax, op=dist.ReduceOp.MAX, group=self.shards)
+        return amax
+
+    def operand(
+        self, tensor: Tensor, form: str, role: Role, dim: Dim, words: Tensor | None = None
+    ) -> Operand:
+        """`tensor` [rows, columns] in format `form`, blocks along `dim`."""
+        if form == "mxfp8":
+            return mxfp8_operand(tensor, dim=dim)
+        if form == "nvfp4":
+            return nvfp4.nvfp4_operand(
+                tensor,
+                block="2d" if role == "w" and self.formats.weight_2d else "1d",
+                dim=dim,
+                random_words=words,
+                reduce_amax=self.reduce_amax if self.is_cut(role) else None,
+            )
+        values = tensor if form == "float32" else tensor.bfloat16()
+        return Operand(values, torch.ones((), device=tensor.device), 1.0)
+
+
+def pad_tokens(x_TC: Tensor) -> Tensor:
+    """Zero rows up to a multiple of 16: both operands of a weight gradient are padded alike, and
+    zero rows add nothing to their product."""
+    missing = -x_TC.shape[0] % nvfp4.BLOCK
+    return F.pad(x_TC, (0, 0, 0, missing)) if missing else x_TC
+
+
+class _Products(torch.autograd.Function):
+    """y = x w^T with each of the three products in its own format."""
+
+    @staticmethod
+    def forward(ctx, x_TK: Tensor, weight_NK: Tensor, attached: Attached, linear) -> Tensor:
+        form = attached.formats.fprop
+        w = weight_operand(linear, weight_NK, attached, "fprop")
+        x = attached.operand(x_TK, form, "x", -1)
+        ctx.save_for_backward(x_TK, weight_NK)
+        ctx.attached, ctx.linear = attached, linear
+        ctx.call = attached.next_call()
+        return block_scaled_matmul(x, w, out_dtype=x_TK.dtype)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        x_TK, weight_NK = ctx.saved_tensors
+        attached: Attached = ctx.attached
+        dy_TN = grads[0].contiguous()
+        dx_TK = dw_NK = None
+        if ctx.needs_input_grad[0]:
+            w = weight_operand(ctx.linear, weight_NK, attached, "dgrad")
+            dy = _gradient_operand(attached, dy_TN, "dgrad", ctx.call, dim=-1)
+            dx_TK = block_scaled_matmul(dy, w.t(), out_dtype=x_TK.dtype)
+        if ctx.needs_input_grad[1]:
+            dw_NK = _weight_gradient(attached, dy_TN, x_TK, ctx.call, weight_NK.dtype)
+        return dx_TK, dw_NK, None, None
+
+
+def _gradient_operand(
+    attached: Attached, dy_TN: Tensor, product: str, call: int, dim: Dim
+) -> Operand:
+    formats = attached.formats
+    form = formats.dgrad if product == "dgrad" else formats.wgrad
+    words = None
+    if form == "nvfp4" and formats.stochastic_rounding:
+        words = attached.words(dy_TN.shape, product, call, dy_TN.device)
+    return attached.operand(dy_TN, form, "dy", dim, words)
+
+
+def _weight_gradient(
+    attached: Attached, dy_TN: Tensor, x_TK: Tensor, call: int, dtype: torch.dtype
+) -> Tensor:
+    formats = attached.formats
+    if formats.wgrad == "nvfp4" and formats.hadamard:
+        dy_TN = nvfp4.hadamard(pad_tokens(dy_TN), dim=0)
+        x_TK = nvfp4.hadamard(pad_tokens(x_TK), dim=0)
+    dy = _gradient_operand(attached, dy_TN, "wgrad", call, dim=0)
+    x = attached.operand(x_TK, formats.wgrad, "x", 0)
+    return block_scaled_matmul(dy.t(), x.t(), out_dtype=dtype)
+
+
+def weight_operand(linear: torch.nn.Module, weight: Tensor, attached: Attached, product: str):
+    """The quantized weight, kept until the weights change.
+
+    fprop sums over its inputs, dgrad over its outputs. 16 x 16 blocks serve both; other formats
+    are quantized once along each dimension, both times from the high-precision weight.
+    """
+    formats = attached.formats
+    form = formats.fprop if product == "fprop" else formats.dgrad
+    both = form == "nvfp4" and formats.weight_2d
+    dim: Dim = -1 if both or product == "fprop" else 0
+    key = (form, dim if form in QUANTIZED else -1, attached.clock.weights_version)
+    kept: dict = linear.__dict__.setdefault("_quantized_weight", {})
+    if key not in kept:
+        for old in [old for old in kept if old[2] != key[2]]:
+            del kept[old]
+        kept[key] = attached.operand(weight.detach(), form, "w", dim)
+    return kept[key]
+
+
+class _GatherSequence(torch.autograd.Function):
+    """All-gather of a sequence-parallel input whose gradient is reduce-scattered."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        gathered = x.new_empty((x.shape[0] * group.size(), *x.shape[1:]))
+        dist.all_gather_into_tensor(gathered, x.contiguous(), group=group)
+        return gathered
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None]:
+        grad = grads[0].contiguous()
+        own = grad.new_empty((grad.shape[0] // ctx.group.size(), *grad.shape[1:]))
+        dist.reduce_scatter_tensor(own, grad, group=ctx.group)
+        return own, None
+
+
+class _CopyToShards(torch.autograd.Function):
+    """Identity whose gradient is summed over the tensor-parallel group."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None]:
+        grad = grads[0].contiguous().clone()
+        dist.all_reduce(grad, group=ctx.group)
+        return grad, None
+
+
+def _multiply(linear: torch.nn.Module, x: Tensor, weight: Tensor, attached: Attached) -> Tensor:
+    """[..., K] -> [..., N] through `_Products`."""
+    flat = _Products.apply(x.reshape(-1, x.shape[-1]), weight, attached, linear)
+    return flat.view(*x.shape[:-1], -1)
+
+
+class EmulatedColumnParallelLinear(ColumnParallelLinear):
+    """Megatron's column-parallel linear; its products are emulated once a plan is attached."""
+
+    attached: Attached | None = None
+
+    def _forward_impl(self, input: Tensor, weight: Tensor, *args: object, **kwargs: object):
+        attached = self.attached
+        if attached is None or not attached.quantizes:
+            return super()._forward_impl(input, weight, *args, **kwargs)
+        if kwargs.get("sequence_parallel"):
+            input = _GatherSequence.apply(input, self.tp_group)
+        elif kwargs.get("allreduce_dgrad"):
+            input = _CopyToShards.apply(input, self.tp_group)
+        return _multiply(self, input, weight, attached)
+
+
+class EmulatedRowParallelLinear(RowParallelLinear):
+    """Megatron's row-parallel linear; the sum over ranks stays Megatron's, in high precision."""
+
+    attached: Attached | None = None
+
+    def _forward_impl(self, input: Tensor, weight: Tensor, *args: object, **kwargs: object):
+        attached = self.attached
+        if attached is None or not attached.quantizes:
+            return super()._forward_impl(input, weight, *args, **kwargs)
+        return _multiply(self, input, weight, attached)
+
+
+class EmulatedReplicatedLinear(ReplicatedLinear):
+    """A latent projection; every tensor-parallel rank multiplies its own tokens."""
+
+    attached: Attached | None = None
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        """[..., K] -> [..., N]."""
+        if self.attached is None or not self.attached.quantizes:
+            return super().forward(x)
+        return _multiply(self, x, self.weight, self.attached), None
