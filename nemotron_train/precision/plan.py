@@ -219,11 +219,10 @@ def phase_text(config: Config, tokens: int) -> str:
     if not started:
         return f"{reach} tokens: the rules as they are"
     at_least = config.precision.phases[started - 1].at_least
-    raised = [
-        f"{getattr(at_least, role)} in {role}"
-        for role in ROLES
-        if getattr(at_least, role) != GemmFormat.nvfp4
-    ]
+    bounds = {role: getattr(at_least, role) for role in ROLES}
+    if len(set(bounds.values())) == 1:
+        bounds = {"all three products": at_least.fprop}
+    raised = [f"{value} in {role}" for role, value in bounds.items() if value != GemmFormat.nvfp4]
     bound = f"at least {', '.join(raised)}" if raised else "the rules as they are"
     return f"{reach} tokens: {bound}"
 
