@@ -1,5 +1,6 @@
 """The picture of a run: loss.png. Matplotlib without a display; no torch."""
 
+import itertools
 import os
 from pathlib import Path
 
@@ -33,22 +34,24 @@ def plot_loss(run_folder: Path) -> Path:
     return path
 
 
-def smoothed(values: list[float], span: float) -> list[float]:
-    """Exponential mean with weights (1 - 1/span)^age, normalized, so that the first points are
-    means of what there is rather than pulled to zero (the correction of Adam's moments)."""
-    keep, mean, weight, out = 1 - 1 / span, 0.0, 0.0, []
-    for value in values:
-        mean = keep * mean + (1 - keep) * value
-        weight = keep * weight + (1 - keep)
-        out.append(mean / weight)
+def smoothed(values: list[float], half_width: int) -> list[float]:
+    """Centred moving mean over 2 x half_width + 1 values. The window shrinks on both sides at once
+    towards the ends, so the curve neither lags a falling loss nor bends at its ends."""
+    sums = [0.0, *itertools.accumulate(values)]
+    out = []
+    for index in range(len(values)):
+        reach = min(half_width, index, len(values) - 1 - index)
+        out.append((sums[index + reach + 1] - sums[index - reach]) / (2 * reach + 1))
     return out
 
 
 def _draw_loss(axes, run: Run) -> None:
     tokens, losses = run.series("loss")
-    span = max(len(losses) / 25, 1.0)
+    half_width = len(losses) // 40
     axes.plot(tokens, losses, color=RAW, linewidth=0.8, label="training, each step")
-    axes.plot(tokens, smoothed(losses, span), color=SMOOTH, linewidth=2, label="training, smoothed")
+    axes.plot(
+        tokens, smoothed(losses, half_width), color=SMOOTH, linewidth=2, label="training, smoothed"
+    )
     tokens_seen, validations = run.series("validation_loss")
     if validations:
         axes.plot(
@@ -78,7 +81,7 @@ def _draw_loss(axes, run: Run) -> None:
 def _draw_learning_rate(axes, run: Run) -> None:
     tokens, rates = run.series("lr")
     axes.plot(tokens, rates, color=SMOOTH, linewidth=1.2)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.15 * max(rates, default=0.0) or 1.0)
     axes.set_ylabel("learning rate")
     axes.set_xlabel("tokens")
     axes.xaxis.set_major_formatter(lambda value, _: format_tokens(value))
