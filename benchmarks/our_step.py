@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from nemotron_train.cli import compose_config
+from nemotron_train.compose import compose_config
 from nemotron_train.config.derive import derive
 from nemotron_train.config.schema import Config
 from nemotron_train.platform import device

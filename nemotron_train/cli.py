@@ -1,216 +1,22 @@
-"""The command line: verbs, and the composition of a configuration. The only file that knows Hydra.
+"""The command line: verbs, their help, exit codes.
 
-Owns: `nemotron-train VERB ...`, its help, how overrides become typed dataclasses, exit codes.
-Does not own: what a configuration means (`config.derive`), nor any work (each verb imports its
-own, so that `--help` and `plan` never load torch).
-
-Composition: Hydra composes `recipes/pretrain.yaml` with the chosen groups (`model=tiny`); every
-other override is then set on `OmegaConf.structured(Config)`, which refuses an unknown knob or a
-wrong type. Interpolations are resolved last, so they follow an override.
+Owns: `nemotron-train VERB ...`. Does not own: how overrides become a configuration (`compose`),
+what that means (`config.derive`), nor any work: each verb imports its own, so that `--help` and
+`plan` never load torch.
 """
 
 import argparse
-import dataclasses
-import difflib
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nemotron_train.compose import compose_config, nearest, parse_overrides, to_typed
 from nemotron_train.config.schema import Config, ConfigError
 
 EXIT_DONE, EXIT_FAILED, EXIT_CONFIG = 0, 1, 2
-
-
-def recipes_folder() -> Path:
-    """The folder of recipes: inside an installed package, beside the package in a checkout."""
-    package = Path(__file__).resolve().parent
-    inside = package / "recipes"
-    return inside if inside.is_dir() else package.parent / "recipes"
-
-
-# Composition --------------------------------------------------------------------------------
-
-
-def compose_config(overrides: Sequence[str], config_file: Path | None = None) -> Config:
-    """The configuration of a run.
-
-    Starts from `resume=FOLDER`'s own config.yaml, from `config_file`, or from the recipes.
-    Raises ConfigError naming the knob, the recipe or the file that is wrong.
-    """
-    parsed = parse_overrides(overrides)
-    groups = {override.key_or_group: override for override in parsed if _is_group(override)}
-    values = [override for override in parsed if not _is_group(override)]
-    resume = next((str(o.value()) for o in values if o.key_or_group == "resume"), "")
-    if resume and config_file is not None:
-        raise ConfigError("resume= and --config exclude each other: give one of them")
-    if resume or config_file is not None:
-        for group, override in groups.items():
-            raise ConfigError(
-                f"{group}={override.value()}: a recipe cannot be laid over a whole config.yaml; "
-                f"set single knobs ({group}.KNOB=VALUE) or leave out resume= and --config"
-            )
-    if resume:
-        base = _load_run_config(Path(resume))
-    elif config_file is not None:
-        base = _load_yaml(config_file, f"--config {config_file}")
-    else:
-        base = _compose_recipes(list(groups.values()))
-    return to_typed(Config, base, values)
-
-
-def to_typed(schema: type, base: Any, overrides: Sequence[Any]) -> Any:
-    """An instance of the dataclass `schema`, filled from `base`, then from Hydra overrides."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    config = OmegaConf.structured(schema)
-    knobs = sorted(_knobs(config))
-    try:
-        config = OmegaConf.merge(config, base)
-        for override in overrides:
-            _set_knob(config, override)
-        for knob in sorted(OmegaConf.missing_keys(config)):
-            raise ConfigError(f"{knob} is not set: give {knob}=VALUE")
-        OmegaConf.resolve(config)
-        return OmegaConf.to_object(config)
-    except OmegaConfBaseException as error:
-        raise _as_config_error(error, knobs) from error
-
-
-def parse_overrides(overrides: Sequence[str]) -> list[Any]:
-    """Hydra's `Override` objects; ConfigError for what is no `KNOB=VALUE`, or is a sweep."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
-    parser = OverridesParser.create()
-    parsed = []
-    for text in overrides:
-        try:
-            override = parser.parse_override(text)
-        except HydraException as error:
-            reason = str(error).splitlines()[0]
-            raise ConfigError(f"{text!r} is no override KNOB=VALUE ({reason})") from error
-        if override.is_delete():
-            raise ConfigError(f"{text}: a knob cannot be deleted; set it with KNOB=VALUE")
-        if override.is_sweep_override():
-            raise ConfigError(f"{text}: several values at once are a sweep; give one value")
-        parsed.append(override)
-    return parsed
-
-
-def _is_group(override: Any) -> bool:
-    """Whether an override picks a recipe file (`model=tiny`) rather than setting a knob."""
-    folder = recipes_folder() / override.key_or_group
-    return (
-        "." not in override.key_or_group and folder.is_dir() and isinstance(override.value(), str)
-    )
-
-
-def _compose_recipes(groups: Sequence[Any]) -> Any:
-    from hydra import compose, initialize_config_dir
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
-    chosen = []
-    for override in groups:
-        group, choice = override.key_or_group, override.value()
-        choices = sorted(path.stem for path in (recipes_folder() / group).glob("*.yaml"))
-        if choice not in choices:
-            raise ConfigError(
-                f"{group}={choice}: no such recipe{_nearest(choice, choices)}; "
-                f"there are {', '.join(choices)}"
-            )
-        # A group of pretrain.yaml's defaults is replaced, any other one is added.
-        is_field = group in {field.name for field in dataclasses.fields(Config)}
-        chosen.append(f"{'' if is_field else '+'}{group}={choice}")
-    try:
-        with initialize_config_dir(str(recipes_folder()), version_base="1.3"):
-            return compose("pretrain", overrides=chosen)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(f"the recipes do not compose: {str(error).splitlines()[0]}") from error
-
-
-def _load_run_config(folder: Path) -> Any:
-    """config.yaml of the run folder to resume, pointed at where that folder lies now."""
-    from omegaconf import OmegaConf
-
-    if not folder.is_dir():
-        raise ConfigError(f"resume={folder}: no such run folder")
-    base = _load_yaml(folder / "config.yaml", f"resume={folder}")
-    place = folder.resolve()
-    here = {"name": place.name, "folder": str(folder.parent), "resume": str(folder)}
-    # Stopping early was asked of the process that stopped, not of the run.
-    return OmegaConf.merge(base, here, {"train": {"stop_after_steps": 0}})
-
-
-def _load_yaml(path: Path, asked: str) -> Any:
-    from omegaconf import OmegaConf
-    from yaml import YAMLError
-
-    try:
-        loaded = OmegaConf.load(path)
-    except FileNotFoundError:
-        raise ConfigError(f"{asked}: there is no {path}") from None
-    except (OSError, UnicodeDecodeError, YAMLError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"{asked}: {path} cannot be read ({reason})") from error
-    if not OmegaConf.is_dict(loaded):
-        raise ConfigError(f"{asked}: {path} holds no configuration")
-    return loaded
-
-
-def _set_knob(config: Any, override: Any) -> None:
-    from omegaconf import OmegaConf, open_dict
-    from omegaconf.errors import ValidationError
-
-    key, value = override.key_or_group, override.value()
-    try:
-        if override.is_add():  # an entry of a table such as precision.rules
-            for name in reversed(key.split(".")):
-                value = {name: value}
-            with open_dict(config):
-                config.merge_with(value)
-        else:
-            OmegaConf.update(config, key, value)
-    except ValidationError as error:
-        # Token counts are written 1e9 by people who count them; an int field takes that too.
-        if not (isinstance(value, float) and value.is_integer()):
-            raise ConfigError(f"{override.input_line}: {str(error).splitlines()[0]}") from error
-        OmegaConf.update(config, key, int(value))
-
-
-def _knobs(config: Any, prefix: str = "") -> Iterator[str]:
-    from omegaconf import OmegaConf
-
-    for key in config:
-        yield f"{prefix}{key}"
-        # Before the recipes are merged, what an interpolation refers to may be missing.
-        unset = OmegaConf.is_missing(config, key) or OmegaConf.is_interpolation(config, key)
-        if not unset and OmegaConf.is_dict(config[key]):
-            yield from _knobs(config[key], f"{prefix}{key}.")
-
-
-def _as_config_error(error: Exception, knobs: Sequence[str]) -> ConfigError:
-    from omegaconf.errors import ConfigAttributeError, ConfigKeyError
-
-    knob = getattr(error, "full_key", None) or "the configuration"
-    if isinstance(error, ConfigAttributeError | ConfigKeyError):
-        return ConfigError(f"{knob}: there is no such knob{_nearest(knob, knobs)}")
-    return ConfigError(f"{knob}: {str(error).splitlines()[0]}")
-
-
-def _nearest(name: str, names: Sequence[str]) -> str:
-    """« (did you mean x?)» for the closest known name, or nothing."""
-    leaf = name.rpartition(".")[2]
-    close = [known for known in names if known.rpartition(".")[2] == leaf]
-    close = close or difflib.get_close_matches(name, names, n=1)
-    return f" (did you mean {close[0]}?)" if close else ""
-
-
-# Verbs --------------------------------------------------------------------------------------
 
 
 def run_pretrain(arguments: argparse.Namespace) -> int:
@@ -420,7 +226,7 @@ def _dispatch(words: Sequence[str]) -> int:
         return EXIT_DONE
     if name not in VERBS:
         verb = name if words[0] == "data" else words[0]
-        raise ConfigError(f"{verb}: no such verb{_nearest(verb, list(VERBS))}")
+        raise ConfigError(f"{verb}: no such verb{nearest(verb, list(VERBS))}")
     verb = VERBS[name]
     parser = _Parser(
         prog=f"nemotron-train {name}",

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from nemotron_train.cli import compose_config
+from nemotron_train.compose import compose_config
 from nemotron_train.config.derive import derive
 from nemotron_train.config.memory import heaviest_rank, stage_tensors
 from nemotron_train.config.schema import Config, ConfigError, OptimConfig, TrainConfig

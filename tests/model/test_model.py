@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from nemotron_train.cli import compose_config
+from nemotron_train.compose import compose_config
 from nemotron_train.config.schema import Config
 from nemotron_train.model.build import build_model, count_parameters, wrap_data_parallel
 from nemotron_train.model.hybrid import NemotronModel

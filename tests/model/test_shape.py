@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemotron_train.cli import compose_config, recipes_folder
+from nemotron_train.compose import compose_config, recipes_folder
 from nemotron_train.config.schema import (
     AttentionConfig,
     ConfigError,

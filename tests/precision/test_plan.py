@@ -16,7 +16,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemotron_train.cli import compose_config, main, recipes_folder, to_typed
+from nemotron_train.cli import main
+from nemotron_train.compose import compose_config, recipes_folder, to_typed
 from nemotron_train.config.derive import derive
 from nemotron_train.config.schema import (
     AtLeast,

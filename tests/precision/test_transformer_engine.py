@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 
 import pytest
 
-from nemotron_train.cli import compose_config, recipes_folder
+from nemotron_train.compose import compose_config, recipes_folder
 from nemotron_train.config.schema import Config, ConfigError
 from nemotron_train.model.shape import linears
 from nemotron_train.platform import device

@@ -12,7 +12,7 @@ import sys
 import pytest
 from rich.console import Console
 
-from nemotron_train.cli import compose_config
+from nemotron_train.compose import compose_config
 from nemotron_train.config.derive import derive
 from nemotron_train.config.schema import Config
 from nemotron_train.model.shape import forward_flops, linears
