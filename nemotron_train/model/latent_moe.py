@@ -29,6 +29,7 @@ from torch import nn
 
 from nemotron_train.model.grouped_mlp import grouped_mlp, routed_mlp
 from nemotron_train.model.sharding import mark_sharded
+from nemotron_train.platform.device import parameter_device
 
 
 class SigmoidRouter(TopKRouter):
@@ -130,7 +131,7 @@ class ReplicatedLinear(nn.Module):
         self, input_size: int, output_size: int, *, config: TransformerConfig, **unused: object
     ) -> None:
         super().__init__()
-        device = None if config.use_cpu_initialization else torch.cuda.current_device()
+        device = parameter_device(config.use_cpu_initialization)
         self.weight = nn.Parameter(
             torch.empty(output_size, input_size, dtype=config.params_dtype, device=device)
         )
@@ -146,7 +147,7 @@ class ExpertWeights(nn.Module):
 
     def __init__(self, shape: tuple[int, int, int], sharded_dim: int, config: TransformerConfig):
         super().__init__()
-        device = None if config.use_cpu_initialization else torch.cuda.current_device()
+        device = parameter_device(config.use_cpu_initialization)
         self.weight = nn.Parameter(torch.empty(shape, dtype=config.params_dtype, device=device))
         mark_sharded(self.weight, dim=sharded_dim)
         self.weight.is_expert = True  # type: ignore[attr-defined]

@@ -30,6 +30,7 @@ from nemotron_train.model.documents import PackedDocuments
 from nemotron_train.model.gated_norm import gated_rms_norm
 from nemotron_train.model.sharding import mark_sharded, split_components
 from nemotron_train.model.ssd import ssd
+from nemotron_train.platform.device import parameter_device
 
 
 @dataclass
@@ -96,8 +97,7 @@ class Mamba2Mixer(MegatronModule):
         )
         mark_sharded(self.in_proj.weight, dim=0, components=components)
 
-        # None lets torch.device("meta") decide; Megatron asks for the current device on a GPU.
-        device = None if config.use_cpu_initialization else torch.cuda.current_device()
+        device = parameter_device(config.use_cpu_initialization)
         conv_width = sum(self.conv_components)
         dtype = config.params_dtype
         self.conv_weight = nn.Parameter(

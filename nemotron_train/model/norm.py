@@ -17,6 +17,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from nemotron_train.platform.device import parameter_device
+
 
 def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
@@ -80,7 +82,7 @@ class RMSNorm(torch.nn.Module):
         assert config.normalization == "RMSNorm", config.normalization
         assert not config.layernorm_zero_centered_gamma, "the weight is not stored minus one"
         self.eps = eps
-        device = None if config.use_cpu_initialization else torch.cuda.current_device()
+        device = parameter_device(config.use_cpu_initialization)
         self.weight = torch.nn.Parameter(
             torch.ones(hidden_size, dtype=config.params_dtype, device=device)
         )

@@ -74,6 +74,12 @@ def _quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
+def parameter_device(on_cpu: bool) -> int | None:
+    """Where a parameter is made: this process's GPU, or None, which leaves the choice to torch
+    (the CPU, or the meta device where a caller has set it)."""
+    return None if on_cpu else torch.cuda.current_device()
+
+
 def peak_memory_bytes() -> int:
     """Peak memory of this process so far: the device's allocator, or the resident set on a CPU."""
     if torch.cuda.is_available():
