@@ -244,7 +244,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(sys.argv[1:] if argv is None else argv)
     except ConfigError as error:
-        print(f"nemotron-train: {error}", file=sys.stderr)
+        print("nemotron-train:", " ".join(str(error).splitlines()), file=sys.stderr)
         return EXIT_CONFIG
     except KeyboardInterrupt:
         print("nemotron-train: interrupted", file=sys.stderr)
