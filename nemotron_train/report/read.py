@@ -23,9 +23,8 @@ class Run:
 
     def series(self, field: str, along: str = "tokens") -> tuple[list[float], list[float]]:
         """The points (along, field) of the rows that have both as numbers."""
-        points = [(row.get(along), row.get(field)) for row in self.rows]
-        pairs = [(x, y) for x, y in points if _is_number(x) and _is_number(y)]
-        return [x for x, _ in pairs], [y for _, y in pairs]
+        rows = [row for row in self.rows if _is_number(row.get(along), row.get(field))]
+        return [row[along] for row in rows], [row[field] for row in rows]
 
 
 def read_run(path: Path) -> Run:
@@ -64,5 +63,5 @@ def _read_summary(path: Path) -> dict[str, Any]:
     return summary if isinstance(summary, dict) else {}
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _is_number(*values: Any) -> bool:
+    return all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
