@@ -6,6 +6,9 @@ Not covered: W&B online (no network), and a disk that is full.
 import json
 import math
 import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -154,10 +157,34 @@ def test_wandb_offline_keeps_no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert all(key.encode() not in path.read_bytes() for path in files)
 
 
+def test_run_folder_and_numbers_of_a_real_run(small_run: tuple[Path, list[str]]) -> None:
+    """The contract: which files a finished run leaves, which numbers every line has; and each
+    number it writes is explained in docs/metrics.md."""
+    folder, overrides = small_run
+    command = [sys.executable, "-m", "nemotron_train", "pretrain", "name=contract", *overrides]
+    command += ["train.validate_every_steps=5"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    run = folder / "runs" / "contract"
+    assert {path.name for path in run.iterdir() if not path.name.startswith(".")} == {
+        "config.yaml", "derived.yaml", "precision.txt", "environment.json", "metrics.jsonl",
+        "summary.json", "loss.png", "checkpoints",
+    }  # fmt: skip
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    always = {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "step_seconds"}
+    assert all(always <= set(row) for row in rows)
+    assert {"validation_loss", "mtp_loss_2", "load_balance_loss", "max_vio"} <= set(rows[-1])
+    document = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
+    explained = set(re.findall(r"`([^`]+)`", document))
+    names = {re.sub(r"/.*", "/LAYER", re.sub(r"_[2-9]$", "_1", name)) for name in rows[-1]}
+    names |= set(json.loads((run / "summary.json").read_text()))
+    assert names <= explained
+
+
 def test_wandb_that_cannot_start_costs_one_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "wandb", None)  # as if it were not installed
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
     said: list[str] = []
     logging = LoggingConfig(wandb=True)
     sinks = open_sinks(logging, tmp_path, run_name="a", run_id="b", config={}, say=said.append)

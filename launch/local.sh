@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Trains on several ranks of this machine: launch/local.sh RANKS [KNOB=VALUE ...]
+# Example: launch/local.sh 2 parallel.tensor=2 name=two_ranks
+set -euo pipefail
+
+if [[ ! "${1-}" =~ ^[1-9][0-9]*$ ]]; then
+    echo "usage: launch/local.sh RANKS [KNOB=VALUE ...]" >&2
+    exit 2
+fi
+ranks=$1
+shift
+
+here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
+python=$here/.venv/bin/python
+[[ -x $python ]] || python=python3 # a container that brings the environment itself
+
+exec "$python" -m torch.distributed.run --standalone --nproc-per-node "$ranks" \
+    --module nemotron_train pretrain "$@"
