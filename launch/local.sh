@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Trains on several ranks of this machine: launch/local.sh RANKS [KNOB=VALUE ...]
-# Example: launch/local.sh 2 parallel.tensor=2 name=two_ranks
+# Example: launch/local.sh 2 parallel.tensor=2 parallel.sequence=true name=two_ranks
 set -euo pipefail
 
 if [[ ! "${1-}" =~ ^[1-9][0-9]*$ ]]; then
@@ -14,5 +14,9 @@ here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 python=$here/.venv/bin/python
 [[ -x $python ]] || python=python3 # a container that brings the environment itself
 
+# torchrun buries a mistake under its own report, and knows no exit code but 1: ask `plan` first.
+"$python" -m nemotron_train plan ranks="$ranks" "$@" >/dev/null
+
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # silences torchrun; each rank sets its own threads
 exec "$python" -m torch.distributed.run --standalone --nproc-per-node "$ranks" \
     --module nemotron_train pretrain "$@"
