@@ -60,6 +60,7 @@ test: $(stamp)
 
 check: $(stamp)
 	cd '$(root)' && '$(python)' -m ruff check .
+	cd '$(root)' && '$(python)' -m ruff format --check .
 	cd '$(root)' && '$(python)' -m pyright
 	cd '$(root)' && '$(python)' -m pytest --quiet tests/test_imports.py
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-
 SMALL_RUN = [
     "model.hidden_size=64",
     "model.vocab_size=512",

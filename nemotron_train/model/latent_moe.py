@@ -69,7 +69,6 @@ class SigmoidRouter(TopKRouter):
         )
         return MoEAuxLossAutoScaler.apply(activation, weighted)
 
-
     def route_here(self, hidden_SBD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The choices of all tokens in compact form, where no other rank has a say.
 

@@ -1,8 +1,8 @@
 """The spec tree: which class fills each slot of Megatron's `HybridStack`.
 
 One switch: with Transformer Engine the parallel linears, norms and attention are its own,
-otherwise Megatron's plain ones and ours; a plan with block formats takes emulated linears. The Mamba-2 mixer, the router and the experts are ours
-on both sides.
+otherwise Megatron's plain ones and ours; a plan with block formats takes emulated linears. The
+Mamba-2 mixer, the router and the experts are ours on both sides.
 """
 
 from dataclasses import dataclass

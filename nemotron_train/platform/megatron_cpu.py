@@ -191,9 +191,7 @@ def rename_constants(module: types.ModuleType) -> int:
     return num_changed
 
 
-def _move_to_host(
-    tensor: object, as_numpy: bool = False, record_stream: bool = False
-) -> object:
+def _move_to_host(tensor: object, as_numpy: bool = False, record_stream: bool = False) -> object:
     """`moe_utils.maybe_move_tensor_to_cpu`: upstream converts to NumPy only what was on a GPU,
     and gloo's all-to-all needs its split sizes as a list-like."""
     if isinstance(tensor, torch.Tensor) and as_numpy:
@@ -206,9 +204,9 @@ def _replace_everywhere(name: str, original: Callable, replacement: Callable) ->
     import sys
 
     for module in list(sys.modules.values()):
-        if getattr(module, "__name__", "").startswith("megatron.core"):
-            if module.__dict__.get(name) is original:
-                setattr(module, name, replacement)
+        is_megatron = getattr(module, "__name__", "").startswith("megatron.core")
+        if is_megatron and module.__dict__.get(name) is original:
+            setattr(module, name, replacement)
 
 
 @contextlib.contextmanager

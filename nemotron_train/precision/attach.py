@@ -108,9 +108,7 @@ class PrecisionControl:
                 )
 
 
-def _slots(
-    model: torch.nn.Module, config: Config, groups: ProcessGroupCollection
-) -> list[_Slot]:
+def _slots(model: torch.nn.Module, config: Config, groups: ProcessGroupCollection) -> list[_Slot]:
     """The linears of this rank that a plan can quantize. Raises ConfigError for one that the plan
     quantizes and that has no emulated form."""
     slots = []
@@ -130,5 +128,7 @@ def _slots(
         for path, formats in formats_at(config, start).items():
             asked = (formats.fprop, formats.dgrad, formats.wgrad)
             if path in present and path not in known and any(f in QUANTIZED for f in asked):
-                raise ConfigError(f"precision: {path} has no emulated form, but the plan asks {asked}")
+                raise ConfigError(
+                    f"precision: {path} has no emulated form, but the plan asks {asked}"
+                )
     return slots

@@ -26,9 +26,7 @@ def _due(progress: Progress, every_steps: int, last_step: int) -> bool:
 class Validate:
     """Adds `validation_loss` (and one a depth) to the step's metrics."""
 
-    def __init__(
-        self, losses: Callable[[], list[float]], every_steps: int, last_step: int
-    ) -> None:
+    def __init__(self, losses: Callable[[], list[float]], every_steps: int, last_step: int) -> None:
         self._losses, self._every, self._last = losses, every_steps, last_step
         self.latest: float = math.nan
 

@@ -193,9 +193,7 @@ class Trainer:
 
     def _mean_losses(self, reports: list[torch.Tensor], targets_K: torch.Tensor) -> torch.Tensor:
         """Mean loss of each head over the global batch, on every rank: FP64 [K]."""
-        sums_K = (
-            torch.stack(reports).double().sum(0) if reports else torch.zeros_like(targets_K)
-        )
+        sums_K = torch.stack(reports).double().sum(0) if reports else torch.zeros_like(targets_K)
         sum_over(sums_K, self.groups.dp)
         sum_over(sums_K, self.groups.pp)  # only the last stage has reports
         return sums_K / targets_K.clamp(min=1)

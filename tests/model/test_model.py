@@ -5,6 +5,8 @@ properties. The layers against another implementation are compared elsewhere (Ma
 test_ssd.py, experts in test_grouped_mlp.py); Hugging Face's whole model is not compared here.
 """
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -47,7 +49,8 @@ def tokens(seed: int, rows: int = NUM_ROWS, length: int = LENGTH) -> torch.Tenso
 
 
 @pytest.mark.parametrize(
-    "name", ["tiny", "proxy_10m", "proxy_100m", "nano_30b_a3b", "super_120b_a12b", "ultra_550b_a55b"]
+    "name",
+    ["tiny", "proxy_10m", "proxy_100m", "nano_30b_a3b", "super_120b_a12b", "ultra_550b_a55b"],
 )
 def test_parameters_equal_the_formula(name: str, groups: object) -> None:
     """Every size is really built: the small ones with weights, the others on the meta device."""
@@ -65,11 +68,11 @@ def test_every_document_of_a_row_is_alone(groups: object) -> None:
     row = tokens(0, rows=1)
     cuts = [0, 7, 8, 31, LENGTH]
     ids = torch.zeros(1, LENGTH, dtype=torch.long)
-    for number, (start, end) in enumerate(zip(cuts[:-1], cuts[1:], strict=True)):
+    for number, (start, end) in enumerate(itertools.pairwise(cuts)):
         ids[:, start:end] = number
     with torch.no_grad():
         packed = model(row, document_ids_BS=ids)
-        for start, end in zip(cuts[:-1], cuts[1:], strict=True):
+        for start, end in itertools.pairwise(cuts):
             alone = model(row[:, start:end])
             torch.testing.assert_close(packed[:, start:end], alone, rtol=1e-4, atol=1e-5)
         leaking = model(row)  # one document: the rest of the row is seen
@@ -176,7 +179,9 @@ def test_state_space_parameters_stay_fp32(groups: object) -> None:
 
 def test_only_matrices_decay(groups: object) -> None:
     _, model = build(groups)
-    undecayed = {n.rsplit(".", 1)[-1] for n, p in model.named_parameters() if not decays(n, p.dim())}
+    undecayed = {
+        n.rsplit(".", 1)[-1] for n, p in model.named_parameters() if not decays(n, p.dim())
+    }
     assert undecayed == {"weight", "A_log", "D", "dt_bias", "conv_bias"}
     norms = {n for n, p in model.named_parameters() if not decays(n, p.dim()) and "weight" in n}
     assert norms and all("norm" in name for name in norms)

@@ -27,7 +27,9 @@ def run_without_patches(code: str) -> str:
 @pytest.mark.parametrize("name", sorted(megatron_cpu._cuda_stand_ins()))
 def test_stand_in_is_used_by_megatron(name: str) -> None:
     """Megatron-Core still names this attribute of torch.cuda."""
-    assert re.search(rf"torch\.cuda(\.random)?\.{name}\b|from torch\.cuda import.*\b{name}\b", ALL_SOURCE)
+    assert re.search(
+        rf"torch\.cuda(\.random)?\.{name}\b|from torch\.cuda import.*\b{name}\b", ALL_SOURCE
+    )
 
 
 @pytest.mark.parametrize("module_name", megatron_cpu.MODULES_WITH_CONSTANTS)
@@ -35,7 +37,9 @@ def test_constants_are_still_named(module_name: str) -> None:
     """The module's source still names CUDA in a function, and no loaded function does."""
     module = importlib.import_module(module_name)
     source = inspect.getsource(module)
-    assert any(f"'{constant}'" in source or f'"{constant}"' in source for constant in megatron_cpu.RENAMED)
+    assert any(
+        f"'{constant}'" in source or f'"{constant}"' in source for constant in megatron_cpu.RENAMED
+    )
     assert megatron_cpu.rename_constants(module) == 0, "everything was renamed at installation"
 
 

@@ -113,7 +113,7 @@ def test_damaged_checkpoint_is_named_and_the_one_before_used(
 
 
 def test_another_model_is_refused(small_run: Small, whole: Path) -> None:
-    """The run folder's own check names the knob; so does the checkpoint if that is tampered with."""
+    """The run folder names the knob; so does the checkpoint if the folder is tampered with."""
     done = pretrain(small_run, "name=whole", "model.hidden_size=128")
     assert done.returncode == 2
     assert "hidden_size" in done.stderr and "Traceback" not in done.stderr
