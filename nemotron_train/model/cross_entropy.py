@@ -35,14 +35,19 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         rank = 0 if tensor_group is None else tensor_group.rank()
         vocab_slice = logits_NV.shape[1]
         wide = torch.promote_types(logits_NV.dtype, torch.float32)
-        softmax_NV = torch.softmax(logits_NV, dim=-1, dtype=wide)
-        lse_N = logits_NV.amax(-1).to(wide).sub_(softmax_NV.amax(-1).log_())
-
         labels_N = labels_N - rank * vocab_slice
         owned_N = (labels_N >= 0) & (labels_N < vocab_slice)
         labels_N = labels_N.where(owned_N, 0)
         label_logit_N = logits_NV.gather(1, labels_N.unsqueeze(1)).squeeze(1).to(wide)
         label_logit_N = label_logit_N.where(owned_N, 0)
+        largest_N = logits_NV.amax(-1).to(wide)
+        if logits_NV.dtype == wide and not logits_NV.is_cuda:
+            # Over the logits themselves: a second tensor of their size is the largest of a step,
+            # and touching fresh memory costs more than the softmax.
+            softmax_NV = torch.softmax(logits_NV, dim=-1, out=logits_NV)
+        else:
+            softmax_NV = torch.softmax(logits_NV, dim=-1, dtype=wide)
+        lse_N = largest_N.sub_(softmax_NV.amax(-1).log_())
 
         slice_share_N = None
         if num_ranks > 1:
@@ -80,7 +85,7 @@ def vocab_parallel_cross_entropy(
 ) -> Tensor:
     """-log softmax(logits)[label] of each token: [S, B, V of this rank], [S, B] → [S, B] FP32.
 
-    The results are those of `megatron.core.tensor_parallel.vocab_parallel_cross_entropy`; labels
+    On a CPU, FP32 logits are overwritten. The results are those of `megatron.core.tensor_parallel.vocab_parallel_cross_entropy`; labels
     outside the vocabulary lose nothing but their own term (loss = lse) and so must be masked by
     the caller. Every rank of `tensor_group` gets the same loss. COLLECTIVE if it has more than
     one rank; None means one.
