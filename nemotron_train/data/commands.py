@@ -77,7 +77,7 @@ def _summary(
     if progress.bad or progress.empty:
         console.print(f"left out: {progress.bad:,} bad records, {progress.empty:,} empty ones")
         for example in progress.bad_examples:
-            console.print(f"  {example}", markup=False)
+            console.print(f"  {example}", markup=False, soft_wrap=True)
     for split in ("train", "validation"):
         if split not in manifest.splits:
             console.print(f"no document fell to the {split} split")
