@@ -7,6 +7,8 @@ The projections around it are Megatron's `SelfAttention`; this module fills its
 Shapes: S tokens, B rows, H query heads, G key/value heads, D head dimension.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -50,7 +52,7 @@ class CoreAttention(MegatronModule):
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
-        **unused: object,
+        **unused: Any,
     ) -> None:
         super().__init__(config)
         assert attention_type == "self" and attn_mask_type == AttnMaskType.causal
@@ -96,7 +98,7 @@ class TransformerEngineAttention(MegatronModule):
     Translated and not run: no GPU with Transformer Engine was at hand.
     """
 
-    def __init__(self, config: TransformerConfig, **kwargs: object) -> None:
+    def __init__(self, config: TransformerConfig, **kwargs: Any) -> None:
         super().__init__(config)
         from megatron.core.extensions.transformer_engine import TEDotProductAttention
 

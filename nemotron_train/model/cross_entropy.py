@@ -85,10 +85,10 @@ def vocab_parallel_cross_entropy(
 ) -> Tensor:
     """-log softmax(logits)[label] of each token: [S, B, V of this rank], [S, B] → [S, B] FP32.
 
-    On a CPU, FP32 logits are overwritten. The results are those of `megatron.core.tensor_parallel.vocab_parallel_cross_entropy`; labels
-    outside the vocabulary lose nothing but their own term (loss = lse) and so must be masked by
-    the caller. Every rank of `tensor_group` gets the same loss. COLLECTIVE if it has more than
-    one rank; None means one.
+    On a CPU, FP32 logits are overwritten. The results are those of
+    `megatron.core.tensor_parallel.vocab_parallel_cross_entropy`; labels outside the vocabulary
+    lose nothing but their own term (loss = lse) and so must be masked by the caller. Every rank
+    of `tensor_group` gets the same loss. COLLECTIVE if it has more than one rank; None means one.
     """
     loss_N: Tensor = _VocabParallelCrossEntropy.apply(  # pyright: ignore
         logits_SBV.reshape(-1, logits_SBV.shape[-1]), labels_SB.reshape(-1), tensor_group

@@ -7,6 +7,8 @@ weight gradients of the output layer accumulated in FP32 however often it is use
 Shapes: B rows, S tokens a row, V vocabulary of this tensor-parallel rank.
 """
 
+from typing import Any
+
 import torch
 from megatron.core.models.hybrid.hybrid_block import HybridStack
 from megatron.core.models.hybrid.hybrid_model import HybridModel
@@ -25,7 +27,7 @@ class NemotronStack(HybridStack):
     name, which fails where it is not installed.
     """
 
-    def __init__(self, *args: object, final_norm: type, **kwargs: object) -> None:
+    def __init__(self, *args: Any, final_norm: type, **kwargs: Any) -> None:
         super().__init__(*args, post_layer_norm=False, **kwargs)
         self.post_layer_norm = True
         if self.post_process:
@@ -61,6 +63,7 @@ class NemotronModel(HybridModel):
 
     def _output_logits(self, hidden_SBD: torch.Tensor) -> torch.Tensor:
         weight = self.output_layer.weight
+        assert weight is not None
         if weight.dtype != torch.float32 and hasattr(weight, "main_grad"):
             weight = _AccumulateInMainGrad.apply(weight)
         logits_SBV, _ = self.output_layer(hidden_SBD, weight=weight)
@@ -109,9 +112,9 @@ class NemotronModel(HybridModel):
         documents: PackedDocuments,
     ) -> list[torch.Tensor]:
         """One loss sum a depth; each depth starts from the hidden states of the one before."""
-        block = self.mtp.layers[0]
+        block, depths = self.mtp.layers[0], self.config.mtp_num_layers or 0
         sums = []
-        for depth in range(1, self.config.mtp_num_layers + 1):
+        for depth in range(1, depths + 1):
             hidden_SBD, tokens_BS, _, _ = block(
                 input_ids=tokens_BS,
                 position_ids=None,

@@ -13,6 +13,7 @@ Shapes: S tokens of a row, B rows, T = S*B tokens, E local experts, D width the 
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
@@ -40,7 +41,7 @@ class SigmoidRouter(TopKRouter):
     its own loss to `load_balance_loss_sum`, and `train.metrics` reads the layers.
     """
 
-    def __init__(self, *args: object, **kwargs: object) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.load_balance_loss_sum = torch.zeros(())
 
@@ -77,6 +78,7 @@ class SigmoidRouter(TopKRouter):
         """
         num_tokens, num_rows = hidden_SBD.shape[:2]
         self._maintain_float32_expert_bias()
+        assert self.expert_bias is not None and self.local_tokens_per_expert is not None
         logits_TE = self.gating(hidden_SBD).view(num_tokens * num_rows, -1).float()
         scores_TE = torch.sigmoid(logits_TE)
         with torch.no_grad():
@@ -96,6 +98,7 @@ class SigmoidRouter(TopKRouter):
         """Attach E/(K S^2) sum_e count_e sum_t share_te, the mean over rows of the Switch loss of
         each row (arXiv 2101.03961, eq. 4); shares are scores normalized over the experts."""
         coefficient = self.config.moe_aux_loss_coeff
+        assert isinstance(coefficient, float)
         if not coefficient:
             return probabilities_TK
         num_experts = scores_TE.shape[1]
@@ -127,7 +130,7 @@ class ReplicatedLinear(nn.Module):
     """
 
     def __init__(
-        self, input_size: int, output_size: int, *, config: TransformerConfig, **unused: object
+        self, input_size: int, output_size: int, *, config: TransformerConfig, **unused: Any
     ) -> None:
         super().__init__()
         device = parameter_device(config.use_cpu_initialization)
@@ -173,6 +176,7 @@ class GroupedExperts(MegatronModule):
         self.num_local_experts = num_local_experts
         self.ep_group, self.tp_group = pg_collection.ep, pg_collection.expt_tp
         self.dp_group = pg_collection.expt_dp
+        assert config.moe_ffn_hidden_size is not None
         width = config.moe_ffn_hidden_size // self.tp_group.size()
         self.linear_fc1 = ExpertWeights((num_local_experts, width, input_size), 1, config)
         self.linear_fc2 = ExpertWeights((num_local_experts, input_size, width), 2, config)
@@ -283,7 +287,9 @@ class LatentMoELayer(MoELayer):
                     is_expert=False,
                     name=f"{name}.{projection_name}" if name else None,
                 )
+                assert isinstance(projection, nn.Module)
                 self.add_module(projection_name, projection)
+        assert pg_collection is not None
         alone = (pg_collection.ep, pg_collection.expt_tp, pg_collection.tp_cp)
         self.all_here = all(group.size() == 1 for group in alone) and not self.moe_layer_recompute
 
@@ -297,6 +303,8 @@ class LatentMoELayer(MoELayer):
         through Megatron's dispatcher. tests/distributed holds the two against each other."""
         if not self.all_here or intermediate_tensors is not None or padding_mask is not None:
             return super().forward(hidden_states, intermediate_tensors, padding_mask)
+        assert isinstance(self.router, SigmoidRouter)
+        assert isinstance(self.experts, GroupedExperts)
         shared_SBD = self.shared_experts_compute(hidden_states)
         experts_TK, probabilities_TK = self.router.route_here(hidden_states)
         latent = hidden_states

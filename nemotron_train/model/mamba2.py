@@ -9,6 +9,7 @@ all of this tensor-parallel rank.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +45,7 @@ class Mamba2MixerSubmodules:
 class GatedNormWeight(nn.Module):
     """Holds the weight of the gated RMSNorm under the name `norm.weight`."""
 
-    def __init__(self, width: int, dtype: torch.dtype, device: object) -> None:
+    def __init__(self, width: int, dtype: torch.dtype, device: Any) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width, dtype=dtype, device=device))
         mark_sharded(self.weight, dim=0)
@@ -56,6 +57,10 @@ class Mamba2Mixer(MegatronModule):
     `in_proj` packs [z, x, B, C, dt] in that order, as the published checkpoints do. A_log, D
     and dt_bias stay FP32 whatever the parameter dtype: they feed exponentials.
     """
+
+    A_log: nn.Parameter
+    D: nn.Parameter
+    dt_bias: nn.Parameter
 
     def __init__(
         self,

@@ -8,7 +8,9 @@ Shapes: B rows, S tokens a row, V vocabulary of this rank.
 """
 
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.moe.router import Router
@@ -22,9 +24,9 @@ def shift_left(x_BS: torch.Tensor) -> torch.Tensor:
     return shifted
 
 
-def depth_mask(
-    loss_mask_BS: torch.Tensor, document_ids_BS: torch.Tensor, depth: int
-) -> torch.Tensor:
+def depth_mask[Array: (torch.Tensor, np.ndarray)](
+    loss_mask_BS: Array, document_ids_BS: Array, depth: int
+) -> Array:
     """Which targets of `depth` count: token i+depth+1 exists, is wanted, and lies in i's document.
 
     depth 0 is the main head and returns `loss_mask_BS` itself. Works on torch tensors and NumPy
@@ -46,7 +48,7 @@ class MtpLayer(MultiTokenPredictionLayer):
     depth counts either.
     """
 
-    def __init__(self, *args: object, **kwargs: object) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)  # pyright: ignore[reportArgumentType]
         # UPSTREAM(megatron-core 0.19.2): HybridStack does not tell its MoE layers that they lie
         # in this block, and a repeated block's load-balance loss then counts once a depth.

@@ -76,7 +76,7 @@ class RMSNorm(torch.nn.Module):
     """
 
     def __init__(
-        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: object
+        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any
     ) -> None:
         super().__init__()
         assert config.normalization == "RMSNorm", config.normalization

@@ -5,6 +5,8 @@ components, each cut on its own) `partition_sizes`. `shard_of` cuts a full tenso
 initialization and checkpoint conversion share it, so that both agree on the layout.
 """
 
+from typing import Any
+
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
@@ -54,17 +56,18 @@ def split_components(
     would be wrong under any other tensor-parallel size.
     """
     sizes: list[int] = parameter.partition_sizes  # type: ignore[attr-defined]
-    assert len(names) == len(sizes)
+    assert len(names) == len(sizes) and sharded.data is not None
+    fragmentations = sharded.axis_fragmentations
+    assert fragmentations is not None
     offset_axis = sharded.prepend_axis_num
     rank_offset = sharded.global_offset[offset_axis] // sharded.local_shape[0]
-    num_shards = sharded.axis_fragmentations[offset_axis]
+    num_shards = fragmentations[offset_axis]
     prepended = [
-        (axis, sharded.global_offset[axis], sharded.axis_fragmentations[axis])
-        for axis in range(offset_axis)
+        (axis, sharded.global_offset[axis], fragmentations[axis]) for axis in range(offset_axis)
     ]
 
     def build(
-        key: str, tensor: torch.Tensor, replica_id: object, flattened_range: slice | None
+        key: str, tensor: torch.Tensor, replica_id: Any, flattened_range: slice | None
     ) -> dict[str, ShardedTensor]:
         assert flattened_range is None, "the optimizer's state is stored per whole parameter"
         return {

@@ -109,7 +109,7 @@ def stack_submodules(model: ModelConfig, part: Parts) -> HybridStackSubmodules:
                 params={"mamba": model.mamba},
                 submodules=Mamba2MixerSubmodules(part.column_parallel, part.row_parallel),
             ),
-            mamba_bda=get_bias_dropout_add,
+            mamba_bda=get_bias_dropout_add,  # pyright: ignore[reportArgumentType]
         ),
     )
     attention_layer = ModuleSpec(
@@ -125,7 +125,7 @@ def stack_submodules(model: ModelConfig, part: Parts) -> HybridStackSubmodules:
                     linear_proj=part.row_parallel,
                 ),
             ),
-            self_attn_bda=get_bias_dropout_add,
+            self_attn_bda=get_bias_dropout_add,  # pyright: ignore[reportArgumentType]
         ),
     )
     moe = partial(
@@ -143,7 +143,9 @@ def stack_submodules(model: ModelConfig, part: Parts) -> HybridStackSubmodules:
     moe_layer = ModuleSpec(
         module=MoETransformerLayer,
         submodules=TransformerLayerSubmodules(
-            pre_mlp_layernorm=part.norm, mlp=moe, mlp_bda=get_bias_dropout_add
+            pre_mlp_layernorm=part.norm,
+            mlp=moe,
+            mlp_bda=get_bias_dropout_add,  # pyright: ignore[reportArgumentType]
         ),
     )
     mtp_layer = ModuleSpec(
@@ -152,7 +154,7 @@ def stack_submodules(model: ModelConfig, part: Parts) -> HybridStackSubmodules:
             enorm=part.norm,
             hnorm=part.norm,
             eh_proj=part.column_parallel,
-            mtp_model_layer=None,
+            mtp_model_layer=None,  # pyright: ignore[reportArgumentType] - from the pattern
             layer_norm=part.norm,
         ),
     )

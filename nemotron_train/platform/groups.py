@@ -38,7 +38,9 @@ def start(parallel: ParallelConfig, backend: str) -> ProcessGroupCollection:
         if "RANK" in os.environ:
             dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
         else:
-            store = dist.TCPStore("127.0.0.1", _free_port(), 1, is_master=True)
+            store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
+                "127.0.0.1", _free_port(), 1, is_master=True
+            )
             dist.init_process_group(
                 backend, store=store, rank=0, world_size=1, timeout=COLLECTIVE_TIMEOUT
             )

@@ -95,7 +95,7 @@ class _DefaultGenerators:
     """`torch.cuda.default_generators[i]`: the CPU's generator for every index."""
 
     def __getitem__(self, index: object) -> torch.Generator:
-        return torch.random.default_generator
+        return torch.default_generator
 
 
 def _get_rng_state(device: object = None) -> torch.Tensor:
@@ -107,7 +107,7 @@ def _set_rng_state(state: torch.Tensor, device: object = None) -> None:
 
 
 def _manual_seed(seed: int) -> None:
-    torch.random.default_generator.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
 
 
 def _nothing() -> Callable[..., None]:

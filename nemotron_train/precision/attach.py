@@ -6,6 +6,7 @@ random words. Does not own: the plan (`plan`), the arithmetic (`linear`, `expert
 
 import re
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -33,7 +34,7 @@ def quantizes(config: Config) -> bool:
     )
 
 
-def global_modules(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+def global_modules(model: Any) -> dict[str, torch.nn.Module]:
     """Modules by path, decoder layers numbered from 0 over all pipeline stages."""
     modules = {}
     for name, module in model.named_modules():
@@ -52,7 +53,7 @@ class _Slot:
     path: str
     module: torch.nn.Module
     shards: torch.distributed.ProcessGroup | None
-    cut: str
+    cut: Literal["", "inputs", "outputs"]
 
 
 class PrecisionControl:

@@ -18,7 +18,7 @@ Shapes: T tokens, K input features, N output features, all as this rank multipli
 
 import zlib
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -245,7 +245,7 @@ class EmulatedColumnParallelLinear(ColumnParallelLinear):
 
     attached: Attached | None = None
 
-    def _forward_impl(self, input: Tensor, weight: Tensor, *args: object, **kwargs: object):
+    def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any):
         attached = self.attached
         if attached is None or not attached.quantizes:
             return super()._forward_impl(input, weight, *args, **kwargs)
@@ -261,7 +261,7 @@ class EmulatedRowParallelLinear(RowParallelLinear):
 
     attached: Attached | None = None
 
-    def _forward_impl(self, input: Tensor, weight: Tensor, *args: object, **kwargs: object):
+    def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any):
         attached = self.attached
         if attached is None or not attached.quantizes:
             return super()._forward_impl(input, weight, *args, **kwargs)

@@ -20,6 +20,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
@@ -146,7 +147,8 @@ class Checkpoints:
         }
 
     def _sharded_state(self, is_loading: bool) -> dict:
-        model_state = self._model.module.sharded_state_dict(metadata=self._metadata)
+        core: Any = self._model.module
+        model_state = core.sharded_state_dict(metadata=self._metadata)
         return {
             "model": model_state,
             "optimizer": self._optimizer.sharded_state_dict(
@@ -205,7 +207,7 @@ class Checkpoints:
                     f"{path} holds another model: model.{name} is {theirs} there and {ours} "
                     "here; resume with the run's own configuration or choose another name"
                 )
-        loaded = dist_checkpointing.load(self._sharded_state(is_loading=True), str(path))
+        loaded: Any = dist_checkpointing.load(self._sharded_state(is_loading=True), str(path))
         self._model.module.load_state_dict(loaded["model"])
         load_optimizer_state(self._optimizer, loaded["optimizer"])
         return Progress(state["step"], state["tokens"], DataState.from_dict(state["data"]))

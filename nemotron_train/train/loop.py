@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from nemotron_train.data.batches import DataState
 
@@ -25,7 +25,7 @@ class StepResult:
     """
 
     progress: Progress
-    metrics: dict[str, object]
+    metrics: dict[str, Any]
     seconds: float
 
 

@@ -11,6 +11,7 @@ Shapes: B rows of a micro-batch, S tokens a row, K heads (the main one and a dep
 import time
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,6 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from nemotron_train.config.derive import Derived
 from nemotron_train.config.schema import Config, ModelConfig
 from nemotron_train.data.batches import Batch, BatchSource
-from nemotron_train.model.hybrid import NemotronModel
 from nemotron_train.model.latent_moe import SigmoidRouter
 from nemotron_train.model.mtp import depth_mask
 from nemotron_train.optim.build import set_learning_rate
@@ -38,7 +38,7 @@ def count_targets(batch: Batch, num_heads: int) -> np.ndarray:
     """Counted targets of each head in `batch`: float64 [K]."""
     return np.array(
         [
-            depth_mask(batch.loss_mask_BS, batch.document_ids_BS, depth).sum(dtype=np.float64)
+            depth_mask(batch.loss_mask_BS, batch.document_ids_BS, depth).astype(np.float64).sum()
             for depth in range(num_heads)
         ]
     )
@@ -92,6 +92,7 @@ def moe_layer_names(model: ModelConfig) -> list[str]:
 def moe_layer_name(router: SigmoidRouter) -> str:
     """The name in `moe_layer_names` of the layer that `router` belongs to."""
     block = "mtp.layers.0.mtp_model_layer" if router.is_mtp_layer else "decoder"
+    assert router.layer_number is not None
     return f"{block}.layers.{router.layer_number - 1}"
 
 
@@ -117,12 +118,12 @@ class Trainer:
         self.rank_rows = (groups.dp.rank() * rows, (groups.dp.rank() + 1) * rows)
         self.routers = [m for m in model.module.modules() if isinstance(m, SigmoidRouter)]
         self.moe_layers = moe_layer_names(config.model)
-        core: NemotronModel = model.module
+        core: Any = model.module
         core.config.finalize_model_grads_func = self._finalize
         core.config.no_sync_func = model.no_sync
         core.config.grad_scale_func = optimizer.scale_loss
 
-    def _finalize(self, *args: object, **kwargs: object) -> None:
+    def _finalize(self, *args: Any, **kwargs: Any) -> None:
         """Read the routers' counts, which Megatron's own finalization resets, then run it."""
         self.routing = self._routing_metrics()
         finalize_model_grads(*args, **kwargs)
@@ -180,10 +181,10 @@ class Trainer:
             micro_batch_size=self.config.train.micro_batch_sequences,
             forward_only=False,
         )
-        _, grad_norm, num_zeros = self.optimizer.step()
+        _, grad_norm, num_zeros = self.optimizer.step()  # pyright: ignore[reportGeneralTypeIssues]
         self.precision.weights_changed()
         losses_K = self._mean_losses(reports, targets_K)
-        metrics: dict[str, object] = {"loss": losses_K[0], "lr": rate, "grad_norm": grad_norm}
+        metrics: dict[str, Any] = {"loss": losses_K[0], "lr": rate, "grad_norm": grad_norm}
         for depth, loss in enumerate(losses_K[1:], start=1):
             metrics[f"mtp_loss_{depth}"] = loss
         metrics |= self.routing
