@@ -4,6 +4,7 @@ Second truth: the uninterrupted run, in another process. Same layout only; loadi
 is not covered here.
 """
 
+import io
 import json
 import shutil
 import subprocess
@@ -11,6 +12,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch.distributed.checkpoint import FileSystemReader
 
 Small = tuple[Path, list[str]]
 LONG = ["train.total_tokens=5120"]  # 20 steps of 256 tokens
@@ -29,11 +32,22 @@ def metrics(folder: Path) -> list[dict]:
     return [{k: v for k, v in row.items() if k not in timed} for row in rows]
 
 
-def weights(folder: Path, step: int) -> dict[str, str]:
-    """Checksums of the saved tensors and of the data's cursor."""
-    manifest = folder / "checkpoints" / f"step_{step:08d}" / "manifest.json"
-    sums = json.loads(manifest.read_text())["sha256"]
-    return {name: sums[name] for name in sums if name.endswith((".distcp", "progress.json"))}
+def weights(folder: Path, step: int) -> dict[str, object]:
+    """Every saved tensor (its bytes) and every other saved value, and the data's cursor.
+
+    The values are compared, not their pickles, which also tell which equal strings were one
+    object: a loaded state differs there from one that was never saved.
+    """
+    checkpoint = folder / "checkpoints" / f"step_{step:08d}"
+    saved: dict[str, object] = {"progress": (checkpoint / "progress.json").read_text()}
+    for index, place in FileSystemReader(checkpoint).read_metadata().storage_data.items():
+        with open(checkpoint / place.relative_path, "rb") as file:
+            file.seek(place.offset)
+            content: object = file.read(place.length)
+        if index.offset is None:
+            content = torch.load(io.BytesIO(content), weights_only=True)
+        saved[f"{index.fqn} {index.offset}"] = content
+    return saved
 
 
 @pytest.fixture(scope="module")
