@@ -144,8 +144,8 @@ def tiny(*overrides: str) -> Config:
         (
             ["optim.warmup_tokens=500000"],
             1,
-            "optim.warmup_tokens=500000 + optim.decay_tokens=102400 exceed "
-            "train.total_tokens=512000",
+            "optim.warmup_tokens=500000 + optim.decay_tokens=65536 exceed "
+            "train.total_tokens=262144",
         ),
         (["optim.min_learning_rate=0.1"], 1, "optim.min_learning_rate=0.1 must not exceed"),
         # Data.

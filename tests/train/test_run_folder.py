@@ -71,7 +71,7 @@ def test_the_same_command_goes_on(tmp_path: Path) -> None:
     [
         ("model.hidden_size=384", "model.hidden_size", "192"),
         ("train.seed=9", "train.seed", "1234"),
-        ("train.total_tokens=1024000", "train.total_tokens", "512000"),
+        ("train.total_tokens=1024000", "train.total_tokens", "262144"),
         ("optim.decay_style=cosine", "optim.decay_style", "'minus_sqrt'"),
         ("data.phases.0.blend.0.weight=2", "data.phases", "'weight': 1.0"),
     ],
