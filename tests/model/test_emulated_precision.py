@@ -1,0 +1,163 @@
+"""Plans attached to a built model, and the three products of emulated linears and experts.
+
+Second truth: the same products put together here from packed codes (`quantize_nvfp4`, which the
+golden vectors check), expert by expert. One rank only; the amax reductions between shards and any
+GPU are not covered.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from nemotron_train.compose import compose_config
+from nemotron_train.model.build import build_model
+from nemotron_train.platform import device
+from nemotron_train.precision.attach import PrecisionControl, global_modules, quantizes
+from nemotron_train.precision.experts import EmulatedExperts
+from nemotron_train.precision.gemm import block_scaled_matmul
+from nemotron_train.precision.linear import EmulatedColumnParallelLinear
+from nemotron_train.precision.mxfp8 import mxfp8_operand
+from nemotron_train.precision.nvfp4 import hadamard, quantize_nvfp4
+from nemotron_train.precision.plan import formats_at
+
+PLANS = ["nvfp4_nemotron3", "nvfp4_all", "mxfp8", "nvfp4_bf16_forward"]
+
+
+def build(groups, *overrides: str):
+    config = compose_config(list(overrides))
+    model = build_model(config, device.prepare(), groups)
+    return config, model, PrecisionControl(model, config, groups)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_modules_carry_the_plan(plan: str, groups) -> None:
+    config, _model, control = build(groups, f"precision={plan}")
+    wanted = formats_at(config, 0)
+    carried = control.attached()
+    emulated = {path for path in wanted if path not in ("output_layer",) and "router" not in path}
+    assert set(carried) == emulated
+    assert all(carried[path] == wanted[path] for path in carried)
+
+
+@pytest.mark.parametrize("plan", ["fp32", "bf16"])
+def test_plain_plans_take_plain_layers(plan: str, groups) -> None:
+    config, model, _ = build(groups, f"precision={plan}")
+    assert not quantizes(config)
+    plain = (EmulatedColumnParallelLinear, EmulatedExperts)
+    assert not any(isinstance(module, plain) for module in model.modules())
+
+
+def linear_under(groups, **changes: object):
+    """A column-parallel linear (Mamba's in_proj) with formats changed, its weight and inputs."""
+    _, model, control = build(groups, "precision=nvfp4_all")
+    linear = global_modules(model)["decoder.layers.0.mixer.in_proj"]
+    linear.attached.formats = replace(linear.attached.formats, **changes)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(40, 1, 192, generator=generator).bfloat16().requires_grad_()
+    return linear, control, x
+
+
+def products(linear, x: torch.Tensor, dy: torch.Tensor) -> list[torch.Tensor]:
+    y, _ = linear(x)
+    dx, dw = torch.autograd.grad(y, [x, linear.weight], dy)
+    return [y.flatten(0, 1), dx.flatten(0, 1), dw]
+
+
+def test_nvfp4_products_of_a_linear(groups) -> None:
+    """Nearest rounding: fprop, dgrad and wgrad equal products of packed tensors bit for bit."""
+    linear, _, x = linear_under(groups, stochastic_rounding=False)
+    dy = torch.randn(40, 1, linear.weight.shape[0], generator=torch.Generator().manual_seed(1))
+    dy = dy.bfloat16()
+    y, dx, dw = products(linear, x, dy)
+    x_TK, dy_TN, w = x.detach().flatten(0, 1), dy.flatten(0, 1), linear.weight.detach()
+    w_op = quantize_nvfp4(w, block="2d").operand()
+    assert torch.equal(y, block_scaled_matmul(quantize_nvfp4(x_TK).operand(), w_op))
+    assert torch.equal(dx, block_scaled_matmul(quantize_nvfp4(dy_TN).operand(), w_op.t()))
+    padded = [torch.nn.functional.pad(t, (0, 0, 0, 8)) for t in (dy_TN, x_TK)]
+    rotated = [quantize_nvfp4(hadamard(t, dim=0).t().contiguous()).operand() for t in padded]
+    assert torch.equal(dw, block_scaled_matmul(*rotated))
+
+
+def test_mxfp8_and_mixed_products(groups) -> None:
+    """BF16 forward with MXFP8 gradients: each product in its own format."""
+    linear, _, x = linear_under(groups, fprop="bf16", dgrad="mxfp8", wgrad="mxfp8")
+    dy = torch.randn(40, 1, linear.weight.shape[0]).bfloat16()
+    y, dx, dw = products(linear, x, dy)
+    x_TK, dy_TN, w = x.detach().flatten(0, 1), dy.flatten(0, 1), linear.weight.detach()
+    torch.testing.assert_close(y, x_TK @ w.t(), rtol=1e-2, atol=1e-4)
+    blocks = mxfp8_operand(w, dim=0).t()
+    assert torch.equal(dx, block_scaled_matmul(mxfp8_operand(dy_TN), blocks))
+    sides = [mxfp8_operand(t, dim=0).t() for t in (dy_TN, x_TK)]
+    assert torch.equal(dw, block_scaled_matmul(*sides))
+
+
+def test_stochastic_rounding_follows_the_clock(groups) -> None:
+    """The same step and call give the same gradients; another step gives others, whose mean is
+    near the unrounded ones."""
+    linear, control, x = linear_under(groups)
+    dy = torch.randn(40, 1, linear.weight.shape[0]).bfloat16()
+    control.clock.step = 5
+    first = products(linear, x, dy)
+    linear.attached.calls.clear()
+    again = products(linear, x, dy)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    control.clock.step = 6
+    other = products(linear, x, dy)
+    assert torch.equal(first[0], other[0]) and not torch.equal(first[1], other[1])
+
+
+def test_weights_are_quantized_again_when_they_change(groups) -> None:
+    linear, control, x = linear_under(groups)
+    before, _ = linear(x)
+    with torch.no_grad():
+        linear.weight.mul_(2)
+    control.weights_changed()
+    after, _ = linear(x)
+    assert torch.equal(after, 2 * before), "a power of two leaves the codes as they are"
+
+
+def test_experts_equal_one_linear_each(groups) -> None:
+    """Grouped products against each expert alone, an empty one included; nearest rounding."""
+    _, model, _ = build(groups, "precision=nvfp4_all")
+    experts = global_modules(model)["decoder.layers.1.mlp.experts"]
+    for weights in (experts.linear_fc1, experts.linear_fc2):
+        weights.attached.formats = replace(weights.attached.formats, stochastic_rounding=False)
+    counts = torch.tensor([5, 0, 37, 32] + [1] * 12)
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(int(counts.sum()), 64, generator=generator).bfloat16().requires_grad_()
+    p = torch.rand(len(x), generator=generator)
+    y, _ = experts(x, counts, p)
+    dy = torch.randn(y.shape, generator=generator).bfloat16()
+    (dx,) = torch.autograd.grad(y, x, dy)
+    start = 0
+    for expert, count in enumerate(counts.tolist()):
+        part = slice(start, start + count)
+        start += count
+        if not count:
+            continue
+        w1, w2 = (
+            quantize_nvfp4(weights.weight.detach()[expert], block="2d").operand()
+            for weights in (experts.linear_fc1, experts.linear_fc2)
+        )
+        hidden = block_scaled_matmul(quantize_nvfp4(x.detach()[part]).operand(), w1)
+        hidden.requires_grad_()
+        active = (torch.relu(hidden).square() * p[part, None]).bfloat16()
+        alone = block_scaled_matmul(quantize_nvfp4(active.detach()).operand(), w2)
+        assert torch.equal(y[part], alone), expert
+        grad_active = block_scaled_matmul(quantize_nvfp4(dy[part]).operand(), w2.t())
+        (grad_hidden,) = torch.autograd.grad(active, hidden, grad_active)
+        grad = block_scaled_matmul(quantize_nvfp4(grad_hidden).operand(), w1.t())
+        assert torch.equal(dx[part], grad), expert
+
+
+def test_phase_begins_with_its_step(groups) -> None:
+    phases = "precision.phases=[{from_tokens: 4096, at_least: {fprop: bf16}}]"
+    _, _, control = build(groups, "precision=nvfp4_all", phases)
+    path = "decoder.layers.0.mixer.in_proj"
+    assert not control.before_step(0, 0)
+    assert control.attached()[path].fprop == "nvfp4"
+    assert control.before_step(2, 4096)
+    assert control.attached()[path].fprop == "bf16"
+    assert control.attached()[path].dgrad == "nvfp4"
+    assert not control.before_step(3, 6144)
