@@ -20,7 +20,7 @@ LAYER_TYPES = {"M": "linear_attention", "*": "full_attention", "E": "moe"}
 
 def peer_config(model: ModelConfig, sequence_length: int) -> Any:
     """`NemotronHConfig` of the same dimensions; its Mamba chunk size stays its default, 128."""
-    from transformers.models.nemotron_h import NemotronHConfig
+    from transformers.models.nemotron_h import NemotronHConfig  # pyright: ignore[reportMissingImports]
 
     return NemotronHConfig(
         vocab_size=model.vocab_size,
@@ -48,7 +48,7 @@ def peer_config(model: ModelConfig, sequence_length: int) -> Any:
 
 def build_peer(dtype: str) -> torch.nn.Module:
     """The peer on the CPU with random weights, cast whole to `dtype`."""
-    from transformers.models.nemotron_h import NemotronHForCausalLM, modeling_nemotron_h
+    from transformers.models.nemotron_h import NemotronHForCausalLM, modeling_nemotron_h  # pyright: ignore[reportMissingImports]
 
     model = NemotronHForCausalLM(peer_config(configuration(dtype).model, NUM_TOKENS))
     # Each hub function is its torch form when this returns None: no fused kernel is installed.

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import transformers
+import transformers  # pyright: ignore[reportMissingImports]
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -71,8 +71,8 @@ class Mixer(nn.Module):
 
 
 def peer_mixer(dtype: torch.dtype) -> nn.Module:
-    from transformers.models.nemotron_h import NemotronHConfig
-    from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHMamba2Mixer
+    from transformers.models.nemotron_h import NemotronHConfig  # pyright: ignore[reportMissingImports]
+    from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHMamba2Mixer  # pyright: ignore[reportMissingImports]
 
     config: Any = NemotronHConfig(
         hidden_size=HIDDEN,

@@ -14,14 +14,23 @@ import torch.distributed
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+# Elements of logits worked on at a time on a CPU: their FP32 copy stays in the cache. A whole one
+# is the largest tensor of a step, and touching fresh memory costs more than the exponentials.
+_CHUNK_ELEMENTS = 1 << 20
+
+
+def _chunks(logits_NV: Tensor) -> list[slice]:
+    """Row ranges to work on: short ones on a CPU, everything at once on a GPU."""
+    num_rows, vocab_slice = logits_NV.shape
+    step = num_rows if logits_NV.is_cuda else max(1, _CHUNK_ELEMENTS // vocab_slice)
+    return [slice(start, start + step) for start in range(0, num_rows, max(1, step))]
+
 
 class _VocabParallelCrossEntropy(torch.autograd.Function):
-    """loss = lse(logits) - logits[label]; ∂logits = (softmax - onehot) ∂loss.
+    """loss = lse(logits) - logits[label]; ∂logits = (softmax(logits) - onehot) ∂loss.
 
-    One fused softmax over this rank's slice gives everything: its largest entry is
-    exp(max - lse), at least 1/V, so the slice's lse is max - log of it without another pass of
-    exponentials. Slices are joined by the lse of their lse. The softmax is the only tensor of the
-    logits' size that is kept, and the gradient overwrites it.
+    Slices of the vocabulary are joined by the lse of their lse. Only the logits themselves are
+    kept, and the gradient overwrites them.
     """
 
     @staticmethod
@@ -41,15 +50,14 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         label_logit_N = logits_NV.gather(1, labels_N.unsqueeze(1)).squeeze(1).to(wide)
         label_logit_N = label_logit_N.where(owned_N, 0)
         largest_N = logits_NV.amax(-1).to(wide)
-        if logits_NV.dtype == wide and not logits_NV.is_cuda:
-            # Over the logits themselves: a second tensor of their size is the largest of a step,
-            # and touching fresh memory costs more than the softmax.
-            softmax_NV = torch.softmax(logits_NV, dim=-1, out=logits_NV)
-        else:
-            softmax_NV = torch.softmax(logits_NV, dim=-1, dtype=wide)
-        lse_N = largest_N.sub_(softmax_NV.amax(-1).log_())
-
-        slice_share_N = None
+        sum_N = torch.empty_like(largest_N)
+        for rows in _chunks(logits_NV):
+            part_NV = logits_NV[rows].to(wide) - largest_N[rows].unsqueeze(1)
+            sum_N[rows] = part_NV.exp_().sum(-1)
+        lse_N = sum_N.log().add_(largest_N)
+        # exp(logit - largest) times this is the softmax: subtracting lse itself would cost the
+        # digits that its rounding lost.
+        scale_N = sum_N.reciprocal_()
         if num_ranks > 1:
             slice_lse_N, max_N = lse_N, lse_N.clone()
             # COLLECTIVE: two small all-reduces over the tensor-parallel group.
@@ -59,23 +67,24 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
             sums_2N = torch.stack(((slice_lse_N - max_N).exp_(), label_logit_N))
             torch.distributed.all_reduce(sums_2N, group=tensor_group)
             lse_N, label_logit_N = sums_2N[0].log().add_(max_N), sums_2N[1]
-            slice_share_N = (slice_lse_N - lse_N).exp_()
-        ctx.save_for_backward(softmax_NV, labels_N, owned_N, slice_share_N)
-        ctx.logits_dtype = logits_NV.dtype
+            scale_N.mul_((slice_lse_N - lse_N).exp_())
+        ctx.save_for_backward(logits_NV, labels_N, owned_N, largest_N, scale_N)
         return lse_N - label_logit_N
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        softmax_NV, labels_N, owned_N, slice_share_N = ctx.saved_tensors
-        grad_N = grads[0].to(softmax_NV.dtype)
-        factor_N = grad_N if slice_share_N is None else grad_N * slice_share_N
-        # In place: a second backward through the same graph raises instead of being wrong.
-        grad_logits_NV = softmax_NV.mul_(factor_N.unsqueeze(1))
-        grad_logits_NV.scatter_add_(
-            1, labels_N.unsqueeze(1), (-grad_N).where(owned_N, 0).unsqueeze(1)
-        )
-        return grad_logits_NV.to(ctx.logits_dtype), None, None
+        logits_NV, labels_N, owned_N, largest_N, scale_N = ctx.saved_tensors
+        grad_N = grads[0].to(largest_N.dtype)
+        factor_N1 = (grad_N * scale_N).unsqueeze(1)
+        onehot_N1 = (-grad_N).where(owned_N, 0).unsqueeze(1)
+        for rows in _chunks(logits_NV):
+            part_NV = logits_NV[rows].to(largest_N.dtype) - largest_N[rows].unsqueeze(1)
+            part_NV.exp_().mul_(factor_N1[rows])
+            part_NV.scatter_add_(1, labels_N[rows].unsqueeze(1), onehot_N1[rows])
+            # In place: a second backward through the same graph raises instead of being wrong.
+            logits_NV[rows] = part_NV
+        return logits_NV, None, None
 
 
 def vocab_parallel_cross_entropy(
@@ -85,7 +94,7 @@ def vocab_parallel_cross_entropy(
 ) -> Tensor:
     """-log softmax(logits)[label] of each token: [S, B, V of this rank], [S, B] → [S, B] FP32.
 
-    On a CPU, FP32 logits are overwritten. The results are those of
+    The backward pass overwrites the logits. The results are those of
     `megatron.core.tensor_parallel.vocab_parallel_cross_entropy`; labels outside the vocabulary
     lose nothing but their own term (loss = lse) and so must be masked by the caller. Every rank
     of `tensor_group` gets the same loss. COLLECTIVE if it has more than one rank; None means one.
