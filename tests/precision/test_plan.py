@@ -299,10 +299,10 @@ def test_bf16_first_and_a_phase_replaces_the_one_before() -> None:
     config = phases(
         "{at_least: {format: bf16}}",
         "{from_fraction: 0.1, at_least: {fprop: mxfp8}}",
-        "{from_tokens: 300000}",
+        "{from_tokens: 200000}",
     )
-    assert phase_boundaries(config) == [0, 51_200, 300_000]
-    seen = [formats_at(config, t)["decoder.layers.0.mixer.in_proj"] for t in (0, 60_000, 400_000)]
+    assert phase_boundaries(config) == [0, 26_214, 200_000]
+    seen = [formats_at(config, t)["decoder.layers.0.mixer.in_proj"] for t in (0, 60_000, 250_000)]
     assert [(f.fprop, f.dgrad) for f in seen] == [
         ("bf16", "bf16"),
         ("mxfp8", "nvfp4"),
