@@ -76,6 +76,11 @@ def our_step(
     dtype: str, num_threads: int = 2, overrides: Sequence[str] = ()
 ) -> Callable[[], float]:
     """Build the model and return a function that takes one step and returns its loss."""
+    return build_step(configuration(dtype, overrides), num_threads)
+
+
+def build_step(config: Config, num_threads: int = 2) -> Callable[[], float]:
+    """`our_step` of any configuration whose sequence length is NUM_TOKENS."""
     platform = device.prepare(num_threads)
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
@@ -86,7 +91,6 @@ def our_step(
     from nemotron_train.train.loop import Progress
     from nemotron_train.train.step import Trainer
 
-    config = configuration(dtype, overrides)
     groups = process_groups.start(config.parallel, platform.backend)
     model_parallel_cuda_manual_seed(config.train.seed)
     model = wrap_data_parallel(build_model(config, platform, groups), config, groups)
