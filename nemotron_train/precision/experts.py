@@ -8,6 +8,8 @@ Shapes: T tokens sorted by expert, P the same with padding, E experts, D expert 
 width, F expert hidden width; N and K output and input features of one of the two products.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -79,12 +81,16 @@ class _GroupedProducts(torch.autograd.Function):
         ctx.save_for_backward(x_PK, weight_ENK)
         ctx.attached, ctx.rows, ctx.weights = attached, rows, weights
         ctx.call = attached.next_call()
+        if attached.observer is not None:
+            attached.observer.forward(attached, x_PK, weight_ENK, rows)
         return y_PN
 
     @staticmethod
     def backward(ctx, *grads: Tensor):
         x_PK, weight_ENK = ctx.saved_tensors
         dy_PN = grads[0].contiguous()
+        if ctx.attached.observer is not None:
+            ctx.attached.observer.backward(ctx.attached, dy_PN, ctx.call, ctx.rows)
         dx_PK = _input_gradient(ctx, dy_PN, x_PK, weight_ENK)
         dw_ENK = _weight_gradient(ctx, dy_PN, x_PK, weight_ENK)
         return dx_PK, dw_ENK, None, None, None
@@ -162,6 +168,10 @@ class EmulatedExperts(GroupedExperts):
         attached = [getattr(weights, "attached", None) for weights in both]
         return any(a is not None and a.quantizes for a in attached)
 
+    def _is_observed(self) -> bool:
+        attached = getattr(self.linear_fc1, "attached", None)
+        return attached is not None and attached.observer is not None
+
     def forward(
         self,
         tokens_TD: Tensor,
@@ -169,8 +179,16 @@ class EmulatedExperts(GroupedExperts):
         probabilities_T: Tensor,
     ) -> tuple[Tensor, None]:
         """tokens_TD sorted by expert -> [T,D]."""
-        if not self._emulates():
-            return super().forward(tokens_TD, tokens_per_expert_E, probabilities_T)
+        if self._emulates():
+            return self._products(tokens_TD, tokens_per_expert_E, probabilities_T), None
+        y_TD, _ = super().forward(tokens_TD, tokens_per_expert_E, probabilities_T)
+        if self._is_observed():
+            _beside(y_TD, self._products, tokens_TD, tokens_per_expert_E, probabilities_T)
+        return y_TD, None
+
+    def _products(
+        self, tokens_TD: Tensor, tokens_per_expert_E: Tensor, probabilities_T: Tensor
+    ) -> Tensor:
         counts = [int(count) for count in tokens_per_expert_E.tolist()]
         padded = [-(-count // ROW_MULTIPLE) * ROW_MULTIPLE for count in counts]
         rows_T = _padded_rows(counts, padded, tokens_TD.device)
@@ -183,19 +201,44 @@ class EmulatedExperts(GroupedExperts):
         y_PD = _GroupedProducts.apply(
             active_PF.to(x_PD.dtype), fc2.weight, fc2.attached, padded, fc2
         )
-        return y_PD.index_select(0, rows_T), None
+        return y_PD.index_select(0, rows_T)
 
     def routed(self, tokens_TD: Tensor, experts_TK: Tensor, probabilities_TK: Tensor) -> Tensor:
         """Sum over each token's experts, all of them here: [T,D]."""
-        if not self._emulates():
-            return super().routed(tokens_TD, experts_TK, probabilities_TK)
+        if self._emulates():
+            return self._routed_products(tokens_TD, experts_TK, probabilities_TK)
+        y_TD = super().routed(tokens_TD, experts_TK, probabilities_TK)
+        if self._is_observed():
+            _beside(y_TD, self._routed_products, tokens_TD, experts_TK, probabilities_TK)
+        return y_TD
+
+    def _routed_products(
+        self, tokens_TD: Tensor, experts_TK: Tensor, probabilities_TK: Tensor
+    ) -> Tensor:
         permutation = plan_permutation(experts_TK, self.num_local_experts)
-        rows, _ = self.forward(
+        rows = self._products(
             permute(tokens_TD, permutation),
             permutation.tokens_per_expert_E,
             permute_probabilities(probabilities_TK, permutation),
         )
         return unpermute(rows, permutation)
+
+
+def _beside(y: Tensor, products: Callable[..., Tensor], *inputs: Tensor) -> None:
+    """Compute unquantized experts once more for their observer, since plain ones show neither
+    hidden activations nor their gradients; training goes on with y alone."""
+    copies = [t.detach().requires_grad_(t.is_floating_point()) for t in inputs]
+    if not y.requires_grad:
+        products(*copies)
+        return
+    with torch.enable_grad():
+        again = products(*copies)
+    wanted = [copy for copy in copies if copy.requires_grad]
+
+    def show_gradients(dy: Tensor) -> None:
+        torch.autograd.grad(again, wanted, dy)
+
+    y.register_hook(show_gradients)
 
 
 def _padded_rows(counts: list[int], padded: list[int], device: torch.device) -> Tensor:

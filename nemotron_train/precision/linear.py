@@ -18,7 +18,7 @@ Shapes: T tokens, K input features, N output features, all as this rank multipli
 
 import zlib
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.distributed as dist
@@ -53,6 +53,19 @@ class RoundingClock:
     weights_version: int = 0
 
 
+class Observer(Protocol):
+    """Looks at what a linear multiplies, on the steps that telemetry measures. `rows`: of each
+    expert, for tensors stacked along the rows."""
+
+    def forward(
+        self, attached: "Attached", x: Tensor, weight: Tensor, rows: list[int] | None = None
+    ) -> None: ...
+
+    def backward(
+        self, attached: "Attached", dy: Tensor, call: int, rows: list[int] | None = None
+    ) -> None: ...
+
+
 @dataclass
 class Attached:
     """What a plan attaches to one linear. shards: the tensor-parallel group over which its weight
@@ -64,6 +77,7 @@ class Attached:
     shards: dist.ProcessGroup | None = None
     cut: Literal["", "inputs", "outputs"] = ""
     calls: dict[int, int] = field(default_factory=dict)
+    observer: Observer | None = None
 
     @property
     def quantizes(self) -> bool:
@@ -142,6 +156,8 @@ class _Products(torch.autograd.Function):
         ctx.save_for_backward(x_TK, weight_NK)
         ctx.attached, ctx.linear = attached, linear
         ctx.call = attached.next_call()
+        if attached.observer is not None:
+            attached.observer.forward(attached, x_TK, weight_NK)
         return block_scaled_matmul(x, w, out_dtype=x_TK.dtype)
 
     @staticmethod
@@ -149,6 +165,8 @@ class _Products(torch.autograd.Function):
         x_TK, weight_NK = ctx.saved_tensors
         attached: Attached = ctx.attached
         dy_TN = grads[0].contiguous()
+        if attached.observer is not None:
+            attached.observer.backward(attached, dy_TN, ctx.call)
         dx_TK = dw_NK = None
         if ctx.needs_input_grad[0]:
             w = weight_operand(ctx.linear, weight_NK, attached, "dgrad")
@@ -240,6 +258,17 @@ def _multiply(linear: torch.nn.Module, x: Tensor, weight: Tensor, attached: Atta
     return flat.view(*x.shape[:-1], -1)
 
 
+def observe_plain(attached: Attached, y: Tensor, x: Tensor, weight: Tensor) -> None:
+    """Show the observer, if there is one, an unquantized product y = x w^T and later its dy."""
+    observer = attached.observer
+    if observer is None:
+        return
+    call = attached.next_call()
+    observer.forward(attached, x.detach().reshape(-1, x.shape[-1]), weight.detach())
+    if y.requires_grad:
+        y.register_hook(lambda dy: observer.backward(attached, dy.reshape(-1, dy.shape[-1]), call))
+
+
 class EmulatedColumnParallelLinear(ColumnParallelLinear):
     """Megatron's column-parallel linear; its products are emulated once a plan is attached."""
 
@@ -248,7 +277,12 @@ class EmulatedColumnParallelLinear(ColumnParallelLinear):
     def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any):
         attached = self.attached
         if attached is None or not attached.quantizes:
-            return super()._forward_impl(input, weight, *args, **kwargs)
+            y = super()._forward_impl(input, weight, *args, **kwargs)
+            if attached is not None and attached.observer is not None:
+                split = kwargs.get("sequence_parallel")
+                x = _GatherSequence.apply(input.detach(), self.tp_group) if split else input
+                observe_plain(attached, y, x, weight)
+            return y
         if kwargs.get("sequence_parallel"):
             input = _GatherSequence.apply(input, self.tp_group)
         elif kwargs.get("allreduce_dgrad"):
@@ -264,7 +298,10 @@ class EmulatedRowParallelLinear(RowParallelLinear):
     def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any):
         attached = self.attached
         if attached is None or not attached.quantizes:
-            return super()._forward_impl(input, weight, *args, **kwargs)
+            y = super()._forward_impl(input, weight, *args, **kwargs)
+            if attached is not None:
+                observe_plain(attached, y, input, weight)
+            return y
         return _multiply(self, input, weight, attached)
 
 
@@ -276,5 +313,8 @@ class EmulatedReplicatedLinear(ReplicatedLinear):
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
         """[..., K] -> [..., N]."""
         if self.attached is None or not self.attached.quantizes:
-            return super().forward(x)
+            y, _ = super().forward(x)
+            if self.attached is not None:
+                observe_plain(self.attached, y, x, self.weight)
+            return y, None
         return _multiply(self, x, self.weight, self.attached), None
