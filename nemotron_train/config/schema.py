@@ -31,6 +31,14 @@ class GemmFormat(StrEnum):
     float32 = "float32"
 
 
+class ProbeFormat(StrEnum):
+    """A format whose losses telemetry measures where a product is computed in another one."""
+
+    none = "none"
+    nvfp4 = "nvfp4"
+    mxfp8 = "mxfp8"
+
+
 class LinearKind(StrEnum):
     """Where a linear lies, for `PrecisionRule.layer_type`."""
 
@@ -176,6 +184,15 @@ class PrecisionPhase:
 
 
 @dataclass
+class TelemetryConfig:
+    """What rounding costs the operands of every linear, measured on some steps; it changes no
+    number of the training. docs/metrics.md has the record."""
+
+    every: int = 0  # steps, and the last one; 0: never
+    probe: ProbeFormat = ProbeFormat.none
+
+
+@dataclass
 class PrecisionConfig:
     """The precision plan. A linear gets the format of the first rule, in the order written,
     whose conditions it meets, or else `default`. Routers and the output layer take part in no
@@ -186,6 +203,7 @@ class PrecisionConfig:
     default: FormatConfig = field(default_factory=FormatConfig)
     rules: dict[str, PrecisionRule] = field(default_factory=dict)
     phases: list[PrecisionPhase] = field(default_factory=list)
+    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
 
 
 @dataclass
