@@ -37,7 +37,7 @@ ORDER += ["composition", "entry"]
 
 KNOW_MEGATRON = ["platform.*", "model.*", "optim.build", "precision.attach", "precision.linear"]
 KNOW_MEGATRON += ["precision.native", "train.step", "train.checkpoint", "train.evaluate"]
-KNOW_MEGATRON += ["train.session"]
+KNOW_MEGATRON += ["train.session", "optim.gradients"]
 OWN_CUDA = ["platform.device", "platform.megatron_cpu"]
 # What the core must do without; run.py composes, cli.py calls.
 AROUND_THE_CORE = ["report.*", "launch.*", "generate.*", "posttrain.*", "convert.*"]
@@ -45,6 +45,7 @@ AROUND_THE_CORE = ["report.*", "launch.*", "generate.*", "posttrain.*", "convert
 # Modules that load no torch, with all that they import.
 NO_TORCH = ["", "cli", "compose", "config.*", "model.shape", "precision.plan", "precision.rules"]
 NO_TORCH += ["precision.transformer_engine", "optim.schedule", "data.*", "report.*", "launch.*"]
+NO_TORCH += ["precision.telemetry_record"]
 NO_TORCH += ["train.metrics", "train.run_folder", "train.progress_bar"]
 
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 80

@@ -12,7 +12,7 @@ from nemotron_train.model.initialize import initialize
 from nemotron_train.model.specs import parts, stack_submodules
 from nemotron_train.model.translate import transformer_config
 from nemotron_train.platform.device import Platform
-from nemotron_train.precision.attach import quantizes
+from nemotron_train.precision.attach import emulates
 
 
 def megatron_pattern(model: ModelConfig) -> str:
@@ -28,7 +28,7 @@ def build_model(
     Under `torch.device("meta")` the parameters stay on the meta device, without values.
     """
     translated = transformer_config(config, platform)
-    part = parts(platform.transformer_engine, emulated=quantizes(config))
+    part = parts(platform.transformer_engine, emulated=emulates(config))
     submodules = stack_submodules(config.model, part)
     model = NemotronModel(
         config=translated,

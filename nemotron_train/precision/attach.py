@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from nemotron_train.config.schema import Config, ConfigError
 from nemotron_train.model.latent_moe import ExpertWeights
+from nemotron_train.optim.gradients import count_zeros
 from nemotron_train.precision.linear import (
     QUANTIZED,
     Attached,
@@ -22,6 +24,7 @@ from nemotron_train.precision.linear import (
     RoundingClock,
 )
 from nemotron_train.precision.plan import LinearFormats, formats_at, phase_boundaries
+from nemotron_train.precision.telemetry import Telemetry
 
 
 def quantizes(config: Config) -> bool:
@@ -32,6 +35,12 @@ def quantizes(config: Config) -> bool:
         for formats in formats_at(config, start).values()
         for role in ("fprop", "dgrad", "wgrad")
     )
+
+
+def emulates(config: Config) -> bool:
+    """Whether the run needs the linears that a plan can be attached to: it quantizes something, or
+    telemetry looks at what that would cost."""
+    return quantizes(config) or config.precision.telemetry.every > 0
 
 
 def global_modules(model: Any) -> dict[str, torch.nn.Module]:
@@ -60,9 +69,13 @@ class PrecisionControl:
     """Holds the model of this rank to the plan of `config` as training goes on."""
 
     def __init__(
-        self, model: torch.nn.Module, config: Config, groups: ProcessGroupCollection
+        self,
+        model: torch.nn.Module,
+        config: Config,
+        groups: ProcessGroupCollection,
+        telemetry: Telemetry | None = None,
     ) -> None:
-        self._config = config
+        self._config, self._telemetry = config, telemetry
         self._boundaries = phase_boundaries(config)
         self._phase_start = -1
         self.clock = RoundingClock(seed=config.train.seed, replica=groups.dp.rank())
@@ -74,10 +87,28 @@ class PrecisionControl:
         new phase begins with it."""
         self.clock.step = step
         start = max(boundary for boundary in self._boundaries if boundary <= tokens)
-        if start == self._phase_start:
-            return False
-        self._enter(start)
-        return True
+        is_new = start != self._phase_start
+        if is_new:
+            self._enter(start)
+        if self._telemetry is not None and self._telemetry.is_due(step + 1):
+            self._telemetry.begin(tokens)
+            self._observe(self._telemetry)
+        return is_new
+
+    def gradients_ready(self, model: DistributedDataParallel) -> None:
+        """The step's gradients are complete: the last thing that telemetry looks at. What runs
+        through the model after it, such as validation, is not measured."""
+        if self._telemetry is not None and self._telemetry.is_due(self.clock.step + 1):
+            weights: list[tuple[str, Any]] = [(s.path, s.module.weight) for s in self._slots]
+            self._telemetry.add_zero_gradients(
+                (path, count_zeros(model, weight)) for path, weight in weights
+            )
+            self._observe(None)
+
+    def _observe(self, observer: Telemetry | None) -> None:
+        for slot in self._slots:
+            attached: Any = slot.module.attached
+            attached.observer = observer
 
     def weights_changed(self) -> None:
         """The optimizer stepped or a checkpoint was loaded: quantized weights are stale."""

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from nemotron_train.precision.telemetry import Telemetry
+from nemotron_train.precision.telemetry_record import flush_rates
 from nemotron_train.train.checkpoint import Checkpoints
 from nemotron_train.train.loop import Progress, StepResult
 from nemotron_train.train.metrics import MetricsWriter
@@ -97,6 +99,22 @@ class Log:
                     "the last checkpoint: resume from it with a lower optim.peak_learning_rate "
                     "or another train.seed"
                 )
+
+
+class TelemetryRecord:
+    """Writes what precision telemetry measured in the step, as a line of its own; COLLECTIVE."""
+
+    def __init__(self, telemetry: Telemetry, writer: MetricsWriter | None) -> None:
+        self._telemetry, self._writer = telemetry, writer
+
+    def due(self, progress: Progress) -> bool:
+        return self._telemetry.is_due(progress.step)
+
+    def run(self, progress: Progress, result: StepResult) -> None:
+        modules = self._telemetry.modules()
+        if self._writer is not None:
+            about = {"kind": "precision", "step": progress.step, "tokens": progress.tokens}
+            self._writer.write(about | flush_rates(modules) | {"precision_telemetry": modules})
 
 
 class Save:

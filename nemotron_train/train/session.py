@@ -19,10 +19,11 @@ from nemotron_train.model.build import build_model, wrap_data_parallel
 from nemotron_train.optim.build import build_optimizer
 from nemotron_train.platform.device import Platform, peak_flops, peak_memory_bytes
 from nemotron_train.precision.attach import PrecisionControl
+from nemotron_train.precision.telemetry import Telemetry
 from nemotron_train.train.checkpoint import Checkpoints, latest
 from nemotron_train.train.evaluate import validation_losses
-from nemotron_train.train.hooks import Log, Save, Validate
-from nemotron_train.train.loop import Progress, fit
+from nemotron_train.train.hooks import Log, Save, TelemetryRecord, Validate
+from nemotron_train.train.loop import Hook, Progress, fit
 from nemotron_train.train.metrics import MetricsWriter
 from nemotron_train.train.progress_bar import ProgressDisplay
 from nemotron_train.train.step import Trainer
@@ -52,7 +53,10 @@ class Session:
             core = core.to(platform.device)
         self.model = wrap_data_parallel(core, config, groups)
         self.optimizer = build_optimizer(config, [self.model], groups, platform)
-        self.precision = PrecisionControl(core, config, groups)
+        self.telemetry = None
+        if config.precision.telemetry.every > 0:
+            self.telemetry = Telemetry(config, derived.total_steps, platform.device)
+        self.precision = PrecisionControl(core, config, groups, self.telemetry)
         self.trainer = Trainer(
             config,
             derived,
@@ -113,12 +117,15 @@ class Session:
                 flops_per_token=self.derived.training_flops_per_token,
                 peak_flops=peak_flops() * self.derived.num_ranks,
             )
+            hooks: list[Hook] = [validate, log]
+            if self.telemetry is not None:
+                hooks.append(TelemetryRecord(self.telemetry, writer))
             save = Save(self.checkpoints, train.save_every_steps, last_step, display.message)
             progress = fit(
                 self.trainer,
                 until=train.total_tokens,
                 progress=progress,
-                hooks=[validate, log, save],
+                hooks=[*hooks, save],
                 stop=stop,
             )
             save.save(progress)

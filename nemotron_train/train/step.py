@@ -127,6 +127,7 @@ class Trainer:
         """Read the routers' counts, which Megatron's own finalization resets, then run it."""
         self.routing = self._routing_metrics()
         finalize_model_grads(*args, **kwargs)
+        self.precision.gradients_ready(self.model)
 
     def _routing_metrics(self) -> dict[str, torch.Tensor]:
         """MaxVio of each MoE layer, fullest expert / mean load (Ultra report, section 2.7), the
