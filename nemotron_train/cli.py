@@ -55,12 +55,15 @@ def run_data_inspect(arguments: argparse.Namespace) -> int:
 
 def run_report(arguments: argparse.Namespace) -> int:
     from nemotron_train.report.plot import plot_loss
+    from nemotron_train.report.plot_precision import plot_precision
     from nemotron_train.report.table import print_runs
 
     console = _console()
     print_runs(arguments.runs, console)
     for run_folder in arguments.runs:
-        console.print(f"wrote {plot_loss(run_folder)}", highlight=False, soft_wrap=True)
+        for picture in (plot_loss(run_folder), plot_precision(run_folder)):
+            if picture is not None:
+                console.print(f"wrote {picture}", highlight=False, soft_wrap=True)
     return EXIT_DONE
 
 

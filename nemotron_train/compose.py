@@ -3,9 +3,10 @@
 Owns: the recipes folder, the grammar of overrides, the merge into dataclasses, the message that
 names a wrong knob. Does not own: what a configuration means (`config.derive`), nor the verbs.
 
-Hydra composes `recipes/pretrain.yaml` with the chosen groups (`model=tiny`); every other override
-is then set on `OmegaConf.structured(Config)`, which refuses an unknown knob or a wrong type.
-Interpolations are resolved last, so they follow an override. Hydra is imported when needed.
+Hydra composes `recipes/pretrain.yaml` with the chosen groups (`model=tiny`; a path, such as
+`precision=mine.yaml`, is a file of the user's own); every other override is then set on
+`OmegaConf.structured(Config)`, which refuses an unknown knob or a wrong type. Interpolations are
+resolved last, so they follow an override. Hydra is imported when needed.
 """
 
 import dataclasses
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from nemotron_train.config.schema import Config, ConfigError
+
+RECIPE_FILE_ENDS = (".yaml", ".yml")
 
 
 def recipes_folder() -> Path:
@@ -102,25 +105,51 @@ def _is_group(override: Any) -> bool:
 def _compose_recipes(groups: Sequence[Any]) -> Any:
     from hydra import compose, initialize_config_dir
     from hydra.errors import HydraException
+    from omegaconf import open_dict
     from omegaconf.errors import OmegaConfBaseException
 
-    chosen = []
+    chosen, files = [], {}
+    fields = {field.name for field in dataclasses.fields(Config)}
     for override in groups:
         group, choice = override.key_or_group, override.value()
+        if choice.endswith(RECIPE_FILE_ENDS) and group in fields:
+            files[group] = _load_recipe_file(group, Path(choice))
+            continue
         choices = sorted(path.stem for path in (recipes_folder() / group).glob("*.yaml"))
         if choice not in choices:
             raise ConfigError(
                 f"{group}={choice}: no such recipe{nearest(choice, choices)}; "
-                f"there are {', '.join(choices)}"
+                f"there are {', '.join(choices)}; a file of your own is given by its path, "
+                "which ends in .yaml"
             )
         # A group of pretrain.yaml's defaults is replaced, any other one is added.
-        is_field = group in {field.name for field in dataclasses.fields(Config)}
-        chosen.append(f"{'' if is_field else '+'}{group}={choice}")
+        chosen.append(f"{'' if group in fields else '+'}{group}={choice}")
     try:
         with initialize_config_dir(str(recipes_folder()), version_base="1.3"):
-            return compose("pretrain", overrides=chosen)
+            composed = compose("pretrain", overrides=chosen)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(f"the recipes do not compose: {str(error).splitlines()[0]}") from error
+    with open_dict(composed):
+        for group, recipe in files.items():
+            composed[group] = recipe
+    return composed
+
+
+def _load_recipe_file(group: str, path: Path) -> Any:
+    """A recipe of the user's own. Like ours it may name others of its group under `defaults`, and
+    then says only what differs."""
+    from omegaconf import OmegaConf
+
+    loaded = _load_yaml(path, f"{group}={path}")
+    defaults = list(loaded.pop("defaults", []))
+    merged = OmegaConf.create()
+    for name in defaults if "_self_" in defaults else [*defaults, "_self_"]:
+        if name != "_self_":
+            base = recipes_folder() / group / f"{name}.yaml"
+            merged.merge_with(_load_recipe_file(group, base))
+        else:
+            merged.merge_with(loaded)
+    return merged
 
 
 def _load_run_config(folder: Path) -> Any:

@@ -15,6 +15,7 @@ from nemotron_train.data.batches import BatchSource
 from nemotron_train.platform import device
 from nemotron_train.precision.plan import plan_text
 from nemotron_train.report.plot import plot_loss
+from nemotron_train.report.plot_precision import plot_precision
 from nemotron_train.train.metrics import MetricsWriter, open_sinks
 from nemotron_train.train.run_folder import RunFolder, open_run_folder
 
@@ -83,6 +84,7 @@ def finish(folder: RunFolder, summary: dict[str, float], console: Console) -> No
     """summary.json and loss.png, and the last lines a person reads."""
     folder.write_summary(summary)
     picture = plot_loss(folder.path)
+    precision_picture = plot_precision(folder.path)
     nats = "nats a token"
     if summary["finished"]:
         console.print(
@@ -93,6 +95,8 @@ def finish(folder: RunFolder, summary: dict[str, float], console: Console) -> No
     else:
         console.print(f"stopped at step {summary['step']}; the same command goes on from there")
     console.print(f"{folder.path}: loss curve in {picture.name}", highlight=False)
+    if precision_picture is not None:
+        console.print(f"precision telemetry in {precision_picture.name}", highlight=False)
 
 
 def open_data(config: Config, say: Callable[[str], None]) -> tuple[BatchSource, BatchSource]:
