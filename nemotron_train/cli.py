@@ -31,10 +31,15 @@ def run_plan(arguments: argparse.Namespace) -> int:
     others = [text for text in arguments.overrides if not text.startswith("ranks=")]
     config = compose_config(others, arguments.config)
     from nemotron_train.config.derive import derive
+    from nemotron_train.precision.backend import check_planned
     from nemotron_train.report.plan_table import print_plan
 
     num_ranks = _parse_ranks(asked[-1]) if asked else _smallest_num_ranks(config)
-    print_plan(config, derive(config, num_ranks), _console(), layers=arguments.layers)
+    console, derived = _console(), derive(config, num_ranks)
+    warnings = check_planned(config)
+    print_plan(config, derived, console, layers=arguments.layers)
+    for warning in warnings:
+        console.print(warning, highlight=False, markup=False, soft_wrap=True)
     return EXIT_DONE
 
 

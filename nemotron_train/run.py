@@ -4,15 +4,18 @@ contents; every object is passed, none is looked up.
 
 import os
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from rich.console import Console
 
 from nemotron_train.config.derive import derive
+from nemotron_train.config.guards import Surroundings, enforce
 from nemotron_train.config.schema import Config, ConfigError, DataKind
 from nemotron_train.data.batches import BatchSource
 from nemotron_train.platform import device
+from nemotron_train.platform.hardware import installed_versions
+from nemotron_train.precision.backend import choose
 from nemotron_train.precision.plan import plan_text
 from nemotron_train.report.plot import plot_loss
 from nemotron_train.report.plot_precision import plot_precision
@@ -29,6 +32,11 @@ def pretrain(config: Config) -> int:
     """
     derived = derive(config, int(os.environ.get("WORLD_SIZE", "1")))
     platform = device.prepare(config.train.threads)
+    surroundings = Surroundings(
+        device.hardware(platform), installed_versions(), dict(os.environ), native=False
+    )
+    backend = choose(config, surroundings)
+    os.environ.update(backend.environment)  # before Transformer Engine is imported, which reads it
     # Megatron-Core can be imported only now that the platform is prepared.
     from nemotron_train.platform import groups as process_groups
     from nemotron_train.train.session import Session
@@ -36,6 +44,9 @@ def pretrain(config: Config) -> int:
     is_first_rank = os.environ.get("RANK", "0") == "0"
     console = Console(quiet=not is_first_rank)
     console.print(platform.describe(), highlight=False)
+    if backend.text:
+        console.print(backend.text, highlight=False, soft_wrap=True)
+    enforce(config, replace(surroundings, native=backend.native), console.print)
     train_data, validation_data = open_data(config, console.print)
     groups = process_groups.start(config.parallel, platform.backend)
     try:
@@ -48,7 +59,15 @@ def pretrain(config: Config) -> int:
         process_groups.raise_together(problem)
         path = Path(config.resume) if config.resume else Path(config.folder) / config.name
         session = Session(
-            config, derived, platform, groups, train_data, validation_data, path, console
+            config,
+            derived,
+            platform,
+            groups,
+            train_data,
+            validation_data,
+            path,
+            console,
+            native=backend.native,
         )
         progress = session.resume()
         if progress.tokens >= config.train.total_tokens:

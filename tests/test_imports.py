@@ -24,9 +24,11 @@ LAYERS = [
     ("session", ["train.session"]),
     ("whole model, side jobs", ["model.build", "train.evaluate", "train.hooks"]),
     ("assembly", ["model.specs", "train.step", "train.checkpoint", "precision.attach"]),
+    ("assembly", ["precision.native"]),
     ("metadata", ["config.derive", "config.memory", "config.checks", "optim.schedule"]),
     ("metadata", ["model.shape", "precision.plan", "precision.rules", "precision.blocking"]),
     ("metadata", ["precision.transformer_engine"]),
+    ("metadata", ["config.guards", "precision.backend"]),
     ("metadata", ["train.metrics", "train.run_folder", "train.progress_bar"]),
     ("ground", ["", "config", "config.schema", "platform", "platform.*"]),
     ("parts", ["model", "precision", "optim", "train", "data", "report"]),
@@ -45,7 +47,7 @@ AROUND_THE_CORE = ["report.*", "launch.*", "generate.*", "posttrain.*", "convert
 # Modules that load no torch, with all that they import.
 NO_TORCH = ["", "cli", "compose", "config.*", "model.shape", "precision.plan", "precision.rules"]
 NO_TORCH += ["precision.transformer_engine", "optim.schedule", "data.*", "report.*", "launch.*"]
-NO_TORCH += ["precision.telemetry_record"]
+NO_TORCH += ["precision.telemetry_record", "precision.backend", "platform.hardware"]
 NO_TORCH += ["train.metrics", "train.run_folder", "train.progress_bar"]
 
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 80

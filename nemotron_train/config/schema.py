@@ -49,6 +49,14 @@ class LinearKind(StrEnum):
     mtp_projection = "mtp_projection"
 
 
+class Backend(StrEnum):
+    """What computes the products in block formats."""
+
+    auto = "auto"  # native on a Blackwell data-center GPU with Transformer Engine, else emulated
+    native = "native"  # Transformer Engine's kernels, or no run
+    emulated = "emulated"  # the same formats in plain PyTorch, on any device
+
+
 class DecayStyle(StrEnum):
     linear = "linear"
     cosine = "cosine"
@@ -200,6 +208,7 @@ class PrecisionConfig:
 
     name: str = MISSING
     parameter_dtype: Dtype = MISSING  # parameters and activations; master weights stay FP32
+    backend: Backend = Backend.auto  # means nothing to a plan without block formats
     default: FormatConfig = field(default_factory=FormatConfig)
     rules: dict[str, PrecisionRule] = field(default_factory=dict)
     phases: list[PrecisionPhase] = field(default_factory=list)

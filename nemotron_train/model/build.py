@@ -13,6 +13,7 @@ from nemotron_train.model.specs import parts, stack_submodules
 from nemotron_train.model.translate import transformer_config
 from nemotron_train.platform.device import Platform
 from nemotron_train.precision.attach import emulates
+from nemotron_train.precision.native import transformer_fields
 
 
 def megatron_pattern(model: ModelConfig) -> str:
@@ -21,14 +22,16 @@ def megatron_pattern(model: ModelConfig) -> str:
 
 
 def build_model(
-    config: Config, platform: Platform, groups: ProcessGroupCollection
+    config: Config, platform: Platform, groups: ProcessGroupCollection, native: bool = False
 ) -> NemotronModel:
     """This rank's part of the model, with initial weights, on the platform's device.
 
-    Under `torch.device("meta")` the parameters stay on the meta device, without values.
+    native: Transformer Engine computes the plan's block formats (`precision.backend`). Under
+    `torch.device("meta")` the parameters stay on the meta device, without values.
     """
-    translated = transformer_config(config, platform)
-    part = parts(platform.transformer_engine, emulated=emulates(config))
+    translated = transformer_config(config, platform, transformer_fields(config) if native else {})
+    emulated = emulates(config) and not native
+    part = parts(platform.transformer_engine, emulated=emulated, native=native)
     submodules = stack_submodules(config.model, part)
     model = NemotronModel(
         config=translated,

@@ -7,9 +7,12 @@ weight gradients of the output layer accumulated in FP32 however often it is use
 Shapes: B rows, S tokens a row, V vocabulary of this tensor-parallel rank.
 """
 
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.models.hybrid.hybrid_block import HybridStack
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -58,8 +61,33 @@ class _AccumulateInMainGrad(torch.autograd.Function):
         weight.grad_added_to_main_grad = True
 
 
+# Transformer Engine's pickled extra state of a module, or of one expert of a grouped linear.
+_ENGINE_STATE = re.compile(r"\._extra_state\d*$")
+
+
 class NemotronModel(HybridModel):
-    """Hybrid Mamba-2 / attention / LatentMoE language model with multi-token prediction."""
+    """Hybrid Mamba-2 / attention / LatentMoE language model with multi-token prediction.
+
+    Checkpoints hold parameters and buffers only: what Transformer Engine adds is the pickle of a
+    recipe, which the plan says anyway, block scales having no history.
+    """
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> ShardedStateDict:
+        """Megatron's sharded form, without Transformer Engine's extra states."""
+        sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        return {key: value for key, value in sharded.items() if not _ENGINE_STATE.search(key)}
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """torch's, for which the absence of Transformer Engine's extra states is no error."""
+        missing, unexpected = super().load_state_dict(state_dict, strict=False, assign=assign)
+        missing = [key for key in missing if not _ENGINE_STATE.search(key)]
+        if strict and (missing or unexpected):
+            raise RuntimeError(f"missing {missing}, unexpected {unexpected} in the model's state")
+        return torch.nn.modules.module._IncompatibleKeys(missing, unexpected)
 
     def _output_logits(self, hidden_SBD: torch.Tensor) -> torch.Tensor:
         weight = self.output_layer.weight

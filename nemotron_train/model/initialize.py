@@ -82,6 +82,13 @@ def initialize(model: NemotronModel, config: ModelConfig, seed: int) -> None:
                 full = draw(name, shape, config, _generator(seed, expert_name))
                 dim = parameter.partition_dim - 1  # type: ignore[attr-defined]
                 parameter[index].copy_(full.chunk(num_shards, dim)[shard])
+        elif hasattr(parameter, "expert_index"):  # one expert's own matrix (`native_experts`)
+            shard, num_shards = groups.expt_tp.rank(), groups.expt_tp.size()
+            stacked = name.rstrip("0123456789")
+            index: int = parameter.expert_index  # type: ignore[attr-defined]
+            generator = _generator(seed, f"{stacked}.{index}")
+            full = draw(stacked, full_shape(parameter, num_shards), config, generator)
+            parameter.copy_(shard_of(full, parameter, shard, num_shards))
         else:
             shard, num_shards = groups.tp.rank(), groups.tp.size()
             full = draw(name, full_shape(parameter, num_shards), config, _generator(seed, name))

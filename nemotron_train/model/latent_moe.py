@@ -291,7 +291,8 @@ class LatentMoELayer(MoELayer):
                 self.add_module(projection_name, projection)
         assert pg_collection is not None
         alone = (pg_collection.ep, pg_collection.expt_tp, pg_collection.tp_cp)
-        self.all_here = all(group.size() == 1 for group in alone) and not self.moe_layer_recompute
+        straight = isinstance(self.experts, GroupedExperts) and not self.moe_layer_recompute
+        self.all_here = straight and all(group.size() == 1 for group in alone)
 
     def forward(
         self,

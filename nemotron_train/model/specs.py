@@ -2,7 +2,7 @@
 
 One switch: with Transformer Engine the parallel linears, norms and attention are its own,
 otherwise Megatron's plain ones and ours; a plan with block formats takes emulated linears. The
-Mamba-2 mixer, the router and the experts are ours on both sides.
+Mamba-2 mixer and the router are ours on both sides, and so are the experts but for native plans.
 """
 
 from dataclasses import dataclass
@@ -39,6 +39,7 @@ from nemotron_train.model.latent_moe import (
 )
 from nemotron_train.model.mamba2 import Mamba2Mixer, Mamba2MixerSubmodules
 from nemotron_train.model.mtp import MtpLayer
+from nemotron_train.model.native_experts import NativeExperts
 from nemotron_train.model.norm import RMSNorm
 from nemotron_train.precision.experts import EmulatedExperts
 from nemotron_train.precision.linear import (
@@ -60,9 +61,9 @@ class Parts:
     experts: type
 
 
-def parts(transformer_engine: bool, emulated: bool = False) -> Parts:
+def parts(transformer_engine: bool, emulated: bool = False, native: bool = False) -> Parts:
     """Linears that emulate a precision plan, Transformer Engine's layers (translated, not run on a
-    GPU), or the plain ones."""
+    GPU; its grouped experts too where it computes block formats), or the plain ones."""
     if emulated:
         return Parts(
             EmulatedColumnParallelLinear,
@@ -94,7 +95,7 @@ def parts(transformer_engine: bool, emulated: bool = False) -> Parts:
         TELinear,
         TENorm,
         TransformerEngineAttention,
-        GroupedExperts,
+        NativeExperts if native else GroupedExperts,
     )
 
 

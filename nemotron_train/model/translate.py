@@ -2,6 +2,9 @@
 at the modules that subclass theirs, nowhere else.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -16,8 +19,12 @@ def squared_relu(x: torch.Tensor) -> torch.Tensor:
     return torch.square(torch.relu(x))
 
 
-def transformer_config(config: Config, platform: Platform) -> TransformerConfig:
-    """Translate the model, precision and layout into the object every Megatron module reads."""
+def transformer_config(
+    config: Config, platform: Platform, precision_fields: Mapping[str, Any] | None = None
+) -> TransformerConfig:
+    """Translate the model, precision and layout into the object every Megatron module reads.
+
+    precision_fields: what a native plan adds (`precision.native.transformer_fields`)."""
     model, parallel = config.model, config.parallel
     dtype = TORCH_DTYPES[config.precision.parameter_dtype]
     num_layers = len(model.pattern.replace("|", ""))
@@ -82,4 +89,5 @@ def transformer_config(config: Config, platform: Platform) -> TransformerConfig:
         gradient_accumulation_fusion=False,
         cuda_graph_modules=[],
         batch_p2p_comm=platform.device != "cpu",
+        **(precision_fields or {}),
     )

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
+from nemotron_train.platform.hardware import Hardware, installed_versions
+
 
 @dataclass(frozen=True)
 class Platform:
@@ -52,6 +54,15 @@ def prepare(num_threads: int = 0) -> Platform:
     num_threads = num_threads or max(1, num_cores // local_ranks)
     torch.set_num_threads(num_threads)
     return Platform("cpu", f"CPU, {num_threads} threads a rank", "gloo", False, False)
+
+
+def hardware(platform: Platform) -> Hardware:
+    """This process's device, as `config.guards` and `precision.backend` ask about it."""
+    has_engine = importlib.util.find_spec("transformer_engine") is not None
+    version = installed_versions().get("transformer-engine", "0") if has_engine else None
+    if platform.device == "cpu":
+        return Hardware(platform.device_name, None, version)
+    return Hardware(platform.device_name, torch.cuda.get_device_capability(), version)
 
 
 def _quiet_libraries() -> None:

@@ -24,6 +24,10 @@ from nemotron_train.precision.rules import NVFP4_OPTIONS, ROLES, Claim, claims, 
 # Engine's NVFP4 and MXFP8 tensors want whole blocks along both dimensions.
 _SIZE_MULTIPLE = 32
 
+# Rows to which Megatron pads an expert's tokens, under this format as the default
+# (moe_utils.get_align_size_for_quantization).
+_EXPERT_TOKENS = {"bf16": 1, "nvfp4": 128, "mxfp8": 32}
+
 # What switches an NVFP4 option off in the whole process. Transformer Engine reads them when it is
 # imported (transformer_engine/common/recipe/__init__.py, NVFP4BlockScaling).
 _OPTION_OFF = {
@@ -312,3 +316,19 @@ def _refuse_sizes(config: Config, chosen: Sequence[Claim]) -> None:
                     f"multiple of {_SIZE_MULTIPLE}, which Transformer Engine's kernels need; "
                     "emulation pads them"
                 )
+    if _experts_quantized(chosen):
+        _refuse_few_tokens(config)
+
+
+def _refuse_few_tokens(config: Config) -> None:
+    """Megatron pads an expert's tokens with others of the same rank, sent along with a routing
+    weight of zero, so a rank needs whole blocks of tokens (moe_utils.pad_routing_map)."""
+    train, parallel = config.train, config.parallel
+    tokens = train.micro_batch_sequences * train.sequence_length
+    tokens //= parallel.tensor if parallel.sequence else 1
+    multiple = _EXPERT_TOKENS[config.precision.default.format.value]
+    if tokens % multiple:
+        raise ConfigError(
+            f"routed experts: {tokens} tokens of a micro-batch on a rank are no multiple of "
+            f"{multiple}, to which Megatron pads every expert's; emulation pads with zeros"
+        )

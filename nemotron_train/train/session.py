@@ -19,6 +19,7 @@ from nemotron_train.model.build import build_model, wrap_data_parallel
 from nemotron_train.optim.build import build_optimizer
 from nemotron_train.platform.device import Platform, peak_flops, peak_memory_bytes
 from nemotron_train.precision.attach import PrecisionControl
+from nemotron_train.precision.native import NativePrecision
 from nemotron_train.precision.telemetry import Telemetry
 from nemotron_train.train.checkpoint import Checkpoints, latest
 from nemotron_train.train.evaluate import validation_losses
@@ -43,12 +44,13 @@ class Session:
         validation_data: BatchSource,
         folder: Path,
         console: Console,
+        native: bool = False,
     ) -> None:
         self.config, self.derived, self.platform, self.groups = config, derived, platform, groups
         self.train_data, self.validation_data = train_data, validation_data
         self.console = console
         model_parallel_cuda_manual_seed(config.train.seed)
-        core = build_model(config, platform, groups)
+        core = build_model(config, platform, groups, native)
         if platform.device != "cpu":
             core = core.to(platform.device)
         self.model = wrap_data_parallel(core, config, groups)
@@ -56,7 +58,11 @@ class Session:
         self.telemetry = None
         if config.precision.telemetry.every > 0:
             self.telemetry = Telemetry(config, derived.total_steps, platform.device)
-        self.precision = PrecisionControl(core, config, groups, self.telemetry)
+        self.precision = (
+            NativePrecision(core, config)
+            if native
+            else PrecisionControl(core, config, groups, self.telemetry)
+        )
         self.trainer = Trainer(
             config,
             derived,

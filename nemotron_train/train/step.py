@@ -29,6 +29,7 @@ from nemotron_train.optim.build import set_learning_rate
 from nemotron_train.optim.schedule import learning_rate
 from nemotron_train.platform.groups import sum_over
 from nemotron_train.precision.attach import PrecisionControl
+from nemotron_train.precision.native import NativePrecision
 from nemotron_train.train.loop import Progress, StepResult
 
 Tensors = dict[str, torch.Tensor]
@@ -108,7 +109,7 @@ class Trainer:
         batches: BatchSource,
         groups: ProcessGroupCollection,
         device: str,
-        precision: PrecisionControl,
+        precision: PrecisionControl | NativePrecision,
     ) -> None:
         self.config, self.derived, self.precision = config, derived, precision
         self.model, self.optimizer, self.batches = model, optimizer, batches
