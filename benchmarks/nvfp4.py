@@ -16,8 +16,9 @@ from collections.abc import Callable
 import torch
 
 from nemotron_train.precision.gemm import block_scaled_matmul
+from nemotron_train.precision.hadamard import hadamard
 from nemotron_train.precision.mxfp8 import mxfp8_operand
-from nemotron_train.precision.nvfp4 import hadamard, nvfp4_operand, quantize_nvfp4
+from nemotron_train.precision.nvfp4 import nvfp4_operand, quantize_nvfp4
 from nemotron_train.precision.rounding import random_words
 
 COPY = "copy (BF16)"

@@ -22,8 +22,10 @@ from nemotron_train.model.grouped_mlp import (
 from nemotron_train.model.latent_moe import ExpertWeights, GroupedExperts
 from nemotron_train.precision import nvfp4
 from nemotron_train.precision.gemm import Operand, product_factor
+from nemotron_train.precision.hadamard import hadamard
 from nemotron_train.precision.linear import Attached, Dim, Role
 from nemotron_train.precision.mxfp8 import mxfp8_operand
+from nemotron_train.precision.rounding import RandomWords
 
 ROW_MULTIPLE = 32
 
@@ -35,7 +37,7 @@ def _grouped_operand(
     role: Role,
     dim: Dim,
     rows_E: Tensor,
-    words: Tensor | None = None,
+    words: RandomWords | None = None,
 ) -> Operand:
     """E tensors stacked along the rows of `tensor`, each quantized by itself."""
     if form == "mxfp8":
@@ -101,7 +103,7 @@ def _input_gradient(ctx, dy_PN: Tensor, x_PK: Tensor, weight_ENK: Tensor) -> Ten
     formats, rows_E = attached.formats, torch.tensor(ctx.rows)
     words = None
     if formats.dgrad == "nvfp4" and formats.stochastic_rounding:
-        words = attached.words(dy_PN.shape, "dgrad", ctx.call, dy_PN.device)
+        words = attached.random_words(dy_PN.shape[1], "dgrad", ctx.call)
     dy = _grouped_operand(attached, dy_PN, formats.dgrad, "dy", -1, rows_E, words)
     w = _weight_operand(ctx.weights, weight_ENK, attached, "dgrad")
     factors = product_factor(dy, w).tolist()
@@ -120,10 +122,10 @@ def _weight_gradient(ctx, dy_PN: Tensor, x_PK: Tensor, weight_ENK: Tensor) -> Te
     attached: Attached = ctx.attached
     formats, rows_E = attached.formats, torch.tensor(ctx.rows)
     if formats.wgrad == "nvfp4" and formats.hadamard:
-        dy_PN, x_PK = nvfp4.hadamard(dy_PN, dim=0), nvfp4.hadamard(x_PK, dim=0)
+        dy_PN, x_PK = hadamard(dy_PN, dim=0), hadamard(x_PK, dim=0)
     words = None
     if formats.wgrad == "nvfp4" and formats.stochastic_rounding:
-        words = attached.words(dy_PN.shape, "wgrad", ctx.call, dy_PN.device)
+        words = attached.random_words(dy_PN.shape[1], "wgrad", ctx.call)
     dy = _grouped_operand(attached, dy_PN, formats.wgrad, "dy", 0, rows_E, words)
     x = _grouped_operand(attached, x_PK, formats.wgrad, "x", 0, rows_E)
     factors = product_factor(dy, x).tolist()

@@ -29,9 +29,10 @@ from torch import Tensor
 from nemotron_train.model.latent_moe import ReplicatedLinear
 from nemotron_train.precision import nvfp4
 from nemotron_train.precision.gemm import Operand, block_scaled_matmul
+from nemotron_train.precision.hadamard import hadamard
 from nemotron_train.precision.mxfp8 import mxfp8_operand
 from nemotron_train.precision.plan import LinearFormats
-from nemotron_train.precision.rounding import random_words
+from nemotron_train.precision.rounding import RandomWords
 
 Role = Literal["x", "w", "dy"]
 Dim = Literal[-1, 0]
@@ -92,21 +93,23 @@ class Attached:
         self.calls = {step: call + 1}
         return call
 
-    def words(self, shape: torch.Size, product: str, call: int, device: torch.device) -> Tensor:
-        """Random words for a gradient [T, N]: by path, product, call and replica, and by row and
-        column of the whole gradient."""
+    def random_words(self, num_columns: int, product: str, call: int) -> RandomWords:
+        """For a gradient [T, N], of which this rank has `num_columns`: by path, product, call and
+        replica, and by row and column of the whole gradient."""
         offset = 0
         if self.cut == "outputs" and self.shards is not None:
-            offset = self.shards.rank() * shape[1]
+            offset = self.shards.rank() * num_columns
         name = f"{self.path}/{product}/{call}/{self.clock.replica}"
-        return random_words(
-            (shape[0], shape[1]),
+        return RandomWords(
             seed=self.clock.seed,
             stream=zlib.crc32(name.encode()),
             step=self.clock.step,
             column_offset=offset,
-            device=device,
         )
+
+    def words(self, shape: torch.Size, product: str, call: int, device: torch.device) -> Tensor:
+        """The `random_words` of a gradient of this shape, uint8."""
+        return self.random_words(shape[1], product, call).draw(shape, device)
 
     def is_cut(self, role: Role) -> bool:
         """Whether this rank holds a shard of the tensor: both halves of a weight are cut, the
@@ -121,7 +124,7 @@ class Attached:
         return amax
 
     def operand(
-        self, tensor: Tensor, form: str, role: Role, dim: Dim, words: Tensor | None = None
+        self, tensor: Tensor, form: str, role: Role, dim: Dim, words: RandomWords | None = None
     ) -> Operand:
         """`tensor` [rows, columns] in format `form`, blocks along `dim`."""
         if form == "mxfp8":
@@ -184,7 +187,7 @@ def _gradient_operand(
     form = formats.dgrad if product == "dgrad" else formats.wgrad
     words = None
     if form == "nvfp4" and formats.stochastic_rounding:
-        words = attached.words(dy_TN.shape, product, call, dy_TN.device)
+        words = attached.random_words(dy_TN.shape[1], product, call)
     return attached.operand(dy_TN, form, "dy", dim, words)
 
 
@@ -193,8 +196,8 @@ def _weight_gradient(
 ) -> Tensor:
     formats = attached.formats
     if formats.wgrad == "nvfp4" and formats.hadamard:
-        dy_TN = nvfp4.hadamard(pad_tokens(dy_TN), dim=0)
-        x_TK = nvfp4.hadamard(pad_tokens(x_TK), dim=0)
+        dy_TN = hadamard(pad_tokens(dy_TN), dim=0)
+        x_TK = hadamard(pad_tokens(x_TK), dim=0)
     dy = _gradient_operand(attached, dy_TN, "wgrad", call, dim=0)
     x = attached.operand(x_TK, formats.wgrad, "x", 0)
     return block_scaled_matmul(dy.t(), x.t(), out_dtype=dtype)

@@ -1,7 +1,8 @@
 """MXFP8 in plain torch: 8-bit E4M3 codes and a power-of-two (E8M0) scale a block of 32.
 
 Owns: quantization of either orientation, dequantization. Does not own: products (gemm.py), which
-product of which linear takes the format (precision/plan.py). Never imports Transformer Engine.
+product of which linear takes the format (precision/plan.py), the same arithmetic in one pass on a
+CPU (compiled.py). Never imports Transformer Engine.
 
 The arithmetic is Transformer Engine's MXFP8BlockScaling (2.17.1): E4M3 for activations, weights
 and gradients alike, and the scale `amax · fp32(1/448)` rounded UP to a power of two, so that no
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nemotron_train.precision.compiled import kernels, operand_matrix
 from nemotron_train.precision.gemm import Operand
 from nemotron_train.precision.rounding import round_to_nearest_, rows_per_chunk
 
@@ -79,6 +81,13 @@ def mxfp8_operand(x: Tensor, *, dim: Literal[-1, 0] = -1) -> Operand:
     of the tensor's maximum, far under what an FP32 sum of the two keeps).
     Source: Transformer Engine 2.17.1, quantize_mxfp8.cuh and float_to_e8m0 in ptx.cuh.
     """
+    compiled = kernels() if x.device.type == "cpu" else None
+    if compiled is not None:
+        matrix = operand_matrix(x)
+        amax = compiled.strip_amax(matrix, BLOCK)
+        amax = amax.amax() if amax.numel() else amax.new_zeros(())
+        values = compiled.mxfp8_operand(matrix, 1 + dim, amax)
+        return Operand(values.view(x.shape), _power_of_two(_exponents_of(amax)), 1.0)
     matrix = x.reshape(-1, x.shape[-1])
     blocks = _blocks(matrix, dim)
     exponents, has_nan = _scale_exponents(blocks, dim)
@@ -116,6 +125,11 @@ def _scale_exponents(blocks: Tensor, dim: Literal[-1, 0]) -> tuple[Tensor, Tenso
         amax = torch.cat(pooled).unsqueeze(-1)
     else:
         amax = blocks.abs().amax(-1 if dim == -1 else 1, keepdim=True).float()
+    return _exponents_of(amax), amax.isnan()
+
+
+def _exponents_of(amax: Tensor) -> Tensor:
+    """int32 exponent, -127 … 127, of the scale of blocks with these largest magnitudes."""
     scale = amax * amax.new_full((), E4M3_MAX).reciprocal()
     bits = scale.view(torch.int32)
     exponents, mantissas = bits >> 23, bits & 0x7FFFFF
@@ -123,7 +137,7 @@ def _scale_exponents(blocks: Tensor, dim: Literal[-1, 0]) -> tuple[Tensor, Tenso
     # rounds up to 2^-127; the largest finite field stays.
     rounds_up = (mantissas > 0) & ~((exponents == 0) & (mantissas <= 0x400000))
     exponents = (exponents + rounds_up).clamp_(max=_E8M0_MAX)
-    return exponents - _E8M0_BIAS, amax.isnan()
+    return exponents - _E8M0_BIAS
 
 
 def _power_of_two(exponents: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
 """NVFP4 in plain torch: 4-bit E2M1 codes, an E4M3 scale a block of 16, one FP32 scale a tensor.
 
-Owns: quantization (nearest-even and stochastic), packing, dequantization, the random Hadamard
-transform. Does not own: products (gemm.py), random words (rounding.py), which tensor of a linear
-takes which rounding (precision/linear.py). Never imports Transformer Engine.
+Owns: quantization (nearest-even and stochastic), packing, dequantization. Does not own: products
+(gemm.py), random words (rounding.py), the Hadamard transform (hadamard.py), the same arithmetic in
+one pass on a CPU (compiled.py), which tensor of a linear takes which rounding
+(precision/linear.py). Never imports Transformer Engine.
 
 Bit for bit the arithmetic of Transformer Engine's reference NVFP4 quantizer since 2.14 (pinned:
 2.17.1), whose block scale is `amax · (S · fp32(1/6))`; older releases round twice there. Its
@@ -19,16 +20,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nemotron_train.precision.compiled import Kernels, kernels, operand_matrix
 from nemotron_train.precision.gemm import Operand
-from nemotron_train.precision.rounding import round_to_nearest_, rows_per_chunk
+from nemotron_train.precision.rounding import RandomWords, round_to_nearest_, rows_per_chunk
 
 BLOCK = 16
 E2M1_MAX = 6.0
 E4M3_MAX = 448.0
 GLOBAL_DIVISOR = E2M1_MAX * E4M3_MAX
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-# Never drawn again: the same constant as in Transformer Engine.
-HADAMARD_SIGNS = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)
 
 Block = Literal["1d", "2d"]
 ReduceAmax = Callable[[Tensor], Tensor]
@@ -125,7 +125,7 @@ def nvfp4_operand(
     *,
     block: Block = "1d",
     dim: Literal[-1, 0] = -1,
-    random_words: Tensor | None = None,
+    random_words: Tensor | RandomWords | None = None,
     amax: Tensor | None = None,
     reduce_amax: ReduceAmax | None = None,
     rows_per_tensor: Tensor | None = None,
@@ -136,8 +136,9 @@ def nvfp4_operand(
     block: "1d" 16 elements along `dim`; "2d" 16 × 16, the same in both orientations.
     dim: -1, blocks along the last dimension; 0, along the rows of the matrix [R, C], which is
     quantizing the transpose without transposing. The result is laid out as x either way.
-    random_words: uint8 of x's shape: round stochastically, up with probability
-    (position between the neighbours) minus at most 1/256; None: to nearest, ties to even.
+    random_words: uint8 of x's shape, or what draws them for a matrix: round stochastically, up with
+    probability (position between the neighbours) minus at most 1/256; None: to nearest, ties to
+    even.
     amax: FP32 scalar to use instead of max |x|; reduce_amax: maps this rank's max |x| to the
     maximum over the ranks that hold parts of one tensor (COLLECTIVE if it is).
     rows_per_tensor: int64 [E]: x is E tensors stacked along its rows (experts), each with an amax
@@ -147,6 +148,12 @@ def nvfp4_operand(
     Sizes that are no multiple of 16 are padded with zeros, and cropped again.
     Source: Transformer Engine 2.17.1's quantization_ref_nvfp4.py; `round_e2m1` for the stochastic.
     """
+    compiled = kernels() if x.device.type == "cpu" else None
+    if compiled is not None and not isinstance(random_words, Tensor):
+        layout = 2 if block == "2d" else 1 + dim
+        return _in_one_pass(compiled, x, layout, random_words, amax, reduce_amax, rows_per_tensor)
+    if isinstance(random_words, RandomWords):
+        random_words = random_words.draw(x.shape, x.device)
     blocks = _Blocks(x, block, dim, rows_per_tensor)
     scales = blocks.scales(amax, reduce_amax)
     # A block whose scale rounded to zero is zero whatever its codes: encoding it as +0 spares the
@@ -167,6 +174,29 @@ def nvfp4_operand(
             _round_stochastically_(scaled, words[part])
         operand[part] = scaled.mul_(decode[part])
     return Operand(blocks.join(operand).view(x.shape), scales.amax, GLOBAL_DIVISOR)
+
+
+def _in_one_pass(
+    compiled: Kernels,
+    x: Tensor,
+    layout: int,
+    random_words: RandomWords | None,
+    amax: Tensor | None,
+    reduce_amax: ReduceAmax | None,
+    rows_per_tensor: Tensor | None,
+) -> Operand:
+    """`nvfp4_operand` by quantize.c; layout as there."""
+    matrix = operand_matrix(x)
+    height = 1 if layout == 0 and rows_per_tensor is not None else BLOCK
+    lengths = None if rows_per_tensor is None else rows_per_tensor // height
+    if amax is None:
+        amax = _largest_of_each(compiled.strip_amax(matrix, height), lengths)
+    amax = amax.float()
+    if reduce_amax is not None:
+        amax = reduce_amax(amax)
+    per_strip = amax if lengths is None else amax.repeat_interleave(lengths)
+    values = compiled.nvfp4_operand(matrix, layout, per_strip, random_words)
+    return Operand(values.view(x.shape), amax, GLOBAL_DIVISOR)
 
 
 # ----------------------------------------------------------------------------------- elements
@@ -285,7 +315,8 @@ class _Blocks:
         with a reciprocal."""
         block_amax = self._block_amax()
         if amax is None:
-            amax = self._amax(block_amax)
+            entries = block_amax.flatten(1).amax(1) if block_amax.numel() else block_amax.flatten()
+            amax = _largest_of_each(entries, self._lengths)
         amax = amax.float()
         if reduce_amax is not None:
             amax = reduce_amax(amax)
@@ -298,13 +329,6 @@ class _Blocks:
         decode = round_to_nearest_(decode.clamp_(max=E4M3_MAX), mantissa_bits=3, min_exponent=-6)
         encode = (decode * decode_all).reciprocal_().clamp_(max=_FLOAT_MAX)
         return _Scales(encode, decode, amax)
-
-    def _amax(self, block_amax: Tensor) -> Tensor:
-        """max |x| of the tensor, or of each stacked one; 0 of an empty one."""
-        if self._lengths is None:
-            return block_amax.amax() if block_amax.numel() else block_amax.new_zeros(())
-        entries = block_amax.flatten(1).amax(1) if block_amax.numel() else block_amax.flatten()
-        return torch.segment_reduce(entries, "max", lengths=self._lengths, initial=0.0)
 
     def _spread(self, per_tensor: Tensor) -> Tensor:
         """A number a tensor as one for each entry of `values`' first dimension."""
@@ -326,6 +350,13 @@ class _Blocks:
         return found
 
 
+def _largest_of_each(entries: Tensor, lengths: Tensor | None) -> Tensor:
+    """The largest of all entries, or of each run of `lengths` of them; 0 of none."""
+    if lengths is None:
+        return entries.amax() if entries.numel() else entries.new_zeros(())
+    return torch.segment_reduce(entries, "max", lengths=lengths, initial=0.0)
+
+
 def _amax_of_rows(x: Tensor) -> Tensor:
     """max |x| over the last, 16 wide dimension [P, B, 16] → [P, B, 1]: on a CPU pooling is four
     times as fast as a reduction over so few elements."""
@@ -340,31 +371,3 @@ def _amax_of_columns(x: Tensor) -> Tensor:
     integer = torch.int32 if x.dtype == torch.float32 else torch.int16
     largest = (x.view(integer) & torch.iinfo(integer).max).amax(1, keepdim=True)
     return largest.view(x.dtype).float()
-
-
-# ------------------------------------------------------------------------- Hadamard transform
-def hadamard_matrix(dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
-    """[16, 16]: diag(HADAMARD_SIGNS) times Sylvester's matrix, over 4: orthogonal, and exact in
-    every float format."""
-    matrix = torch.ones(1, 1)
-    while matrix.shape[0] < BLOCK:
-        matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), matrix)
-    signs = torch.tensor(HADAMARD_SIGNS, dtype=torch.float32)
-    return (signs[:, None] * matrix / 4.0).to(device=device, dtype=dtype)
-
-
-def hadamard(x: Tensor, dim: Literal[-1, 0] = -1) -> Tensor:
-    """Random Hadamard transform of each 16 consecutive elements, in x's dtype.
-
-    dim -1: along the last dimension. dim 0: along the rows of the matrix [R, C] (leading
-    dimensions flattened), equal to transforming the transpose. That length must be a multiple of
-    16: both operands of a weight gradient are transformed along the tokens they sum over, and
-    only a padding that both share keeps their product. One matrix product: a GPU sums in another
-    order, so after rounding to BF16 about one element in 10^5 may be one ulp off the CPU's.
-    """
-    length = x.shape[-1] if dim == -1 else x.numel() // x.shape[-1]
-    assert length % BLOCK == 0, f"cannot transform {length} elements: no multiple of {BLOCK}"
-    matrix = hadamard_matrix(x.dtype, x.device)
-    if dim == -1:
-        return (x.reshape(-1, BLOCK) @ matrix).view(x.shape)
-    return (matrix.t() @ x.reshape(-1, BLOCK, x.shape[-1])).view(x.shape)

@@ -8,6 +8,8 @@ The generator has no state: a word is a function of (seed, stream, step, row, co
 holds a slice of a tensor asks for the words of its slice, and a resumed run for those of its step.
 """
 
+from dataclasses import asdict, dataclass
+
 import torch
 from torch import Tensor
 
@@ -84,6 +86,23 @@ def random_words(
         part = slice(start, start + chunk)
         _mix(spread, keys[0][part], keys[1][part], out=words[part])
     return words.view(torch.uint8)[:, skipped : skipped + num_columns]
+
+
+@dataclass(frozen=True)
+class RandomWords:
+    """Words that are not made yet: the arguments of `random_words` apart from the shape. Whoever
+    consumes them may make each where it needs it."""
+
+    seed: int
+    stream: int
+    step: int = 0
+    row_offset: int = 0
+    column_offset: int = 0
+
+    def draw(self, shape: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:
+        """uint8 of `shape` [R, C]."""
+        num_rows, num_columns = shape
+        return random_words((num_rows, num_columns), **asdict(self), device=device)
 
 
 def _mix(spread: Tensor, key_0: Tensor, key_1: Tensor, out: Tensor) -> None:

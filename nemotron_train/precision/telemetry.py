@@ -21,6 +21,7 @@ from torch import Tensor
 
 from nemotron_train.config.schema import Config
 from nemotron_train.precision import mxfp8, nvfp4
+from nemotron_train.precision.hadamard import hadamard
 from nemotron_train.precision.linear import Attached, Role, pad_tokens
 from nemotron_train.precision.plan import LinearFormats, formats_at, resolve
 from nemotron_train.precision.telemetry_record import (
@@ -256,7 +257,7 @@ def _parts(tensor: Tensor | None, rows: list[int] | None) -> list:
 
 def _wgrad_operand(tensor_TC: Tensor, form: str, options: LinearFormats) -> Tensor:
     if form == "nvfp4" and options.hadamard:
-        return nvfp4.hadamard(pad_tokens(tensor_TC), dim=0)
+        return hadamard(pad_tokens(tensor_TC), dim=0)
     return tensor_TC
 
 

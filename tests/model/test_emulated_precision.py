@@ -16,9 +16,10 @@ from nemotron_train.platform import device
 from nemotron_train.precision.attach import PrecisionControl, global_modules, quantizes
 from nemotron_train.precision.experts import EmulatedExperts
 from nemotron_train.precision.gemm import block_scaled_matmul
+from nemotron_train.precision.hadamard import hadamard
 from nemotron_train.precision.linear import EmulatedColumnParallelLinear
 from nemotron_train.precision.mxfp8 import mxfp8_operand
-from nemotron_train.precision.nvfp4 import hadamard, quantize_nvfp4
+from nemotron_train.precision.nvfp4 import quantize_nvfp4
 from nemotron_train.precision.plan import formats_at
 
 PLANS = ["nvfp4_nemotron3", "nvfp4_all", "mxfp8", "nvfp4_bf16_forward"]

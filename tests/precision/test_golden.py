@@ -11,12 +11,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 from nemotron_train.precision.gemm import block_scaled_matmul
+from nemotron_train.precision.hadamard import hadamard, hadamard_matrix
 from nemotron_train.precision.mxfp8 import mxfp8_operand, quantize_mxfp8
 from nemotron_train.precision.nvfp4 import (
     E2M1_VALUES,
     e2m1_codes,
-    hadamard,
-    hadamard_matrix,
     nvfp4_operand,
     quantize_nvfp4,
     round_e2m1,

@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from nemotron_train.precision.hadamard import hadamard
 from nemotron_train.precision.nvfp4 import (
     E2M1_VALUES,
-    hadamard,
     nvfp4_operand,
     quantize_nvfp4,
     round_e2m1,

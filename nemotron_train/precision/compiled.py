@@ -1,0 +1,140 @@
+"""Quantization in one pass on a CPU: quantize.c, compiled where the run is, called on tensors.
+
+Owns: building the C file for this machine's processor, and the tensors' way in and out. Does not
+own: the arithmetic, which nvfp4.py and mxfp8.py define and the C file repeats bit for bit, nor what
+is done without it: those files' own torch operators, the same numbers in ten times the time.
+
+A process compiles for itself, into a folder that is gone once the library is loaded: half a second
+when it first quantizes, and no cache that another processor, or someone else's hand, could spoil.
+Without a C compiler (or with one whose OpenMP is not the one that torch runs on) it says so once.
+"""
+
+import ctypes
+import functools
+import shutil
+import subprocess
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nemotron_train.precision.rounding import RandomWords
+
+_SOURCE = Path(__file__).with_name("quantize.c")
+# -O3 takes three times as long to compile and is hardly faster. The two steps leave OpenMP's
+# functions open, to be found in the library that torch has loaded: one pool of threads, not two
+# that fight over the cores.
+_COMPILE = ("-O2", "-ftree-vectorize", "-march=native", "-ffp-contract=off", "-std=c11", "-fPIC")
+_SECONDS = 60
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = (
+        ("values", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("columns", ctypes.c_int64),
+        ("is_bfloat16", ctypes.c_int32),
+    )
+
+
+class _Words(ctypes.Structure):
+    _fields_ = (
+        ("seed", ctypes.c_uint64),
+        ("stream", ctypes.c_uint32),
+        ("step", ctypes.c_uint32),
+        ("row_offset", ctypes.c_int64),
+        ("column_offset", ctypes.c_int64),
+    )
+
+
+class Kernels:
+    """The functions of quantize.c. Matrices are contiguous [R, C], BF16 or FP32, on the CPU."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        matrix, pointer = ctypes.POINTER(_Matrix), ctypes.c_void_p
+        int32, int64 = ctypes.c_int, ctypes.c_int64
+        self._amax, self._nvfp4, self._mxfp8 = (
+            library.strip_amax,
+            library.nvfp4_operand,
+            library.mxfp8_operand,
+        )
+        self._amax.argtypes = (matrix, int64, int32, pointer)
+        self._nvfp4.argtypes = (matrix, int32, pointer, int64, pointer, int32, pointer)
+        self._mxfp8.argtypes = (matrix, int32, pointer, int32, pointer)
+        for function in (self._amax, self._nvfp4, self._mxfp8):
+            function.restype = None
+
+    def strip_amax(self, x: Tensor, height: int) -> Tensor:
+        """max |x| of every `height` rows: FP32 [ceil(R / height)]; NaN if one of them is."""
+        amax = torch.empty(-(-x.shape[0] // height))
+        self._amax(_matrix(x), height, torch.get_num_threads(), amax.data_ptr())
+        return amax
+
+    def nvfp4_operand(
+        self, x: Tensor, layout: int, amax: Tensor, words: RandomWords | None
+    ) -> Tensor:
+        """BF16 [R, C], codes times block scales. layout: blocks are 0: 1 x 16; 1: 16 x 1;
+        2: 16 x 16. amax: FP32, of the tensor, or of each row's (layout 0) or 16 rows' tensor."""
+        out = torch.empty(x.shape, dtype=torch.bfloat16)
+        drawn = None
+        if words is not None:
+            drawn = ctypes.byref(
+                _Words(words.seed, words.stream, words.step, words.row_offset, words.column_offset)
+            )
+        amax = amax.contiguous()
+        stride = 1 if amax.ndim else 0
+        threads = torch.get_num_threads()
+        self._nvfp4(_matrix(x), layout, amax.data_ptr(), stride, drawn, threads, out.data_ptr())
+        return out
+
+    def mxfp8_operand(self, x: Tensor, layout: int, amax: Tensor) -> Tensor:
+        """BF16 [R, C] relative to the scale of `amax`. layout: blocks are 0: 1 x 32; 1: 32 x 1.
+        amax: FP32, of the whole tensor."""
+        out = torch.empty(x.shape, dtype=torch.bfloat16)
+        threads = torch.get_num_threads()
+        self._mxfp8(_matrix(x), layout, amax.data_ptr(), threads, out.data_ptr())
+        return out
+
+
+def _matrix(x: Tensor) -> _Matrix:
+    assert x.ndim == 2 and x.is_contiguous() and x.device.type == "cpu", (x.shape, x.device)
+    assert x.dtype in (torch.bfloat16, torch.float32), x.dtype
+    return _Matrix(x.data_ptr(), *x.shape, x.dtype == torch.bfloat16)
+
+
+@functools.cache
+def kernels() -> Kernels | None:
+    """Compiled once a process; None, with a warning that says why, where that fails."""
+    try:
+        return Kernels(_build(shutil.which("cc") or "cc"))
+    except (OSError, subprocess.SubprocessError) as error:
+        said = getattr(error, "stderr", None)
+        reason = said.decode(errors="replace").strip().splitlines()[-1] if said else str(error)
+        warnings.warn(
+            f"quantize.c does not compile here ({reason}); torch's operators compute emulated "
+            "formats instead, the same numbers but slower: install a C compiler (gcc)",
+            stacklevel=2,
+        )
+        return None
+
+
+def _build(compiler: str) -> ctypes.CDLL:
+    """Raises OSError (no compiler, or its result cannot be loaded) or SubprocessError."""
+    with tempfile.TemporaryDirectory() as folder:
+        compiled, library = Path(folder, "quantize.o"), Path(folder, "quantize.so")
+        for arguments in (
+            [*_COMPILE, "-fopenmp", "-c", str(_SOURCE), "-o", str(compiled)],
+            ["-shared", str(compiled), "-o", str(library)],
+        ):
+            subprocess.run(
+                [compiler, *arguments], check=True, capture_output=True, timeout=_SECONDS
+            )
+        return ctypes.CDLL(str(library))
+
+
+def operand_matrix(x: Tensor) -> Tensor:
+    """x as `Kernels` take it: [R, C], leading dimensions flattened, FP16 widened."""
+    matrix = x.reshape(-1, x.shape[-1]).contiguous()
+    return matrix.float() if matrix.dtype == torch.float16 else matrix
