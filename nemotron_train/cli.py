@@ -72,6 +72,14 @@ def run_report(arguments: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
+def run_propose(arguments: argparse.Namespace) -> int:
+    from nemotron_train.report.propose import ProposeConfig, propose
+
+    knobs = to_typed(ProposeConfig, {}, parse_overrides(arguments.overrides))
+    propose(arguments.run, knobs, _console())
+    return EXIT_DONE
+
+
 def _parse_ranks(text: str) -> int:
     value = text.removeprefix("ranks=")
     if not value.isdecimal() or int(value) < 1:
@@ -141,6 +149,11 @@ def _report_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder")
 
 
+def _propose_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run folder with telemetry")
+    parser.add_argument("overrides", nargs="+", metavar="KNOB=VALUE")
+
+
 VERBS: dict[str, Verb] = {
     "pretrain": Verb(
         "train a model; with no arguments, a small Nemotron-3-shaped one on this machine",
@@ -195,6 +208,21 @@ The same command again continues where it stopped.
         _report_arguments,
         "Examples:\n  nemotron-train report runs/tiny\n  nemotron-train report runs/*\n",
     ),
+    "precision propose": Verb(
+        "what to keep above NVFP4 under a budget of FLOPs, from a run's telemetry, as a plan",
+        run_propose,
+        _propose_arguments,
+        """\
+The knobs: budget=SHARE (of the FLOPs that a plan decides over; required), format=bf16|mxfp8,
+error=noise|flush, by=kind|module, output=FILE.
+
+Examples:
+  nemotron-train pretrain precision=bf16 precision.telemetry.every=100 \\
+      precision.telemetry.probe=nvfp4 name=probe
+  nemotron-train precision propose runs/probe budget=0.1 output=mine.yaml
+  nemotron-train pretrain precision=mine.yaml
+""",
+    ),
 }
 
 
@@ -204,7 +232,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _overview() -> str:
-    lines = [f"  {name:14} {verb.summary}" for name, verb in VERBS.items()]
+    width = max(map(len, VERBS))
+    lines = [f"  {name:{width}} {verb.summary}" for name, verb in VERBS.items()]
     return "\n".join(
         [
             "usage: nemotron-train VERB ...",
@@ -229,11 +258,12 @@ def _dispatch(words: Sequence[str]) -> int:
         return EXIT_DONE
     num_words = 1 if words[0] in VERBS else 2
     name = " ".join(words[:num_words])
-    if name in ("data", "data --help", "data -h"):
+    first_words = {known.split()[0] for known in VERBS if " " in known}
+    if name.removesuffix(" --help").removesuffix(" -h") in first_words:
         print(_overview())
         return EXIT_DONE
     if name not in VERBS:
-        verb = name if words[0] == "data" else words[0]
+        verb = name if words[0] in first_words else words[0]
         raise ConfigError(f"{verb}: no such verb{nearest(verb, list(VERBS))}")
     verb = VERBS[name]
     parser = _Parser(
