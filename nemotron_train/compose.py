@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from nemotron_train.config.schema import Config, ConfigError
+from nemotron_train.train.lineage import parse_branch, switched_precision
 
 RECIPE_FILE_ENDS = (".yaml", ".yml")
 
@@ -30,27 +31,39 @@ def recipes_folder() -> Path:
 def compose_config(overrides: Sequence[str], config_file: Path | None = None) -> Config:
     """The configuration of a run.
 
-    Starts from `resume=FOLDER`'s own config.yaml, from `config_file`, or from the recipes.
+    Starts from `resume=FOLDER`'s own config.yaml, from that of the run in `branch=FOLDER@STEP`,
+    from `config_file`, or from the recipes. A whole config.yaml takes one recipe, `precision`.
     Raises ConfigError naming the knob, the recipe or the file that is wrong.
     """
     parsed = parse_overrides(overrides)
     groups = {override.key_or_group: override for override in parsed if _is_group(override)}
     values = [override for override in parsed if not _is_group(override)]
-    resume = next((str(o.value()) for o in values if o.key_or_group == "resume"), "")
-    if resume and config_file is not None:
-        raise ConfigError("resume= and --config exclude each other: give one of them")
-    if resume or config_file is not None:
-        for group, override in groups.items():
+    resume, branch = (
+        next((str(o.value()) for o in values if o.key_or_group == knob), "")
+        for knob in ("resume", "branch")
+    )
+    given = {"resume=": bool(resume), "branch=": bool(branch), "--config": config_file is not None}
+    starts = [name for name, is_given in given.items() if is_given]
+    if len(starts) > 1:
+        raise ConfigError(f"{' and '.join(starts)} exclude each other: give one of them")
+    if not starts:
+        return to_typed(Config, _compose_recipes(list(groups.values())), values)
+    for group, override in groups.items():
+        if group != "precision":
             raise ConfigError(
                 f"{group}={override.value()}: a recipe cannot be laid over a whole config.yaml; "
-                f"set single knobs ({group}.KNOB=VALUE) or leave out resume= and --config"
+                f"set single knobs ({group}.KNOB=VALUE) or leave out {starts[0]}"
             )
     if resume:
         base = _load_run_config(Path(resume))
-    elif config_file is not None:
-        base = _load_yaml(config_file, f"--config {config_file}")
+    elif branch:
+        base = _load_parent_config(branch)
+        values = [override for override in values if override.key_or_group != "branch"]
     else:
-        base = _compose_recipes(list(groups.values()))
+        assert config_file is not None
+        base = _load_yaml(config_file, f"--config {config_file}")
+    if groups:
+        base["precision"] = _compose_recipes(list(groups.values()))["precision"]
     return to_typed(Config, base, values)
 
 
@@ -154,15 +167,35 @@ def _load_recipe_file(group: str, path: Path) -> Any:
 
 def _load_run_config(folder: Path) -> Any:
     """config.yaml of the run folder to resume, pointed at where that folder lies now."""
+    base = _load_from_run(folder, f"resume={folder}")
+    base.update({"name": folder.resolve().name, "folder": str(folder.parent)})
+    base.update({"resume": str(folder)})
+    return base
+
+
+def _load_parent_config(branch: str) -> Any:
+    """config.yaml of the run to branch from, with the plan its checkpoint was trained under, and a
+    name that says where the new run comes from."""
+    folder, step = parse_branch(branch)
+    base = _load_from_run(folder, f"branch={branch}", step)
+    name = f"{folder.resolve().name}_at_{step}_${{precision.name}}"
+    base.update({"name": name, "folder": str(folder.parent), "branch": f"{folder}@{step}"})
+    return base
+
+
+def _load_from_run(folder: Path, asked: str, before_step: int | None = None) -> Any:
+    """config.yaml of a run folder and the precision plan that it was switched to since."""
     from omegaconf import OmegaConf
 
     if not folder.is_dir():
-        raise ConfigError(f"resume={folder}: no such run folder")
-    base = _load_yaml(folder / "config.yaml", f"resume={folder}")
-    place = folder.resolve()
-    here = {"name": place.name, "folder": str(folder.parent), "resume": str(folder)}
-    # Stopping early was asked of the process that stopped, not of the run.
-    return OmegaConf.merge(base, here, {"train": {"stop_after_steps": 0}})
+        raise ConfigError(f"{asked}: no such run folder")
+    base = _load_yaml(folder / "config.yaml", asked)
+    switched = switched_precision(folder, before_step)
+    if switched is not None:
+        base["precision"] = switched
+    # Stopping early, or another plan, was asked of the process of then, not of the run.
+    once = {"train": {"stop_after_steps": 0}, "switch_precision": False}
+    return OmegaConf.merge(base, once)
 
 
 def _load_yaml(path: Path, asked: str) -> Any:

@@ -5,7 +5,7 @@ contents; every object is passed, none is looked up.
 import os
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -17,10 +17,13 @@ from nemotron_train.platform import device
 from nemotron_train.platform.hardware import installed_versions
 from nemotron_train.precision.backend import choose
 from nemotron_train.precision.plan import plan_text
+from nemotron_train.precision.record import label, plan_record
 from nemotron_train.report.plot import plot_loss
 from nemotron_train.report.plot_precision import plot_precision
+from nemotron_train.train.lineage import Record, brief
+from nemotron_train.train.loop import Progress
 from nemotron_train.train.metrics import MetricsWriter, open_sinks
-from nemotron_train.train.run_folder import RunFolder, open_run_folder
+from nemotron_train.train.run_folder import RunFolder, open_run_folder, run_path
 
 EXIT_DONE, EXIT_STOPPED = 0, 3
 
@@ -39,6 +42,7 @@ def pretrain(config: Config) -> int:
     os.environ.update(backend.environment)  # before Transformer Engine is imported, which reads it
     # Megatron-Core can be imported only now that the platform is prepared.
     from nemotron_train.platform import groups as process_groups
+    from nemotron_train.train.branch import check_branch
     from nemotron_train.train.session import Session
 
     is_first_rank = os.environ.get("RANK", "0") == "0"
@@ -50,14 +54,17 @@ def pretrain(config: Config) -> int:
     train_data, validation_data = open_data(config, console.print)
     groups = process_groups.start(config.parallel, platform.backend)
     try:
-        folder, problem = None, ""
+        folder, parent, problem = None, None, ""
         if is_first_rank:
             try:
+                parent = check_branch(config, train_data) if config.branch else None
                 folder = open_run_folder(config, derived, plan_text(config))
+                if parent is not None:
+                    folder.record_branch(parent)
             except ConfigError as error:
                 problem = str(error)
         process_groups.raise_together(problem)
-        path = Path(config.resume) if config.resume else Path(config.folder) / config.name
+        path = run_path(config)
         session = Session(
             config,
             derived,
@@ -74,6 +81,8 @@ def pretrain(config: Config) -> int:
             console.print(f"{path} is finished: {progress.tokens:,} tokens; nothing to do")
             return EXIT_DONE
         writer = open_writer(config, folder, progress.step, console) if folder else None
+        if folder is not None and writer is not None:
+            record_start(folder, writer, config, progress, parent, session.plan_before, console)
         progress, summary = session.fit(progress, writer)
         if folder is not None and writer is not None:
             writer.close()
@@ -81,6 +90,44 @@ def pretrain(config: Config) -> int:
         return EXIT_DONE if summary["finished"] else EXIT_STOPPED
     finally:
         process_groups.stop()
+
+
+def record_start(
+    folder: RunFolder,
+    writer: MetricsWriter,
+    config: Config,
+    progress: Progress,
+    parent: Record | None,
+    plan_before: Record | None,
+    console: Console,
+) -> None:
+    """Tells of a branch (`parent`, as lineage.json has it) or of another precision plan than
+    before: one line on the terminal, one in metrics.jsonl, and lineage.json."""
+    plan: Record = plan_record(config)
+    event: dict[str, Any] = {"step": progress.step, "tokens": progress.tokens}
+    before = plan_before or folder.plan_before
+    if parent is not None:
+        before = parent["precision"]["before"]
+        changed = [f"; {k} {old!r} -> {new!r}" for k, (old, new) in parent["changed"].items()]
+        writer.write(
+            event
+            | {"branched_from": config.branch, "precision_before": before}
+            | {"precision": brief(plan)}
+        )
+        console.print(
+            f"{folder.path} begins at step {progress.step} of {parent['run']}; precision plan "
+            f"{label(before)} -> {label(plan)}{''.join(changed)}",
+            highlight=False,
+            soft_wrap=True,
+        )
+    elif before is not None:
+        folder.record_switch(progress.step, progress.tokens, before, plan, config.precision)
+        writer.write(event | {"precision_before": brief(before), "precision": brief(plan)})
+        console.print(
+            f"precision plan switched at step {progress.step}: {label(before)} -> {label(plan)}",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def open_writer(

@@ -23,11 +23,14 @@ LAYERS = [
     ("composition", ["run", "compose", "data.commands", "report.*", "launch.*", "generate.*"]),
     ("session", ["train.session"]),
     ("whole model, side jobs", ["model.build", "train.evaluate", "train.hooks"]),
-    ("assembly", ["model.specs", "train.step", "train.checkpoint", "precision.attach"]),
+    (
+        "assembly",
+        ["model.specs", "train.step", "train.checkpoint", "train.branch", "precision.attach"],
+    ),
     ("assembly", ["precision.native"]),
     ("metadata", ["config.derive", "config.memory", "config.checks", "optim.schedule"]),
     ("metadata", ["model.shape", "precision.plan", "precision.rules", "precision.blocking"]),
-    ("metadata", ["precision.transformer_engine"]),
+    ("metadata", ["precision.transformer_engine", "precision.record", "train.lineage"]),
     ("metadata", ["config.guards", "precision.backend"]),
     ("metadata", ["train.metrics", "train.run_folder", "train.progress_bar"]),
     ("ground", ["", "config", "config.schema", "platform", "platform.*"]),
@@ -47,7 +50,8 @@ AROUND_THE_CORE = ["report.*", "launch.*", "generate.*", "posttrain.*", "convert
 # Modules that load no torch, with all that they import.
 NO_TORCH = ["", "cli", "compose", "config.*", "model.shape", "precision.plan", "precision.rules"]
 NO_TORCH += ["precision.transformer_engine", "optim.schedule", "data.*", "report.*", "launch.*"]
-NO_TORCH += ["precision.telemetry_record", "precision.backend", "platform.hardware"]
+NO_TORCH += ["precision.record", "train.lineage", "precision.backend", "platform.hardware"]
+NO_TORCH += ["precision.telemetry_record"]
 NO_TORCH += ["train.metrics", "train.run_folder", "train.progress_bar"]
 
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 80

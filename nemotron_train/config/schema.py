@@ -298,6 +298,8 @@ class Config:
     name: str = MISSING  # the run's name; [A-Za-z0-9_.-]+
     folder: str = "runs"  # run folders are made in it, relative to where the user stands
     resume: str = ""  # a run folder to continue with its own config.yaml
+    branch: str = ""  # RUN_FOLDER@STEP: a new run from that run's checkpoint of that step
+    switch_precision: bool = False  # let a resumed run go on under another precision plan
     model: ModelConfig = field(default_factory=ModelConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     data: DataConfig = field(default_factory=DataConfig)

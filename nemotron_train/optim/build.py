@@ -110,14 +110,39 @@ def _make_loadable(part: MegatronOptimizer, inner: torch.optim.AdamW) -> None:
         part._set_main_param_and_optimizer_states = set_states_without_step
 
 
+def _in_own_groups(parts: Sequence[DistributedOptimizer], state: dict) -> dict:
+    """The loaded `state` with these optimizers' parameter groups and the saved count of steps.
+
+    UPSTREAM(megatron-core 0.19.2): the saved groups are matched by their hyperparameters, so a
+    checkpoint finds no match that has another peak learning rate, FP32 parameters (no group of
+    those kept wide) or another layout (experts cut over other ranks than the rest have an
+    optimizer of their own). The tensors are stored by name and fit anyway.
+    """
+    saved = state if "optimizer" in state else state[0]
+    (step,) = {group["step"] for group in saved["optimizer"]["param_groups"]}
+    states = {}
+    for number, part in enumerate(parts):
+        groups = part.optimizer.state_dict()["param_groups"]
+        states[number] = {
+            "optimizer": {"param_groups": [{**g, "params": [], "step": step} for g in groups]},
+            "param_state": (state if len(parts) == 1 else state[number])["param_state"],
+            "param_state_sharding_type": saved["param_state_sharding_type"],
+        }
+    return states[0] if len(parts) == 1 else states
+
+
 def load_optimizer_state(optimizer: MegatronOptimizer, state: dict) -> None:
-    """Load what `sharded_state_dict` described.
+    """Load what `sharded_state_dict` described: masters, moments and the count of steps.
+    Hyperparameters stay this run's own, even where the checkpoint's were others.
 
     UPSTREAM(megatron-core 0.19.2): torch's AdamW gets one `step` tensor shared by all
     parameters, and its fused kernel then counts every parameter as a step.
     """
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    if all(isinstance(part, DistributedOptimizer) for part in parts):
+        state = _in_own_groups(parts, state)
     optimizer.load_state_dict(state)
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for part in parts:
         if isinstance(part.optimizer, torch.optim.AdamW):
             for parameter_state in part.optimizer.state.values():
                 parameter_state["step"] = parameter_state["step"].clone()

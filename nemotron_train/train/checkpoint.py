@@ -6,9 +6,11 @@ newest is found by scanning folders whose manifest holds, by step number, never 
 a modification time; a damaged one is named and the one before it is used. A folder that is not
 exactly named like a step is never touched.
 
-Saved: weights, optimizer, router biases (buffers of the model), the data's cursor, and what the
-model was. Training draws no random numbers after initialization, so there are no random states
-to save. Shards carry global names and offsets: another layout can load them.
+Saved: weights, optimizer, router biases (buffers of the model), the data's cursor, what the model
+was and under which precision plan it was trained (`precision.json`). Weights are the parameters
+and their FP32 masters, never quantized, so any plan can go on from them. Training draws no random
+numbers after initialization, and stochastic rounding's words are a function of the step, so there
+are no random states to save. Shards carry global names and offsets: another layout can load them.
 """
 
 import hashlib
@@ -31,11 +33,13 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from nemotron_train.config.schema import ConfigError, ModelConfig
 from nemotron_train.data.batches import DataState
 from nemotron_train.optim.build import load_optimizer_state
+from nemotron_train.precision.record import UNKNOWN
 from nemotron_train.train.loop import Progress
 
 STEP_FOLDER = re.compile(r"step_(\d{8})")
 MANIFEST = "manifest.json"
 PROGRESS = "progress.json"
+PRECISION = "precision.json"
 
 # What Megatron's torch_dist `.metadata` (a pickle) may name; anything else is refused unread.
 METADATA_GLOBALS = re.compile(
@@ -122,6 +126,30 @@ def latest(folder: Path, say: Callable[[str], None]) -> Path | None:
     return None
 
 
+def plan_of(path: Path) -> dict[str, Any]:
+    """The precision plan under which the checkpoint in `path` was trained (`plan_record`)."""
+    if not (path / PRECISION).exists():  # saved before checkpoints knew their plan
+        return UNKNOWN
+    return json.loads((path / PRECISION).read_text())
+
+
+def progress_of(path: Path) -> Progress:
+    """Where the run stood at the checkpoint in `path`."""
+    state = json.loads((path / PROGRESS).read_text())
+    return Progress(state["step"], state["tokens"], DataState.from_dict(state["data"]))
+
+
+def check_model(path: Path, model: ModelConfig) -> None:
+    """Raises ConfigError when the checkpoint in `path` belongs to another model."""
+    theirs = json.loads((path / PROGRESS).read_text())["model"]
+    for name, ours in asdict(model).items():
+        if name != "name" and theirs.get(name) != json.loads(json.dumps(ours)):
+            raise ConfigError(
+                f"{path} holds another model: model.{name} is {theirs.get(name)} there and {ours} "
+                "here; resume with the run's own configuration or choose another name"
+            )
+
+
 class Checkpoints:
     """Saves and loads the run's checkpoints; every method is COLLECTIVE."""
 
@@ -132,12 +160,13 @@ class Checkpoints:
         optimizer: MegatronOptimizer,
         groups: ProcessGroupCollection,
         model_config: ModelConfig,
+        plan: dict[str, Any],
         keep: int,
         say: Callable[[str], None],
     ) -> None:
         self._folder, self._keep, self._say = folder, keep, say
         self._model, self._optimizer = model, optimizer
-        self._identity = asdict(model_config)
+        self._model_config, self._plan = model_config, plan
         self._metadata = {
             "distrib_optim_sharding_type": "fully_reshardable",
             "distrib_optim_fully_reshardable_mem_efficient": False,
@@ -170,8 +199,9 @@ class Checkpoints:
                 "step": progress.step,
                 "tokens": progress.tokens,
                 "data": progress.data.to_dict(),
-                "model": self._identity,
+                "model": asdict(self._model_config),
             }
+            _write_durably(partial / PRECISION, json.dumps(self._plan, indent=1))
             _write_durably(partial / PROGRESS, json.dumps(state, indent=1))
             sums = {path.name: _sha256(path) for path in sorted(partial.iterdir())}
             _write_durably(partial / MANIFEST, json.dumps({"sha256": sums}, indent=1))
@@ -199,15 +229,8 @@ class Checkpoints:
 
         Raises ConfigError when it belongs to another model.
         """
-        state = json.loads((path / PROGRESS).read_text())
-        for name, ours in self._identity.items():
-            theirs = state["model"].get(name)
-            if name != "name" and theirs != json.loads(json.dumps(ours)):
-                raise ConfigError(
-                    f"{path} holds another model: model.{name} is {theirs} there and {ours} "
-                    "here; resume with the run's own configuration or choose another name"
-                )
+        check_model(path, self._model_config)
         loaded: Any = dist_checkpointing.load(self._sharded_state(is_loading=True), str(path))
         self._model.module.load_state_dict(loaded["model"])
         load_optimizer_state(self._optimizer, loaded["optimizer"])
-        return Progress(state["step"], state["tokens"], DataState.from_dict(state["data"]))
+        return progress_of(path)

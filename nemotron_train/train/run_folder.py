@@ -2,7 +2,8 @@
 
 Owns: `config.yaml`, `derived.yaml`, `precision.txt`, `environment.json`, `summary.json`, the paths
 of the other files, the lock that keeps a second process out. Every file is complete or absent.
-Does not own: the lines of metrics.jsonl (`train.metrics`) and checkpoints (`train.checkpoint`).
+Does not own: the lines of metrics.jsonl (`train.metrics`), checkpoints (`train.checkpoint`), what
+lineage.json says (`train.lineage`).
 
 Only one rank opens the folder; it tells the others.
 """
@@ -23,13 +24,22 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nemotron_train.config.schema import Config, ConfigError
+from nemotron_train.config.schema import Config, ConfigError, PrecisionConfig
+from nemotron_train.precision.record import plan_record
+from nemotron_train.train.lineage import (
+    LINEAGE,
+    Record,
+    read_lineage,
+    refusal,
+    switched_precision,
+    with_switch,
+)
 
 # Knobs that may differ between the processes of one run: where it lies, when it saves, looks and
 # reports, how many threads it uses. Everything else would change the trajectory.
@@ -37,6 +47,7 @@ FREE_KNOBS = (
     "name",
     "folder",
     "resume",
+    "switch_precision",
     "logging",
     "train.threads",
     "train.log_every_steps",
@@ -70,6 +81,7 @@ class RunFolder:
     path: Path
     run_id: str
     is_new: bool  # nobody trained in it before
+    plan_before: Record | None = None  # the precision plan that this start is allowed to change
     _lock: IO[str] | None = field(repr=False, default=None)  # held until the process ends
 
     @property
@@ -87,6 +99,19 @@ class RunFolder:
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Replaces summary.json: plain values, names as in docs/metrics.md."""
         write_atomically(self.summary, _to_json(summary))
+
+    def record_switch(
+        self, step: int, tokens: int, before: Record, after: Record, precision: PrecisionConfig
+    ) -> None:
+        """From `step` on the run is trained under the plan `after`: `precision`'s knobs."""
+        knobs = _to_plain(precision)
+        lineage = with_switch(read_lineage(self.path), step, tokens, before, after, knobs)
+        write_atomically(self.path / LINEAGE, _to_json(lineage))
+
+    def record_branch(self, parent: Record) -> None:
+        """The run began from another run's checkpoint; `parent` as `train.lineage` has it."""
+        lineage = {"branched_from": dict(parent)} | read_lineage(self.path)
+        write_atomically(self.path / LINEAGE, _to_json(lineage))
 
     def close(self) -> None:
         """Lets another process train in the folder; the end of this process does it too."""
@@ -112,16 +137,18 @@ def open_run_folder(
     process is training in it.
     """
     asked = "resume" if config.resume else "name"
-    path = Path(config.resume) if config.resume else Path(config.folder) / config.name
+    path = run_path(config)
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock = _lock(path)
     except OSError as error:
         raise ConfigError(f"{asked}={path}: cannot make the run folder ({error})") from error
     config_path = path / "config.yaml"
-    wanted = _to_plain(dataclasses.replace(config, resume=""))
+    # What is asked of this process alone is no part of the run.
+    wanted = _to_plain(dataclasses.replace(config, resume="", switch_precision=False))
     is_new = not config_path.exists()
     changed: dict[str, list[Any]] = {}
+    plan_before: Record | None = None
     if is_new:
         if (path / "checkpoints").exists() or (path / "metrics.jsonl").exists():
             raise ConfigError(
@@ -130,12 +157,19 @@ def open_run_folder(
             )
         write_atomically(config_path, _to_yaml(wanted))
     else:
-        changed = _differences(_read_config(config_path), wanted)
+        stored = read_config(path)
+        changed = _differences(_to_plain(stored), wanted)
         _refuse_another_run(path, changed)
+        plan_before = _plan_before(path, stored, config, changed)
     write_atomically(path / "derived.yaml", _to_yaml(_to_plain(derived)))
     write_atomically(path / "precision.txt", precision_text.rstrip("\n") + "\n")
     run_id = _record_start(path / "environment.json", command or sys.argv, hosts, changed)
-    return RunFolder(path, run_id, is_new, lock)
+    return RunFolder(path, run_id, is_new, plan_before, lock)
+
+
+def run_path(config: Config) -> Path:
+    """Where the run folder of `config` lies."""
+    return Path(config.resume) if config.resume else Path(config.folder) / config.name
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -152,7 +186,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def _refuse_another_run(path: Path, changed: Mapping[str, Sequence[Any]]) -> None:
-    fixed = [knob for knob in changed if not _is_free(knob)]
+    fixed = [k for k in changed if not _is_free(k) and not k.startswith("precision.")]
     if not fixed:
         return
     shown = ", ".join(f"{k} was {changed[k][0]!r}, now {changed[k][1]!r}" for k in fixed[:3])
@@ -161,6 +195,31 @@ def _refuse_another_run(path: Path, changed: Mapping[str, Sequence[Any]]) -> Non
         f"{path} holds a run of another configuration: {shown}{more}; "
         f"give a new name=..., or resume={path} without these knobs"
     )
+
+
+def _plan_before(
+    path: Path, stored: Config, config: Config, changed: Mapping[str, Sequence[Any]]
+) -> Record | None:
+    """The run's plan if `config` is allowed to change it. Raises ConfigError if it is not."""
+    knobs = [knob for knob in changed if knob.startswith("precision.")]
+    if not knobs:
+        return None
+    before, now = plan_record(stored), plan_record(config)
+    if before["digest"] == now["digest"]:
+        return None
+    if config.switch_precision:
+        return before
+    was, is_now = changed[knobs[0]]
+    detail = "" if "precision.name" in knobs else f" ({knobs[0]} was {was!r}, now {is_now!r})"
+    raise ConfigError(refusal(path, before, now, path, detail))
+
+
+def changed_knobs(old: Config, new: Config) -> dict[str, list[Any]]:
+    """Dotted knob -> [old value, new value], for all that can change the trajectory but the
+    precision plan (`precision.record` tells two of them apart)."""
+    old = dataclasses.replace(old, branch=new.branch, precision=new.precision)
+    different = _differences(_to_plain(old), _to_plain(new))
+    return {knob: values for knob, values in different.items() if not _is_free(knob)}
 
 
 def _is_free(knob: str) -> bool:
@@ -178,11 +237,17 @@ def _differences(old: Any, new: Any, prefix: str = "") -> dict[str, list[Any]]:
     return {} if old == new else {prefix: [old, new]}
 
 
-def _read_config(path: Path) -> Any:
-    """An earlier config.yaml, with the defaults of knobs that came later."""
+def read_config(folder: Path, before_step: int | None = None) -> Config:
+    """What a run folder's config.yaml asks, with the defaults of knobs that came later and the
+    precision plan that the run was switched to since (before a step). Raises ConfigError."""
+    path = folder / "config.yaml"
+    switched = switched_precision(folder, before_step)
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path))
-        return _to_plain(OmegaConf.to_object(merged))
+        loaded = cast(DictConfig, OmegaConf.load(path))
+        if switched is not None:
+            loaded["precision"] = switched
+        merged = OmegaConf.merge(OmegaConf.structured(Config), loaded)
+        return cast(Config, OmegaConf.to_object(merged))
     except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"{path} is no configuration of this version ({reason})") from error
@@ -198,7 +263,7 @@ def _record_start(
     changed: Mapping[str, Sequence[Any]],
 ) -> str:
     """Adds this start to environment.json; returns the run's id."""
-    earlier = _read_json(path)
+    earlier = read_json(path)
     run_id = earlier.get("run_id") or uuid.uuid4().hex[:12]
     start = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -215,7 +280,8 @@ def _record_start(
     return run_id
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a small file of a run folder; {} where there is none."""
     try:
         loaded = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

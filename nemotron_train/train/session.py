@@ -6,24 +6,29 @@ side jobs follow a step. Everything Megatron-Core needs exists when this module 
 
 import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from rich.console import Console
 
 from nemotron_train.config.derive import Derived
-from nemotron_train.config.schema import Config
+from nemotron_train.config.schema import Config, ConfigError
 from nemotron_train.data.batches import BatchSource
 from nemotron_train.model.build import build_model, wrap_data_parallel
 from nemotron_train.optim.build import build_optimizer
 from nemotron_train.platform.device import Platform, peak_flops, peak_memory_bytes
 from nemotron_train.precision.attach import PrecisionControl
 from nemotron_train.precision.native import NativePrecision
+from nemotron_train.precision.record import plan_record
 from nemotron_train.precision.telemetry import Telemetry
-from nemotron_train.train.checkpoint import Checkpoints, latest
+from nemotron_train.train.branch import branch_checkpoint
+from nemotron_train.train.checkpoint import Checkpoints, latest, plan_of, progress_of
 from nemotron_train.train.evaluate import validation_losses
 from nemotron_train.train.hooks import Log, Save, TelemetryRecord, Validate
+from nemotron_train.train.lineage import is_recorded, refusal
 from nemotron_train.train.loop import Hook, Progress, fit
 from nemotron_train.train.metrics import MetricsWriter
 from nemotron_train.train.progress_bar import ProgressDisplay
@@ -73,26 +78,53 @@ class Session:
             platform.device,
             self.precision,
         )
-        self.folder = folder / "checkpoints"
+        self.run_folder, self.folder = folder, folder / "checkpoints"
+        self.plan = plan_record(config)
+        self.plan_before: dict[str, Any] | None = None  # the loaded checkpoint's, if another one
         self.checkpoints = Checkpoints(
             self.folder,
             self.model,
             self.optimizer,
             groups,
             config.model,
+            self.plan,
             config.train.keep_checkpoints,
             console.print,
         )
 
     def resume(self) -> Progress:
-        """Progress of the newest undamaged checkpoint, loaded; or of a fresh run."""
-        path = latest(self.folder, self.console.print)
+        """Progress of the newest undamaged checkpoint, loaded; of the one branched from; or of a
+        fresh run. Raises ConfigError for a checkpoint of another model, or of another precision
+        plan where that was not asked for."""
+        path, is_branch = latest(self.folder, self.console.print), False
+        if path is None and self.config.branch:
+            path, is_branch = branch_checkpoint(self.config.branch), True
         if path is None:
             return Progress(0, 0, self.train_data.state_at_start())
+        before = plan_of(path)
+        if before["digest"] != self.plan["digest"]:
+            step = progress_of(path).step
+            allowed = self.config.switch_precision or is_recorded(self.run_folder, step, self.plan)
+            if not (is_branch or allowed):
+                raise ConfigError(refusal(path, before, self.plan, self.run_folder))
+            self._check_dtype(path, before)
+            self.plan_before = before
         progress = self.checkpoints.load(path)
         self.precision.weights_changed()
-        self.console.print(f"resumed from {path}")
+        self.console.print(f"{'branched' if is_branch else 'resumed'} from {path}")
+        if is_branch:
+            # From here on the run needs nothing of its parent, which goes on dropping checkpoints.
+            self.checkpoints.save(progress)
         return progress
+
+    def _check_dtype(self, path: Path, before: Mapping[str, Any]) -> None:
+        """Only the distributed optimizer stores masters of FP32 and of BF16 parameters alike."""
+        was, now = before.get("parameter_dtype"), self.plan["parameter_dtype"]
+        if was not in (None, now) and not self.config.parallel.distributed_optimizer:
+            raise ConfigError(
+                f"precision.parameter_dtype={now}: {path} has {was} parameters, and with "
+                "parallel.distributed_optimizer=false they cannot be loaded as others"
+            )
 
     def validate(self) -> list[float]:
         """Mean validation loss of the main head and of each depth; COLLECTIVE."""

@@ -1,0 +1,84 @@
+"""`branch=RUN@STEP`: a new run from another run's checkpoint, checked before its folder is made.
+
+Owns: which checkpoint is meant, whether the new configuration can go on from it, what is recorded
+of the parent. Does not own: loading it (`session`), the files of the new run (`run_folder`), the
+grammar of `branch=` (`lineage`). The parent's folder is only read.
+"""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from nemotron_train.config.schema import Config, ConfigError
+from nemotron_train.data.batches import BatchSource
+from nemotron_train.precision.record import plan_record
+from nemotron_train.train.checkpoint import (
+    MANIFEST,
+    check_model,
+    damage,
+    plan_of,
+    progress_of,
+    step_folder,
+    steps_in,
+)
+from nemotron_train.train.lineage import brief, parse_branch
+from nemotron_train.train.run_folder import changed_knobs, read_config, read_json, run_path
+
+
+def branch_checkpoint(branch: str) -> Path:
+    """The checkpoint that `branch` names. Raises ConfigError where there is no such run, no such
+    step (with the steps there are) or where the checkpoint is damaged."""
+    run, step = parse_branch(branch)
+    if not run.is_dir():
+        raise ConfigError(f"branch={branch}: no such run folder {run}")
+    steps = steps_in(run / "checkpoints")
+    if step not in steps:
+        there = f"it has {', '.join(map(str, steps))}" if steps else "it has none"
+        raise ConfigError(f"branch={branch}: {run} has no checkpoint of step {step}; {there}")
+    path = step_folder(run / "checkpoints", step)
+    problem = damage(path)
+    if problem is not None:
+        raise ConfigError(f"branch={branch}: {path} is damaged: {problem}")
+    return path
+
+
+def check_branch(config: Config, train_data: BatchSource) -> dict[str, Any] | None:
+    """What lineage.json is to say of the parent; None if the new run already has a checkpoint of
+    its own and no longer looks at its parent.
+
+    Raises ConfigError where `branch_checkpoint` does, and for a new run in its parent's folder,
+    another model, an optimizer whose state is stored in another way, other data up to here, and
+    a run that would end before it begins.
+    """
+    path = run_path(config)
+    if steps_in(path / "checkpoints"):
+        return None
+    run, step = parse_branch(config.branch)
+    if path.resolve() == run.resolve():
+        raise ConfigError(f"name={config.name}: is the run to branch from; give another name")
+    checkpoint = branch_checkpoint(config.branch)
+    check_model(checkpoint, config.model)
+    parent = read_config(run, step)
+    sharded, was_sharded = (c.parallel.distributed_optimizer for c in (config, parent))
+    if sharded != was_sharded:
+        raise ConfigError(
+            f"parallel.distributed_optimizer={sharded}: the optimizer's state in {checkpoint} was "
+            f"saved with {was_sharded} and cannot be loaded otherwise; leave it"
+        )
+    progress = progress_of(checkpoint)
+    train_data.take(progress.data, 0)
+    if progress.tokens >= config.train.total_tokens:
+        raise ConfigError(
+            f"branch={config.branch}: the checkpoint stands at {progress.tokens} tokens and "
+            f"train.total_tokens={config.train.total_tokens}, so nothing is left to train; branch "
+            "from an earlier step or give more tokens"
+        )
+    return {
+        "run": str(run),
+        "step": step,
+        "tokens": progress.tokens,
+        "run_id": read_json(run / "environment.json").get("run_id", ""),
+        "checkpoint": hashlib.sha256((checkpoint / MANIFEST).read_bytes()).hexdigest(),
+        "precision": {"before": brief(plan_of(checkpoint)), "after": brief(plan_record(config))},
+        "changed": changed_knobs(parent, config),
+    }
