@@ -1,8 +1,8 @@
 """What a run may find out about its machine without torch: the device's name and capability, and
 the versions of installed packages.
 
-Owns these facts and their text. Does not own asking CUDA (`platform.device.hardware` does), nor what
-follows from the facts (`config.guards`, `precision.backend`). No torch.
+Owns these facts and their text. Does not own asking CUDA (`platform.device.hardware` does), nor
+what follows from the facts (`config.guards`, `precision.backend`). No torch.
 """
 
 import importlib.metadata
