@@ -83,6 +83,8 @@ class Kernels:
             drawn = ctypes.byref(
                 _Words(words.seed, words.stream, words.step, words.row_offset, words.column_offset)
             )
+        num_strips = x.shape[0] if layout == 0 else -(-x.shape[0] // 16)
+        assert amax.ndim == 0 or len(amax) == num_strips, (x.shape, layout, amax.shape)
         amax = amax.contiguous()
         stride = 1 if amax.ndim else 0
         threads = torch.get_num_threads()

@@ -9,8 +9,10 @@ width, F expert hidden width; N and K output and input features of one of the tw
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nemotron_train.model.grouped_mlp import (
@@ -56,8 +58,35 @@ def _grouped_operand(
     return Operand(values, torch.ones(len(rows_E), device=tensor.device), 1.0)
 
 
+def _each_times(a: Operand, b: Operand, b_EIJ: Tensor, rows: list[int], like: Tensor) -> Tensor:
+    """[P, J] of like's dtype: factor_e a_e b_e of every expert, a's rows stacked; b's values as
+    b_EIJ, transposed or not.
+
+    A product an expert: a batched one in BF16 would round before the factor and then once more,
+    and in FP32, with the padding to equal blocks, it measured no faster.
+    """
+    out = like.new_empty(sum(rows), b_EIJ.shape[2])
+    factors = product_factor(a, b).tolist()
+    parts = zip(out.split(rows), a.values.split(rows), b_EIJ, factors, strict=True)
+    for part, a_PI, b_IJ, factor in parts:
+        _scaled_product(part, a_PI, b_IJ, factor)
+    return out
+
+
+def _each_outer(a: Operand, b: Operand, rows: list[int], like: Tensor) -> Tensor:
+    """[E, I, J] of like's dtype: factor_e a_e^T b_e of every expert; zero for one without rows."""
+    out = torch.zeros_like(like)
+    factors = product_factor(a, b).tolist()
+    parts = zip(out, a.values.split(rows), b.values.split(rows), factors, strict=True)
+    for part, a_PI, b_PJ, factor in parts:
+        _scaled_product(part, a_PI.t(), b_PJ, factor)
+    return out
+
+
 def _scaled_product(out: Tensor, a: Tensor, b: Tensor, factor: float) -> None:
     """out = factor * a @ b, one rounding where the kernel scales its FP32 accumulator."""
+    if not a.numel():
+        return
     if a.dtype == torch.bfloat16 and out.dtype == torch.float32:
         a, b = a.float(), b.float()
     torch.addmm(out, a, b.to(a.dtype), beta=0, alpha=factor, out=out)
@@ -68,24 +97,14 @@ class _GroupedProducts(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x_PK, weight_ENK, attached: Attached, rows: list[int], weights):
-        rows_E = torch.tensor(rows)
-        x = _grouped_operand(attached, x_PK, attached.formats.fprop, "x", -1, rows_E)
+        x = _grouped_operand(attached, x_PK, attached.formats.fprop, "x", -1, torch.tensor(rows))
         w = _weight_operand(weights, weight_ENK, attached, "fprop")
-        factors = product_factor(x, w).tolist()
-        y_PN = x_PK.new_empty(x_PK.shape[0], weight_ENK.shape[1])
-        values_ENK = w.values.view_as(weight_ENK)
-        start = 0
-        for expert, (count, factor) in enumerate(zip(rows, factors, strict=True)):
-            part = slice(start, start + count)
-            if count:
-                _scaled_product(y_PN[part], x.values[part], values_ENK[expert].t(), factor)
-            start += count
         ctx.save_for_backward(x_PK, weight_ENK)
         ctx.attached, ctx.rows, ctx.weights = attached, rows, weights
         ctx.call = attached.next_call()
         if attached.observer is not None:
             attached.observer.forward(attached, x_PK, weight_ENK, rows)
-        return y_PN
+        return _each_times(x, w, w.values.transpose(1, 2), rows, x_PK)
 
     @staticmethod
     def backward(ctx, *grads: Tensor):
@@ -100,49 +119,33 @@ class _GroupedProducts(torch.autograd.Function):
 
 def _input_gradient(ctx, dy_PN: Tensor, x_PK: Tensor, weight_ENK: Tensor) -> Tensor:
     attached: Attached = ctx.attached
-    formats, rows_E = attached.formats, torch.tensor(ctx.rows)
-    words = None
+    formats, words = attached.formats, None
     if formats.dgrad == "nvfp4" and formats.stochastic_rounding:
         words = attached.random_words(dy_PN.shape[1], "dgrad", ctx.call)
+    rows_E = torch.tensor(ctx.rows)
     dy = _grouped_operand(attached, dy_PN, formats.dgrad, "dy", -1, rows_E, words)
     w = _weight_operand(ctx.weights, weight_ENK, attached, "dgrad")
-    factors = product_factor(dy, w).tolist()
-    values_ENK = w.values.view_as(weight_ENK)
-    dx_PK = torch.empty_like(x_PK)
-    start = 0
-    for expert, (count, factor) in enumerate(zip(ctx.rows, factors, strict=True)):
-        part = slice(start, start + count)
-        if count:
-            _scaled_product(dx_PK[part], dy.values[part], values_ENK[expert], factor)
-        start += count
-    return dx_PK
+    return _each_times(dy, w, w.values, ctx.rows, x_PK)
 
 
 def _weight_gradient(ctx, dy_PN: Tensor, x_PK: Tensor, weight_ENK: Tensor) -> Tensor:
     attached: Attached = ctx.attached
-    formats, rows_E = attached.formats, torch.tensor(ctx.rows)
+    formats, words = attached.formats, None
     if formats.wgrad == "nvfp4" and formats.hadamard:
         dy_PN, x_PK = hadamard(dy_PN, dim=0), hadamard(x_PK, dim=0)
-    words = None
     if formats.wgrad == "nvfp4" and formats.stochastic_rounding:
         words = attached.random_words(dy_PN.shape[1], "wgrad", ctx.call)
+    rows_E = torch.tensor(ctx.rows)
     dy = _grouped_operand(attached, dy_PN, formats.wgrad, "dy", 0, rows_E, words)
     x = _grouped_operand(attached, x_PK, formats.wgrad, "x", 0, rows_E)
-    factors = product_factor(dy, x).tolist()
-    dw_ENK = torch.zeros_like(weight_ENK)
-    start = 0
-    for expert, (count, factor) in enumerate(zip(ctx.rows, factors, strict=True)):
-        part = slice(start, start + count)
-        if count:
-            _scaled_product(dw_ENK[expert], dy.values[part].t(), x.values[part], factor)
-        start += count
-    return dw_ENK
+    return _each_outer(dy, x, ctx.rows, weight_ENK)
 
 
 def _weight_operand(
     weights: ExpertWeights, weight_ENK: Tensor, attached: Attached, product: str
 ) -> Operand:
-    """All experts' quantized weights, kept until the weights change; see `linear.weight_operand`.
+    """All experts' quantized weights [E, N, K], kept until the weights change; see
+    `linear.weight_operand`.
 
     16 x 16 blocks serve fprop and dgrad; 1-D blocks run along K for fprop and along N for dgrad.
     """
@@ -155,10 +158,36 @@ def _weight_operand(
     if key not in kept:
         for old in [old for old in kept if old[2] != key[2]]:
             del kept[old]
-        stacked = weight_ENK.detach().flatten(0, 1)
-        rows_E = torch.full((weight_ENK.shape[0],), weight_ENK.shape[1])
-        kept[key] = _grouped_operand(attached, stacked, form, "w", dim, rows_E)
+        num_experts, num_outputs, _ = weight_ENK.shape
+        padded_ENK = weight_ENK.detach()
+        if num_outputs % ROW_MULTIPLE:  # no block may reach into the next expert
+            padded_ENK = F.pad(padded_ENK, (0, 0, 0, -num_outputs % ROW_MULTIPLE))
+        rows_E = torch.full((num_experts,), padded_ENK.shape[1])
+        stacked = _grouped_operand(attached, padded_ENK.flatten(0, 1), form, "w", dim, rows_E)
+        values_ENK = stacked.values.view_as(padded_ENK)[:, :num_outputs]
+        kept[key] = replace(stacked, values=values_ENK)
     return kept[key]
+
+
+class _SquaredRelu(torch.autograd.Function):
+    """relu(h)^2 times the routing weight, in FP32 and rounded once, as unquantized experts do."""
+
+    @staticmethod
+    def forward(ctx, hidden_PF: Tensor, probabilities_P: Tensor) -> Tensor:
+        relu_PF = hidden_PF.clamp(min=0)
+        ctx.save_for_backward(relu_PF, probabilities_P)
+        active_PF = relu_PF.float().square_().mul_(probabilities_P.unsqueeze(1))
+        return active_PF.to(hidden_PF.dtype)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        relu_PF, probabilities_P = ctx.saved_tensors
+        wide_PF = relu_PF.float()
+        # With a = p r^2: dp = sum over F of r^2 da, dh = 2 p r da; both share r da.
+        grad_PF = wide_PF * grads[0]
+        grad_p_P = wide_PF.mul_(grad_PF).sum(-1)
+        grad_h_PF = grad_PF.mul_((2 * probabilities_P).unsqueeze(1))
+        return grad_h_PF.to(relu_PF.dtype), grad_p_P.to(probabilities_P.dtype)
 
 
 class EmulatedExperts(GroupedExperts):
@@ -196,13 +225,11 @@ class EmulatedExperts(GroupedExperts):
         rows_T = _padded_rows(counts, padded, tokens_TD.device)
         x_PD = tokens_TD.new_zeros(sum(padded), tokens_TD.shape[1])
         x_PD = x_PD.index_copy(0, rows_T, tokens_TD)
-        p_P1 = probabilities_T.new_zeros(sum(padded)).index_copy(0, rows_T, probabilities_T)
+        p_P = probabilities_T.new_zeros(sum(padded)).index_copy(0, rows_T, probabilities_T)
         fc1, fc2 = self.linear_fc1, self.linear_fc2
         hidden_PF = _GroupedProducts.apply(x_PD, fc1.weight, fc1.attached, padded, fc1)
-        active_PF = torch.relu(hidden_PF).square() * p_P1.unsqueeze(1)
-        y_PD = _GroupedProducts.apply(
-            active_PF.to(x_PD.dtype), fc2.weight, fc2.attached, padded, fc2
-        )
+        active_PF = _SquaredRelu.apply(hidden_PF, p_P)
+        y_PD = _GroupedProducts.apply(active_PF, fc2.weight, fc2.attached, padded, fc2)
         return y_PD.index_select(0, rows_T)
 
     def routed(self, tokens_TD: Tensor, experts_TK: Tensor, probabilities_TK: Tensor) -> Tensor:

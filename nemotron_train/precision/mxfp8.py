@@ -131,7 +131,7 @@ def _scale_exponents(blocks: Tensor, dim: Literal[-1, 0]) -> tuple[Tensor, Tenso
 def _exponents_of(amax: Tensor) -> Tensor:
     """int32 exponent, -127 … 127, of the scale of blocks with these largest magnitudes."""
     scale = amax * amax.new_full((), E4M3_MAX).reciprocal()
-    bits = scale.view(torch.int32)
+    bits = scale.view(torch.int32) & 0x7FFFFFFF  # a NaN may have either sign
     exponents, mantissas = bits >> 23, bits & 0x7FFFFF
     # Up to the next power of two. Field 0 (subnormal) means 2^-126 already, so its lower half
     # rounds up to 2^-127; the largest finite field stays.

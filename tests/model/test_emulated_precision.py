@@ -118,15 +118,31 @@ def test_weights_are_quantized_again_when_they_change(groups) -> None:
     assert torch.equal(after, 2 * before), "a power of two leaves the codes as they are"
 
 
-def test_experts_equal_one_linear_each(groups) -> None:
-    """Grouped products against each expert alone, an empty one included; nearest rounding."""
-    _, model, _ = build(groups, "precision=nvfp4_all")
+EXPERT_OPERANDS = {
+    # Of a tensor's rows; of a weight for fprop; of a weight for dgrad.
+    "nvfp4_all": (
+        lambda t: quantize_nvfp4(t).operand(),
+        lambda w: quantize_nvfp4(w, block="2d").operand(),
+        lambda w: quantize_nvfp4(w, block="2d").operand().t(),
+    ),
+    "mxfp8": (mxfp8_operand, mxfp8_operand, lambda w: mxfp8_operand(w, dim=0).t()),
+}
+
+
+@pytest.mark.parametrize("plan", EXPERT_OPERANDS)
+@pytest.mark.parametrize("width, hidden_width", [(64, 128), (24, 40)])
+def test_experts_equal_one_linear_each(plan: str, width: int, hidden_width: int, groups) -> None:
+    """Grouped products against each expert alone, an empty one included; nearest rounding. Sizes
+    that no block divides too: a block must not reach into the next expert."""
+    sizes = [f"model.moe.latent_size={width}", f"model.moe.expert_hidden_size={hidden_width}"]
+    _, model, _ = build(groups, f"precision={plan}", *sizes)
     experts = global_modules(model)["decoder.layers.1.mlp.experts"]
     for weights in (experts.linear_fc1, experts.linear_fc2):
         weights.attached.formats = replace(weights.attached.formats, stochastic_rounding=False)
     counts = torch.tensor([5, 0, 37, 32] + [1] * 12)
     generator = torch.Generator().manual_seed(3)
-    x = torch.randn(int(counts.sum()), 64, generator=generator).bfloat16().requires_grad_()
+    x = torch.randn(int(counts.sum()), width, generator=generator).bfloat16().requires_grad_()
+    rows, weight, weight_dgrad = EXPERT_OPERANDS[plan]
     p = torch.rand(len(x), generator=generator)
     y, _ = experts(x, counts, p)
     dy = torch.randn(y.shape, generator=generator).bfloat16()
@@ -138,17 +154,14 @@ def test_experts_equal_one_linear_each(groups) -> None:
         if not count:
             continue
         w1, w2 = (
-            quantize_nvfp4(weights.weight.detach()[expert], block="2d").operand()
-            for weights in (experts.linear_fc1, experts.linear_fc2)
+            weights.weight.detach()[expert] for weights in (experts.linear_fc1, experts.linear_fc2)
         )
-        hidden = block_scaled_matmul(quantize_nvfp4(x.detach()[part]).operand(), w1)
-        hidden.requires_grad_()
-        active = (torch.relu(hidden).square() * p[part, None]).bfloat16()
-        alone = block_scaled_matmul(quantize_nvfp4(active.detach()).operand(), w2)
-        assert torch.equal(y[part], alone), expert
-        grad_active = block_scaled_matmul(quantize_nvfp4(dy[part]).operand(), w2.t())
+        hidden = block_scaled_matmul(rows(x.detach()[part]), weight(w1)).requires_grad_()
+        active = (torch.relu(hidden).float().square() * p[part, None]).bfloat16()
+        assert torch.equal(y[part], block_scaled_matmul(rows(active.detach()), weight(w2))), expert
+        grad_active = block_scaled_matmul(rows(dy[part]), weight_dgrad(w2))
         (grad_hidden,) = torch.autograd.grad(active, hidden, grad_active)
-        grad = block_scaled_matmul(quantize_nvfp4(grad_hidden).operand(), w1.t())
+        grad = block_scaled_matmul(rows(grad_hidden), weight_dgrad(w1))
         assert torch.equal(dx[part], grad), expert
 
 
