@@ -18,6 +18,7 @@ from nemotron_train.config.schema import (
     FormatConfig,
     GemmFormat,
     PrecisionPhase,
+    ProbeFormat,
 )
 from nemotron_train.model.shape import forward_flops, linears
 from nemotron_train.precision.blocking import BLOCK, paddings
@@ -73,6 +74,7 @@ def check_plan(config: Config) -> None:
     dtype = config.precision.parameter_dtype
     plan = _resolve(config, None)
     padding_lines(config, plan)
+    _check_telemetry(config, plan)
     phases = config.precision.phases
     for number, (start, phase) in enumerate(zip(_phase_starts(config), phases, strict=True)):
         knob = f"precision.phases[{number}].at_least"
@@ -89,6 +91,27 @@ def check_plan(config: Config) -> None:
                 f"wgrad={bounds['wgrad']} would give it"
             )
         padding_lines(config, plan)
+
+
+def _check_telemetry(config: Config, plan: Iterable[LinearPrecision]) -> None:
+    telemetry = config.precision.telemetry
+    if telemetry.every < 0:
+        raise ConfigError(
+            f"precision.telemetry.every={telemetry.every}: give a number of steps, or 0 for never"
+        )
+    if telemetry.every == 0 and telemetry.probe != ProbeFormat.none:
+        raise ConfigError(
+            f"precision.telemetry.probe={telemetry.probe} has no effect without a number of steps "
+            "in precision.telemetry.every"
+        )
+    formats = {getattr(entry.formats, role) for entry in plan for role in ROLES}
+    measures = telemetry.probe != ProbeFormat.none or formats & set(BLOCK)
+    if telemetry.every > 0 and not measures:
+        raise ConfigError(
+            f"precision.telemetry.every={telemetry.every}: precision={config.precision.name} "
+            "quantizes nothing to measure; precision.telemetry.probe=nvfp4 measures what NVFP4 "
+            "would lose"
+        )
 
 
 def share_of_flops(

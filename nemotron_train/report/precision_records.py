@@ -41,11 +41,11 @@ class TelemetryRecord:
 
 
 def telemetry_records(run: Run) -> list[TelemetryRecord]:
-    """By ascending step; empty where telemetry was off."""
+    """By ascending step; empty where telemetry was off, or found nothing quantized."""
     return [
         TelemetryRecord(row["step"], row.get("tokens", 0), row["precision_telemetry"])
         for row in run.rows
-        if isinstance(row.get("precision_telemetry"), dict)
+        if row.get("precision_telemetry")
     ]
 
 
