@@ -24,6 +24,7 @@ DIMENSIONS = (
     "model.mamba.head_dim=32",
     "model.mamba.state_size=64",
     "model.mamba.groups=2",
+    "model.mamba.chunk_size=64",
     "model.moe.experts=32",
     "model.moe.experts_per_token=4",
     "model.moe.expert_hidden_size=128",

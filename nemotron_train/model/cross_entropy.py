@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 # Elements of logits worked on at a time on a CPU: their FP32 copy stays in the cache. A whole one
 # is the largest tensor of a step, and touching fresh memory costs more than the exponentials.
-_CHUNK_ELEMENTS = 1 << 20
+_CHUNK_ELEMENTS = 1 << 18
 
 
 def _chunks(logits_NV: Tensor) -> list[slice]:
@@ -24,6 +24,14 @@ def _chunks(logits_NV: Tensor) -> list[slice]:
     num_rows, vocab_slice = logits_NV.shape
     step = num_rows if logits_NV.is_cuda else max(1, _CHUNK_ELEMENTS // vocab_slice)
     return [slice(start, start + step) for start in range(0, num_rows, max(1, step))]
+
+
+def _scratch(logits_NV: Tensor, dtype: torch.dtype) -> Tensor:
+    """Room for the longest chunk in `dtype`: one block for all of them."""
+    rows = _chunks(logits_NV)[:1]
+    return logits_NV.new_empty(
+        len(logits_NV[rows[0]]) if rows else 0, logits_NV.shape[1], dtype=dtype
+    )
 
 
 class _VocabParallelCrossEntropy(torch.autograd.Function):
@@ -51,9 +59,11 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         label_logit_N = label_logit_N.where(owned_N, 0)
         largest_N = logits_NV.amax(-1).to(wide)
         sum_N = torch.empty_like(largest_N)
+        scratch_NV = _scratch(logits_NV, wide)
         for rows in _chunks(logits_NV):
-            part_NV = logits_NV[rows].to(wide) - largest_N[rows].unsqueeze(1)
-            sum_N[rows] = part_NV.exp_().sum(-1)
+            shift_N1 = largest_N[rows].unsqueeze(1)
+            part_NV = torch.sub(logits_NV[rows], shift_N1, out=scratch_NV[: len(shift_N1)])
+            torch.sum(part_NV.exp_(), -1, out=sum_N[rows])
         lse_N = sum_N.log().add_(largest_N)
         # exp(logit - largest) times this is the softmax: subtracting lse itself would cost the
         # digits that its rounding lost.
@@ -78,8 +88,10 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         grad_N = grads[0].to(largest_N.dtype)
         factor_N1 = (grad_N * scale_N).unsqueeze(1)
         onehot_N1 = (-grad_N).where(owned_N, 0).unsqueeze(1)
+        scratch_NV = _scratch(logits_NV, largest_N.dtype)
         for rows in _chunks(logits_NV):
-            part_NV = logits_NV[rows].to(largest_N.dtype) - largest_N[rows].unsqueeze(1)
+            shift_N1 = largest_N[rows].unsqueeze(1)
+            part_NV = torch.sub(logits_NV[rows], shift_N1, out=scratch_NV[: len(shift_N1)])
             part_NV.exp_().mul_(factor_N1[rows])
             part_NV.scatter_add_(1, labels_N[rows].unsqueeze(1), onehot_N1[rows])
             # In place: a second backward through the same graph raises instead of being wrong.

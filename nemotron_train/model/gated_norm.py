@@ -28,7 +28,10 @@ def gated_rms_norm(
 
 
 class _GatedRmsNorm(torch.autograd.Function):
-    """Saves the inputs and one reciprocal root a group; recomputes the rest."""
+    """Saves the inputs and one reciprocal root a group; recomputes the rest.
+
+    Row by row on a CPU: the wide temporaries of one row stay in the cache and serve the next.
+    """
 
     @staticmethod
     def forward(
@@ -39,32 +42,46 @@ class _GatedRmsNorm(torch.autograd.Function):
         group_size: int,
         epsilon: float,
     ) -> Tensor:
-        accumulate = torch.promote_types(y_BSD.dtype, torch.float32)
-        u_BSGW = F.silu(gate_BSD.to(accumulate)).mul_(y_BSD).unflatten(-1, (-1, group_size))
-        norm_BSG1 = torch.linalg.vector_norm(u_BSGW, dim=-1, keepdim=True)
-        scale_BSG1 = norm_BSG1.square_().div_(group_size).add_(epsilon).rsqrt_()
-        u_BSGW.mul_(scale_BSG1)
+        wide = torch.promote_types(y_BSD.dtype, torch.float32)
+        out_BSD = torch.empty_like(y_BSD)
+        num_groups = y_BSD.shape[-1] // group_size
+        scale_BSG1 = y_BSD.new_empty((*y_BSD.shape[:2], num_groups, 1), dtype=wide)
+        for rows in _row_blocks(y_BSD):
+            u_BSD = F.silu(gate_BSD[rows].to(wide)).mul_(y_BSD[rows])
+            u_BSGW = u_BSD.unflatten(-1, (num_groups, group_size))
+            norm_BSG1 = torch.linalg.vector_norm(u_BSGW, dim=-1, keepdim=True)
+            scale_BSG1[rows] = norm_BSG1.square_().div_(group_size).add_(epsilon).rsqrt_()
+            u_BSGW.mul_(scale_BSG1[rows])
+            out_BSD[rows] = u_BSD.mul_(weight_D)
         ctx.save_for_backward(y_BSD, gate_BSD, weight_D, scale_BSG1)
-        ctx.group_size = group_size
-        return u_BSGW.flatten(-2).mul_(weight_D).to(y_BSD.dtype)
+        ctx.groups = (num_groups, group_size)
+        return out_BSD
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         y_BSD, gate_BSD, weight_D, scale_BSG1 = ctx.saved_tensors
-        accumulate, groups = scale_BSG1.dtype, (-1, ctx.group_size)
-        gate, dout = gate_BSD.to(accumulate), gradients[0].to(accumulate)
-        silu_BSD = F.silu(gate)
-        normed = torch.mul(silu_BSD, y_BSD)
-        normed.unflatten(-1, groups).mul_(scale_BSG1)
-        # With n the normed u and t = dout weight: du = scale (t - n mean(t n)).
-        product = normed * dout
-        dweight_D = product.sum((0, 1))
-        mean_BSG1 = product.mul_(weight_D).unflatten(-1, groups).mean(-1, keepdim=True)
-        du = torch.mul(dout, weight_D, out=product)
-        du.unflatten(-1, groups).addcmul_(normed.unflatten(-1, groups), mean_BSG1, value=-1).mul_(
-            scale_BSG1
-        )
-        dy = silu_BSD.mul_(du)
-        dgate = torch.ops.aten.silu_backward(du.mul_(y_BSD), gate)
-        dweight_D = dweight_D.to(weight_D.dtype)
-        return dy.to(y_BSD.dtype), dgate.to(gate_BSD.dtype), dweight_D, None, None
+        wide = scale_BSG1.dtype
+        dy_BSD, dgate_BSD = torch.empty_like(y_BSD), torch.empty_like(gate_BSD)
+        dweight_D = torch.zeros_like(weight_D, dtype=wide)
+        for rows in _row_blocks(y_BSD):
+            y, scale = y_BSD[rows], scale_BSG1[rows]
+            gate, dout = gate_BSD[rows].to(wide), gradients[0][rows].to(wide)
+            silu = F.silu(gate)
+            normed = torch.mul(silu, y)
+            normed.unflatten(-1, ctx.groups).mul_(scale)
+            # With n the normed u and t = dout weight: du = scale (t - n mean(t n)).
+            product = normed * dout
+            dweight_D += product.sum((0, 1))
+            mean = product.mul_(weight_D).unflatten(-1, ctx.groups).mean(-1, keepdim=True)
+            du = torch.mul(dout, weight_D, out=product)
+            du_groups, normed_groups = (t.unflatten(-1, ctx.groups) for t in (du, normed))
+            du_groups.addcmul_(normed_groups, mean, value=-1).mul_(scale)
+            dy_BSD[rows] = silu.mul_(du)
+            dgate_BSD[rows] = torch.ops.aten.silu_backward(du.mul_(y), gate)
+        return dy_BSD, dgate_BSD, dweight_D.to(weight_D.dtype), None, None
+
+
+def _row_blocks(y_BSD: Tensor) -> list[slice]:
+    """Rows worked on at a time: one on a CPU, all on a GPU."""
+    step = y_BSD.shape[0] if y_BSD.is_cuda else 1
+    return [slice(start, start + step) for start in range(0, y_BSD.shape[0], step)]

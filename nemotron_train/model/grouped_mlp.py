@@ -26,6 +26,9 @@ from torch.autograd.function import once_differentiable
 # product on two Zen 4 cores (benchmarks/moe.py; oneDNN's BF16 products start slower than FP32's).
 _PADDING_FLOPS = {torch.float32: 2_000_000, torch.bfloat16: 12_000_000}
 
+_BLOCK_MULTIPLE = 32
+_CHUNK_ELEMENTS = 1 << 18
+
 
 @dataclass(frozen=True)
 class Permutation:
@@ -56,6 +59,13 @@ def affordable_padding(weight_EFD: Tensor) -> int:
     return _PADDING_FLOPS.get(weight_EFD.dtype, 0) // (2 * num_hidden * num_inputs)
 
 
+def _block_rows(rows_per_expert: list[int]) -> int:
+    """Rows of a padded block: the fullest expert's, rounded up so that few lengths occur. oneDNN
+    compiles a product for every new shape and keeps it: without rounding a BF16 step spends more
+    on that, and on the heap it scatters, than on the experts (docs/log.md)."""
+    return -(-max(rows_per_expert) // _BLOCK_MULTIPLE) * _BLOCK_MULTIPLE
+
+
 @torch.no_grad()
 def plan_permutation(experts_SK: Tensor, num_experts: int, max_padding: int = 0) -> Permutation:
     """Sort the choices by expert, ties in token order, so the result is deterministic.
@@ -70,7 +80,7 @@ def plan_permutation(experts_SK: Tensor, num_experts: int, max_padding: int = 0)
     sorted_T, order_T = torch.sort(experts_SK.reshape(-1).to(key_dtype), stable=True)
     tokens_per_expert_E = torch.bincount(sorted_T, minlength=num_experts)
     rows_per_expert: list[int] = tokens_per_expert_E.tolist()
-    num_rows, fullest = sum(rows_per_expert), max(rows_per_expert)
+    num_rows, fullest = sum(rows_per_expert), _block_rows(rows_per_expert)
 
     row_T = torch.arange(num_rows, device=device, dtype=torch.int32)
     token_T = order_T // num_choices
@@ -183,6 +193,72 @@ def _block_ends(rows_per_expert: list[int], device: torch.device) -> Tensor:
     return torch.tensor(rows_per_expert, device=device).cumsum(0, dtype=torch.int32)
 
 
+def _activate(hidden_TF: Tensor, probabilities_T: Tensor | None) -> tuple[Tensor, Tensor]:
+    """h → r = relu(h), in place, and p r²."""
+    relu_TF = hidden_TF.clamp_min_(0)
+    activation_TF = torch.empty_like(relu_TF)
+    chunks, scratch_TF = _row_chunks(relu_TF)
+    for rows in chunks:
+        wide_TF = _widened(relu_TF[rows], scratch_TF)
+        part_TF = torch.mul(wide_TF, wide_TF, out=_destination(activation_TF[rows], scratch_TF))
+        if probabilities_T is not None:
+            part_TF.mul_(probabilities_T[rows].unsqueeze(1))
+        if part_TF.dtype != activation_TF.dtype:
+            activation_TF[rows] = part_TF
+    return relu_TF, activation_TF
+
+
+def _activate_backward(
+    grad_activation_TF: Tensor,
+    relu_TF: Tensor,
+    probabilities_T: Tensor | None,
+    with_probabilities: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """∂a → ∂h, over ∂a's memory, and ∂p. With a = p r²: ∂p = Σ_F r² ∂a and ∂h = 2 p r ∂a share
+    r ∂a."""
+    grad_probabilities_T = None
+    if probabilities_T is not None and with_probabilities:
+        grad_probabilities_T = torch.empty_like(probabilities_T)
+    chunks, scratch_TF = _row_chunks(relu_TF)
+    other_TF = torch.empty_like(scratch_TF)
+    for rows in chunks:
+        wide_TF = _widened(relu_TF[rows], scratch_TF)
+        part_TF = _destination(grad_activation_TF[rows], other_TF)
+        torch.mul(wide_TF, grad_activation_TF[rows], out=part_TF)
+        if probabilities_T is None:
+            part_TF.mul_(2)
+        else:
+            if grad_probabilities_T is not None:
+                product_TF = torch.mul(wide_TF, part_TF, out=scratch_TF[: len(part_TF)])
+                grad_probabilities_T[rows] = product_TF.sum(-1)
+            part_TF.mul_((2 * probabilities_T[rows]).unsqueeze(1))
+        if part_TF.dtype != grad_activation_TF.dtype:
+            grad_activation_TF[rows] = part_TF
+    return grad_activation_TF, grad_probabilities_T
+
+
+def _row_chunks(rows_TF: Tensor) -> tuple[list[slice], Tensor]:
+    """Row ranges for elementwise work, short on a CPU so that the wide temporaries stay in the
+    cache, and room for one of them in FP32 or wider."""
+    num_rows, width = rows_TF.shape
+    step = num_rows if rows_TF.is_cuda else max(1, _CHUNK_ELEMENTS // max(width, 1))
+    step = max(min(step, num_rows), 1)
+    dtype = torch.promote_types(rows_TF.dtype, torch.float32)
+    chunks = [slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step)]
+    return chunks, rows_TF.new_empty((step, width), dtype=dtype)
+
+
+def _widened(rows_TF: Tensor, scratch_TF: Tensor) -> Tensor:
+    if rows_TF.dtype == scratch_TF.dtype:
+        return rows_TF
+    return scratch_TF[: len(rows_TF)].copy_(rows_TF)
+
+
+def _destination(rows_TF: Tensor, scratch_TF: Tensor) -> Tensor:
+    """Where to compute what ends in `rows_TF`: there, or in `scratch_TF` if that is wider."""
+    return rows_TF if rows_TF.dtype == scratch_TF.dtype else scratch_TF[: len(rows_TF)]
+
+
 class _GroupedMlp(torch.autograd.Function):
     """The routing weight multiplies the activation, before the second product, as in Megatron-Core
     (transformer/moe/experts.py, TEGroupedMLP.forward). Elementwise work is done in FP32: for BF16
@@ -197,12 +273,8 @@ class _GroupedMlp(torch.autograd.Function):
         probabilities_T: Tensor | None,
         rows_per_expert: list[int],
     ) -> Tensor:
-        relu_TF = _product(x_TD, weight1_EFD.transpose(1, 2), rows_per_expert).clamp_min_(0)
-        wide_TF = relu_TF.to(torch.promote_types(relu_TF.dtype, torch.float32))
-        activation_TF = wide_TF * wide_TF
-        if probabilities_T is not None:
-            activation_TF.mul_(probabilities_T.unsqueeze(1))
-        activation_TF = activation_TF.to(relu_TF.dtype)
+        hidden_TF = _product(x_TD, weight1_EFD.transpose(1, 2), rows_per_expert)
+        relu_TF, activation_TF = _activate(hidden_TF, probabilities_T)
         ctx.save_for_backward(
             x_TD, weight1_EFD, weight2_EDF, probabilities_T, relu_TF, activation_TF
         )
@@ -219,19 +291,9 @@ class _GroupedMlp(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             grad_weight2_EDF = _outer_product(grad_y_TD, activation_TF, rows_per_expert)
         grad_activation_TF = _product(grad_y_TD, weight2_EDF, rows_per_expert)
-
-        # With a = p r², r = relu(h): ∂p = Σ_F r² ∂a and ∂h = 2 p r ∂a share r ∂a.
-        wide_TF = relu_TF.to(torch.promote_types(relu_TF.dtype, torch.float32))
-        grad_hidden_TF = wide_TF * grad_activation_TF
-        grad_probabilities_T = None
-        if probabilities_T is None:
-            grad_hidden_TF.mul_(2)
-        else:
-            if ctx.needs_input_grad[3]:
-                grad_probabilities_T = (wide_TF * grad_hidden_TF).sum(-1).to(probabilities_T.dtype)
-            grad_hidden_TF.mul_((2 * probabilities_T).unsqueeze(1))
-        grad_hidden_TF = grad_hidden_TF.to(relu_TF.dtype)
-
+        grad_hidden_TF, grad_probabilities_T = _activate_backward(
+            grad_activation_TF, relu_TF, probabilities_T, ctx.needs_input_grad[3]
+        )
         grad_weight1_EFD = None
         if ctx.needs_input_grad[1]:
             grad_weight1_EFD = _outer_product(grad_hidden_TF, x_TD, rows_per_expert)
@@ -259,7 +321,7 @@ def grouped_mlp(
     rows_per_expert: list[int] = tokens_per_expert_E
     assert len(rows_per_expert) == weight1_EFD.shape[0], (len(rows_per_expert), weight1_EFD.shape)
     assert sum(rows_per_expert) == x_TD.shape[0], (sum(rows_per_expert), x_TD.shape)
-    num_experts, fullest = len(rows_per_expert), max(rows_per_expert)
+    num_experts, fullest = len(rows_per_expert), _block_rows(rows_per_expert)
     num_padding = fullest * num_experts - x_TD.shape[0]
     if 0 < num_padding <= affordable_padding(weight1_EFD) * num_experts:
         counts_E = torch.tensor(rows_per_expert)

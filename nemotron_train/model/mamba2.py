@@ -30,6 +30,7 @@ from nemotron_train.model.causal_conv import causal_conv
 from nemotron_train.model.documents import PackedDocuments
 from nemotron_train.model.gated_norm import gated_rms_norm
 from nemotron_train.model.sharding import mark_sharded, split_components
+from nemotron_train.model.split import split_to_batch_first
 from nemotron_train.model.ssd import ssd
 from nemotron_train.platform.device import parameter_device
 
@@ -144,9 +145,8 @@ class Mamba2Mixer(MegatronModule):
         mamba = self.mamba
         documents_BS = packed_seq_params.ids_or_none if packed_seq_params is not None else None
         zxbcdt_SBF, _ = self.in_proj(hidden_states)
-        zxbcdt_BSF = zxbcdt_SBF.transpose(0, 1)
-        z_BSI, xbc_BSC, dt_BSH = torch.split(
-            zxbcdt_BSF, [self.inner_width, sum(self.conv_components), self.num_heads], dim=-1
+        z_BSI, xbc_BSC, dt_BSH = split_to_batch_first(
+            zxbcdt_SBF, [self.inner_width, sum(self.conv_components), self.num_heads]
         )
         xbc_BSC = causal_conv(
             xbc_BSC, self.conv_weight, self.conv_bias, document_ids_BS=documents_BS

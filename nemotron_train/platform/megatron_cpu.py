@@ -16,6 +16,7 @@ import contextlib
 import importlib
 import types
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
@@ -42,6 +43,9 @@ IMPORTED_EARLY = (
     "megatron.core.distributed",
     "megatron.core.optimizer",
 )
+
+# What param_and_grad_buffer calls on whole buffers, in place, once a step.
+WHOLE_BUFFER_COLLECTIVES = ("dist_all_gather_func", "dist_reduce_scatter_func")
 
 
 class Stream:
@@ -199,6 +203,20 @@ def _move_to_host(tensor: object, as_numpy: bool = False, record_stream: bool = 
     return tensor
 
 
+def _unless_alone(collective: Callable) -> Callable:
+    """`collective` into its own input, as a group of one: nothing to do. Gloo would copy the whole
+    buffer, a tenth of an optimizer step (NCCL does nothing either)."""
+
+    def collect(
+        output: torch.Tensor, source: torch.Tensor, *, group: Any, **options: object
+    ) -> object:
+        if group.size() == 1 and output.data_ptr() == source.data_ptr():
+            return None
+        return collective(output, source, group=group, **options)
+
+    return collect
+
+
 def _replace_everywhere(name: str, original: Callable, replacement: Callable) -> None:
     """Rebind `name` in every loaded Megatron module that imported `original` by value."""
     import sys
@@ -257,4 +275,7 @@ def install() -> None:
             importlib.import_module(module_name)
     name = "maybe_move_tensor_to_cpu"
     _replace_everywhere(name, getattr(moe_utils, name), _move_to_host)
+    buffers = importlib.import_module("megatron.core.distributed.param_and_grad_buffer")
+    for name in WHOLE_BUFFER_COLLECTIVES:
+        setattr(buffers, name, _unless_alone(getattr(buffers, name)))
     _installed = True

@@ -6,6 +6,7 @@ import inspect
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import megatron.core
@@ -99,6 +100,22 @@ def test_optimizer_still_loads_without_steps() -> None:
     assert "tensors[key]" in inspect.getsource(
         DistributedOptimizer._set_main_param_and_optimizer_states
     )
+
+
+@pytest.mark.parametrize("name", megatron_cpu.WHOLE_BUFFER_COLLECTIVES)
+def test_whole_buffer_collectives_are_still_called_in_place(name: str) -> None:
+    """They go to gloo unless the group is one rank and source and result are the same memory.
+    That gloo copies is not tested: it is a matter of time only."""
+    from megatron.core.distributed import param_and_grad_buffer
+
+    assert f"{name}(" in inspect.getsource(param_and_grad_buffer)
+    calls = []
+    collect = megatron_cpu._unless_alone(lambda *args, **options: calls.append(options))
+    buffer = torch.zeros(4)
+    for size, source in ((1, buffer), (1, buffer.clone()), (2, buffer)):
+        group = types.SimpleNamespace(size=lambda size=size: size)
+        collect(buffer, source, group=group, async_op=False)
+    assert len(calls) == 2 and calls[0]["async_op"] is False
 
 
 def test_refused_where_a_gpu_is_present(monkeypatch: pytest.MonkeyPatch) -> None:
