@@ -53,8 +53,8 @@ def pretrain(config: Config) -> int:
     enforce(config, replace(surroundings, native=backend.native), console.print)
     train_data, validation_data = open_data(config, console.print)
     groups = process_groups.start(config.parallel, platform.backend)
+    folder, parent, problem = None, None, ""
     try:
-        folder, parent, problem = None, None, ""
         if is_first_rank:
             try:
                 parent = check_branch(config, train_data) if config.branch else None
@@ -89,6 +89,8 @@ def pretrain(config: Config) -> int:
             finish(folder, summary, console)
         return EXIT_DONE if summary["finished"] else EXIT_STOPPED
     finally:
+        if folder is not None:
+            folder.close()
         process_groups.stop()
 
 

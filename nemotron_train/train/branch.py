@@ -51,11 +51,11 @@ def check_branch(config: Config, train_data: BatchSource) -> dict[str, Any] | No
     a run that would end before it begins.
     """
     path = run_path(config)
-    if steps_in(path / "checkpoints"):
-        return None
     run, step = parse_branch(config.branch)
     if path.resolve() == run.resolve():
         raise ConfigError(f"name={config.name}: is the run to branch from; give another name")
+    if steps_in(path / "checkpoints"):
+        return None
     checkpoint = branch_checkpoint(config.branch)
     check_model(checkpoint, config.model)
     parent = read_config(run, step)

@@ -4,18 +4,18 @@ Second truth: the uninterrupted run, in another process. Same layout only; loadi
 is not covered here.
 """
 
-import io
 import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
-from torch.distributed.checkpoint import FileSystemReader
 
 Small = tuple[Path, list[str]]
+Metrics = Callable[[Path], list[dict]]
+Weights = Callable[[Path, int], dict[str, object]]
 LONG = ["train.total_tokens=5120"]  # 20 steps of 256 tokens
 
 
@@ -23,31 +23,6 @@ def pretrain(small_run: Small, *overrides: str) -> subprocess.CompletedProcess[s
     folder, common = small_run
     command = [sys.executable, "-m", "nemotron_train", "pretrain", *common, *LONG, *overrides]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
-
-
-def metrics(folder: Path) -> list[dict]:
-    """All lines but the times."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    timed = ("tokens_per_second", "step_seconds")
-    return [{k: v for k, v in row.items() if k not in timed} for row in rows]
-
-
-def weights(folder: Path, step: int) -> dict[str, object]:
-    """Every saved tensor (its bytes) and every other saved value, and the data's cursor.
-
-    The values are compared, not their pickles, which also tell which equal strings were one
-    object: a loaded state differs there from one that was never saved.
-    """
-    checkpoint = folder / "checkpoints" / f"step_{step:08d}"
-    saved: dict[str, object] = {"progress": (checkpoint / "progress.json").read_text()}
-    for index, place in FileSystemReader(checkpoint).read_metadata().storage_data.items():
-        with open(checkpoint / place.relative_path, "rb") as file:
-            file.seek(place.offset)
-            content: object = file.read(place.length)
-        if index.offset is None:
-            content = torch.load(io.BytesIO(content), weights_only=True)
-        saved[f"{index.fqn} {index.offset}"] = content
-    return saved
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +33,9 @@ def whole(small_run: Small) -> Path:
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_cut_in_two_equals_uninterrupted(small_run: Small, whole: Path, dtype: str) -> None:
+def test_cut_in_two_equals_uninterrupted(
+    small_run: Small, whole: Path, dtype: str, metrics: Metrics, weights: Weights
+) -> None:
     """Steps 1-20 against 1-10 and, in a new process, 11-20: losses, gradients, weights."""
     if dtype == "bf16":
         assert pretrain(small_run, "name=whole_bf16", "precision=bf16").returncode == 0
@@ -133,7 +110,7 @@ def test_another_model_is_refused(small_run: Small, whole: Path) -> None:
     assert "hidden_size" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_signal_saves_and_exits_with_3(small_run: Small) -> None:
+def test_signal_saves_and_exits_with_3(small_run: Small, metrics: Metrics) -> None:
     """SIGTERM in the middle: a checkpoint of the step reached, exit code 3, then resumable."""
     import signal
 
