@@ -72,6 +72,23 @@ def run_report(arguments: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
+def run_sweep(arguments: argparse.Namespace) -> int:
+    from nemotron_train.launch.sweep import is_finished, plan_sweep, run_sweep
+    from nemotron_train.report.gap import report_gaps
+
+    sweep, console = plan_sweep(arguments.overrides), _console()
+    if arguments.dry_run:
+        for cell in sweep.cells:
+            console.print(" ".join(cell.overrides), highlight=False, soft_wrap=True)
+        return EXIT_DONE
+    failed = run_sweep(sweep, console)
+    if any(is_finished(sweep.folder / cell.name) for cell in sweep.cells):
+        report_gaps(sweep.folder, console)
+    if failed:
+        console.print(f"failed: {', '.join(failed)}; the same command tries again", soft_wrap=True)
+    return EXIT_FAILED if failed else EXIT_DONE
+
+
 def run_propose(arguments: argparse.Namespace) -> int:
     from nemotron_train.report.propose import ProposeConfig, propose
 
@@ -149,6 +166,11 @@ def _report_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder")
 
 
+def _sweep_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("overrides", nargs="+", metavar="KNOB=VALUE")
+    parser.add_argument("--dry-run", action="store_true", help="print the cells, run nothing")
+
+
 def _propose_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="a run folder with telemetry")
     parser.add_argument("overrides", nargs="+", metavar="KNOB=VALUE")
@@ -207,6 +229,25 @@ The same command again continues where it stopped.
         run_report,
         _report_arguments,
         "Examples:\n  nemotron-train report runs/tiny\n  nemotron-train report runs/*\n",
+    ),
+    "sweep": Verb(
+        "a grid of runs (precision x seed x size) on this machine, and their loss gaps",
+        run_sweep,
+        _sweep_arguments,
+        """\
+Overrides are those of pretrain, with several values where a grid is wanted (Hydra's multirun
+grammar). Knobs of the sweep itself:
+  sweep=RECIPE                   a file under recipes/sweep/
+  name=NAME                      run folders lie in runs/NAME/ (default: the recipe's name)
+  at_once=N                      runs at a time; the cores are divided among them (default 1)
+  baseline=GROUP                 what the others are compared with
+
+Examples:
+  nemotron-train sweep sweep=loss_gap at_once=2
+  nemotron-train sweep precision=bf16,nvfp4_all train.seed=1,2,3 name=mine
+
+The same command again runs what is not finished yet.
+""",
     ),
     "precision propose": Verb(
         "what to keep above NVFP4 under a budget of FLOPs, from a run's telemetry, as a plan",

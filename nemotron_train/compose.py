@@ -86,8 +86,9 @@ def to_typed(schema: type, base: Any, overrides: Sequence[Any]) -> Any:
         raise _as_config_error(error, knobs) from error
 
 
-def parse_overrides(overrides: Sequence[str]) -> list[Any]:
-    """Hydra's `Override` objects; ConfigError for what is no `KNOB=VALUE`, or is a sweep."""
+def parse_overrides(overrides: Sequence[str], sweeps: bool = False) -> list[Any]:
+    """Hydra's `Override` objects; ConfigError for what is no `KNOB=VALUE`, or, unless `sweeps`
+    are taken, for several values at once."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
@@ -101,8 +102,11 @@ def parse_overrides(overrides: Sequence[str]) -> list[Any]:
             raise ConfigError(f"{text!r} is no override KNOB=VALUE ({reason})") from error
         if override.is_delete():
             raise ConfigError(f"{text}: a knob cannot be deleted; set it with KNOB=VALUE")
-        if override.is_sweep_override():
-            raise ConfigError(f"{text}: several values at once are a sweep; give one value")
+        if override.is_sweep_override() and not sweeps:
+            raise ConfigError(
+                f"{text}: several values at once are a sweep; give one value, or use "
+                "`nemotron-train sweep`"
+            )
         parsed.append(override)
     return parsed
 

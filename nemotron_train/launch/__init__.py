@@ -1,0 +1,1 @@
+"""Several processes from one command: sweeps on this machine."""
