@@ -78,7 +78,7 @@ def plan_sweep(overrides: Sequence[str]) -> Sweep:
             )
         derive(compose_config(cell.overrides))
     groups = list(dict.fromkeys(cell.group for cell in cells))
-    baseline = own.get("baseline", recipe.get("baseline", groups[0]))
+    baseline = own["baseline"] if "baseline" in own else recipe.get("baseline", groups[0])
     if baseline not in groups:
         raise ConfigError(
             f"baseline={baseline}: no such group{nearest(baseline, groups)}; "
