@@ -82,7 +82,8 @@ def run_sweep(arguments: argparse.Namespace) -> int:
             console.print(" ".join(cell.overrides), highlight=False, soft_wrap=True)
         return EXIT_DONE
     failed = run_sweep(sweep, console)
-    if any(is_finished(sweep.folder / cell.name) for cell in sweep.cells):
+    reference = [cell for cell in sweep.cells if cell.group == sweep.baseline]
+    if any(is_finished(sweep.folder / cell.name) for cell in reference):
         report_gaps(sweep.folder, console)
     if failed:
         console.print(f"failed: {', '.join(failed)}; the same command tries again", soft_wrap=True)
