@@ -5,6 +5,7 @@ the meta device. Not covered: whether the upstream faults are as their threads s
 """
 
 from dataclasses import replace
+from functools import cache
 
 import pytest
 
@@ -92,8 +93,14 @@ SILENT = [
 ]
 
 
+@cache
+def composed(*overrides: str) -> Config:
+    """Nobody changes it."""
+    return compose_config(overrides)
+
+
 def fired(overrides: list[str], surroundings: Surroundings) -> set[str]:
-    return {finding.name for finding in findings(compose_config(overrides), surroundings)}
+    return {finding.name for finding in findings(composed(*overrides), surroundings)}
 
 
 @pytest.mark.parametrize(("name", "overrides", "surroundings"), FIRES)
@@ -175,7 +182,7 @@ def test_this_environment_is_the_tested_one() -> None:
 
 
 def backend(backend: Backend, surroundings: Surroundings, *overrides: str):
-    config = compose_config([*SUPER, f"precision.backend={backend}", *overrides])
+    config = composed(*SUPER, f"precision.backend={backend}", *overrides)
     return choose(config, replace(surroundings, native=False))
 
 

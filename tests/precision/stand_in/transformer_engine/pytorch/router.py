@@ -1,0 +1,9 @@
+"""Fused routing, which Megatron names at import; the router of these models is another."""
+
+
+def fused_topk_with_score_function(*args: object, **kwargs: object) -> None:
+    raise AssertionError("not used here")
+
+
+fused_compute_score_for_moe_aux_loss = fused_topk_with_score_function
+fused_moe_aux_loss = fused_topk_with_score_function
