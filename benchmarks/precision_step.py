@@ -6,7 +6,9 @@ Each plan has a process of its own with the same threads and allocator settings,
 and steps only when told to: the first plan, the second, the first, ... so all see the same
 machine and never compute at once. Every other plan is compared with the first. Memory is the
 peak resident size of the process over its steps, and that less what it was with everything
-imported and nothing built.
+imported and nothing built. CPU seconds, of all threads, hardly depend on what else the machine
+does: with --threads 1 they are the step time of an idle one (threads that wait for each other
+count as busy).
 
 The sequences and micro-batches are those of recipes/train/proxy_10m, whose steps have four
 micro-batches to our one unless --micro-batches says otherwise: one is the worst case, since a
@@ -46,8 +48,8 @@ def _memory(field: str) -> float:
 
 
 def _serve(overrides: list[str], num_threads: int, pipe: Connection) -> None:
-    """Child process: build once, then answer "step" with seconds, "profile" with a table and
-    "memory" with (MiB before the model, MiB at most)."""
+    """Child process: build once, then answer "step" with (seconds, CPU seconds), "profile" with a
+    table and "memory" with (MiB before the model, MiB at most)."""
     keep_freed_memory()
     from benchmarks.our_step import build_step
     from nemotron_train import run  # noqa: F401  everything imported, for the memory before
@@ -61,9 +63,9 @@ def _serve(overrides: list[str], num_threads: int, pipe: Connection) -> None:
         elif request == "memory":
             pipe.send((before, _memory("VmHWM")))
         else:
-            start = time.perf_counter()
+            start, cpu_start = time.perf_counter(), time.process_time()
             step()
-            pipe.send(time.perf_counter() - start)
+            pipe.send((time.perf_counter() - start, time.process_time() - cpu_start))
 
 
 class Worker:
@@ -89,9 +91,10 @@ class Worker:
 
 @dataclass(frozen=True)
 class Measured:
-    """Of one plan: seconds of each round, MiB before the model and at most."""
+    """Of one plan: seconds and CPU seconds of each round, MiB before the model and at most."""
 
     seconds: list[float]
+    cpu_seconds: list[float]
     before: float
     peak: float
 
@@ -103,12 +106,13 @@ def measure(
     for worker in workers.values():
         for _ in range(num_warm_up):  # kernels chosen, compiled and memory touched
             worker.ask("step")
-    seconds: dict[str, list[float]] = {plan: [] for plan in workers}
+    steps: dict[str, list[tuple[float, float]]] = {plan: [] for plan in workers}
     for _ in range(num_rounds):
         for plan, worker in workers.items():
-            seconds[plan].append(worker.ask("step"))
+            steps[plan].append(worker.ask("step"))
     return {
-        plan: Measured(seconds[plan], *worker.ask("memory")) for plan, worker in workers.items()
+        plan: Measured([wall for wall, _ in steps[plan]], [cpu for _, cpu in steps[plan]], *memory)
+        for plan, memory in ((plan, worker.ask("memory")) for plan, worker in workers.items())
     }
 
 
@@ -117,14 +121,20 @@ def table(measured: dict[str, Measured]) -> str:
     first = next(iter(measured.values()))
     lines = [
         f"{'plan':28}{'median ms':>10}{'fastest':>9}{'x median':>10}{'x fastest':>10}"
-        f"{'peak MiB':>10}{'x':>6}{'model MiB':>11}{'x':>6}"
+        f"{'x CPU':>7}{'peak MiB':>10}{'x':>6}{'model MiB':>11}{'x':>6}"
     ]
     for plan, one in measured.items():
-        rounds = [a / b for a, b in zip(one.seconds, first.seconds, strict=True)]
+        ratio, cpu_ratio = (
+            statistics.median(a / b for a, b in zip(mine, of_first, strict=True))
+            for mine, of_first in (
+                (one.seconds, first.seconds),
+                (one.cpu_seconds, first.cpu_seconds),
+            )
+        )
         own, own_first = one.peak - one.before, first.peak - first.before
         lines.append(
             f"{plan:28}{statistics.median(one.seconds) * 1e3:10.0f}{min(one.seconds) * 1e3:9.0f}"
-            f"{statistics.median(rounds):10.2f}{min(one.seconds) / min(first.seconds):10.2f}"
+            f"{ratio:10.2f}{min(one.seconds) / min(first.seconds):10.2f}{cpu_ratio:7.2f}"
             f"{one.peak:10.0f}{one.peak / first.peak:6.2f}{own:11.0f}{own / own_first:6.2f}"
         )
     return "\n".join(lines)

@@ -23,10 +23,10 @@ from torch import Tensor
 from nemotron_train.precision.rounding import RandomWords
 
 _SOURCE = Path(__file__).with_name("quantize.c")
-# -O3 takes three times as long to compile and is hardly faster. The two steps leave OpenMP's
+# -O3 takes twice as long to compile and is hardly faster. The two steps leave OpenMP's
 # functions open, to be found in the library that torch has loaded: one pool of threads, not two
 # that fight over the cores.
-_COMPILE = ("-O2", "-ftree-vectorize", "-march=native", "-ffp-contract=off", "-std=c11", "-fPIC")
+_COMPILE = ["-O2", "-ftree-vectorize", "-fpeel-loops", "-march=native", "-ffp-contract=off"]
 _SECONDS = 60
 
 
@@ -55,15 +55,13 @@ class Kernels:
     def __init__(self, library: ctypes.CDLL) -> None:
         matrix, pointer = ctypes.POINTER(_Matrix), ctypes.c_void_p
         int32, int64 = ctypes.c_int, ctypes.c_int64
-        self._amax, self._nvfp4, self._mxfp8 = (
-            library.strip_amax,
-            library.nvfp4_operand,
-            library.mxfp8_operand,
-        )
+        self._amax, self._mxfp8 = library.strip_amax, library.mxfp8_operand
+        self._nvfp4, self._nvfp4_codes = library.nvfp4_operand, library.nvfp4_codes
         self._amax.argtypes = (matrix, int64, int32, pointer)
         self._nvfp4.argtypes = (matrix, int32, pointer, int64, pointer, int32, pointer)
+        self._nvfp4_codes.argtypes = (matrix, int32, pointer, int32, pointer, pointer)
         self._mxfp8.argtypes = (matrix, int32, pointer, int32, pointer)
-        for function in (self._amax, self._nvfp4, self._mxfp8):
+        for function in (self._amax, self._nvfp4, self._nvfp4_codes, self._mxfp8):
             function.restype = None
 
     def strip_amax(self, x: Tensor, height: int) -> Tensor:
@@ -76,7 +74,8 @@ class Kernels:
         self, x: Tensor, layout: int, amax: Tensor, words: RandomWords | None
     ) -> Tensor:
         """BF16 [R, C], codes times block scales. layout: blocks are 0: 1 x 16; 1: 16 x 1;
-        2: 16 x 16. amax: FP32, of the tensor, or of each row's (layout 0) or 16 rows' tensor."""
+        2: 16 x 16, to nearest only. amax: FP32, of the tensor, or of each row's (layout 0) or 16
+        rows' tensor."""
         out = torch.empty(x.shape, dtype=torch.bfloat16)
         drawn = None
         if words is not None:
@@ -90,6 +89,16 @@ class Kernels:
         threads = torch.get_num_threads()
         self._nvfp4(_matrix(x), layout, amax.data_ptr(), stride, drawn, threads, out.data_ptr())
         return out
+
+    def nvfp4_codes(self, x: Tensor, layout: int, amax: Tensor) -> tuple[Tensor, Tensor]:
+        """To nearest: codes and scales as `NVFP4Tensor` has them. layout 0 or 2; amax: FP32."""
+        num_rows, num_columns = x.shape
+        scale_rows = num_rows if layout == 0 else -(-num_rows // 16) * 16
+        codes = torch.empty(num_rows, -(-num_columns // 2), dtype=torch.uint8)
+        scales = torch.empty(scale_rows, -(-num_columns // 16), dtype=torch.uint8)
+        threads, out = torch.get_num_threads(), (codes.data_ptr(), scales.data_ptr())
+        self._nvfp4_codes(_matrix(x), layout, amax.data_ptr(), threads, *out)
+        return codes, scales
 
     def mxfp8_operand(self, x: Tensor, layout: int, amax: Tensor) -> Tensor:
         """BF16 [R, C] relative to the scale of `amax`. layout: blocks are 0: 1 x 32; 1: 32 x 1.
@@ -127,7 +136,7 @@ def _build(compiler: str) -> ctypes.CDLL:
     with tempfile.TemporaryDirectory() as folder:
         compiled, library = Path(folder, "quantize.o"), Path(folder, "quantize.so")
         for arguments in (
-            [*_COMPILE, "-fopenmp", "-c", str(_SOURCE), "-o", str(compiled)],
+            [*_COMPILE, "-std=c11", "-fPIC", "-fopenmp", "-c", str(_SOURCE), "-o", str(compiled)],
             ["-shared", str(compiled), "-o", str(library)],
         ):
             subprocess.run(

@@ -96,6 +96,14 @@ def quantize_nvfp4(
 
     The arguments of `nvfp4_operand`, which training uses; this one stores and is compared.
     """
+    compiled = kernels() if x.device.type == "cpu" and random_words is None else None
+    if compiled is not None:
+        matrix = operand_matrix(x)
+        if amax is None:
+            amax = _largest_of_each(compiled.strip_amax(matrix, BLOCK), None)
+        amax = amax.float() if reduce_amax is None else reduce_amax(amax.float())
+        packed, bits = compiled.nvfp4_codes(matrix, 2 if block == "2d" else 0, amax)
+        return NVFP4Tensor(packed, bits, amax, x.shape)
     blocks = _Blocks(x, block, dim=-1)
     scales = blocks.scales(amax, reduce_amax)
     words = None if random_words is None else blocks.split(random_words)
@@ -149,7 +157,8 @@ def nvfp4_operand(
     Source: Transformer Engine 2.17.1's quantization_ref_nvfp4.py; `round_e2m1` for the stochastic.
     """
     compiled = kernels() if x.device.type == "cpu" else None
-    if compiled is not None and not isinstance(random_words, Tensor):
+    one_pass = block == "1d" or random_words is None
+    if compiled is not None and one_pass and not isinstance(random_words, Tensor):
         layout = 2 if block == "2d" else 1 + dim
         return _in_one_pass(compiled, x, layout, random_words, amax, reduce_amax, rows_per_tensor)
     if isinstance(random_words, RandomWords):
@@ -191,9 +200,7 @@ def _in_one_pass(
     lengths = None if rows_per_tensor is None else rows_per_tensor // height
     if amax is None:
         amax = _largest_of_each(compiled.strip_amax(matrix, height), lengths)
-    amax = amax.float()
-    if reduce_amax is not None:
-        amax = reduce_amax(amax)
+    amax = amax.float() if reduce_amax is None else reduce_amax(amax.float())
     per_strip = amax if lengths is None else amax.repeat_interleave(lengths)
     values = compiled.nvfp4_operand(matrix, layout, per_strip, random_words)
     return Operand(values.view(x.shape), amax, GLOBAL_DIVISOR)

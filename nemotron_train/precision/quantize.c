@@ -1,13 +1,13 @@
 /* Quantization of a matrix in one pass over it, for a CPU: the arithmetic of nvfp4.py, mxfp8.py and
-   rounding.py operation by operation, so that the bits are the same (tests/precision/test_compiled.py).
+   rounding.py operation by operation, so that the bits are the same (test_compiled.py asks).
 
    Owns: the loops. Does not own: the definitions and their sources (the Python files say them), the
    tensor's largest magnitude (found first, since ranks may share it), how this is built and called
    (compiled.py, which keeps the compiler from fusing multiplications with additions).
 
    A block is `height` x `width` elements with one scale. A strip is one block high and goes to one
-   thread; within it TILE columns at a time stay in the first-level cache. The loops over a tile have
-   no branch and a constant length, so that a compiler makes vector instructions of them. */
+   thread; within it TILE columns at a time stay in the first-level cache. The loops over a tile
+   have no branch and a constant length, so that a compiler makes vector instructions of them. */
 
 #include <math.h>
 #include <stdint.h>
@@ -15,7 +15,8 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
-enum format { NVFP4, MXFP8 };
+/* What a tile becomes: an operand of a product (code times block scale), or NVFP4's codes. */
+enum output { NVFP4_OPERAND, NVFP4_CODES, MXFP8_OPERAND };
 enum { TILE = 64, MAX_HEIGHT = 32, WORK_PER_THREAD = 1 << 14 };
 
 static const float FLOAT_MAX = 3.40282346638528859812e38f;
@@ -25,6 +26,18 @@ struct words {
     uint64_t seed;
     uint32_t stream, step;
     int64_t row_offset, column_offset;
+};
+
+/* What all blocks of a tensor share. */
+struct scales {
+    float sixth, decode_all; /* NVFP4 */
+    int32_t largest;         /* MXFP8 */
+};
+
+/* Where results go: an operand's BF16 [rows, columns], or codes and block scales. */
+struct target {
+    uint16_t *operand;
+    uint8_t *codes, *scales;
 };
 
 struct matrix {
@@ -83,11 +96,18 @@ INLINE int32_t scale_exponent(float amax) {
     return (exponent > 254 ? 254 : exponent) - 127;
 }
 
+/* e2m1_codes in nvfp4.py, to nearest: the code of a scaled number, as a number. */
+INLINE float e2m1_code(float scaled) {
+    scaled = scaled != scaled ? 0.0f : at_most(at_least(scaled, -6.0f), 6.0f);
+    uint32_t half_binade = bits_of(fabsf(round_to_nearest(scaled, 1, 0)) + 0.25f) >> 22;
+    uint32_t sign = bits_of(scaled + 0.0f) >> 28 & 8;
+    return (float)(int32_t)((half_binade > 252 ? half_binade - 252 : 0) | sign);
+}
+
 /* What a block multiplies its elements by, before rounding and after. */
-INLINE void nvfp4_scale(float amax, float sixth, float decode_all, float *encode, float *decode) {
-    float scale = round_to_nearest(at_most(amax * sixth, 448.0f), 3, -6);
-    float inverse = at_most(1.0f / (scale * decode_all), FLOAT_MAX);
-    *encode = scale == 0.0f ? 0.0f : inverse;
+INLINE void nvfp4_scale(float amax, struct scales scales, float *encode, float *decode) {
+    float scale = round_to_nearest(at_most(amax * scales.sixth, 448.0f), 3, -6);
+    *encode = at_most(1.0f / (scale * scales.decode_all), FLOAT_MAX);
     *decode = scale;
 }
 
@@ -138,22 +158,34 @@ INLINE void load(const struct matrix *x, int64_t row, int64_t column, int count,
     for (int i = count; i < TILE; i++) values[i] = 0.0f;
 }
 
-/* One row of a tile to the operand's BF16, exactly: a code times its block's scale fits. */
-INLINE void store(const float *values, int count, uint16_t *to) {
+/* One row of a tile to an operand's BF16, exactly: a code times its block's scale fits. */
+INLINE void store_operand(const float *values, int count, uint16_t *to) {
     for (int i = 0; i < count; i++) to[i] = (uint16_t)(bits_of(values[i]) >> 16);
 }
 
-struct scales {
-    float sixth, decode_all; /* NVFP4 */
-    int32_t largest;         /* MXFP8 */
-};
+/* One row of a tile of codes, two to a byte, the first in the lower half. */
+INLINE void store_codes(const float *values, int count, uint8_t *to) {
+    for (int i = 0; i < (count + 1) / 2; i++)
+        to[i] = (uint8_t)((int32_t)values[2 * i] | (int32_t)values[2 * i + 1] << 4);
+}
 
+/* Scales that are numbers of E4M3 already, as its bits. */
+INLINE void store_scales(const float *scales, int count, uint8_t *to) {
+    for (int i = 0; i < count; i++) {
+        uint32_t normal = (bits_of(scales[i]) >> 20) - ((127 - 7) << 3);
+        uint32_t subnormal = (uint32_t)(int32_t)(scales[i] * 512.0f);
+        uint32_t bits = scales[i] < 0x1p-6f ? subnormal : normal;
+        to[i] = (uint8_t)(scales[i] != scales[i] ? 0x7F : bits);
+    }
+}
+
+/* Writes the scales of the tile's blocks too. */
 INLINE void quantize_tile(
-    enum format format, int height, int width, float values[][TILE], const uint8_t *const *words,
-    struct scales scales
+    enum output output, int height, int width, float values[][TILE], const uint8_t *const *words,
+    struct scales scales, float *block_decode
 ) {
     uint32_t largest[TILE];
-    float block_encode[TILE], block_decode[TILE], encode[TILE], decode[TILE];
+    float block_encode[TILE], encode[TILE], decode[TILE];
     for (int i = 0; i < TILE; i++) largest[i] = bits_of(values[0][i]) & 0x7FFFFFFFu;
     for (int row = 1; row < height; row++)
         for (int i = 0; i < TILE; i++)
@@ -165,10 +197,13 @@ INLINE void quantize_tile(
     }
     for (int block = 0; block < TILE / width; block++) {
         float amax = float_of(largest[block]);
-        if (format == NVFP4)
-            nvfp4_scale(amax, scales.sixth, scales.decode_all, &block_encode[block], &block_decode[block]);
-        else
+        if (output == MXFP8_OPERAND)
             mxfp8_scale(amax, scales.largest, &block_encode[block], &block_decode[block]);
+        else
+            nvfp4_scale(amax, scales, &block_encode[block], &block_decode[block]);
+        /* Zeros of a block whose scale rounded to zero are +0 in an operand. */
+        if (output == NVFP4_OPERAND)
+            block_encode[block] = block_decode[block] == 0.0f ? 0.0f : block_encode[block];
     }
     for (int block = 0; block < TILE / width; block++)
         for (int i = block * width; i < (block + 1) * width; i++) {
@@ -178,27 +213,27 @@ INLINE void quantize_tile(
     for (int row = 0; row < height; row++)
         for (int i = 0; i < TILE; i++) {
             float value = values[row][i] * encode[i];
-            if (format == MXFP8) {
-                value = round_to_nearest(at_most(at_least(value, -448.0f), 448.0f), 3, -6);
-            } else {
-                value = at_most(at_least(value, -6.0f), 6.0f);
-                if (words)
-                    value = round_stochastically(value, words[row][i]) * 0.5f;
-                else
-                    value = round_to_nearest(value, 1, 0);
-            }
-            values[row][i] = value * decode[i];
+            float limit = output == MXFP8_OPERAND ? 448.0f : 6.0f;
+            float clamped = at_most(at_least(value, -limit), limit);
+            if (output == NVFP4_CODES)
+                values[row][i] = e2m1_code(value);
+            else if (output == MXFP8_OPERAND)
+                values[row][i] = round_to_nearest(clamped, 3, -6) * decode[i];
+            else if (words)
+                values[row][i] = round_stochastically(clamped, words[row][i]) * 0.5f * decode[i];
+            else
+                values[row][i] = round_to_nearest(clamped, 1, 0) * decode[i];
         }
 }
 
 INLINE void quantize_strip(
-    enum format format, int height, int width, int stochastic, const struct matrix *x,
-    int64_t strip, struct scales scales, const struct words *words, uint16_t *out
+    enum output output, int height, int width, int stochastic, const struct matrix *x,
+    int64_t strip, struct scales scales, const struct words *words, struct target target
 ) {
-    float values[MAX_HEIGHT][TILE];
+    float values[MAX_HEIGHT][TILE], block_decode[TILE] = {0};
     uint32_t keys[MAX_HEIGHT][2], buffers[MAX_HEIGHT][TILE / 4 + 1];
     const uint8_t *tile_words[MAX_HEIGHT];
-    int64_t top = strip * height;
+    int64_t top = strip * height, bytes = (x->columns + 1) / 2, blocks = (x->columns + 15) / 16;
     int64_t end = top + height < x->rows ? top + height : x->rows;
     if (stochastic)
         for (int row = 0; row < height; row++) row_key(words, top + row, keys[row]);
@@ -208,9 +243,19 @@ INLINE void quantize_strip(
         if (stochastic)
             for (int row = 0; row < height; row++)
                 tile_words[row] = row_words(keys[row], words->column_offset + column, buffers[row]);
-        quantize_tile(format, height, width, values, stochastic ? tile_words : 0, scales);
-        for (int64_t row = top; row < end; row++)
-            store(values[row - top], count, out + row * x->columns + column);
+        const uint8_t *const *drawn = stochastic ? tile_words : 0;
+        quantize_tile(output, height, width, values, drawn, scales, block_decode);
+        if (output == NVFP4_CODES) {
+            for (int64_t row = top; row < end; row++)
+                store_codes(values[row - top], count, target.codes + row * bytes + column / 2);
+            for (int64_t row = top; row < top + height; row++) {
+                uint8_t *to = target.scales + row * blocks + column / 16;
+                store_scales(block_decode, (count + 15) / 16, to);
+            }
+        } else {
+            for (int64_t row = top; row < end; row++)
+                store_operand(values[row - top], count, target.operand + row * x->columns + column);
+        }
     }
 }
 
@@ -238,37 +283,59 @@ void strip_amax(const struct matrix *x, int64_t height, int max_threads, float *
             largest = (uint32_t)narrow << 16;
         } else {
             const uint32_t *from = x->values;
-            for (int64_t i = start; i < end; i++) largest = max_bits(largest, from[i] & 0x7FFFFFFFu);
+            for (int64_t i = start; i < end; i++)
+                largest = max_bits(largest, from[i] & 0x7FFFFFFFu);
         }
         amax[strip] = float_of(largest);
     }
 }
 
-/* nvfp4_operand in nvfp4.py. layout: 0, blocks 1 x 16; 1, 16 x 1; 2, 16 x 16. amax: of the tensor
-   that a strip belongs to, `amax_stride` apart (0: one for all). words: null for nearest. out: BF16
-   [rows, columns]. */
+static struct scales nvfp4_scales(float amax) {
+    float encode_all = at_most(2688.0f / amax, FLOAT_MAX);
+    encode_all = encode_all == 0.0f ? 1.0f : encode_all;
+    return (struct scales){encode_all * (1.0f / 6.0f), 1.0f / encode_all, 0};
+}
+
+/* nvfp4_operand in nvfp4.py. layout: 0, blocks 1 x 16; 1, 16 x 1; 2, 16 x 16, to nearest only.
+   amax: of the tensor that a strip belongs to, `amax_stride` apart (0: one for all). words: null
+   for nearest. out: BF16 [rows, columns]. */
 void nvfp4_operand(
     const struct matrix *x, int layout, const float *amax, int64_t amax_stride,
     const struct words *words, int max_threads, uint16_t *out
 ) {
     int64_t strips = layout == 0 ? x->rows : (x->rows + 15) / 16;
+    struct target target = {out, 0, 0};
 #pragma omp parallel for schedule(static) num_threads(threads_for(x, max_threads))
     for (int64_t strip = 0; strip < strips; strip++) {
-        float encode_all = at_most(2688.0f / amax[strip * amax_stride], FLOAT_MAX);
-        encode_all = encode_all == 0.0f ? 1.0f : encode_all;
-        struct scales scales = {encode_all * (1.0f / 6.0f), 1.0f / encode_all, 0};
+        struct scales scales = nvfp4_scales(amax[strip * amax_stride]);
         if (layout == 0 && words)
-            quantize_strip(NVFP4, 1, 16, 1, x, strip, scales, words, out);
+            quantize_strip(NVFP4_OPERAND, 1, 16, 1, x, strip, scales, words, target);
         else if (layout == 0)
-            quantize_strip(NVFP4, 1, 16, 0, x, strip, scales, words, out);
+            quantize_strip(NVFP4_OPERAND, 1, 16, 0, x, strip, scales, 0, target);
         else if (layout == 1 && words)
-            quantize_strip(NVFP4, 16, 1, 1, x, strip, scales, words, out);
+            quantize_strip(NVFP4_OPERAND, 16, 1, 1, x, strip, scales, words, target);
         else if (layout == 1)
-            quantize_strip(NVFP4, 16, 1, 0, x, strip, scales, words, out);
-        else if (words)
-            quantize_strip(NVFP4, 16, 16, 1, x, strip, scales, words, out);
+            quantize_strip(NVFP4_OPERAND, 16, 1, 0, x, strip, scales, 0, target);
         else
-            quantize_strip(NVFP4, 16, 16, 0, x, strip, scales, words, out);
+            quantize_strip(NVFP4_OPERAND, 16, 16, 0, x, strip, scales, 0, target);
+    }
+}
+
+/* quantize_nvfp4 in nvfp4.py, to nearest. layout: 0, blocks 1 x 16; 2, 16 x 16. codes: [rows,
+   ceil(columns / 2)]; scales: [rows, ceil(columns / 16)], 2-D blocks' for each of their 16 rows. */
+void nvfp4_codes(
+    const struct matrix *x, int layout, const float *amax, int max_threads, uint8_t *codes,
+    uint8_t *block_scales
+) {
+    int64_t strips = layout == 0 ? x->rows : (x->rows + 15) / 16;
+    struct target target = {0, codes, block_scales};
+#pragma omp parallel for schedule(static) num_threads(threads_for(x, max_threads))
+    for (int64_t strip = 0; strip < strips; strip++) {
+        struct scales scales = nvfp4_scales(*amax);
+        if (layout == 0)
+            quantize_strip(NVFP4_CODES, 1, 16, 0, x, strip, scales, 0, target);
+        else
+            quantize_strip(NVFP4_CODES, 16, 16, 0, x, strip, scales, 0, target);
     }
 }
 
@@ -277,12 +344,13 @@ void mxfp8_operand(
     const struct matrix *x, int layout, const float *amax, int max_threads, uint16_t *out
 ) {
     int64_t strips = layout == 0 ? x->rows : (x->rows + 31) / 32;
+    struct target target = {out, 0, 0};
 #pragma omp parallel for schedule(static) num_threads(threads_for(x, max_threads))
     for (int64_t strip = 0; strip < strips; strip++) {
         struct scales scales = {0.0f, 0.0f, scale_exponent(*amax)};
         if (layout == 0)
-            quantize_strip(MXFP8, 1, 32, 0, x, strip, scales, 0, out);
+            quantize_strip(MXFP8_OPERAND, 1, 32, 0, x, strip, scales, 0, target);
         else
-            quantize_strip(MXFP8, 32, 1, 0, x, strip, scales, 0, out);
+            quantize_strip(MXFP8_OPERAND, 32, 1, 0, x, strip, scales, 0, target);
     }
 }

@@ -45,8 +45,8 @@ def _matrices(draw: st.DrawFn) -> Tensor:
     return x.to(dtype)
 
 
-def _in_torch(quantize, *arguments, **options) -> Operand:
-    """The operand by torch operators, on a machine that has a compiler too."""
+def _in_torch(quantize, *arguments, **options):
+    """What `quantize` returns by torch operators, on a machine that has a compiler too."""
     with pytest.MonkeyPatch.context() as patch:
         for module in (nvfp4, mxfp8):
             patch.setattr(module, "kernels", lambda: None)
@@ -74,6 +74,17 @@ def test_nvfp4(x: Tensor, layout, seed: int | None) -> None:
         words = RandomWords(seed, seed % (2**32 - 5), seed % 65537, row, column)
     options = {"block": block, "dim": dim, "random_words": words}
     _assert_same(nvfp4.nvfp4_operand(x, **options), _in_torch(nvfp4.nvfp4_operand, x, **options))
+
+
+@needs_compiler
+@settings(max_examples=150, deadline=None)
+@given(x=_matrices(), block=st.sampled_from(["1d", "2d"]))
+def test_nvfp4_codes(x: Tensor, block) -> None:
+    ours = nvfp4.quantize_nvfp4(x, block=block)
+    theirs = _in_torch(nvfp4.quantize_nvfp4, x, block=block)
+    assert torch.equal(ours.amax, theirs.amax) or (ours.amax.isnan() and theirs.amax.isnan())
+    for one, other in ((ours.codes, theirs.codes), (ours.scales, theirs.scales)):
+        assert one.dtype == other.dtype and torch.equal(one, other)
 
 
 @needs_compiler

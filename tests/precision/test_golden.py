@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from nemotron_train.precision import compiled, mxfp8, nvfp4
 from nemotron_train.precision.gemm import block_scaled_matmul
 from nemotron_train.precision.hadamard import hadamard, hadamard_matrix
 from nemotron_train.precision.mxfp8 import mxfp8_operand, quantize_mxfp8
@@ -24,6 +25,16 @@ from nemotron_train.precision.rounding import round_to_nearest_
 
 FOLDER = Path(__file__).parents[1] / "golden" / "nvfp4"
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+
+
+@pytest.fixture(params=["compiled", "torch"], autouse=True)
+def _both_implementations(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every vector by quantize.c, where it compiles, and by torch operators."""
+    if request.param == "torch":
+        for module in (nvfp4, mxfp8):
+            monkeypatch.setattr(module, "kernels", lambda: None)
+    elif compiled.kernels() is None:
+        pytest.skip("no C compiler here")
 
 
 def _load(name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
