@@ -19,6 +19,7 @@ from nemotron_train.config.schema import ConfigError
 from nemotron_train.report.plot import format_tokens, smoothed
 from nemotron_train.report.read import Run, read_run
 
+MAX_BANDS = 3  # more bands of standard errors than this hide one another
 TAIL = 0.1  # share of the steps, at the end, whose mean training loss is compared
 
 
@@ -136,8 +137,8 @@ def _markdown(rows: list[list[str]], note: str) -> str:
 
 def plot_gaps(folder: Path, baseline: str, groups: dict[str, dict[int, Run]]) -> Path:
     """gap.png: on the left the relative gap of the smoothed training loss over tokens, mean of the
-    seeds with a band of one standard error; on the right the validation gaps at the end, a dot a
-    seed."""
+    seeds, with a band of one standard error where there are few groups; on the right the
+    validation gaps at the end, a dot a seed, mean and standard error."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -147,7 +148,8 @@ def plot_gaps(folder: Path, baseline: str, groups: dict[str, dict[int, Run]]) ->
     curves, ends = figure.subplots(1, 2, width_ratios=[3, 2])
     for index, gap in enumerate(others):
         color = f"C{index % 10}"
-        _draw_curve(curves, groups[gap.group], groups[baseline], gap.seeds, color, gap.group)
+        pairs = [(groups[gap.group][seed], groups[baseline][seed]) for seed in gap.seeds]
+        _draw_curve(curves, pairs, color, with_band=len(others) <= MAX_BANDS)
         mean, error = mean_and_error([100 * value for value in gap.validation])
         height = len(others) - index
         ends.plot(
@@ -160,6 +162,8 @@ def plot_gaps(folder: Path, baseline: str, groups: dict[str, dict[int, Run]]) ->
         )
         ends.errorbar(mean, height, xerr=error, fmt="|", color=color, markersize=14, capsize=3)
     ends.set_yticks(range(len(others), 0, -1), [gap.group for gap in others])
+    for index, label in enumerate(ends.get_yticklabels()):
+        label.set_color(f"C{index % 10}")  # they are the legend of the curves too
     ends.set_xlabel("gap of the final validation loss (%)")
     curves.set_xlabel("tokens")
     curves.set_ylabel("gap of the smoothed training loss (%)")
@@ -180,25 +184,20 @@ def plot_gaps(folder: Path, baseline: str, groups: dict[str, dict[int, Run]]) ->
     return path
 
 
-def _draw_curve(
-    axes: Any,
-    runs: dict[int, Run],
-    twins: dict[int, Run],
-    seeds: list[int],
-    color: str,
-    label: str,
-) -> None:
+def _draw_curve(axes: Any, pairs: list[tuple[Run, Run]], color: str, with_band: bool) -> None:
     tokens: list[float] = []
-    by_seed = []
-    for seed in seeds:
-        (tokens, losses), (_, twin_losses) = runs[seed].series("loss"), twins[seed].series("loss")
+    by_seed, reach = [], 0
+    for run, twin in pairs:
+        (tokens, losses), (_, twin_losses) = run.series("loss"), twin.series("loss")
         length = min(len(losses), len(twin_losses))
         relative = [100 * _relative(losses[i], twin_losses[i]) for i in range(length)]
-        by_seed.append(smoothed(relative, max(1, length // 16)))
+        reach = length // 16
+        by_seed.append(smoothed(relative, reach))
     points = [mean_and_error(list(values)) for values in zip(*by_seed, strict=False)]
-    tokens = tokens[: len(points)]
-    axes.plot(tokens, [mean for mean, _ in points], color=color, linewidth=1.6, label=label)
-    if len(seeds) > 1:
+    inside = slice(reach, len(points) - reach)  # near the ends the window is short and says little
+    tokens, points = tokens[: len(points)][inside], points[inside]
+    axes.plot(tokens, [mean for mean, _ in points], color=color, linewidth=1.6)
+    if with_band and len(pairs) > 1:
         lower, upper = zip(*((mean - error, mean + error) for mean, error in points), strict=True)
         axes.fill_between(tokens, lower, upper, color=color, alpha=0.15, linewidth=0)
 
