@@ -103,8 +103,8 @@ def _with_histogram(counts: Tensor, bins: Tensor, empty: Tensor) -> Tensor:
 
 
 class Telemetry:
-    """The `linear.Observer` of a run: counts over one optimizer step, all its micro-batches and
-    multi-token-prediction depths together, weights once.
+    """The `linear.Observer` of a run. It counts over the first micro-batch of a step on every rank,
+    and the first multi-token-prediction depth: in a step of many, looking costs no more.
 
     The record is the same on every rank: counts are summed over all of them. A tensor that several
     ranks hold whole is counted once a rank, which changes no rate and no ratio.
@@ -119,7 +119,7 @@ class Telemetry:
         self._sums = torch.zeros(*shape, NUM_SUMS, dtype=torch.float64, device=device)
         self._amax = torch.zeros(shape, device=device)
         self._zeros = torch.zeros(len(self._places), 2, dtype=torch.float64, device=device)
-        self._seen: set[tuple[int, int, int]] = set()
+        self._seen: set[str] = set()
 
     def is_due(self, step: int) -> bool:
         """Whether the optimizer step that completes step number `step` (from 1) is measured."""
@@ -136,6 +136,9 @@ class Telemetry:
         self, attached: Attached, x: Tensor, weight: Tensor, rows: list[int] | None = None
     ) -> None:
         """Of a linear's forward pass: everything but dy. COLLECTIVE where amax is."""
+        if attached.path in self._seen:
+            return
+        self._seen.add(attached.path)
         for form, options in self._looks(attached.formats, "fprop"):
             self._add(attached, form, "fprop_activation", _parts(x, rows))
             self._add_weight(attached, form, options, "fprop_weight", weight)
@@ -150,6 +153,8 @@ class Telemetry:
         self, attached: Attached, dy: Tensor, call: int, rows: list[int] | None = None
     ) -> None:
         """Of its backward pass: dy, rounded with the very words that the products draw."""
+        if call > 0:
+            return
         for form, options in self._looks(attached.formats, "dgrad"):
             words = _words(attached, dy, form, options, "dgrad", call)
             self._add(attached, form, "dgrad_gradient", _parts(dy, rows), _parts(words, rows))
@@ -209,10 +214,6 @@ class Telemetry:
     def _add_weight(
         self, attached: Attached, form: str, options: LinearFormats, operand: str, weight: Tensor
     ) -> None:
-        place = self._place(attached.path, form, operand)
-        if place in self._seen:
-            return
-        self._seen.add(place)
         matrices = [weight] if weight.ndim == 2 else list(weight)
         is_2d = form == "nvfp4" and options.weight_2d
         if operand == "dgrad_weight" and not is_2d:
