@@ -6,7 +6,7 @@ random words. Does not own: the plan (`plan`), the arithmetic (`linear`, `expert
 
 import re
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -18,6 +18,7 @@ from nemotron_train.optim.gradients import count_zeros
 from nemotron_train.precision.linear import (
     QUANTIZED,
     Attached,
+    Cut,
     EmulatedColumnParallelLinear,
     EmulatedReplicatedLinear,
     EmulatedRowParallelLinear,
@@ -57,12 +58,15 @@ def global_modules(model: Any) -> dict[str, torch.nn.Module]:
 
 @dataclass(frozen=True)
 class _Slot:
-    """A linear on this rank and how its weight is cut."""
+    """A linear on this rank, how it is cut and which of the step's calls are its own; the fields
+    of `Attached`."""
 
     path: str
     module: torch.nn.Module
     shards: torch.distributed.ProcessGroup | None
-    cut: Literal["", "inputs", "outputs"]
+    cut: Cut
+    first_call: int
+    part: int = 0
 
 
 class PrecisionControl:
@@ -78,7 +82,7 @@ class PrecisionControl:
         self._config, self._telemetry = config, telemetry
         self._boundaries = phase_boundaries(config)
         self._phase_start = -1
-        self.clock = RoundingClock(seed=config.train.seed, replica=groups.dp.rank())
+        self.clock = RoundingClock(seed=config.train.seed)
         self._slots = _slots(model, config, groups)
         self._enter(0)
 
@@ -127,7 +131,13 @@ class PrecisionControl:
         formats = formats_at(self._config, start)
         for slot in self._slots:
             slot.module.attached = Attached(  # type: ignore[assignment]
-                slot.path, formats[slot.path], self.clock, slot.shards, slot.cut
+                slot.path,
+                formats[slot.path],
+                self.clock,
+                slot.shards,
+                slot.cut,
+                slot.first_call,
+                slot.part,
             )
         self._phase_start = start
         self.weights_changed()
@@ -140,20 +150,34 @@ class PrecisionControl:
                 )
 
 
+def _calls_per_rank(path: str, config: Config, groups: ProcessGroupCollection) -> int:
+    """Forward calls of a module within a training step on one data-parallel rank."""
+    train = config.train
+    sequences = train.global_batch_tokens // train.sequence_length
+    micro_batches = sequences // (train.micro_batch_sequences * groups.dp.size())
+    return micro_batches * (config.model.mtp.depths if path.startswith("mtp.") else 1)
+
+
 def _slots(model: torch.nn.Module, config: Config, groups: ProcessGroupCollection) -> list[_Slot]:
     """The linears of this rank that a plan can quantize. Raises ConfigError for one that the plan
     quantizes and that has no emulated form."""
     slots = []
     for path, module in global_modules(model).items():
+        first = groups.dp.rank() * _calls_per_rank(path, config, groups)
         if isinstance(module, EmulatedColumnParallelLinear):
-            slots.append(_Slot(path, module, groups.tp, "outputs"))
+            slots.append(_Slot(path, module, groups.tp, "outputs", first))
         elif isinstance(module, EmulatedRowParallelLinear):
-            slots.append(_Slot(path, module, groups.tp, "inputs"))
+            slots.append(_Slot(path, module, groups.tp, "inputs", first))
         elif isinstance(module, EmulatedReplicatedLinear):
-            slots.append(_Slot(path, module, None, ""))
+            cut: Cut = "tokens" if config.parallel.sequence else ""
+            slots.append(_Slot(path, module, groups.tp, cut, first))
         elif isinstance(module, ExpertWeights):
+            # Ranks that hold the same experts see other tokens, tensor-parallel ranks among them
+            # where sequence parallelism cuts the tokens and experts are not cut.
+            first = groups.expt_dp.rank() * _calls_per_rank(path, config, groups)
             cut = "outputs" if path.endswith("fc1") else "inputs"
-            slots.append(_Slot(path, module, groups.expt_tp, cut))
+            part = groups.ep.rank()
+            slots.append(_Slot(path, module, groups.expt_tp, cut, first, part))
     known = {slot.path for slot in slots}
     present = global_modules(model)
     for start in phase_boundaries(config):

@@ -121,7 +121,7 @@ def _input_gradient(ctx, dy_PN: Tensor, x_PK: Tensor, weight_ENK: Tensor) -> Ten
     attached: Attached = ctx.attached
     formats, words = attached.formats, None
     if formats.dgrad == "nvfp4" and formats.stochastic_rounding:
-        words = attached.random_words(dy_PN.shape[1], "dgrad", ctx.call)
+        words = attached.random_words(dy_PN.shape, "dgrad", ctx.call)
     rows_E = torch.tensor(ctx.rows)
     dy = _grouped_operand(attached, dy_PN, formats.dgrad, "dy", -1, rows_E, words)
     w = _weight_operand(ctx.weights, weight_ENK, attached, "dgrad")
@@ -134,7 +134,7 @@ def _weight_gradient(ctx, dy_PN: Tensor, x_PK: Tensor, weight_ENK: Tensor) -> Te
     if formats.wgrad == "nvfp4" and formats.hadamard:
         dy_PN, x_PK = hadamard(dy_PN, dim=0), hadamard(x_PK, dim=0)
     if formats.wgrad == "nvfp4" and formats.stochastic_rounding:
-        words = attached.random_words(dy_PN.shape[1], "wgrad", ctx.call)
+        words = attached.random_words(dy_PN.shape, "wgrad", ctx.call)
     rows_E = torch.tensor(ctx.rows)
     dy = _grouped_operand(attached, dy_PN, formats.wgrad, "dy", 0, rows_E, words)
     x = _grouped_operand(attached, x_PK, formats.wgrad, "x", 0, rows_E)

@@ -12,6 +12,9 @@ numerics (`nvfp4`, `mxfp8`, `gemm`), which format a linear gets (`plan`), expert
 A tensor that is cut over tensor-parallel ranks gets the largest magnitude of all its shards, so
 its codes do not depend on the layout as long as shards are multiples of a block. (Transformer
 Engine reduces it only where sequence parallelism splits a tensor, and scales other shards apart.)
+Random words belong to a place in the whole tensor of a numbered micro-batch of the step, so they
+do not depend on it either, but for Mamba's input projection, whose columns are packed rank by
+rank, and for experts, whose tensors are the tokens that meet on a rank.
 
 Shapes: T tokens, K input features, N output features, all as this rank multiplies them.
 """
@@ -36,6 +39,7 @@ from nemotron_train.precision.rounding import RandomWords
 
 Role = Literal["x", "w", "dy"]
 Dim = Literal[-1, 0]
+Cut = Literal["", "inputs", "outputs", "tokens"]
 QUANTIZED = ("nvfp4", "mxfp8")
 
 
@@ -43,14 +47,12 @@ QUANTIZED = ("nvfp4", "mxfp8")
 class RoundingClock:
     """What the random words of this process depend on, shared by all its linears.
 
-    seed: the run's. step: the optimizer step being computed. replica: this rank's place among the
-    data-parallel ranks, which see different tokens. weights_version: counts changes of the
-    weights; a linear keeps its quantized weight until it moves.
+    seed: the run's. step: the optimizer step being computed. weights_version: counts changes of
+    the weights; a linear keeps its quantized weight until it moves.
     """
 
     seed: int = 0
     step: int = 0
-    replica: int = 0
     weights_version: int = 0
 
 
@@ -69,14 +71,21 @@ class Observer(Protocol):
 
 @dataclass
 class Attached:
-    """What a plan attaches to one linear. shards: the tensor-parallel group over which its weight
-    is cut, along the inputs (row parallel) or the outputs (column parallel)."""
+    """What a plan attaches to one linear.
+
+    shards: the tensor-parallel group over which its weight is cut, along the inputs (row parallel)
+    or the outputs (column parallel), or over which the tokens of a whole weight are cut (latent
+    projections under sequence parallelism). first_call: calls within a step of the data-parallel
+    ranks before this one. part: which of several sets of experts, that share a path, this is.
+    """
 
     path: str
     formats: LinearFormats
     clock: RoundingClock
     shards: dist.ProcessGroup | None = None
-    cut: Literal["", "inputs", "outputs"] = ""
+    cut: Cut = ""
+    first_call: int = 0
+    part: int = 0
     calls: dict[int, int] = field(default_factory=dict)
     observer: Observer | None = None
 
@@ -87,35 +96,37 @@ class Attached:
         return any(f in QUANTIZED for f in (formats.fprop, formats.dgrad, formats.wgrad))
 
     def next_call(self) -> int:
-        """Number of this forward call within the step: micro-batch and depth in one."""
+        """Number of this forward call within the step here: micro-batch and depth in one."""
         step = self.clock.step
         call = self.calls.get(step, 0)
         self.calls = {step: call + 1}
         return call
 
-    def random_words(self, num_columns: int, product: str, call: int) -> RandomWords:
-        """For a gradient [T, N], of which this rank has `num_columns`: by path, product, call and
-        replica, and by row and column of the whole gradient."""
-        offset = 0
-        if self.cut == "outputs" and self.shards is not None:
-            offset = self.shards.rank() * num_columns
-        name = f"{self.path}/{product}/{call}/{self.clock.replica}"
+    def random_words(self, shape: tuple[int, ...], product: str, call: int) -> RandomWords:
+        """For this rank's part, of `shape`, of a gradient [T, N]: by path, product and call among
+        those of all data-parallel ranks, and by row and column of the whole gradient."""
+        shard = self.shards.rank() if self.shards is not None else 0
+        name = f"{self.path}/{product}/{self.first_call + call}/{self.part}"
         return RandomWords(
             seed=self.clock.seed,
             stream=zlib.crc32(name.encode()),
             step=self.clock.step,
-            column_offset=offset,
+            row_offset=shard * shape[0] if self.cut == "tokens" else 0,
+            column_offset=shard * shape[1] if self.cut == "outputs" else 0,
         )
 
     def words(self, shape: torch.Size, product: str, call: int, device: torch.device) -> Tensor:
         """The `random_words` of a gradient of this shape, uint8."""
-        return self.random_words(shape[1], product, call).draw(shape, device)
+        return self.random_words(shape, product, call).draw(shape, device)
 
     def is_cut(self, role: Role) -> bool:
         """Whether this rank holds a shard of the tensor: both halves of a weight are cut, the
-        inputs of a row-parallel linear, the output gradients of a column-parallel one."""
+        inputs of a row-parallel linear, the output gradients of a column-parallel one; or both
+        but the weight, where tokens are cut."""
         if self.shards is None or self.shards.size() == 1 or not self.cut:
             return False
+        if self.cut == "tokens":
+            return role != "w"
         return role == "w" or role == ("x" if self.cut == "inputs" else "dy")
 
     def reduce_amax(self, amax: Tensor) -> Tensor:
@@ -187,7 +198,7 @@ def _gradient_operand(
     form = formats.dgrad if product == "dgrad" else formats.wgrad
     words = None
     if form == "nvfp4" and formats.stochastic_rounding:
-        words = attached.random_words(dy_TN.shape[1], product, call)
+        words = attached.random_words(dy_TN.shape, product, call)
     return attached.operand(dy_TN, form, "dy", dim, words)
 
 
