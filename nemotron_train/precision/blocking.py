@@ -19,6 +19,10 @@ from nemotron_train.model.shape import Linear, Sharding
 # Elements that share a scale, along the dimension that a product sums over.
 BLOCK = {"nvfp4": 16, "mxfp8": 32}
 
+# Rows to whose multiple emulation pads an expert's tokens: whole blocks in every format, so that
+# the layout of the rows does not depend on the plan.
+EXPERT_ROWS = 32
+
 # Cut along their inputs; every other sharded linear is cut along its outputs.
 _ROW_PARALLEL = ("out_proj", "linear_proj", "linear_fc2")
 

@@ -21,7 +21,7 @@ from nemotron_train.config.schema import (
     ProbeFormat,
 )
 from nemotron_train.model.shape import forward_flops, linears
-from nemotron_train.precision.blocking import BLOCK, paddings
+from nemotron_train.precision.blocking import BLOCK, EXPERT_ROWS, paddings
 from nemotron_train.precision.rules import NVFP4_OPTIONS, ROLES, check_dtype, check_used, claims
 
 
@@ -259,11 +259,10 @@ def padding_lines(config: Config, plan: list[LinearPrecision]) -> list[str]:
         f"{p.path}: {p.role} in {p.format} sums over {p.size}, padded to {p.padded}" for p in padded
     ]
     in_experts = {e.formats.wgrad for e in plan if ".mlp.experts." in e.path}
-    blocks = [f"{BLOCK[name]} ({name})" for name in BLOCK if name in in_experts]
-    if blocks:
+    if in_experts.intersection(BLOCK):
         found.append(
-            f"routed experts: wgrad sums over an expert's tokens, padded to whole blocks of "
-            f"{' and '.join(blocks)}"
+            "routed experts: wgrad sums over an expert's tokens, padded to a multiple of "
+            f"{EXPERT_ROWS}, whole blocks in either format"
         )
     return found
 

@@ -6,6 +6,7 @@ the meta device. Not covered: whether the upstream faults are as their threads s
 
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import pytest
 
@@ -36,6 +37,11 @@ GOOD = Surroundings(B200, {"megatron-core": TESTED_MEGATRON, "torch": "2.13.0+cu
 LONG = ["run=ultra_550b_a55b", "train.micro_batch_sequences=1", "train.sequence_length=262144"]
 SUPER = ["run=super_120b_a12b", "precision=nvfp4_nemotron3"]
 WITH_KERNELS = {"megatron-core": TESTED_MEGATRON, "mamba-ssm": "2.3.0"}
+
+
+NATIVE_ONLY = {"no_engine", "old_engine", "before_blackwell", "unknown_blackwell"}
+NATIVE_ONLY |= {"zeroed_gradients", "mxfp8_on_workstation", "fused_transform"}
+NATIVE_ONLY |= {"overriding_environment", "fast_math"}
 
 
 def at(hardware: Hardware, engine: str | None = "", **changes: object) -> Surroundings:
@@ -113,6 +119,14 @@ def test_does_not_fire(name: str, overrides: list[str], surroundings: Surroundin
     assert name not in fired(overrides, surroundings)
 
 
+@pytest.mark.parametrize(("name", "overrides", "surroundings"), FIRES)
+def test_native_guards_ask_native_runs_only(
+    name: str, overrides: list[str], surroundings: Surroundings
+) -> None:
+    fires = name in fired(overrides, replace(surroundings, native=False))
+    assert fires != (name in NATIVE_ONLY)
+
+
 def test_each_guard_is_tested_both_ways() -> None:
     names = {guard.name for guard in GUARDS}
     assert names == {name for name, *_ in FIRES} == {name for name, *_ in SILENT}
@@ -171,6 +185,18 @@ def test_what_is_worked_around_names_modules_of_ours() -> None:
     for worked in WORKED_AROUND:
         assert importlib.util.find_spec(f"nemotron_train.{worked.by}") is not None, worked
     assert {guard.effect for guard in GUARDS} == set(Effect)
+
+
+def test_the_documentation_has_every_guard() -> None:
+    text = (Path(__file__).parent.parent.parent / "docs" / "precision.md").read_text()
+    lines = text.splitlines()
+    for guard in GUARDS:
+        (line,) = [line for line in lines if line.startswith(f"| `{guard.name}` |")]
+        assert guard.source in line and f"{guard.effect}s |" in line
+        assert ("native; " in line) == (guard.name in NATIVE_ONLY)
+    for worked in WORKED_AROUND:
+        (line,) = [line for line in lines if line.startswith(f"| {worked.source} |")]
+        assert worked.by.replace(".", "/") in line
 
 
 def test_this_environment_is_the_tested_one() -> None:

@@ -207,6 +207,20 @@ def test_super_is_the_published_table() -> None:
         assert read_by_megatron(linear.path, config, native) == published, linear.path
 
 
+def test_what_can_be_native_as_the_documentation_says() -> None:
+    for run in ("proxy_100m", "nano_30b_a3b", "super_120b_a12b", "ultra_550b_a55b"):
+        to_transformer_engine(compose_config([f"run={run}", "precision=nvfp4_nemotron3"]))
+    with pytest.raises(ConfigError, match="1296 output features"):
+        to_transformer_engine(compose_config(["run=proxy_10m", "precision=nvfp4_nemotron3"]))
+
+
+def test_padding_of_experts_is_what_the_plan_says() -> None:
+    from nemotron_train.precision import blocking, experts
+
+    assert experts.ROW_MULTIPLE == blocking.EXPERT_ROWS
+    assert all(experts.ROW_MULTIPLE % block == 0 for block in blocking.BLOCK.values())
+
+
 def test_tiny_itself_has_no_whole_blocks() -> None:
     with pytest.raises(ConfigError, match=r"mixer\.in_proj in nvfp4: 908 output features"):
         to_transformer_engine(compose_config(["run=tiny", "precision=nvfp4_nemotron3"]))
