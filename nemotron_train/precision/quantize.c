@@ -96,12 +96,13 @@ INLINE int32_t scale_exponent(float amax) {
     return (exponent > 254 ? 254 : exponent) - 127;
 }
 
-/* e2m1_codes in nvfp4.py, to nearest: the code of a scaled number, as a number. */
-INLINE float e2m1_code(float scaled) {
-    scaled = scaled != scaled ? 0.0f : at_most(at_least(scaled, -6.0f), 6.0f);
-    uint32_t half_binade = bits_of(fabsf(round_to_nearest(scaled, 1, 0)) + 0.25f) >> 22;
+/* e2m1_codes in nvfp4.py, to nearest: the code of a scaled number and of it clamped, as a number. A
+   NaN has code 0; asked of its bits, since GCC 12 makes branches of comparing it with itself. */
+INLINE float e2m1_code(float scaled, float clamped) {
+    uint32_t is_number = -(uint32_t)((bits_of(scaled) & 0x7FFFFFFFu) <= 0x7F800000u);
+    uint32_t half_binade = bits_of(fabsf(round_to_nearest(clamped, 1, 0)) + 0.25f) >> 22;
     uint32_t sign = bits_of(scaled + 0.0f) >> 28 & 8;
-    return (float)(int32_t)((half_binade > 252 ? half_binade - 252 : 0) | sign);
+    return (float)(int32_t)(((max_bits(half_binade, 252) - 252) | sign) & is_number);
 }
 
 /* What a block multiplies its elements by, before rounding and after. */
@@ -165,8 +166,10 @@ INLINE void store_operand(const float *values, int count, uint16_t *to) {
 
 /* One row of a tile of codes, two to a byte, the first in the lower half. */
 INLINE void store_codes(const float *values, int count, uint8_t *to) {
-    for (int i = 0; i < (count + 1) / 2; i++)
-        to[i] = (uint8_t)((int32_t)values[2 * i] | (int32_t)values[2 * i + 1] << 4);
+    uint8_t packed[TILE / 2];
+    for (int i = 0; i < TILE / 2; i++)
+        packed[i] = (uint8_t)((int32_t)values[2 * i] | (int32_t)values[2 * i + 1] << 4);
+    memcpy(to, packed, (size_t)(count + 1) / 2);
 }
 
 /* Scales that are numbers of E4M3 already, as its bits. */
@@ -216,7 +219,7 @@ INLINE void quantize_tile(
             float limit = output == MXFP8_OPERAND ? 448.0f : 6.0f;
             float clamped = at_most(at_least(value, -limit), limit);
             if (output == NVFP4_CODES)
-                values[row][i] = e2m1_code(value);
+                values[row][i] = e2m1_code(value, clamped);
             else if (output == MXFP8_OPERAND)
                 values[row][i] = round_to_nearest(clamped, 3, -6) * decode[i];
             else if (words)
