@@ -301,3 +301,12 @@ def test_plan_warns(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", *LONG, *sizes]) == 0
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("warning: ") and last.endswith("(state-spaces/mamba#1015)")
+
+
+def test_plan_refuses(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the kernels installed, as on a cluster, `plan` already exits with 2."""
+    monkeypatch.setattr("nemotron_train.precision.backend.installed_versions", lambda: WITH_KERNELS)
+    sizes = ["train.global_batch_tokens=100663296", "train.validation_tokens=100663296"]
+    assert main(["plan", *LONG, *sizes]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == "" and shown.err.count("\n") == 1 and "mamba#1015" in shown.err
