@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from nemotron_train.cli import main
-from nemotron_train.compose import compose_config
+from nemotron_train.compose import compose_config, recipes_folder
 from nemotron_train.config.schema import ConfigError
 from nemotron_train.launch.sweep import is_finished, plan_sweep
 from nemotron_train.report.gap import gaps, read_sweep
@@ -39,6 +39,12 @@ def test_grid_is_the_product_of_all_values() -> None:
     assert len({cell.name for cell in sweep.cells}) == len(sweep.cells) == 8
     assert len({cell.group for cell in sweep.cells}) == 4
     assert sweep.baseline == "128-bf16", "the first group, unless named"
+
+
+@pytest.mark.parametrize("name", [f.stem for f in (recipes_folder() / "sweep").glob("*.yaml")])
+def test_every_sweep_composes(name: str) -> None:
+    sweep = plan_sweep([f"sweep={name}"])
+    assert sweep.baseline in {cell.group for cell in sweep.cells}
 
 
 def test_given_values_replace_the_recipes() -> None:
