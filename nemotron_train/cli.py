@@ -188,6 +188,7 @@ Examples:
   nemotron-train pretrain
   nemotron-train pretrain name=first train.total_tokens=1e6 precision=bf16
   nemotron-train pretrain resume=runs/first
+  nemotron-train pretrain branch=runs/first@100 precision=bf16
   nemotron-train pretrain --config runs/first/config.yaml name=again train.seed=7
 
 The run folder is runs/NAME. The same command again continues the run from its last checkpoint.

@@ -111,11 +111,8 @@ def record_start(
     if parent is not None:
         before = parent["precision"]["before"]
         changed = [f"; {k} {old!r} -> {new!r}" for k, (old, new) in parent["changed"].items()]
-        writer.write(
-            event
-            | {"branched_from": config.branch, "precision_before": before}
-            | {"precision": brief(plan)}
-        )
+        plans = {"precision_before": before, "precision_after": brief(plan)}
+        writer.write({"kind": "branch", **event, "branched_from": config.branch, **plans})
         console.print(
             f"{folder.path} begins at step {progress.step} of {parent['run']}; precision plan "
             f"{label(before)} -> {label(plan)}{''.join(changed)}",
@@ -124,7 +121,8 @@ def record_start(
         )
     elif before is not None:
         folder.record_switch(progress.step, progress.tokens, before, plan, config.precision)
-        writer.write(event | {"precision_before": brief(before), "precision": brief(plan)})
+        plans = {"precision_before": brief(before), "precision_after": brief(plan)}
+        writer.write({"kind": "switch", **event, **plans})
         console.print(
             f"precision plan switched at step {progress.step}: {label(before)} -> {label(plan)}",
             highlight=False,

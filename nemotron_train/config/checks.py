@@ -10,7 +10,7 @@ from itertools import pairwise
 from math import inf
 from operator import attrgetter
 
-from nemotron_train.config.schema import Config, ConfigError, DataKind, ModelConfig
+from nemotron_train.config.schema import Config, ConfigError, DataKind, Dtype, ModelConfig
 from nemotron_train.model.shape import LayerKind, parse_pattern
 from nemotron_train.precision.plan import check_plan
 
@@ -244,6 +244,14 @@ def _check_ranks(config: Config, num_ranks: int) -> None:
                 f"{num_ranks} rank(s) cannot be divided by {knobs} = {size}: launch a multiple "
                 f"of {size} ranks or make a dimension smaller"
             )
+    dtype = config.precision.parameter_dtype
+    if dtype == Dtype.bfloat16 and not parallel.distributed_optimizer:
+        # UPSTREAM(megatron-core 0.19.2): its plain optimizer mixes up BF16 parameters and those
+        # kept in FP32 (A_log, D, dt_bias) when it names its state for a checkpoint.
+        raise ConfigError(
+            "parallel.distributed_optimizer=false with precision.parameter_dtype=bfloat16: such a "
+            "run could not save a checkpoint; leave the optimizer distributed"
+        )
 
 
 def _check_batch(config: Config, num_ranks: int) -> None:

@@ -6,7 +6,6 @@ side jobs follow a step. Everything Megatron-Core needs exists when this module 
 
 import math
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +106,6 @@ class Session:
             allowed = self.config.switch_precision or is_recorded(self.run_folder, step, self.plan)
             if not (is_branch or allowed):
                 raise ConfigError(refusal(path, before, self.plan, self.run_folder))
-            self._check_dtype(path, before)
             self.plan_before = before
         progress = self.checkpoints.load(path)
         self.precision.weights_changed()
@@ -116,15 +114,6 @@ class Session:
             # From here on the run needs nothing of its parent, which goes on dropping checkpoints.
             self.checkpoints.save(progress)
         return progress
-
-    def _check_dtype(self, path: Path, before: Mapping[str, Any]) -> None:
-        """Only the distributed optimizer stores masters of FP32 and of BF16 parameters alike."""
-        was, now = before.get("parameter_dtype"), self.plan["parameter_dtype"]
-        if was not in (None, now) and not self.config.parallel.distributed_optimizer:
-            raise ConfigError(
-                f"precision.parameter_dtype={now}: {path} has {was} parameters, and with "
-                "parallel.distributed_optimizer=false they cannot be loaded as others"
-            )
 
     def validate(self) -> list[float]:
         """Mean validation loss of the main head and of each depth; COLLECTIVE."""

@@ -44,6 +44,7 @@ def refuse(
         ("data.phases=[]", ("data.phases",)),
         ("data.tokenizer=nowhere", ("nowhere",)),
         ("precision=fp2", ("precision", "fp2")),
+        ("parallel.distributed_optimizer=false precision=bf16", ("distributed_optimizer", "bf")),
     ],
 )
 def test_configuration(
@@ -55,7 +56,7 @@ def test_configuration(
 ) -> None:
     folder, overrides = small_run
     monkeypatch.chdir(folder)
-    refuse([*overrides, "name=refused", override], words, capsys)
+    refuse([*overrides, "name=refused", *override.split()], words, capsys)
     assert not Path("runs/refused").exists()
 
 

@@ -214,7 +214,7 @@ def test_switch_is_asked_for_and_recorded(
 
     assert train(f"resume={run}", keep) == 0, "the new plan needs no asking again"
     assert metrics(run)[6:] == metrics(bf16_branch)[1:]
-    assert metrics(run)[5]["precision"]["name"] == "bf16"
+    assert metrics(run)[5]["precision_after"]["name"] == "bf16"
     assert weights(run, 10) == weights(bf16_branch, 10)
 
     assert train(*small_run[1], f"name={run.name}", f"precision={PLAN}") == 2, "nor the old one"
@@ -258,8 +258,8 @@ def test_checkpoint_of_another_plan_than_its_folder_says(
         ([f"branch=runs/{PLAN}@5", "data.phases.0.blend=[]"], ["data.phases"]),
         ([f"branch=runs/{PLAN}@10"], ["train.total_tokens=2560", "nothing is left"]),
         (
-            [f"branch=runs/{PLAN}@5", "parallel.distributed_optimizer=false"],
-            ["parallel.distributed_optimizer=False"],
+            [f"branch=runs/{PLAN}@5", "precision=fp32", "parallel.distributed_optimizer=false"],
+            ["parallel.distributed_optimizer=False", "saved with True"],
         ),
         ([f"branch=runs/{PLAN}@5", f"resume=runs/{PLAN}"], ["resume=", "branch=", "exclude"]),
         ([f"branch=runs/{PLAN}@5", "model=tiny"], ["model=tiny", "branch="]),
