@@ -71,7 +71,7 @@ def against_torchao(rows: int, columns: int) -> dict[str, Callable[[], object]]:
     """Quantization of one tensor to packed codes, ours first; empty without torchao."""
     if find_spec("torchao") is None:
         return {}
-    from torchao.prototype.mx_formats.nvfp4_tensor import (
+    from torchao.prototype.mx_formats.nvfp4_tensor import (  # pyright: ignore[reportMissingImports]
         nvfp4_quantize,
         per_tensor_amax_to_scale,
     )
