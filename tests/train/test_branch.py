@@ -1,8 +1,8 @@
 """Plans on a checkpoint: resume under stochastic rounding, switch of the plan, branch of a run.
 
 Second truth: the uninterrupted run, bit for bit, and each of the two ways to another plan (switch,
-branch) for the other. One rank; another layout is tests/distributed/test_precision_layouts.py's.
-Runs share this process where a new one is not the point.
+branch) for the other. One rank; tests/distributed/test_branch_layouts.py branches onto another
+layout. Runs share this process where a new one is not the point.
 """
 
 import hashlib
