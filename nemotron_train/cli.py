@@ -59,13 +59,19 @@ def run_data_inspect(arguments: argparse.Namespace) -> int:
 
 
 def run_report(arguments: argparse.Namespace) -> int:
+    from nemotron_train.report.gap import is_sweep, report_gaps
     from nemotron_train.report.plot import plot_loss
     from nemotron_train.report.plot_precision import plot_precision
     from nemotron_train.report.table import print_runs
 
     console = _console()
-    print_runs(arguments.runs, console)
-    for run_folder in arguments.runs:
+    runs = [folder for folder in arguments.runs if not is_sweep(folder)]
+    if runs:
+        print_runs(runs, console)
+    for folder in arguments.runs:
+        if is_sweep(folder):
+            report_gaps(folder, console)
+    for run_folder in runs:
         for picture in (plot_loss(run_folder), plot_precision(run_folder)):
             if picture is not None:
                 console.print(f"wrote {picture}", highlight=False, soft_wrap=True)
@@ -164,7 +170,9 @@ def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _report_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder")
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="a run folder, or a sweep's"
+    )
 
 
 def _sweep_arguments(parser: argparse.ArgumentParser) -> None:
@@ -227,10 +235,15 @@ The same command again continues where it stopped.
         "Example:\n  nemotron-train data inspect data/mine\n",
     ),
     "report": Verb(
-        "table and loss.png of one or more runs",
+        "table and loss.png of one or more runs; loss gaps of a sweep",
         run_report,
         _report_arguments,
-        "Examples:\n  nemotron-train report runs/tiny\n  nemotron-train report runs/*\n",
+        """\
+Examples:
+  nemotron-train report runs/tiny
+  nemotron-train report runs/a runs/b
+  nemotron-train report runs/loss_gap        # a sweep's folder, while it is going too
+""",
     ),
     "sweep": Verb(
         "a grid of runs (precision x seed x size) on this machine, and their loss gaps",

@@ -47,6 +47,11 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
     return statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
 
 
+def is_sweep(folder: Path) -> bool:
+    """Whether `folder` is a sweep's rather than a run's."""
+    return (folder / "sweep.json").is_file()
+
+
 def read_sweep(folder: Path) -> tuple[str, dict[str, dict[int, Run]]]:
     """The baseline's name and the finished runs by group and seed. Raises ConfigError."""
     try:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from nemotron_train.cli import main
 from nemotron_train.config.schema import ConfigError
 from nemotron_train.report.gap import gaps, mean_and_error, plot_gaps, read_sweep
 
@@ -56,6 +57,14 @@ def test_draws_with_one_seed_and_several(sweep_folder: Path) -> None:
     picture = plot_gaps(sweep_folder, *read_sweep(sweep_folder))
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert not list(sweep_folder.glob(".gap*"))
+
+
+def test_report_shows_a_sweep(sweep_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The verb tells a sweep's folder from a run's, and takes both at once."""
+    assert main(["report", str(sweep_folder), str(sweep_folder / "full-seed1")]) == 0
+    shown = capsys.readouterr().out
+    assert "+2.000 ± 1.000" in shown and "full-seed1" in shown
+    assert (sweep_folder / "full-seed1/loss.png").exists()
 
 
 def test_no_sweep_is_refused(tmp_path: Path) -> None:
