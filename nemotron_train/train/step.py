@@ -19,6 +19,7 @@ from megatron.core.distributed import DistributedDataParallel, finalize_model_gr
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
 from nemotron_train.config.derive import Derived
 from nemotron_train.config.schema import Config, ModelConfig
@@ -123,6 +124,9 @@ class Trainer:
         core.config.finalize_model_grads_func = self._finalize
         core.config.no_sync_func = model.no_sync
         core.config.grad_scale_func = optimizer.scale_loss
+        # UPSTREAM(megatron-core 0.19.2): the scale is the process's, and the shape of an earlier
+        # user's (evaluation, another model) refuses ours.
+        MoEAuxLossAutoScaler.main_loss_backward_scale = None
 
     def _finalize(self, *args: Any, **kwargs: Any) -> None:
         """Read the routers' counts, which Megatron's own finalization resets, then run it."""

@@ -110,7 +110,7 @@ def assert_close(ours: dict, reference: dict) -> None:
 def test_data_parallel_ranks_count_together(small_run: Small, one_rank: dict) -> None:
     """One rank looks at its first micro-batch, two at one each: twice the blocks, other tokens of
     the same text; the gradients, shared out among the ranks, are those of all tokens."""
-    ours, reference = first_record(small_run, "data", [], ranks=2), one_rank
+    ours, reference = first_record(small_run, "telemetry_data", [], ranks=2), one_rank
     assert_close(ours, reference)
     first = "decoder.layers.0.mixer.in_proj"
     seen, wanted = (modules[first]["nvfp4"] for modules in (ours, reference))
@@ -128,7 +128,7 @@ def test_tensor_parallel_ranks_count_together(small_run: Small, one_rank: dict) 
     """Shards of one tensor, with the largest magnitude of the whole: their blocks are the whole's
     blocks, each counted once. What both ranks hold whole is counted twice."""
     layout = ["parallel.tensor=2", "parallel.sequence=true"]
-    ours, reference = first_record(small_run, "tensor", layout, ranks=2), one_rank
+    ours, reference = first_record(small_run, "telemetry_tensor", layout, ranks=2), one_rank
     assert_close(ours, reference)
     path = "decoder.layers.0.mixer.out_proj"  # cut along its inputs
     seen, wanted = (modules[path]["nvfp4"] for modules in (ours, reference))
