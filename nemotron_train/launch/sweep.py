@@ -24,7 +24,8 @@ from typing import Any
 
 from nemotron_train.compose import compose_config, nearest, parse_overrides, recipes_folder
 from nemotron_train.config.derive import derive
-from nemotron_train.config.schema import ConfigError
+from nemotron_train.config.schema import ConfigError, TrainConfig
+from nemotron_train.train.run_folder import refuse_another_run
 
 SEED = "train.seed"
 # Knobs of the sweep itself; every other override goes to the cells.
@@ -54,7 +55,7 @@ class Sweep:
 def plan_sweep(overrides: Sequence[str]) -> Sweep:
     """The sweep that `sweep=RECIPE` and overrides ask for. Every cell's configuration is composed
     and derived, so that the last one's mistake shows before the first one runs. Raises
-    ConfigError."""
+    ConfigError, also where a cell's folder holds another run."""
     parsed = parse_overrides(overrides, sweeps=True)
     own = {o.key_or_group: str(o.value()) for o in parsed if o.key_or_group in KNOBS}
     given = [o.input_line for o in parsed if o.key_or_group not in KNOBS]
@@ -69,14 +70,16 @@ def plan_sweep(overrides: Sequence[str]) -> Sweep:
     folder = Path(own.get("folder", "runs")) / name
     cells = _cells(grid, "", folder)
     for label, extra in recipe.get("extra", {}).items():
-        cells += _cells(_laid_over(grid, [*extra, *_without_sweeps(given)]), label, folder)
+        cells += _cells(_laid_over(grid, extra), label, folder)
     names = [cell.name for cell in cells]
     for cell in cells:
         if names.count(cell.name) > 1:
             raise ConfigError(
                 f"two cells of the sweep are called {cell.name}: give each value once"
             )
-        derive(compose_config(cell.overrides))
+        config = compose_config(cell.overrides)
+        derive(config)
+        refuse_another_run(config)  # or a finished run of another kind would count as this cell
     groups = list(dict.fromkeys(cell.group for cell in cells))
     baseline = own["baseline"] if "baseline" in own else recipe.get("baseline", groups[0])
     if baseline not in groups:
@@ -163,14 +166,9 @@ def _laid_over(base: Sequence[str], given: Sequence[str]) -> list[str]:
     return list((merged | {text.partition("=")[0]: text for text in given}).values())
 
 
-def _without_sweeps(overrides: Sequence[str]) -> list[str]:
-    parsed = zip(overrides, parse_overrides(overrides, sweeps=True), strict=True)
-    return [text for text, override in parsed if not override.is_sweep_override()]
-
-
 def _cells(grid: Sequence[str], label: str, folder: Path) -> list[Cell]:
     """Every combination of the grid's values; the first swept knob changes slowest."""
-    combinations: list[tuple[list[str], list[str], int]] = [([], [], 1234)]
+    combinations: list[tuple[list[str], list[str], int]] = [([], [], TrainConfig().seed)]
     for override in parse_overrides(grid, sweeps=True):
         knob, swept = override.key_or_group, override.is_sweep_override()
         values = list(override.sweep_string_iterator()) if swept else [override.get_value_string()]

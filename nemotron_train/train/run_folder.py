@@ -197,6 +197,17 @@ def _refuse_another_run(path: Path, changed: Mapping[str, Sequence[Any]]) -> Non
     )
 
 
+def refuse_another_run(config: Config) -> None:
+    """Raises ConfigError where the run folder of `config` holds a run of another configuration or
+    under another precision plan; nothing is written."""
+    path = run_path(config)
+    if (path / "config.yaml").exists():
+        stored = read_config(path)
+        changed = _differences(_to_plain(stored), _to_plain(config))
+        _refuse_another_run(path, changed)
+        _plan_before(path, stored, config, changed)
+
+
 def _plan_before(
     path: Path, stored: Config, config: Config, changed: Mapping[str, Sequence[Any]]
 ) -> Record | None:

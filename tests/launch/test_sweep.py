@@ -60,6 +60,8 @@ def test_given_values_replace_the_recipes() -> None:
     ]
     again = compose_config(sweep.cells[-1].overrides)
     assert (again.train.micro_batch_sequences, str(again.precision.name)) == (2, "bf16")
+    one = plan_sweep(["sweep=loss_gap", "precision=mxfp8", "baseline=bf16_other_sums"]).cells[-1]
+    assert str(compose_config(one.overrides).precision.name) == "bf16", "the label says so"
 
 
 @pytest.mark.parametrize(
@@ -89,7 +91,10 @@ def test_pretrain_points_to_sweep(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_runs_what_is_missing_and_keeps_failures(
-    small_run: Small, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    small_run: Small,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Two good cells are trained once and compared; one that cannot work is named, by the exit
     code too, and does not stop the others."""
@@ -112,6 +117,10 @@ def test_runs_what_is_missing_and_keeps_failures(
     before = [(runs / name / "metrics.jsonl").stat().st_mtime_ns for name in names]
     assert main(good) == 0
     assert [(runs / name / "metrics.jsonl").stat().st_mtime_ns for name in names] == before
+
+    longer = [text for text in good if not text.startswith("train.total_tokens")]
+    assert main([*longer, "train.total_tokens=5120"]) == 2
+    assert "train.total_tokens was 2560, now 5120" in capsys.readouterr().err
 
     others = [text for text in command if not text.startswith("data.tokenizer")]
     assert main([*others, "precision=bf16", "data.tokenizer=nowhere,data/tokenizer"]) == 1
