@@ -267,6 +267,25 @@ class ParallelConfig:
     distributed_optimizer: bool = True  # shard optimizer state over the data-parallel ranks
 
 
+class RecomputeMode(StrEnum):
+    """What of a layer's forward pass runs again in its backward pass instead of being kept.
+    A recipe must quote "off": YAML takes the bare word for a boolean."""
+
+    off = "off"
+    selective = "selective"  # the part that is large to keep and cheap to compute
+    full = "full"  # all of it: the layer's input alone is kept
+
+
+@dataclass
+class RecomputeConfig:
+    """Activation recomputation of each kind of layer, those of the multi-token-prediction block
+    included. Gradients stay the same in every bit."""
+
+    mamba: RecomputeMode = RecomputeMode.off  # selective: from in_proj's output to out_proj's input
+    attention: RecomputeMode = RecomputeMode.off  # selective: the core attention
+    moe: RecomputeMode = RecomputeMode.off  # selective: the routed experts, not their exchange
+
+
 @dataclass
 class TrainConfig:
     total_tokens: int = MISSING
@@ -281,6 +300,7 @@ class TrainConfig:
     save_every_steps: int = 0  # 0: only at the end
     keep_checkpoints: int = 2
     stop_after_steps: int = 0  # end this process early (exit 3), checkpoint saved; 0: never
+    recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
 
 
 @dataclass

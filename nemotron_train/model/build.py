@@ -32,7 +32,7 @@ def build_model(
     translated = transformer_config(config, platform, transformer_fields(config) if native else {})
     emulated = emulates(config) and not native
     part = parts(platform.transformer_engine, emulated=emulated, native=native)
-    submodules = stack_submodules(config.model, part)
+    submodules = stack_submodules(config, part, native)
     model = NemotronModel(
         config=translated,
         hybrid_stack_spec=stack_spec(submodules, part.norm),

@@ -142,9 +142,14 @@ class Mamba2Mixer(MegatronModule):
         packed_seq_params: PackedDocuments | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """hidden_states [S,B,hidden] (its shard of S under sequence parallelism) -> the same."""
-        mamba = self.mamba
         documents_BS = packed_seq_params.ids_or_none if packed_seq_params is not None else None
         zxbcdt_SBF, _ = self.in_proj(hidden_states)
+        return self.out_proj(self.mix(zxbcdt_SBF, documents_BS))
+
+    def mix(self, zxbcdt_SBF: torch.Tensor, documents_BS: torch.Tensor | None) -> torch.Tensor:
+        """What lies between the projections: [S,B,F] -> [S,B,inner width]. Cheap in FLOPs beside
+        what it keeps, so it is what selective recomputation runs again."""
+        mamba = self.mamba
         z_BSI, xbc_BSC, dt_BSH = split_to_batch_first(
             zxbcdt_SBF, [self.inner_width, sum(self.conv_components), self.num_heads]
         )
@@ -172,7 +177,7 @@ class Mamba2Mixer(MegatronModule):
             group_size=self.inner_width // self.num_groups,
             epsilon=self.config.layernorm_epsilon,
         )
-        return self.out_proj(y_BSI.transpose(0, 1))
+        return y_BSI.transpose(0, 1)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

@@ -5,6 +5,7 @@ otherwise Megatron's plain ones and ours; a plan with block formats takes emulat
 Mamba-2 mixer and the router are ours on both sides, and so are the experts but for native plans.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -27,7 +28,7 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayerSubmodules,
 )
 
-from nemotron_train.config.schema import ModelConfig
+from nemotron_train.config.schema import Config, RecomputeMode
 from nemotron_train.model.attention import CoreAttention, TransformerEngineAttention
 from nemotron_train.model.latent_moe import (
     GroupedExperts,
@@ -41,6 +42,7 @@ from nemotron_train.model.mamba2 import Mamba2Mixer, Mamba2MixerSubmodules
 from nemotron_train.model.mtp import MtpLayer
 from nemotron_train.model.native_experts import NativeExperts
 from nemotron_train.model.norm import RMSNorm
+from nemotron_train.model.recompute import recomputing
 from nemotron_train.precision.experts import EmulatedExperts
 from nemotron_train.precision.linear import (
     EmulatedColumnParallelLinear,
@@ -99,14 +101,18 @@ def parts(transformer_engine: bool, emulated: bool = False, native: bool = False
     )
 
 
-def stack_submodules(model: ModelConfig, part: Parts) -> HybridStackSubmodules:
-    """The layers behind the letters M, * and E, and the multi-token-prediction block."""
+def stack_submodules(config: Config, part: Parts, native: bool = False) -> HybridStackSubmodules:
+    """The layers behind the letters M, * and E, and the multi-token-prediction block; each kind's
+    recomputation is a matter of the class that fills a slot."""
+    model, recompute = config.model, config.train.recompute
+    full, selective = RecomputeMode.full, RecomputeMode.selective
+    again = partial(_recomputing_if, native=native)
     mamba_layer = ModuleSpec(
-        module=MambaLayer,
+        module=again(recompute.mamba == full, MambaLayer),
         submodules=MambaLayerSubmodules(
             norm=part.norm,
             mixer=ModuleSpec(
-                module=Mamba2Mixer,
+                module=again(recompute.mamba == selective, Mamba2Mixer, ["mix"], native=False),
                 params={"mamba": model.mamba},
                 submodules=Mamba2MixerSubmodules(part.column_parallel, part.row_parallel),
             ),
@@ -114,7 +120,7 @@ def stack_submodules(model: ModelConfig, part: Parts) -> HybridStackSubmodules:
         ),
     )
     attention_layer = ModuleSpec(
-        module=TransformerLayer,
+        module=again(recompute.attention == full, TransformerLayer),
         submodules=TransformerLayerSubmodules(
             input_layernorm=part.norm,
             self_attention=ModuleSpec(
@@ -122,31 +128,11 @@ def stack_submodules(model: ModelConfig, part: Parts) -> HybridStackSubmodules:
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=part.column_parallel,
-                    core_attention=part.core_attention,
+                    core_attention=again(recompute.attention == selective, part.core_attention),
                     linear_proj=part.row_parallel,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,  # pyright: ignore[reportArgumentType]
-        ),
-    )
-    moe = partial(
-        LatentMoELayer,
-        submodules=LatentMoESubmodules(
-            experts=partial(part.experts, input_size=model.moe.latent_size or model.hidden_size),
-            shared_experts=partial(
-                SharedExpertMLP,
-                submodules=shared_expert_submodules(part.column_parallel, part.row_parallel),
-            ),
-            router=SigmoidRouter,
-            latent_projection=part.replicated,
-        ),
-    )
-    moe_layer = ModuleSpec(
-        module=MoETransformerLayer,
-        submodules=TransformerLayerSubmodules(
-            pre_mlp_layernorm=part.norm,
-            mlp=moe,
-            mlp_bda=get_bias_dropout_add,  # pyright: ignore[reportArgumentType]
         ),
     )
     mtp_layer = ModuleSpec(
@@ -162,9 +148,44 @@ def stack_submodules(model: ModelConfig, part: Parts) -> HybridStackSubmodules:
     return HybridStackSubmodules(
         mamba_layer=mamba_layer,
         attention_layer=attention_layer,
-        moe_layer=moe_layer,
+        moe_layer=_moe_layer(config, part, native),
         mtp_block_spec=ModuleSpec(
             module=MultiTokenPredictionBlock,
             submodules=MultiTokenPredictionBlockSubmodules(layer_specs=[mtp_layer]),
         ),
     )
+
+
+def _moe_layer(config: Config, part: Parts, native: bool) -> ModuleSpec:
+    model, mode = config.model, config.train.recompute.moe
+    methods = ["forward", "routed"] if issubclass(part.experts, GroupedExperts) else ["forward"]
+    experts = _recomputing_if(mode == RecomputeMode.selective, part.experts, methods, native)
+    moe = partial(
+        LatentMoELayer,
+        submodules=LatentMoESubmodules(
+            experts=partial(
+                experts,
+                input_size=model.moe.latent_size or model.hidden_size,
+            ),
+            shared_experts=partial(
+                SharedExpertMLP,
+                submodules=shared_expert_submodules(part.column_parallel, part.row_parallel),
+            ),
+            router=SigmoidRouter,
+            latent_projection=part.replicated,
+        ),
+    )
+    return ModuleSpec(
+        module=_recomputing_if(mode == RecomputeMode.full, MoETransformerLayer, native=native),
+        submodules=TransformerLayerSubmodules(
+            pre_mlp_layernorm=part.norm,
+            mlp=moe,
+            mlp_bda=get_bias_dropout_add,  # pyright: ignore[reportArgumentType]
+        ),
+    )
+
+
+def _recomputing_if(
+    is_wanted: bool, owner: type, methods: Sequence[str] = ("forward",), native: bool = False
+) -> type:
+    return recomputing(owner, methods, native) if is_wanted else owner
