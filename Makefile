@@ -1,4 +1,4 @@
-# Targets: env, demo, test, check, benchmark. They work from any folder (make -C, make -f) and set
+# Targets: env, demo, test, test-layouts, test-faults, check, benchmark. They work from any folder (make -C, make -f) and set
 # up .venv first. Choices: EXTRAS=dev,gpu (what is installed beside the library), TEST_PROCESSES=2,
 # ARGS="..." (handed to nemotron-train, pytest or the benchmark).
 
@@ -18,7 +18,7 @@ clean_env := env -u PYTHONPATH -u PYTHONHOME -u PIP_CONSTRAINT -u PIP_BUILD_CONS
 	-u PIP_REQUIRE_HASHES -u PIP_IGNORE_INSTALLED
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test check benchmark
+.PHONY: help env demo test test-layouts test-faults check benchmark
 
 help:
 	@sed -n 's/^# //;1,3p' '$(lastword $(MAKEFILE_LIST))'
@@ -57,6 +57,12 @@ demo: $(stamp)
 
 test: $(stamp)
 	cd '$(root)' && '$(python)' -m pytest --quiet --numprocesses $(TEST_PROCESSES) $(ARGS)
+
+test-layouts: $(stamp)
+	cd '$(root)' && '$(python)' -m pytest --quiet -m layouts $(ARGS)
+
+test-faults: $(stamp)
+	cd '$(root)' && '$(python)' -m pytest --quiet -m 'faults or not faults' $(ARGS) tests/faults
 
 check: $(stamp)
 	cd '$(root)' && '$(python)' -m ruff check .
