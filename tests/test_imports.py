@@ -30,6 +30,7 @@ LAYERS = [
     ("assembly", ["precision.native"]),
     ("metadata", ["config.derive", "config.memory", "config.checks", "optim.schedule"]),
     ("metadata", ["model.shape", "precision.plan", "precision.rules", "precision.blocking"]),
+    ("metadata", ["model.stages"]),
     ("metadata", ["precision.transformer_engine", "precision.record", "train.lineage"]),
     ("metadata", ["config.guards", "precision.backend"]),
     ("metadata", ["train.metrics", "train.run_folder", "train.progress_bar"]),
@@ -51,7 +52,7 @@ AROUND_THE_CORE = ["report.*", "launch.*", "generate.*", "posttrain.*", "convert
 NO_TORCH = ["", "cli", "compose", "config.*", "model.shape", "precision.plan", "precision.rules"]
 NO_TORCH += ["precision.transformer_engine", "optim.schedule", "data.*", "report.*", "launch.*"]
 NO_TORCH += ["precision.record", "train.lineage", "precision.backend", "platform.hardware"]
-NO_TORCH += ["precision.telemetry_record"]
+NO_TORCH += ["precision.telemetry_record", "model.stages"]
 NO_TORCH += ["train.metrics", "train.run_folder", "train.progress_bar"]
 
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 80

@@ -6,12 +6,13 @@ checkpoints, the device) checks itself. No torch.
 """
 
 import re
-from itertools import pairwise
+from dataclasses import replace
 from math import inf
 from operator import attrgetter
 
 from nemotron_train.config.schema import Config, ConfigError, DataKind, Dtype, ModelConfig
 from nemotron_train.model.shape import LayerKind, parse_pattern
+from nemotron_train.model.stages import stage_pattern
 from nemotron_train.precision.plan import check_plan
 
 
@@ -63,6 +64,7 @@ _ABOVE_ZERO = (
     "optim.clip_grad_norm",
     "parallel.tensor",
     "parallel.pipeline",
+    "parallel.virtual_pipeline",
     "parallel.context",
     "parallel.expert",
     "parallel.expert_tensor",
@@ -207,23 +209,33 @@ def _check_key_value_heads(key_value_heads: int, tensor: int) -> None:
 
 
 def _check_stages(config: Config, stages: list[list[LayerKind]]) -> None:
-    """Stages are written into the pattern: who cuts a hybrid pattern evenly by count gets
-    stages of unequal cost without having asked for it."""
-    wanted, found = config.parallel.pipeline, len(stages)
-    if wanted == found:
-        return
-    letters = "".join(kind.value for stage in stages for kind in stage)
-    if wanted > len(letters):
-        raise ConfigError(
-            f"parallel.pipeline={wanted} is more than the {len(letters)} layers of "
-            f"model.pattern={config.model.pattern}"
-        )
-    cuts = [round(len(letters) * stage / wanted) for stage in range(wanted + 1)]
-    proposal = "|".join(letters[a:b] for a, b in pairwise(cuts))
-    raise ConfigError(
-        f"model.pattern={config.model.pattern} has {found} pipeline stage(s), separated by |, "
-        f"but parallel.pipeline={wanted}; for example model.pattern='{proposal}'"
+    """Stages written into the pattern must be as many as the layout has; without any the layers
+    must suffice for them."""
+    parallel, pattern = config.parallel, config.model.pattern
+    wanted, found, num_layers = (
+        parallel.pipeline * parallel.virtual_pipeline,
+        len(stages),
+        sum(map(len, stages)),
     )
+    knobs = f"parallel.pipeline={parallel.pipeline}"
+    if parallel.virtual_pipeline > 1:
+        if parallel.pipeline == 1:
+            raise ConfigError(
+                f"parallel.virtual_pipeline={parallel.virtual_pipeline} needs parallel.pipeline "
+                "above 1: one rank has nobody to interleave its stages with"
+            )
+        knobs += f" x parallel.virtual_pipeline={parallel.virtual_pipeline}"
+    if wanted > num_layers:
+        raise ConfigError(
+            f"{knobs} is more than the {num_layers} layers of model.pattern={pattern}"
+        )
+    if found not in (1, wanted):
+        model = replace(config.model, pattern=pattern.replace("|", ""))
+        proposal = stage_pattern(replace(config, model=model))
+        raise ConfigError(
+            f"model.pattern={pattern} has {found} pipeline stage(s), separated by |, but {knobs}; "
+            f"without | FLOPs decide: '{proposal}'"
+        )
 
 
 def _check_ranks(config: Config, num_ranks: int) -> None:
@@ -261,13 +273,17 @@ def _check_batch(config: Config, num_ranks: int) -> None:
     data_parallel = num_ranks // (parallel.tensor * parallel.pipeline * parallel.context)
     length = train.sequence_length
     together = train.micro_batch_sequences * data_parallel
+    rounds = ""
+    if parallel.virtual_pipeline > 1:  # interleaved stages take micro-batches in whole rounds
+        together *= parallel.pipeline
+        rounds = f"parallel.pipeline={parallel.pipeline} interleaved micro-batches x "
     for knob in ("global_batch_tokens", "validation_tokens"):
         value = getattr(train, knob)
         _must_divide(f"train.{knob}", value, "train.sequence_length", length)
         if value // length % together:
             raise ConfigError(
                 f"train.{knob}={value} is {value // length} sequences of {length}, which "
-                f"{data_parallel} data-parallel rank(s) x "
+                f"{data_parallel} data-parallel rank(s) x {rounds}"
                 f"train.micro_batch_sequences={train.micro_batch_sequences} = {together} do not "
                 f"divide; {_nearest(value, together * length)} would do"
             )

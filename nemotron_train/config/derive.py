@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from nemotron_train.config.checks import check
 from nemotron_train.config.schema import Config
-from nemotron_train.model.shape import parameters, parse_pattern, training_flops
+from nemotron_train.model.shape import parameters, training_flops
+from nemotron_train.model.stages import stages
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Derived:
     decay_steps: int  # below the peak rate again
     validation_sequences: int
     num_layers: int  # of the decoder
-    layers_per_stage: tuple[int, ...]
+    layers_per_stage: tuple[int, ...]  # stage s lies on pipeline rank s % pipeline
     parameter_dtype: str
     parameters: int  # multi-token prediction included, expert biases not
     active_parameters: int  # embedding, output layer included; multi-token prediction not
@@ -48,7 +49,7 @@ def derive(config: Config, num_ranks: int = 1) -> Derived:
     the first violation.
     """
     check(config, num_ranks)
-    stages = parse_pattern(config.model.pattern)
+    layers_per_stage = tuple(len(stage.pattern) for stage in stages(config))
     parallel, train, optim = config.parallel, config.train, config.optim
     data_parallel = num_ranks // (parallel.tensor * parallel.pipeline * parallel.context)
     expert_ranks = parallel.pipeline * parallel.expert * parallel.expert_tensor
@@ -68,8 +69,8 @@ def derive(config: Config, num_ranks: int = 1) -> Derived:
         warmup_steps=_ceil_divide(optim.warmup_tokens, batch),
         decay_steps=total_steps - steps_before_decay if optim.decay_tokens > 0 else 0,
         validation_sequences=train.validation_tokens // train.sequence_length,
-        num_layers=sum(map(len, stages)),
-        layers_per_stage=tuple(map(len, stages)),
+        num_layers=sum(layers_per_stage),
+        layers_per_stage=layers_per_stage,
         parameter_dtype=config.precision.parameter_dtype.value,
         parameters=counts.total_with_mtp,
         active_parameters=counts.active_with_embeddings,

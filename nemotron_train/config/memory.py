@@ -26,7 +26,7 @@ _MASTER_BYTES = 4  # the FP32 copy of BF16 parameters; FP32 parameters are their
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes held by a rank of pipeline stage `stage` (from 0)."""
+    """Bytes held by pipeline rank `stage` (from 0)."""
 
     stage: int
     parameters: int  # elements
@@ -40,11 +40,11 @@ class RankMemory:
 
 
 def heaviest_rank(config: Config, derived: Derived) -> RankMemory:
-    """The memory of a rank of the pipeline stage that holds most."""
-    stages = [
-        _stage_memory(config, derived, stage, tensors)
-        for stage, tensors in enumerate(stage_tensors(config, derived))
-    ]
+    """The memory of a rank of the pipeline rank that holds most, all of its stages together."""
+    held: list[list[Tensor]] = [[] for _ in range(config.parallel.pipeline)]
+    for stage, tensors in enumerate(stage_tensors(config, derived)):
+        held[stage % len(held)] += tensors
+    stages = [_stage_memory(config, derived, rank, tensors) for rank, tensors in enumerate(held)]
     return max(stages, key=lambda memory: memory.total_bytes)
 
 

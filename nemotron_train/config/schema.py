@@ -258,11 +258,15 @@ class OptimConfig:
 
 @dataclass
 class ParallelConfig:
+    """The grid of ranks. Where `model.pattern` names no stages with |, its layers are cut into
+    pipeline x virtual_pipeline stages of balanced FLOPs."""
+
     tensor: int = 1
     pipeline: int = 1
+    virtual_pipeline: int = 1  # stages on each pipeline rank (interleaved 1F1B); 1: plain 1F1B
     context: int = 1
     expert: int = 1
-    expert_tensor: int = 1
+    expert_tensor: int = 1  # ranks that share every expert's hidden width
     sequence: bool = False  # sequence parallel: shard norms and residuals over the tensor group
     distributed_optimizer: bool = True  # shard optimizer state over the data-parallel ranks
 

@@ -6,19 +6,22 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.param_layout import PerBufferParamLayout
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from nemotron_train.config.schema import Config, ModelConfig
+from nemotron_train.config.schema import Config
 from nemotron_train.model.hybrid import NemotronModel, stack_spec
 from nemotron_train.model.initialize import initialize
 from nemotron_train.model.specs import parts, stack_submodules
+from nemotron_train.model.stages import stage_pattern
 from nemotron_train.model.translate import transformer_config
 from nemotron_train.platform.device import Platform
 from nemotron_train.precision.attach import emulates
 from nemotron_train.precision.native import transformer_fields
 
 
-def megatron_pattern(model: ModelConfig) -> str:
-    """The pattern in Megatron's grammar: "/" and the block's pattern once a depth."""
-    return model.pattern + f"/{model.mtp.pattern}" * model.mtp.depths
+def megatron_pattern(config: Config) -> str:
+    """The pattern in Megatron's grammar: "|" between stages, "/" and the block's pattern once a
+    multi-token-prediction depth."""
+    mtp = config.model.mtp
+    return stage_pattern(config) + f"/{mtp.pattern}" * mtp.depths
 
 
 def build_model(
@@ -38,7 +41,7 @@ def build_model(
         hybrid_stack_spec=stack_spec(submodules, part.norm),
         vocab_size=config.model.vocab_size,
         max_sequence_length=config.train.sequence_length,
-        hybrid_layer_pattern=megatron_pattern(config.model),
+        hybrid_layer_pattern=megatron_pattern(config),
         pre_process=groups.pp.rank() == 0,
         post_process=groups.pp.rank() == groups.pp.size() - 1,
         parallel_output=True,

@@ -17,6 +17,7 @@ from typing import Any
 
 from nemotron_train.config.schema import Config, ConfigError, Dtype, LinearKind, PrecisionRule
 from nemotron_train.model.shape import Linear, linears, parse_pattern
+from nemotron_train.model.stages import stages
 from nemotron_train.precision.blocking import shard, tokens_per_product
 from nemotron_train.precision.rules import NVFP4_OPTIONS, ROLES, Claim, claims, last_layers
 
@@ -224,10 +225,10 @@ def _refuse_difference(
     bf16_layers: tuple[int, int],
 ) -> None:
     """Raises ConfigError at the first linear to which Megatron would give another format."""
-    stages = [len(stage) for stage in parse_pattern(config.model.pattern)]
+    layers_per_stage = [len(stage.pattern) for stage in stages(config)]
     for claim in chosen:
         for linear in claim.linears:
-            got = _megatron_format(linear.path, matchers, base, bf16_layers, stages)
+            got = _megatron_format(linear.path, matchers, base, bf16_layers, layers_per_stage)
             if got != claim.format.format:
                 raise ConfigError(
                     f"{linear.path}: {claim.text} asks for {claim.format.format}, but Megatron's "

@@ -40,6 +40,7 @@ from nemotron_train.precision.plan import (
     share_rows,
 )
 from nemotron_train.precision.rules import claims
+from nemotron_train.report.plan_stages import STAGE_COLUMNS, balance_lines, stage_rows
 
 _KIND_NAMES = {
     LayerKind.mamba: "Mamba-2",
@@ -63,6 +64,10 @@ def print_plan(config: Config, derived: Derived, console: Console, *, layers: bo
     _print_precision(config, console)
     _print_facts(console, "Training", _training_facts(config, derived))
     _print_facts(console, "Ranks", _rank_facts(config, derived))
+    if config.parallel.pipeline > 1:
+        _print_table(console, "Pipeline stages", STAGE_COLUMNS, stage_rows(config))
+        for line in balance_lines(config):
+            _print_line(console, f"  {line}")
     _print_facts(console, "Memory of the fullest rank", _memory_facts(config, derived))
 
 
@@ -316,8 +321,6 @@ def _rank_facts(config: Config, derived: Derived) -> Iterable[tuple[str, str]]:
         f"key-value heads, {derived.mamba_heads_per_rank} Mamba heads in "
         f"{derived.mamba_groups_per_rank} groups, {derived.experts_per_rank} experts a layer",
     )
-    if parallel.pipeline > 1:
-        yield "layers a stage", ", ".join(map(str, derived.layers_per_stage))
     yield (
         "a step",
         f"{derived.micro_batches_per_step:,} micro batches of "

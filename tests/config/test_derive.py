@@ -114,9 +114,28 @@ def tiny(*overrides: str) -> Config:
             "train.sequence_length=255 is not a multiple of parallel.tensor=2",
         ),
         (["parallel.context=2"], 2, "parallel.context=2"),
-        (["parallel.pipeline=2"], 2, "for example model.pattern='MEM*|EME'"),
         (["model.pattern=MEM|*EME"], 1, "has 2 pipeline stage(s), separated by |, but"),
+        (
+            ["parallel.pipeline=2", "model.pattern=ME|M|*EME"],
+            2,
+            "but parallel.pipeline=2; without | FLOPs decide: 'MEM*EM|E'",
+        ),
         (["parallel.pipeline=9"], 9, "parallel.pipeline=9 is more than the 7 layers"),
+        (
+            ["parallel.pipeline=2", "parallel.virtual_pipeline=4"],
+            2,
+            "parallel.pipeline=2 x parallel.virtual_pipeline=4 is more than the 7 layers",
+        ),
+        (["parallel.virtual_pipeline=2"], 1, "needs parallel.pipeline above 1"),
+        (
+            [
+                "parallel.pipeline=2",
+                "parallel.virtual_pipeline=2",
+                "train.micro_batch_sequences=8",
+            ],
+            2,
+            "parallel.pipeline=2 interleaved micro-batches x train.micro_batch_sequences=8 = 16",
+        ),
         (
             ["parallel.tensor=2", "parallel.sequence=true"],
             3,
@@ -184,9 +203,12 @@ def test_checks_of_absent_layers_are_not_made() -> None:
         derive(tiny(*alone, "model.pattern=M*"), 2)
 
 
-def test_the_proposed_pattern_is_accepted() -> None:
+def test_stages_come_from_the_pattern_or_from_flops() -> None:
     derived = derive(tiny("parallel.pipeline=2", "model.pattern='MEM*|EME'"), 2)
     assert derived.layers_per_stage == (4, 3)
+    assert derived.num_layers == 7
+    derived = derive(tiny("parallel.pipeline=2"), 2)
+    assert derived.layers_per_stage == (6, 1)
     assert derived.num_layers == 7
 
 

@@ -1,8 +1,8 @@
 """The loss does not depend on the layout: two gloo ranks against one, ten optimizer steps.
 
 Second truth: the run on one rank, in FP32, with every ingredient (Mamba-2, LatentMoE, attention,
-two MTP depths, packed documents). Covers tensor + sequence, pipeline, expert and data
-parallelism with the distributed optimizer, initial weights included. Not covered here: products
+two MTP depths, packed documents). Covers tensor + sequence, pipeline, expert, expert-tensor and
+data parallelism with the distributed optimizer, initial weights included. Not covered here: products
 of several layouts (they need four ranks), BF16.
 """
 
@@ -19,6 +19,7 @@ LAYOUTS = {
     "tensor": ["parallel.tensor=2", "parallel.sequence=true"],
     "pipeline": ["parallel.pipeline=2", "model.pattern=MEM|*EME"],
     "expert": ["parallel.expert=2"],
+    "expert_tensor": ["parallel.expert_tensor=2"],
     "data": [],
     "replicated_optimizer": ["parallel.distributed_optimizer=false"],
 }
