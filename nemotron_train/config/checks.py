@@ -176,10 +176,7 @@ def _check_split(config: Config, kinds: set[LayerKind]) -> None:
     if LayerKind.attention in kinds:
         _check_key_value_heads(model.attention.key_value_heads, parallel.tensor)
     if parallel.context > 1:
-        raise ConfigError(
-            f"parallel.context={parallel.context}: neither the Mamba-2 state nor the batches are "
-            "passed between context-parallel ranks yet; must be 1"
-        )
+        _check_context(config, kinds)
     if LayerKind.moe in kinds and parallel.tensor > 1 and not parallel.sequence:
         raise ConfigError(
             f"parallel.tensor={parallel.tensor} with E layers needs parallel.sequence=true: the "
@@ -197,6 +194,30 @@ def _check_split(config: Config, kinds: set[LayerKind]) -> None:
             "parallel.tensor",
             parallel.tensor,
         )
+
+
+def _check_context(config: Config, kinds: set[LayerKind]) -> None:
+    """Each context-parallel rank gets whole heads of its tensor-parallel rank, and what heads
+    share (Mamba-2's groups, key-value heads) whole or with other ranks."""
+    model, parallel = config.model, config.parallel
+    together, size = "parallel.tensor x parallel.context", parallel.tensor * parallel.context
+    shared = []
+    if LayerKind.attention in kinds:
+        _must_divide("model.attention.heads", model.attention.heads, together, size)
+        shared.append(("model.attention.key_value_heads", model.attention.key_value_heads))
+    if LayerKind.mamba in kinds:
+        _must_divide("model.mamba.heads", model.mamba.heads, together, size)
+        shared.append(("model.mamba.groups", model.mamba.groups))
+    for knob, value in shared:
+        here = max(1, value // parallel.tensor)
+        if here % parallel.context and parallel.context % here:
+            raise ConfigError(
+                f"{knob}={value} is {here} a tensor-parallel rank, which must be a multiple or a "
+                f"divisor of parallel.context={parallel.context}"
+            )
+    pieces = parallel.context * (parallel.tensor if parallel.sequence else 1)
+    knobs = "parallel.context" + (" x parallel.tensor" if parallel.sequence else "")
+    _must_divide("train.sequence_length", config.train.sequence_length, knobs, pieces)
 
 
 def _check_key_value_heads(key_value_heads: int, tensor: int) -> None:

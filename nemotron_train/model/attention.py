@@ -4,9 +4,13 @@ The projections around it are Megatron's `SelfAttention`; this module fills its
 `core_attention` slot. Forms: batched products on a CPU (`causal_attention`),
 `scaled_dot_product_attention` on a GPU, Transformer Engine's kernel where it is installed.
 
+Under context parallelism every form gets the whole sequence of some of the heads
+(`model.context`): causal work is then even over the ranks, without cutting the sequence in turns.
+
 Shapes: S tokens, B rows, H query heads, G key/value heads, D head dimension.
 """
 
+import copy
 from typing import Any
 
 import torch
@@ -18,6 +22,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from nemotron_train.model.causal_attention import causal_attention
+from nemotron_train.model.context import HeadExchange
 from nemotron_train.model.documents import PackedDocuments
 
 
@@ -33,6 +38,27 @@ def _causal(q_BSHD: torch.Tensor, k_BSGD: torch.Tensor, v_BSGD: torch.Tensor) ->
         enable_gqa=q_BSHD.shape[2] != k_BSGD.shape[2],
     )
     return output_BHSD.transpose(1, 2)
+
+
+def _head_exchange(
+    config: TransformerConfig, pg_collection: ProcessGroupCollection
+) -> HeadExchange:
+    """Of the query, key and value heads on one tensor-parallel rank. `config` is what Megatron
+    hands its core attention: at least one key/value head for each of those ranks."""
+    heads, groups, width = config.num_attention_heads, config.num_query_groups, config.kv_channels
+    assert groups is not None and width is not None
+    num_shards = pg_collection.tp.size()
+    counts = [heads // num_shards, *[groups // num_shards] * 2]
+    return HeadExchange(pg_collection.cp, [(count, width) for count in counts])
+
+
+def _to_heads(exchange: HeadExchange, *query_key_value: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """[s,B,heads,D] each of a piece -> [S,B,own heads,D] of the whole sequence; COLLECTIVE."""
+    if exchange.num_ranks == 1:
+        return query_key_value
+    width = query_key_value[0].shape[-1]
+    packed_SBF = exchange.to_heads(*(x.flatten(2) for x in query_key_value))
+    return tuple(x.unflatten(-1, (-1, width)) for x in packed_SBF.split(exchange.widths, dim=-1))
 
 
 class CoreAttention(MegatronModule):
@@ -57,6 +83,8 @@ class CoreAttention(MegatronModule):
         super().__init__(config)
         assert attention_type == "self" and attn_mask_type == AttnMaskType.causal
         assert not config.attention_dropout, "Nemotron 3 trains without dropout"
+        assert pg_collection is not None
+        self.exchange = _head_exchange(config, pg_collection)
 
     def forward(
         self,
@@ -69,8 +97,10 @@ class CoreAttention(MegatronModule):
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> torch.Tensor:
-        """query [S,B,H,D], key and value [S,B,G,D] -> [S,B,H*D]."""
-        q_BSHD, k_BSGD, v_BSGD = (x.transpose(0, 1) for x in (query, key, value))
+        """query [S,B,H,D], key and value [S,B,G,D] -> [S,B,H*D]; this rank's piece of S under
+        context parallelism."""
+        whole = _to_heads(self.exchange, query, key, value)
+        q_BSHD, k_BSGD, v_BSGD = (x.transpose(0, 1) for x in whole)
         if isinstance(packed_seq_params, PackedDocuments) and packed_seq_params.boundaries:
             rows = [
                 torch.cat(
@@ -89,7 +119,8 @@ class CoreAttention(MegatronModule):
             output_BSHD = torch.cat(rows)
         else:
             output_BSHD = _causal(q_BSHD, k_BSGD, v_BSGD)
-        return output_BSHD.transpose(0, 1).flatten(2)
+        output_SBI = output_BSHD.transpose(0, 1).flatten(2)
+        return self.exchange.to_tokens(output_SBI) if self.exchange.num_ranks > 1 else output_SBI
 
 
 class TransformerEngineAttention(MegatronModule):
@@ -98,11 +129,20 @@ class TransformerEngineAttention(MegatronModule):
     Translated and not run: no GPU with Transformer Engine was at hand.
     """
 
-    def __init__(self, config: TransformerConfig, **kwargs: Any) -> None:
+    def __init__(
+        self, config: TransformerConfig, pg_collection: ProcessGroupCollection, **kwargs: Any
+    ) -> None:
         super().__init__(config)
         from megatron.core.extensions.transformer_engine import TEDotProductAttention
 
-        self.kernel = TEDotProductAttention(config, **kwargs)
+        self.exchange = _head_exchange(config, pg_collection)
+        # The kernel sees whole sequences: its own context parallelism, which cuts them in turns,
+        # stays off, and it is told the heads that a rank has after the exchange.
+        seen, num_shards = copy.copy(config), pg_collection.tp.size()
+        heads, groups, _ = (width // config.kv_channels for width in self.exchange.widths)
+        seen.num_attention_heads, seen.num_query_groups = heads * num_shards, groups * num_shards
+        seen.context_parallel_size = 1
+        self.kernel = TEDotProductAttention(seen, pg_collection=pg_collection, **kwargs)
 
     def forward(
         self,
@@ -115,12 +155,24 @@ class TransformerEngineAttention(MegatronModule):
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> torch.Tensor:
-        """query [S,B,H,D], key and value [S,B,G,D] -> [S,B,H*D]."""
+        """query [S,B,H,D], key and value [S,B,G,D] -> [S,B,H*D]; this rank's piece of S under
+        context parallelism."""
         assert attn_mask_type is not None
+        whole = _to_heads(self.exchange, query, key, value)
+        output_SBI = self._attend(whole, attention_mask, attn_mask_type, packed_seq_params)
+        return self.exchange.to_tokens(output_SBI) if self.exchange.num_ranks > 1 else output_SBI
+
+    def _attend(
+        self,
+        query_key_value: tuple[torch.Tensor, ...],
+        attention_mask: torch.Tensor | None,
+        attn_mask_type: AttnMaskType,
+        packed_seq_params: PackedSeqParams | None,
+    ) -> torch.Tensor:
         if not isinstance(packed_seq_params, PackedDocuments):
-            return self.kernel(query, key, value, attention_mask, attn_mask_type)
-        num_tokens, num_rows = query.shape[:2]
-        flat = [x.transpose(0, 1).flatten(0, 1) for x in (query, key, value)]
+            return self.kernel(*query_key_value, attention_mask, attn_mask_type)
+        num_tokens, num_rows = query_key_value[0].shape[:2]
+        flat = [x.transpose(0, 1).flatten(0, 1) for x in query_key_value]
         lengths = packed_seq_params.cumulative_lengths
         output = self.kernel(
             *flat,

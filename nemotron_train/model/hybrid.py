@@ -4,7 +4,9 @@ Ours differs from upstream's in what a pretraining step needs and no more: docum
 row, the losses of the main head and of every multi-token-prediction depth returned apart, and
 weight gradients of the output layer accumulated in FP32 however often it is used.
 
-Shapes: B rows, S tokens a row, V vocabulary of this tensor-parallel rank.
+Shapes: B rows, S tokens a row, V vocabulary of this tensor-parallel rank. Under context
+parallelism the inputs [B,S] are whole rows on every rank, hidden states and losses those of its
+piece (`model.context`).
 """
 
 import re
@@ -18,6 +20,7 @@ from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
 
+from nemotron_train.model.context import piece
 from nemotron_train.model.cross_entropy import vocab_parallel_cross_entropy
 from nemotron_train.model.documents import PackedDocuments
 from nemotron_train.model.mtp import depth_mask, shift_left
@@ -108,10 +111,12 @@ class NemotronModel(HybridModel):
 
         Returns, on the last pipeline stage, with labels: FP32 [1 + depths], the sums of the
         losses over counted targets (main head first); without labels: logits [B,S,V]. On other
-        stages: the hidden states [S,B,hidden] for the next one.
+        stages: the hidden states [S,B,hidden] for the next one. Under context parallelism all of
+        these are of this rank's piece of the sequence.
         """
+        cp_group = self.pg_collection.cp
         documents = PackedDocuments.of(document_ids_BS) if document_ids_BS is not None else None
-        hidden = self.embedding(tokens_BS, None) if self.pre_process else None
+        hidden = self.embedding(piece(tokens_BS, cp_group), None) if self.pre_process else None
         hidden = self.decoder(hidden, attention_mask=None, packed_seq_params=documents)
         if not self.post_process:
             return hidden
@@ -126,6 +131,8 @@ class NemotronModel(HybridModel):
     def _loss_sum(
         self, hidden_SBD: torch.Tensor, labels_BS: torch.Tensor, mask_BS: torch.Tensor
     ) -> torch.Tensor:
+        """Of this rank's piece of whole rows of labels and mask."""
+        labels_BS, mask_BS = (piece(x, self.pg_collection.cp) for x in (labels_BS, mask_BS))
         loss_SB = vocab_parallel_cross_entropy(
             self._output_logits(hidden_SBD), labels_BS.t(), self.pg_collection.tp
         )

@@ -5,7 +5,9 @@ Owns the parameters and their sharding; the arithmetic is in `causal_conv`, `ssd
 `gated_norm`. Runs wherever those run, unlike Megatron's own mixer, which needs mamba_ssm.
 
 Shapes: S tokens, B rows, H heads of P channels (H*P = inner width), G groups of state size N,
-all of this tensor-parallel rank.
+all of this tensor-parallel rank. Under context parallelism (`model.context`) a rank projects,
+gates and normalizes its own piece of the sequence, and in between, convolution and state see the
+whole sequence of some of the heads.
 """
 
 from dataclasses import dataclass
@@ -27,6 +29,7 @@ from torch import nn
 
 from nemotron_train.config.schema import MambaConfig
 from nemotron_train.model.causal_conv import causal_conv
+from nemotron_train.model.context import HeadExchange
 from nemotron_train.model.documents import PackedDocuments
 from nemotron_train.model.gated_norm import gated_rms_norm
 from nemotron_train.model.sharding import mark_sharded, split_components
@@ -85,6 +88,10 @@ class Mamba2Mixer(MegatronModule):
         state_width = self.num_groups * mamba.state_size
         self.conv_components = [self.inner_width, state_width, state_width]
         components = [self.inner_width, *self.conv_components, self.num_heads]
+        # x, B, C and dt of a head are exchanged together; z meets y after the way back.
+        states = (self.num_groups, mamba.state_size)
+        exchanged = [(self.num_heads, mamba.head_dim), states, states, (self.num_heads, 1)]
+        self.exchange = HeadExchange(pg_collection.cp, exchanged)
         full_inner = mamba.heads * mamba.head_dim
 
         self.in_proj = build_module(
@@ -149,35 +156,64 @@ class Mamba2Mixer(MegatronModule):
     def mix(self, zxbcdt_SBF: torch.Tensor, documents_BS: torch.Tensor | None) -> torch.Tensor:
         """What lies between the projections: [S,B,F] -> [S,B,inner width]. Cheap in FLOPs beside
         what it keeps, so it is what selective recomputation runs again."""
-        mamba = self.mamba
-        z_BSI, xbc_BSC, dt_BSH = split_to_batch_first(
-            zxbcdt_SBF, [self.inner_width, sum(self.conv_components), self.num_heads]
-        )
-        xbc_BSC = causal_conv(
-            xbc_BSC, self.conv_weight, self.conv_bias, document_ids_BS=documents_BS
-        )
-        x_BSI, B_BSK, C_BSK = torch.split(xbc_BSC, self.conv_components, dim=-1)
-        dt_BSH = F.softplus(dt_BSH.float() + self.dt_bias)
-        if mamba.dt_limit_min > 0.0 or mamba.dt_limit_max < float("inf"):
-            dt_BSH = dt_BSH.clamp(mamba.dt_limit_min, mamba.dt_limit_max)
-        y_BSHP = ssd(
-            x_BSI.unflatten(-1, (self.num_heads, mamba.head_dim)),
-            dt_BSH,
-            -torch.exp(self.A_log),
-            B_BSK.unflatten(-1, (self.num_groups, mamba.state_size)),
-            C_BSK.unflatten(-1, (self.num_groups, mamba.state_size)),
-            self.D,
-            chunk_size=mamba.chunk_size,
-            document_ids_BS=documents_BS,
-        )
+        widths = [self.inner_width, sum(self.conv_components), self.num_heads]
+        if self.exchange.num_ranks == 1:
+            z_BSI, xbc_BSC, dt_BSH = split_to_batch_first(zxbcdt_SBF, widths)
+            y_BSI = self._mix_tokens(xbc_BSC, dt_BSH, documents_BS)
+        else:
+            z_BSI, y_BSI = self._mix_over_ranks(zxbcdt_SBF, documents_BS)
         y_BSI = gated_rms_norm(
-            y_BSHP.flatten(2),
+            y_BSI,
             z_BSI,
             self.norm.weight,
             group_size=self.inner_width // self.num_groups,
             epsilon=self.config.layernorm_epsilon,
         )
         return y_BSI.transpose(0, 1)
+
+    def _mix_over_ranks(
+        self, zxbcdt_SBF: torch.Tensor, documents_BS: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """z and y of this rank's piece [B,s,I], y computed where the whole sequence of a head is.
+        A norm's group may lie on several ranks on the way; COLLECTIVE."""
+        z, *parts = zxbcdt_SBF.split(
+            [self.inner_width, *self.conv_components, self.num_heads], dim=-1
+        )
+        widths = self.exchange.widths
+        xbc_BSC, dt_BSH = split_to_batch_first(
+            self.exchange.to_heads(*parts), [sum(widths[:-1]), widths[-1]]
+        )
+        y_BSI = self._mix_tokens(xbc_BSC, dt_BSH, documents_BS)
+        return z.transpose(0, 1), self.exchange.to_tokens(y_BSI.transpose(0, 1)).transpose(0, 1)
+
+    def _mix_tokens(
+        self, xbc_BSC: torch.Tensor, dt_BSH: torch.Tensor, documents_BS: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Convolution and state over whole sequences, of this context-parallel rank's heads."""
+        mamba, own = self.mamba, self.exchange.own
+        *components, num_heads = self.exchange.widths
+        xbc_BSC = causal_conv(
+            xbc_BSC,
+            own(self.conv_weight, [0, 1, 2]),
+            own(self.conv_bias, [0, 1, 2]),
+            document_ids_BS=documents_BS,
+        )
+        x_BSI, B_BSK, C_BSK = torch.split(xbc_BSC, components, dim=-1)
+        dt_BSH = F.softplus(dt_BSH.float() + own(self.dt_bias, [3]))
+        if mamba.dt_limit_min > 0.0 or mamba.dt_limit_max < float("inf"):
+            dt_BSH = dt_BSH.clamp(mamba.dt_limit_min, mamba.dt_limit_max)
+        num_groups = components[1] // mamba.state_size
+        y_BSHP = ssd(
+            x_BSI.unflatten(-1, (num_heads, mamba.head_dim)),
+            dt_BSH,
+            -torch.exp(own(self.A_log, [3])),
+            B_BSK.unflatten(-1, (num_groups, mamba.state_size)),
+            C_BSK.unflatten(-1, (num_groups, mamba.state_size)),
+            own(self.D, [3]),
+            chunk_size=mamba.chunk_size,
+            document_ids_BS=documents_BS,
+        )
+        return y_BSHP.flatten(2)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

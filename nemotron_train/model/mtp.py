@@ -16,6 +16,8 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.moe.router import Router
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
 
+from nemotron_train.model.context import piece
+
 
 def shift_left(x_BS: torch.Tensor) -> torch.Tensor:
     """x[:, i] becomes x[:, i+1]; the last column becomes 0."""
@@ -65,12 +67,13 @@ class MtpLayer(MultiTokenPredictionLayer):
         packed_seq_params: PackedSeqParams | None = None,
         padding_mask: torch.Tensor | None = None,
     ) -> tuple:
-        """Shift the tokens by one and embed them, as upstream, without positions."""
+        """Shift the tokens by one and embed them, as upstream, without positions. The ids are
+        whole rows on every context-parallel rank, so no neighbour is asked for the next one."""
         input_ids = shift_left(input_ids)
         return (
             input_ids,
             position_ids,
             padding_mask,
-            embedding(input_ids=input_ids, position_ids=None),
+            embedding(input_ids=piece(input_ids, self.cp_group), position_ids=None),
             hidden_states,
         )

@@ -51,5 +51,6 @@ def validation_losses(
     model.train()
     sums_K = torch.stack(reports).double().sum(0) if reports else torch.zeros_like(targets_K)
     sum_over(sums_K, groups.pp)
-    totals = sum_over(torch.stack([sums_K, targets_K]), groups.dp)
-    return (totals[0] / totals[1].clamp(min=1)).tolist()
+    sum_over(sums_K, groups.dp_cp)
+    sum_over(targets_K, groups.dp)  # rows are whole on every context-parallel rank
+    return (sums_K / targets_K.clamp(min=1)).tolist()

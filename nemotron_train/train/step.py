@@ -47,7 +47,8 @@ def count_targets(batch: Batch, num_heads: int) -> np.ndarray:
 
 
 def micro_batches(batch: Batch, rows: int, device: str) -> Iterator[Tensors]:
-    """Cut this rank's rows into micro-batches of tensors on `device`."""
+    """Cut this replica's rows, whole on each of its context-parallel ranks, into micro-batches of
+    tensors on `device`."""
     for start in range(0, len(batch.tokens_BS), rows):
         part = slice(start, start + rows)
         yield {
@@ -74,7 +75,9 @@ def _forward_step(
     output = model(**batch)
 
     def loss(sums_K: torch.Tensor) -> tuple:
-        num_tokens = torch.tensor(batch["tokens_BS"].numel(), dtype=torch.int)
+        # Megatron adds these up over the context-parallel ranks too, which share the rows.
+        own_tokens = batch["tokens_BS"].numel() // model.config.context_parallel_size
+        num_tokens = torch.tensor(own_tokens, dtype=torch.int)
         total = sums_K.sum() if weights_K is None else (sums_K * weights_K).sum()
         return total, num_tokens.to(sums_K.device), sums_K.detach()
 
@@ -201,6 +204,6 @@ class Trainer:
     def _mean_losses(self, reports: list[torch.Tensor], targets_K: torch.Tensor) -> torch.Tensor:
         """Mean loss of each head over the global batch, on every rank: FP64 [K]."""
         sums_K = torch.stack(reports).double().sum(0) if reports else torch.zeros_like(targets_K)
-        sum_over(sums_K, self.groups.dp)
+        sum_over(sums_K, self.groups.dp_cp)
         sum_over(sums_K, self.groups.pp)  # only the last stage has reports
         return sums_K / targets_K.clamp(min=1)

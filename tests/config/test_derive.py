@@ -113,7 +113,23 @@ def tiny(*overrides: str) -> Config:
             2,
             "train.sequence_length=255 is not a multiple of parallel.tensor=2",
         ),
-        (["parallel.context=2"], 2, "parallel.context=2"),
+        (
+            ["parallel.context=4"],
+            4,
+            "model.attention.heads=6 is not a multiple of parallel.tensor x parallel.context=4; "
+            "4 or 8 would be",
+        ),
+        (
+            ["parallel.context=4", "model.attention.heads=12", "model.mamba.groups=3"],
+            4,
+            "model.mamba.groups=3 is 3 a tensor-parallel rank, which must be a multiple or a "
+            "divisor of parallel.context=4",
+        ),
+        (
+            ["parallel.context=2", "train.sequence_length=255", "train.global_batch_tokens=2040"],
+            2,
+            "train.sequence_length=255 is not a multiple of parallel.context=2; 254 or 256",
+        ),
         (["model.pattern=MEM|*EME"], 1, "has 2 pipeline stage(s), separated by |, but"),
         (
             ["parallel.pipeline=2", "model.pattern=ME|M|*EME"],
