@@ -8,13 +8,14 @@ what that means (`config.derive`), nor any work: each verb imports its own, so t
 import argparse
 import math
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from nemotron_train.check.commands import CHECK_VERBS
 from nemotron_train.compose import compose_config, nearest, parse_overrides, to_typed
 from nemotron_train.config.schema import Config, ConfigError
+from nemotron_train.verbs import OVERRIDES_HELP, Verb, open_console, run_arguments
 
 EXIT_DONE, EXIT_FAILED, EXIT_CONFIG = 0, 1, 2
 
@@ -35,7 +36,7 @@ def run_plan(arguments: argparse.Namespace) -> int:
     from nemotron_train.report.plan_table import print_plan
 
     num_ranks = _parse_ranks(asked[-1]) if asked else _smallest_num_ranks(config)
-    console, derived = _console(), derive(config, num_ranks)
+    console, derived = open_console(), derive(config, num_ranks)
     warnings = check_planned(config)
     print_plan(config, derived, console, layers=arguments.layers)
     for warning in warnings:
@@ -64,7 +65,7 @@ def run_report(arguments: argparse.Namespace) -> int:
     from nemotron_train.report.plot_precision import plot_precision
     from nemotron_train.report.table import print_runs
 
-    console = _console()
+    console = open_console()
     runs = [folder for folder in arguments.runs if not is_sweep(folder)]
     if runs:
         print_runs(runs, console)
@@ -82,7 +83,7 @@ def run_sweep(arguments: argparse.Namespace) -> int:
     from nemotron_train.launch.sweep import is_finished, plan_sweep, run_sweep
     from nemotron_train.report.gap import report_gaps
 
-    sweep, console = plan_sweep(arguments.overrides), _console()
+    sweep, console = plan_sweep(arguments.overrides), open_console()
     if arguments.dry_run:
         for cell in sweep.cells:
             console.print(" ".join(cell.overrides), highlight=False, soft_wrap=True)
@@ -100,7 +101,7 @@ def run_propose(arguments: argparse.Namespace) -> int:
     from nemotron_train.report.propose import ProposeConfig, propose
 
     knobs = to_typed(ProposeConfig, {}, parse_overrides(arguments.overrides))
-    propose(arguments.run, knobs, _console())
+    propose(arguments.run, knobs, open_console())
     return EXIT_DONE
 
 
@@ -118,46 +119,11 @@ def _smallest_num_ranks(config: Config) -> int:
     return parallel.pipeline * math.lcm(dense, parallel.expert * parallel.expert_tensor)
 
 
-def _console() -> Any:
-    from rich.console import Console
-
-    # A pipe has no width; 80 columns would break the tables.
-    return Console() if sys.stdout.isatty() else Console(width=120)
-
-
 # Parsing ------------------------------------------------------------------------------------
-
-OVERRIDES_HELP = """\
-Overrides are KNOB=VALUE, as many as you like:
-  model=tiny                     pick a recipe (a file under recipes/model/)
-  train.total_tokens=1e6         set one knob
-  'model.pattern=ME*E'           quote what your shell would expand
-The knobs and their defaults: nemotron_train/config/schema.py; a mistyped one is refused by name.
-"""
-
-
-@dataclass(frozen=True)
-class Verb:
-    """One verb of the command line; `arguments` declares what it takes."""
-
-    summary: str
-    run: Callable[[argparse.Namespace], int]
-    arguments: Callable[[argparse.ArgumentParser], None]
-    epilog: str
-
-
-def _run_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("overrides", nargs="*", metavar="KNOB=VALUE")
-    parser.add_argument(
-        "--config",
-        type=Path,
-        metavar="FILE",
-        help="start from this config.yaml (of a run folder) instead of the recipes",
-    )
 
 
 def _plan_arguments(parser: argparse.ArgumentParser) -> None:
-    _run_arguments(parser)
+    run_arguments(parser)
     parser.add_argument("--layers", action="store_true", help="one row a layer")
 
 
@@ -189,7 +155,7 @@ VERBS: dict[str, Verb] = {
     "pretrain": Verb(
         "train a model; with no arguments, a small Nemotron-3-shaped one on this machine",
         run_pretrain,
-        _run_arguments,
+        run_arguments,
         OVERRIDES_HELP
         + """
 Examples:
@@ -280,6 +246,9 @@ Examples:
 """,
     ),
 }
+
+
+VERBS |= CHECK_VERBS
 
 
 class _Parser(argparse.ArgumentParser):

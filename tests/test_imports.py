@@ -20,7 +20,9 @@ PACKAGE = ROOT / "nemotron_train"
 # first pattern that fits decides (names without `nemotron_train.`).
 LAYERS = [
     ("entry", ["__main__", "cli"]),
+    ("composition", ["verbs"]),
     ("composition", ["run", "compose", "data.commands", "report.*", "launch.*", "generate.*"]),
+    ("composition", ["check", "check.*"]),
     ("session", ["train.session"]),
     ("whole model, side jobs", ["model.build", "train.evaluate", "train.hooks"]),
     (
@@ -28,6 +30,7 @@ LAYERS = [
         ["model.specs", "train.step", "train.checkpoint", "train.branch", "precision.attach"],
     ),
     ("assembly", ["precision.native"]),
+    ("metadata", ["config.shrink"]),
     ("metadata", ["config.derive", "config.memory", "config.checks", "optim.schedule"]),
     ("metadata", ["model.shape", "precision.plan", "precision.rules", "precision.blocking"]),
     ("metadata", ["model.stages"]),
@@ -43,16 +46,19 @@ ORDER += ["composition", "entry"]
 
 KNOW_MEGATRON = ["platform.*", "model.*", "optim.build", "precision.attach", "precision.linear"]
 KNOW_MEGATRON += ["precision.native", "train.step", "train.checkpoint", "train.evaluate"]
-KNOW_MEGATRON += ["train.session", "optim.gradients"]
+KNOW_MEGATRON += ["train.session", "optim.gradients", "check.state"]
 OWN_CUDA = ["platform.device", "platform.megatron_cpu"]
 # What the core must do without; run.py composes, cli.py calls.
 AROUND_THE_CORE = ["report.*", "launch.*", "generate.*", "posttrain.*", "convert.*"]
+AROUND_THE_CORE += ["check.*"]
 
 # Modules that load no torch, with all that they import.
 NO_TORCH = ["", "cli", "compose", "config.*", "model.shape", "precision.plan", "precision.rules"]
 NO_TORCH += ["precision.transformer_engine", "optim.schedule", "data.*", "report.*", "launch.*"]
 NO_TORCH += ["precision.record", "train.lineage", "precision.backend", "platform.hardware"]
 NO_TORCH += ["precision.telemetry_record", "model.stages"]
+NO_TORCH += ["verbs", "check.commands", "check.launch", "check.compare", "check.data"]
+NO_TORCH += ["check.parallel"]
 NO_TORCH += ["train.metrics", "train.run_folder", "train.progress_bar"]
 
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 80

@@ -26,3 +26,32 @@ def count_zeros(model: DistributedDataParallel, parameter: torch.nn.Parameter) -
     gradient = bucket.grad_data[start : max(start, end)]
     zeros = gradient.numel() - torch.count_nonzero(gradient)
     return torch.stack([zeros, torch.full_like(zeros, gradient.numel())]).double()
+
+
+def whole_gradients(
+    model: DistributedDataParallel,
+) -> dict[torch.nn.Parameter, torch.Tensor]:
+    """The reduced FP32 gradient of every parameter on this rank, in the parameter's shape.
+
+    COLLECTIVE with the distributed optimizer, where a rank holds the reduced gradients of its part
+    of each bucket only. Call it between the reduction and the optimizer's step, which clips.
+    """
+    buffers: list[Any] = [*model.buffers, *model.expert_parallel_buffers]  # pyright: ignore
+    found = {}
+    for buffer in buffers:
+        gathered = [_gathered(bucket, buffer, model) for bucket in buffer.buckets]
+        for parameter, (start, end, bucket_id) in buffer.param_index_map.items():
+            offset = buffer.buckets[bucket_id].offset
+            part = gathered[bucket_id][start - offset : end - offset]
+            found[parameter] = part.view(parameter.shape)
+    return found
+
+
+def _gathered(bucket: Any, buffer: Any, model: DistributedDataParallel) -> torch.Tensor:
+    group = buffer.data_parallel_group
+    if not model.ddp_config.use_distributed_optimizer or group.size() == 1:
+        return bucket.grad_data.clone()
+    own = bucket.grad_data.chunk(group.size())[group.rank()].contiguous()
+    whole = torch.empty_like(bucket.grad_data)
+    torch.distributed.all_gather_into_tensor(whole, own, group=group)
+    return whole

@@ -1,0 +1,1 @@
+"""Proofs that a user runs on their own configuration: layouts, resume, precision."""

@@ -1,0 +1,66 @@
+"""The `check` verbs: what they take, their help, their exit codes. Imports the work when asked."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from nemotron_train.compose import compose_config
+from nemotron_train.verbs import Verb, open_console, run_arguments
+
+EQUAL, DIFFERS = 0, 1
+
+
+def run_check_parallel(arguments: argparse.Namespace) -> int:
+    config = compose_config(arguments.overrides, arguments.config)
+    from nemotron_train.check.launch import Ranks, RanksFailed
+    from nemotron_train.check.parallel import ParallelCheck, check_parallel
+
+    folder, console = Path(config.folder) / "checks" / config.name / "parallel", open_console()
+    asked = ParallelCheck(folder, arguments.ranks, arguments.steps, arguments.own_precision)
+    try:
+        equal = check_parallel(config, asked, console, Ranks(folder, console))
+    except RanksFailed as error:
+        print("nemotron-train:", error, file=sys.stderr)
+        return DIFFERS
+    return EQUAL if equal else DIFFERS
+
+
+def _whole_number(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number above 0")
+    return int(text)
+
+
+def _check_parallel_arguments(parser: argparse.ArgumentParser) -> None:
+    run_arguments(parser)
+    parser.add_argument(
+        "--ranks", type=_whole_number, default=4, help="processes at most (default 4)"
+    )
+    parser.add_argument(
+        "--steps", type=_whole_number, default=2, help="optimizer steps (default 2)"
+    )
+    parser.add_argument(
+        "--own-precision",
+        action="store_true",
+        help="keep the precision plan, with a wide tolerance; otherwise FP32, which is exact",
+    )
+
+
+CHECK_VERBS: dict[str, Verb] = {
+    "check parallel": Verb(
+        "does your layout train as one rank does? gradient by gradient, shrunk, on this machine",
+        run_check_parallel,
+        _check_parallel_arguments,
+        """\
+Takes any configuration, of any number of ranks. Shrinks it (every parallel dimension above 1
+becomes 2), runs the same steps on one rank and in the layout on CPU processes, and compares
+initial weights, losses, gradients and updates by name. Names the module that differs and the
+parallel dimension that brings it. Exit code 0: equal; 1: it differs.
+
+Examples:
+  nemotron-train check parallel parallel.tensor=2 parallel.sequence=true
+  nemotron-train check parallel run=super_120b_a12b
+  nemotron-train check parallel resume=runs/mine      # the configuration of a run folder
+""",
+    ),
+}

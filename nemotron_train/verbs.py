@@ -1,0 +1,45 @@
+"""What a verb of the command line is, and what several of them share. Imports no work."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+OVERRIDES_HELP = """\
+Overrides are KNOB=VALUE, as many as you like:
+  model=tiny                     pick a recipe (a file under recipes/model/)
+  train.total_tokens=1e6         set one knob
+  'model.pattern=ME*E'           quote what your shell would expand
+The knobs and their defaults: nemotron_train/config/schema.py; a mistyped one is refused by name.
+"""
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One verb of the command line; `arguments` declares what it takes."""
+
+    summary: str
+    run: Callable[[argparse.Namespace], int]
+    arguments: Callable[[argparse.ArgumentParser], None]
+    epilog: str
+
+
+def run_arguments(parser: argparse.ArgumentParser) -> None:
+    """What a verb takes that composes a run's configuration."""
+    parser.add_argument("overrides", nargs="*", metavar="KNOB=VALUE")
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="start from this config.yaml (of a run folder) instead of the recipes",
+    )
+
+
+def open_console() -> Any:
+    """The terminal, or a pipe, in which tables are not broken."""
+    from rich.console import Console
+
+    # A pipe has no width; 80 columns would break the tables.
+    return Console() if sys.stdout.isatty() else Console(width=120)
