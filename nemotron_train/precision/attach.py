@@ -65,6 +65,7 @@ class _Slot:
     module: torch.nn.Module
     shards: torch.distributed.ProcessGroup | None
     cut: Cut
+    context: torch.distributed.ProcessGroup | None
     first_call: int
     part: int = 0
 
@@ -136,6 +137,7 @@ class PrecisionControl:
                 self.clock,
                 slot.shards,
                 slot.cut,
+                slot.context,
                 slot.first_call,
                 slot.part,
             )
@@ -165,19 +167,20 @@ def _slots(model: torch.nn.Module, config: Config, groups: ProcessGroupCollectio
     for path, module in global_modules(model).items():
         first = groups.dp.rank() * _calls_per_rank(path, config, groups)
         if isinstance(module, EmulatedColumnParallelLinear):
-            slots.append(_Slot(path, module, groups.tp, "outputs", first))
+            slots.append(_Slot(path, module, groups.tp, "outputs", groups.cp, first))
         elif isinstance(module, EmulatedRowParallelLinear):
-            slots.append(_Slot(path, module, groups.tp, "inputs", first))
+            slots.append(_Slot(path, module, groups.tp, "inputs", groups.cp, first))
         elif isinstance(module, EmulatedReplicatedLinear):
             cut: Cut = "tokens" if config.parallel.sequence else ""
-            slots.append(_Slot(path, module, groups.tp, cut, first))
+            slots.append(_Slot(path, module, groups.tp, cut, groups.cp, first))
         elif isinstance(module, ExpertWeights):
             # Ranks that hold the same experts see other tokens, tensor-parallel ranks among them
-            # where sequence parallelism cuts the tokens and experts are not cut.
+            # where sequence parallelism cuts the tokens and experts are not cut, and
+            # context-parallel ranks.
             first = groups.expt_dp.rank() * _calls_per_rank(path, config, groups)
             cut = "outputs" if path.endswith("fc1") else "inputs"
             part = groups.ep.rank()
-            slots.append(_Slot(path, module, groups.expt_tp, cut, first, part))
+            slots.append(_Slot(path, module, groups.expt_tp, cut, None, first, part))
     known = {slot.path for slot in slots}
     present = global_modules(model)
     for start in phase_boundaries(config):

@@ -51,7 +51,7 @@ def _grouped_operand(
             block="2d" if role == "w" and attached.formats.weight_2d else "1d",
             dim=dim,
             random_words=words,
-            reduce_amax=attached.reduce_amax if attached.is_cut(role) else None,
+            reduce_amax=attached.amax_reduction(role),
             rows_per_tensor=rows_E,
         )
     values = tensor if form == "float32" else tensor.bfloat16()

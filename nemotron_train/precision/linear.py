@@ -9,9 +9,10 @@ numerics (`nvfp4`, `mxfp8`, `gemm`), which format a linear gets (`plan`), expert
     dgrad  dx = dy w      dy along N, stochastic; the same w blocks
     wgrad  dw = dy^T x    both along T, after a Hadamard transform; dy stochastic
 
-A tensor that is cut over tensor-parallel ranks gets the largest magnitude of all its shards, so
-its codes do not depend on the layout as long as shards are multiples of a block. (Transformer
-Engine reduces it only where sequence parallelism splits a tensor, and scales other shards apart.)
+A tensor that is cut over tensor- or context-parallel ranks gets the largest magnitude of all its
+shards, so its codes do not depend on the layout as long as shards are multiples of a block.
+(Transformer Engine reduces it only where sequence parallelism splits a tensor, and scales other
+shards apart.)
 Random words belong to a place in the whole tensor of a numbered micro-batch of the step, so they
 do not depend on it either, but for Mamba's input projection, whose columns are packed rank by
 rank, and for experts, whose tensors are the tokens that meet on a rank.
@@ -20,7 +21,9 @@ Shapes: T tokens, K input features, N output features, all as this rank multipli
 """
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
@@ -75,8 +78,10 @@ class Attached:
 
     shards: the tensor-parallel group over which its weight is cut, along the inputs (row parallel)
     or the outputs (column parallel), or over which the tokens of a whole weight are cut (latent
-    projections under sequence parallelism). first_call: calls within a step of the data-parallel
-    ranks before this one. part: which of several sets of experts, that share a path, this is.
+    projections under sequence parallelism). context: the ranks that hold the other pieces of the
+    sequence, cut before that; None for experts. first_call: calls within a step of the
+    data-parallel ranks before this one. part: which of several sets of experts, that share a path,
+    this is.
     """
 
     path: str
@@ -84,6 +89,7 @@ class Attached:
     clock: RoundingClock
     shards: dist.ProcessGroup | None = None
     cut: Cut = ""
+    context: dist.ProcessGroup | None = None
     first_call: int = 0
     part: int = 0
     calls: dict[int, int] = field(default_factory=dict)
@@ -106,12 +112,15 @@ class Attached:
         """For this rank's part, of `shape`, of a gradient [T, N]: by path, product and call among
         those of all data-parallel ranks, and by row and column of the whole gradient."""
         shard = self.shards.rank() if self.shards is not None else 0
+        part_of_rows = self.context.rank() if self.context is not None else 0
+        if self.cut == "tokens" and self.shards is not None:
+            part_of_rows = part_of_rows * self.shards.size() + shard
         name = f"{self.path}/{product}/{self.first_call + call}/{self.part}"
         return RandomWords(
             seed=self.clock.seed,
             stream=zlib.crc32(name.encode()),
             step=self.clock.step,
-            row_offset=shard * shape[0] if self.cut == "tokens" else 0,
+            row_offset=part_of_rows * shape[0],
             column_offset=shard * shape[1] if self.cut == "outputs" else 0,
         )
 
@@ -120,19 +129,22 @@ class Attached:
         return self.random_words(shape, product, call).draw(shape, device)
 
     def is_cut(self, role: Role) -> bool:
-        """Whether this rank holds a shard of the tensor: both halves of a weight are cut, the
-        inputs of a row-parallel linear, the output gradients of a column-parallel one; or both
-        but the weight, where tokens are cut."""
+        """Whether this tensor-parallel rank holds a shard of the tensor: both halves of a weight
+        are cut, the inputs of a row-parallel linear, the output gradients of a column-parallel
+        one; or both but the weight, where tokens are cut."""
         if self.shards is None or self.shards.size() == 1 or not self.cut:
             return False
         if self.cut == "tokens":
             return role != "w"
         return role == "w" or role == ("x" if self.cut == "inputs" else "dy")
 
-    def reduce_amax(self, amax: Tensor) -> Tensor:
-        """Largest over the ranks that hold shards of one tensor; COLLECTIVE."""
-        dist.all_reduce(amax, op=dist.ReduceOp.MAX, group=self.shards)
-        return amax
+    def amax_reduction(self, role: Role) -> nvfp4.ReduceAmax | None:
+        """What maps a rank's largest magnitude to that of the whole tensor, COLLECTIVE; None where
+        this rank holds the whole."""
+        groups = [self.shards] if self.is_cut(role) else []
+        if role != "w" and self.context is not None and self.context.size() > 1:
+            groups.append(self.context)
+        return partial(_largest_over, groups) if groups else None
 
     def operand(
         self, tensor: Tensor, form: str, role: Role, dim: Dim, words: RandomWords | None = None
@@ -146,10 +158,16 @@ class Attached:
                 block="2d" if role == "w" and self.formats.weight_2d else "1d",
                 dim=dim,
                 random_words=words,
-                reduce_amax=self.reduce_amax if self.is_cut(role) else None,
+                reduce_amax=self.amax_reduction(role),
             )
         values = tensor if form == "float32" else tensor.bfloat16()
         return Operand(values, torch.ones((), device=tensor.device), 1.0)
+
+
+def _largest_over(groups: Sequence[dist.ProcessGroup], amax: Tensor) -> Tensor:
+    for group in groups:
+        dist.all_reduce(amax, op=dist.ReduceOp.MAX, group=group)
+    return amax
 
 
 def pad_tokens(x_TC: Tensor) -> Tensor:

@@ -232,7 +232,7 @@ class Telemetry:
     ) -> None:
         place = self._place(attached.path, form, operand)
         role = _OPERAND_ROLE[operand.partition("_")[2]]
-        reduce_amax = attached.reduce_amax if attached.is_cut(role) else None
+        reduce_amax = attached.amax_reduction(role)
         for part, part_words in zip(parts, words or [None] * len(parts), strict=True):
             if not part.numel():
                 continue

@@ -28,21 +28,21 @@ def drawn(name: str, *shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=generator).bfloat16()
 
 
-def linear_products(path: str, linear: Any, rank: int, size: int, sequence: bool) -> dict:
+def linear_products(path: str, linear: Any, groups: Any, sequence: bool) -> dict:
     """Forward and backward of one linear on this rank's part of x [S,B,K] and dy [S,B,N]."""
     from nemotron_train.model.sharding import shard_of
 
-    how = linear.attached.cut
+    how, rank, size = linear.attached.cut, groups.tp.rank(), groups.tp.size()
     out_size, in_size = linear.weight.shape
     full_in = in_size * (size if how == "inputs" else 1)
     full_out = out_size * (size if how == "outputs" else 1)
-    x = drawn(path + "x", SEQUENCE, ROWS, full_in)
-    dy = drawn(path + "dy", SEQUENCE, ROWS, full_out)
+    x = cut(drawn(path + "x", SEQUENCE, ROWS, full_in), 0, groups.cp.rank(), groups.cp.size())
+    dy = cut(drawn(path + "dy", SEQUENCE, ROWS, full_out), 0, groups.cp.rank(), groups.cp.size())
     along_tokens = 0 if sequence and how != "inputs" else None
     x = cut(x, 2 if how == "inputs" else along_tokens, rank, size).requires_grad_()
     if how == "outputs":  # packed from components, as the weight is
         dy = shard_of(dy.flatten(0, 1).t(), linear.weight, rank, size).t()
-        dy = dy.contiguous().view(SEQUENCE, ROWS, -1)
+        dy = dy.contiguous().view(SEQUENCE // groups.cp.size(), ROWS, -1)
     else:
         dy = cut(dy, 0 if sequence else None, rank, size)
     y, _ = linear(x)
@@ -85,7 +85,6 @@ def main(file: str, overrides: list[str]) -> None:
         return operand
 
     nvfp4.nvfp4_operand = recording
-    rank, size = groups.tp.rank(), groups.tp.size()
     found = {}
     for path, module in global_modules(model).items():
         linear: Any = module
@@ -100,7 +99,7 @@ def main(file: str, overrides: list[str]) -> None:
             if path.endswith("in_proj"):
                 formats = linear.attached.formats
                 linear.attached.formats = replace(formats, stochastic_rounding=False)
-            products = linear_products(path, linear, rank, size, config.parallel.sequence)
+            products = linear_products(path, linear, groups, config.parallel.sequence)
         else:
             continue
         sizes = getattr(getattr(linear, "weight", None), "partition_sizes", None)

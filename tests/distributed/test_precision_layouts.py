@@ -3,8 +3,8 @@
 Second truth: the same on one rank. Two kinds of agreement are asked for.
 
 Exact. Every operand of every product (codes, scales, rounded stochastically where training does)
-under tensor, sequence and expert-tensor parallelism, and every product that is not summed over
-ranks. The losses of two data-parallel ranks, against one rank with two micro-batches.
+under tensor, sequence, expert-tensor and context parallelism, and every product that is not summed
+over ranks. The losses of two data-parallel ranks, against one rank with two micro-batches.
 
 Within a tolerance. What ranks sum they sum in another order, in BF16 under BF16 parameters. With
 FP32 parameters and every random word the same that leaves 1e-6 as long as no number crosses the
@@ -48,15 +48,17 @@ EXPERT_OPERANDS = ("x1", "w1", "x2", "w2", "dy2", "dy2t", "x2t", "dy1", "dy1t", 
 
 @pytest.fixture(scope="module")
 def operands(small_run: Small, run_ranks: RunRanks, tmp_path_factory: pytest.TempPathFactory):
-    """What one rank multiplies, and what each of two does."""
+    """What one rank multiplies, and what each of two tensor- or context-parallel ones does."""
     folder, overrides = small_run
     script = str(Path(__file__).with_name("precision_operands.py"))
     out = tmp_path_factory.mktemp("operands")
     common = [*overrides, *GEOMETRY, "precision=nvfp4_all"]
     run_ranks([script, str(out / "one"), *common], folder, 1)
     run_ranks([script, str(out / "two"), *common, *TENSOR, SPLIT_EXPERTS], folder, 2)
-    one, *two = (torch.load(out / name) for name in ("one.0", "two.0", "two.1"))
-    return one, two
+    run_ranks([script, str(out / "context"), *common, "parallel.context=2"], folder, 2)
+    names = ("one.0", "two.0", "two.1", "context.0", "context.1")
+    one, *others = (torch.load(out / name) for name in names)
+    return one, others[:2], others[2:]
 
 
 def join(parts: list[torch.Tensor], dim: int, sizes: list[int] | None) -> torch.Tensor:
@@ -70,7 +72,7 @@ def join(parts: list[torch.Tensor], dim: int, sizes: list[int] | None) -> torch.
 def test_codes_of_linears_do_not_depend_on_the_layout(operands) -> None:
     """Mamba's input projection rounds its gradients to nearest here: its columns are packed rank
     by rank, so its random words are others."""
-    one, two = operands
+    one, two, _ = operands
     seen = set()
     for path, whole in one.items():
         if whole["cut"] == "experts":
@@ -95,9 +97,33 @@ def test_codes_of_linears_do_not_depend_on_the_layout(operands) -> None:
     assert seen == {"outputs", "inputs", "tokens"}
 
 
+def test_codes_of_linears_do_not_depend_on_the_context_ranks(operands) -> None:
+    """Activations and gradients lie in pieces of whole blocks; weights are whole. What a weight's
+    gradient sums over the ranks agrees to the order of the sum. Experts are not compared: their
+    tensors are the tokens that meet on a rank."""
+    one, _, context = operands
+    for path, whole in one.items():
+        if whole["cut"] == "experts":
+            continue
+        parts = [rank[path] for rank in context]
+        for number, name in enumerate(OPERANDS):
+            values, scale = whole["operands"][number]
+            ranks = [part["operands"][number] for part in parts]
+            held = ranks[0][0] if name == "weight" else torch.cat([rank[0] for rank in ranks])
+            assert torch.equal(held, values), (path, name)
+            assert all(torch.equal(rank[1], scale) for rank in ranks), (path, name)
+        products = whole["products"]
+        for name in ("y", "dx"):
+            ours = torch.cat([part["products"][name] for part in parts])
+            assert torch.equal(ours, products[name]), (path, name)
+        ours = sum(part["products"]["dw"].float() for part in parts)
+        step = products["dw"].float().abs().max() * 2.0**-7  # BF16 a rank, and of the whole
+        assert (ours - products["dw"].float()).abs().max() < 1.5 * step, path
+
+
 def test_codes_of_experts_do_not_depend_on_the_layout(operands) -> None:
     """Each expert's hidden width cut over two ranks; one of the experts gets no token."""
-    one, two = operands
+    one, two, _ = operands
     paths = [path for path in one if path.endswith(".experts")]
     assert paths
     for path in paths:
