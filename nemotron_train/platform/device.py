@@ -45,9 +45,11 @@ def prepare(num_threads: int = 0) -> Platform:
         has_te = importlib.util.find_spec("transformer_engine") is not None
         has_mamba = importlib.util.find_spec("mamba_ssm") is not None
         return Platform("cuda", torch.cuda.get_device_name(), "nccl", has_te, has_mamba)
-    from nemotron_train.platform import allocator, megatron_cpu
+    from nemotron_train.platform import allocator, bfloat16_products, megatron_cpu
 
     megatron_cpu.install()
+    if bfloat16_products.needed():
+        bfloat16_products.install()
     allocator.keep_freed_memory()
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     num_cores = len(os.sched_getaffinity(0))
