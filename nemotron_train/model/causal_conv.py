@@ -1,7 +1,8 @@
 """Short depthwise causal convolution followed by SiLU, as in Mamba-2, with document resets.
 
-Owns the function, its hand-derived backward and the choice between `causal_conv1d` on CUDA and
-PyTorch. Does not own the weights, nor the window of past inputs that generation carries along.
+Owns the function, its hand-derived backward and the choice between `causal_conv1d` on CUDA, one
+compiled pass on a CPU and PyTorch. Does not own the weights, nor the window of past inputs that
+generation carries along.
 
 Shape suffixes: B batch, S tokens, C channels, K kernel taps, R «young» tokens (see below).
 """
@@ -13,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from nemotron_train.model import compiled_passes
 
 
 def causal_conv(
@@ -52,6 +55,8 @@ def causal_conv(
     fits = x_BSC.dtype != torch.float64 and 2 <= weight_CK.shape[1] <= 4
     if x_BSC.is_cuda and not force_torch and fits and _has_causal_conv1d():
         return _causal_conv1d(x_BSC, weight_CK, bias_C, document_ids_BS)
+    if weight_CK.shape[1] <= compiled_passes.MAX_TAPS and compiled_passes.take(x_BSC):
+        return _CompiledCausalConv.apply(x_BSC, weight_CK, bias_C, document_ids_BS)  # pyright: ignore
     return _CausalConv.apply(x_BSC, weight_CK, bias_C, document_ids_BS)
 
 
@@ -72,6 +77,33 @@ def _causal_conv1d(
     weight_CK, bias_C = weight_CK.to(x_BSC.dtype), bias_C.to(x_BSC.dtype)
     y = causal_conv1d_fn(x_BSC.mT, weight_CK, bias_C, seq_idx=seq_idx, activation="silu")
     return y.mT
+
+
+class _CompiledCausalConv(torch.autograd.Function):
+    """One pass forward and one backward (compiled_passes), which keep nothing but the inputs."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_BSC: Tensor,
+        weight_CK: Tensor,
+        bias_C: Tensor,
+        document_ids_BS: Tensor | None,
+    ) -> Tensor:
+        taps_KC = weight_CK.float().mT.flip(0).contiguous()
+        if document_ids_BS is not None:
+            document_ids_BS = document_ids_BS.long().contiguous()
+        ctx.save_for_backward(x_BSC, taps_KC, bias_C.float().contiguous(), document_ids_BS)
+        ctx.dtypes = weight_CK.dtype, bias_C.dtype
+        return compiled_passes.causal_conv(*ctx.to_save)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        dx_BSC, dtaps_KC, dbias_C = compiled_passes.causal_conv_backward(
+            gradients[0], *ctx.saved_tensors
+        )
+        weight_dtype, bias_dtype = ctx.dtypes
+        return dx_BSC, dtaps_KC.flip(0).mT.to(weight_dtype), dbias_C.to(bias_dtype), None
 
 
 class _CausalConv(torch.autograd.Function):

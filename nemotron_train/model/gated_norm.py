@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from nemotron_train.model import compiled_passes
+
 
 def gated_rms_norm(
     y_BSD: Tensor, gate_BSD: Tensor, weight_D: Tensor, *, group_size: int, epsilon: float
@@ -24,7 +26,35 @@ def gated_rms_norm(
     gradients.
     """
     assert y_BSD.shape[-1] % group_size == 0, "groups must divide the channels"
+    if group_size <= compiled_passes.MAX_WIDTH and compiled_passes.take(y_BSD, gate_BSD, weight_D):
+        return _CompiledGatedRmsNorm.apply(  # pyright: ignore[reportReturnType]
+            y_BSD, gate_BSD, weight_D, group_size, epsilon
+        )
     return _GatedRmsNorm.apply(y_BSD, gate_BSD, weight_D, group_size, epsilon)
+
+
+class _CompiledGatedRmsNorm(torch.autograd.Function):
+    """One pass forward and one backward; saves what `_GatedRmsNorm` saves."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y_BSD: Tensor,
+        gate_BSD: Tensor,
+        weight_D: Tensor,
+        group_size: int,
+        epsilon: float,
+    ) -> Tensor:
+        out_BSD, scale = compiled_passes.rms_norm(y_BSD, gate_BSD, weight_D, group_size, epsilon)
+        ctx.save_for_backward(y_BSD, gate_BSD, weight_D, scale)
+        return out_BSD
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        dy_BSD, dgate_BSD, dweight_D = compiled_passes.rms_norm_backward(
+            gradients[0], *ctx.saved_tensors
+        )
+        return dy_BSD, dgate_BSD, dweight_D.to(ctx.saved_tensors[2].dtype), None, None
 
 
 class _GatedRmsNorm(torch.autograd.Function):

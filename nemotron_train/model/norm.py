@@ -3,8 +3,9 @@
 Owns: the norm before each layer and at the end. Does not own: the gated grouped norm inside a
 Mamba-2 mixer (model/mamba2.py), Transformer Engine's norms.
 
-On a GPU it is torch's fused kernel. On a CPU, torch composes `rms_norm` and its gradient of
-separate passes; there the gradient borrows layer norm's fused kernel, about twice as fast.
+On a GPU it is torch's fused kernel, on a CPU a compiled pass (compiled_passes). Where there is no
+compiler, torch would compose `rms_norm` and its gradient of separate passes; there the gradient
+borrows layer norm's fused kernel, about twice as fast.
 
 Shape legend: N rows, D normalized width.
 """
@@ -17,6 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from nemotron_train.model import compiled_passes
 from nemotron_train.platform.device import parameter_device
 
 
@@ -59,12 +61,35 @@ class _RmsNorm(torch.autograd.Function):
         return grad_x_ND.to(x_ND.dtype), grad_weight_D.to(weight_D.dtype), None
 
 
+class _CompiledRmsNorm(torch.autograd.Function):
+    """One pass forward and one backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
+        width = x_ND.shape[1]
+        normed_1ND, scale = compiled_passes.rms_norm(x_ND[None], None, weight_D, width, epsilon)
+        ctx.save_for_backward(x_ND, weight_D, scale)
+        return normed_1ND[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        x_ND, weight_D, scale = ctx.saved_tensors
+        grad_x_1ND, _, grad_weight_D = compiled_passes.rms_norm_backward(
+            grads[0][None], x_ND[None], None, weight_D, scale
+        )
+        return grad_x_1ND[0], grad_weight_D.to(weight_D.dtype), None
+
+
 def rms_norm(x_ND: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
     """x (mean(x²) + ε)^-½ w over the last dimension of [..., D]; x's dtype, FP32 inside."""
     if x_ND.is_cuda:
         return F.rms_norm(x_ND, (x_ND.shape[-1],), weight_D, epsilon)
     rows_ND = x_ND.reshape(-1, x_ND.shape[-1])
-    normed_ND: Tensor = _RmsNorm.apply(rows_ND, weight_D, epsilon)  # pyright: ignore
+    function = _RmsNorm
+    if x_ND.shape[-1] <= compiled_passes.MAX_WIDTH and compiled_passes.take(x_ND, weight_D):
+        function = _CompiledRmsNorm
+    normed_ND: Tensor = function.apply(rows_ND, weight_D, epsilon)  # pyright: ignore
     return normed_ND.view(x_ND.shape)
 
 

@@ -4,30 +4,22 @@ Owns: building the C file for this machine's processor, and the tensors' way in 
 own: the arithmetic, which nvfp4.py and mxfp8.py define and the C file repeats bit for bit, nor what
 is done without it: those files' own torch operators, the same numbers in ten times the time.
 
-A process compiles for itself, into a folder that is gone once the library is loaded: half a second
-when it first quantizes, and no cache that another processor, or someone else's hand, could spoil.
-Without a C compiler (or with one whose OpenMP is not the one that torch runs on) it says so once.
+Without a C compiler it says so once, and the torch operators compute (platform/compiled_c.py).
 """
 
 import ctypes
 import functools
-import shutil
-import subprocess
-import tempfile
-import warnings
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from nemotron_train.platform import compiled_c
 from nemotron_train.precision.rounding import RandomWords
 
 _SOURCE = Path(__file__).with_name("quantize.c")
-# -O3 takes twice as long to compile and is hardly faster. The two steps leave OpenMP's
-# functions open, to be found in the library that torch has loaded: one pool of threads, not two
-# that fight over the cores.
-_COMPILE = ["-O2", "-ftree-vectorize", "-fpeel-loops", "-march=native", "-ffp-contract=off"]
-_SECONDS = 60
+# -O3 takes twice as long to compile and is hardly faster.
+_FLAGS = ("-O2", "-ftree-vectorize", "-fpeel-loops", "-ffp-contract=off")
 
 
 class _Matrix(ctypes.Structure):
@@ -117,32 +109,9 @@ def _matrix(x: Tensor) -> _Matrix:
 
 @functools.cache
 def kernels() -> Kernels | None:
-    """Compiled once a process; None, with a warning that says why, where that fails."""
-    try:
-        return Kernels(_build(shutil.which("cc") or "cc"))
-    except (OSError, subprocess.SubprocessError) as error:
-        said = getattr(error, "stderr", None)
-        reason = said.decode(errors="replace").strip().splitlines()[-1] if said else str(error)
-        warnings.warn(
-            f"quantize.c does not compile here ({reason}); torch's operators compute emulated "
-            "formats instead, the same numbers but slower: install a C compiler (gcc)",
-            stacklevel=2,
-        )
-        return None
-
-
-def _build(compiler: str) -> ctypes.CDLL:
-    """Raises OSError (no compiler, or its result cannot be loaded) or SubprocessError."""
-    with tempfile.TemporaryDirectory() as folder:
-        compiled, library = Path(folder, "quantize.o"), Path(folder, "quantize.so")
-        for arguments in (
-            [*_COMPILE, "-std=c11", "-fPIC", "-fopenmp", "-c", str(_SOURCE), "-o", str(compiled)],
-            ["-shared", str(compiled), "-o", str(library)],
-        ):
-            subprocess.run(
-                [compiler, *arguments], check=True, capture_output=True, timeout=_SECONDS
-            )
-        return ctypes.CDLL(str(library))
+    """None, with a warning that says why, where quantize.c cannot be compiled."""
+    library = compiled_c.library((_SOURCE,), _FLAGS)
+    return None if library is None else Kernels(library)
 
 
 def operand_matrix(x: Tensor) -> Tensor:

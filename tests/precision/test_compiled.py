@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from nemotron_train.platform import compiled_c
 from nemotron_train.precision import compiled, mxfp8, nvfp4
 from nemotron_train.precision.gemm import Operand
 from nemotron_train.precision.rounding import RandomWords
@@ -129,6 +130,7 @@ def test_large_tensors_on_several_threads(threads: int) -> None:
 def test_without_a_compiler_it_says_so_once_and_the_numbers_stay(
     compiler: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compiled.shutil, "which", lambda name: compiler)
+    monkeypatch.setattr(compiled_c.shutil, "which", lambda name: compiler)
+    monkeypatch.setattr(compiled_c, "library", compiled_c.library.__wrapped__)
     with pytest.warns(UserWarning, match="install a C compiler"):
         assert compiled.kernels.__wrapped__() is None

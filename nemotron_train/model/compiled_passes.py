@@ -1,0 +1,194 @@
+"""Elementwise and row-wise passes of a training step in one sweep each, on a CPU: passes/*.c,
+called on tensors.
+
+Owns: the tensors' way in and out, and which tensors these passes take. Does not own: what is
+computed (the modules that call define it by torch operators, which stay as the fallback and for
+FP64), nor how C is compiled (platform/compiled_c.py).
+
+A step's tensors do not fit in the caches, so each torch operator costs a walk through memory, and
+in BF16 one more to widen. A pass reads its operands once, computes in FP32 and rounds once.
+Sums over tokens are cut into blocks that no number of threads moves.
+
+Shape suffixes: B batch, S tokens, C channels, K taps, G groups.
+"""
+
+import ctypes
+import functools
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nemotron_train.platform import compiled_c
+
+_FOLDER = Path(__file__).with_name("passes")
+_SOURCES = tuple(_FOLDER / name for name in ("convolution.c", "norms.c"))
+_FLAGS = ("-O3", "-ffp-contract=fast", "-mprefer-vector-width=512")
+_PORTABLE_FLAGS = ("-O3", "-ffp-contract=fast")
+_BLOCK = 64  # BLOCK in rows.h
+MAX_WIDTH = 8192  # MAX_WIDTH in rows.h
+MAX_TAPS = 4  # MAX_TAPS in convolution.c
+_TYPES = (torch.bfloat16, torch.float32)
+
+
+class _Rows(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("batch_stride", ctypes.c_int64),
+        ("token_stride", ctypes.c_int64),
+        ("is_bfloat16", ctypes.c_int32),
+    )
+
+
+class _Convolution(ctypes.Structure):
+    _fields_ = (
+        ("batch", ctypes.c_int64),
+        ("length", ctypes.c_int64),
+        ("channels", ctypes.c_int64),
+        ("taps", ctypes.c_int32),
+        ("weight", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("document_ids", ctypes.c_void_p),
+    )
+
+
+class _Norm(ctypes.Structure):
+    _fields_ = (
+        ("batch", ctypes.c_int64),
+        ("length", ctypes.c_int64),
+        ("groups", ctypes.c_int64),
+        ("width", ctypes.c_int64),
+        ("epsilon", ctypes.c_float),
+        ("weight", ctypes.c_void_p),
+        ("weight_is_bfloat16", ctypes.c_int32),
+        ("scale", ctypes.c_void_p),
+    )
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    is_x86 = "avx" in torch.backends.cpu.get_cpu_capability().lower()
+    return compiled_c.library(_SOURCES, _FLAGS if is_x86 else _PORTABLE_FLAGS)
+
+
+def take(*tensors: Tensor) -> bool:
+    """Whether the passes compute on these: on a CPU, BF16 or FP32, and C compiles here."""
+    fit = all(t.device.type == "cpu" and t.dtype in _TYPES for t in tensors)
+    return fit and _library() is not None
+
+
+def _call(name: str, *arguments: object) -> None:
+    library = _library()
+    assert library is not None
+    getattr(library, name)(
+        *(ctypes.byref(a) if isinstance(a, ctypes.Structure) else a for a in arguments)
+    )
+
+
+def _channels_last(t: Tensor) -> Tensor:
+    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+
+
+def _rows(t_BSC: Tensor) -> _Rows:
+    assert t_BSC.stride(-1) == 1 or t_BSC.shape[-1] == 1, t_BSC.stride()
+    return _Rows(t_BSC.data_ptr(), t_BSC.stride(0), t_BSC.stride(1), t_BSC.dtype == torch.bfloat16)
+
+
+def _pointer(t: Tensor | None) -> ctypes.c_void_p:
+    assert t is None or t.is_contiguous()
+    return ctypes.c_void_p(None if t is None else t.data_ptr())
+
+
+def _blocks(count: int) -> int:
+    return -(-count // _BLOCK)
+
+
+def _convolution(x_BSC: Tensor, taps_KC: Tensor, bias_C: Tensor, ids_BS: Tensor | None):
+    pointers = (taps_KC.data_ptr(), bias_C.data_ptr(), _pointer(ids_BS))
+    return _Convolution(*x_BSC.shape, len(taps_KC), *pointers)
+
+
+def causal_conv(x_BSC: Tensor, taps_KC: Tensor, bias_C: Tensor, ids_BS: Tensor | None) -> Tensor:
+    """SiLU(bias + sum_j taps[j] x_{t-j}); taps and bias FP32, ids int64, all contiguous."""
+    x_BSC = _channels_last(x_BSC)
+    y_BSC = torch.empty_like(x_BSC)
+    y_BSC = y_BSC if y_BSC.stride(-1) == 1 else torch.empty(x_BSC.shape, dtype=x_BSC.dtype)
+    conv = _convolution(x_BSC, taps_KC, bias_C, ids_BS)
+    _call("convolution_forward", conv, _rows(x_BSC), _rows(y_BSC), torch.get_num_threads())
+    return y_BSC
+
+
+def causal_conv_backward(
+    dy_BSC: Tensor, x_BSC: Tensor, taps_KC: Tensor, bias_C: Tensor, ids_BS: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x in its type, and of taps and bias in FP32."""
+    dy_BSC, x_BSC = _channels_last(dy_BSC), _channels_last(x_BSC)
+    batch, length, channels = x_BSC.shape
+    dx_BSC = torch.empty_like(x_BSC)
+    parts = torch.empty(batch * _blocks(length), len(taps_KC) + 1, channels)
+    out = torch.empty(len(taps_KC) + 1, channels)
+    conv = _convolution(x_BSC, taps_KC, bias_C, ids_BS)
+    rows = (_rows(t) for t in (x_BSC, dy_BSC, dx_BSC))
+    pointers = (_pointer(parts), _pointer(out))
+    _call("convolution_backward", conv, *rows, torch.get_num_threads(), *pointers)
+    return dx_BSC, out[:-1], out[-1]
+
+
+def _norm(y_BSC: Tensor, weight_C: Tensor, width: int, epsilon: float, scale: Tensor) -> _Norm:
+    batch, length, channels = y_BSC.shape
+    return _Norm(
+        batch,
+        length,
+        channels // width,
+        width,
+        epsilon,
+        _pointer(weight_C),
+        weight_C.dtype == torch.bfloat16,
+        _pointer(scale),
+    )
+
+
+def rms_norm(
+    y_BSC: Tensor, gate_BSC: Tensor | None, weight_C: Tensor, width: int, epsilon: float
+) -> tuple[Tensor, Tensor]:
+    """weight u / sqrt(mean of u^2 over `width` channels + epsilon), u = y SiLU(gate) or y; and the
+    reciprocal roots, FP32 [S x B, G], for the backward pass. width: at most MAX_WIDTH."""
+    y_BSC = _channels_last(y_BSC)
+    gate_BSC = None if gate_BSC is None else _channels_last(gate_BSC)
+    batch, length, channels = y_BSC.shape
+    out_BSC = torch.empty_like(y_BSC)
+    scale = torch.empty(batch * length, channels // width)
+    _call(
+        "norm_forward",
+        _norm(y_BSC, weight_C, width, epsilon, scale),
+        _rows(y_BSC),
+        None if gate_BSC is None else _rows(gate_BSC),
+        _rows(out_BSC),
+        torch.get_num_threads(),
+    )
+    return out_BSC, scale
+
+
+def rms_norm_backward(
+    dout_BSC: Tensor, y_BSC: Tensor, gate_BSC: Tensor | None, weight_C: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Gradients of y and gate in their types, and of the weight in FP32."""
+    dout_BSC, y_BSC = _channels_last(dout_BSC), _channels_last(y_BSC)
+    gate_BSC = None if gate_BSC is None else _channels_last(gate_BSC)
+    batch, length, channels = y_BSC.shape
+    dy_BSC = torch.empty_like(y_BSC)
+    dgate_BSC = None if gate_BSC is None else torch.empty_like(gate_BSC)
+    parts, dweight_C = torch.zeros(_blocks(batch * length), channels), torch.empty(channels)
+    _call(
+        "norm_backward",
+        _norm(y_BSC, weight_C, channels // scale.shape[1], 0.0, scale),
+        _rows(y_BSC),
+        None if gate_BSC is None else _rows(gate_BSC),
+        _rows(dout_BSC),
+        _rows(dy_BSC),
+        None if dgate_BSC is None else _rows(dgate_BSC),
+        torch.get_num_threads(),
+        _pointer(parts),
+        _pointer(dweight_C),
+    )
+    return dy_BSC, dgate_BSC, dweight_C

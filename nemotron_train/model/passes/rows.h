@@ -1,0 +1,103 @@
+/* What the passes share: rows of numbers in BF16 or FP32, computed on in FP32.
+
+   Owns: reading and writing rows, exp and the sigmoid, the cut of a tensor into blocks of tokens.
+   A sum over tokens adds up within a block, then block after block: the same result for any number
+   of threads. Loops run over a constant or a whole row, without branches, for a compiler to
+   make vector instructions of. */
+
+#pragma once
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#define INLINE static inline __attribute__((always_inline))
+/* Reductions over a row may be reordered into vector lanes; nothing else may. */
+#define SIMD_SUM(name) _Pragma(STRING(omp simd reduction(+ : name)))
+#define STRING(text) #text
+
+enum { MAX_WIDTH = 8192, BLOCK = 64 };
+
+/* [B, S, C] with contiguous channels; strides in elements. */
+struct rows {
+    void *data;
+    int64_t batch_stride, token_stride;
+    int32_t is_bfloat16;
+};
+
+INLINE uint32_t bits_of(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+INLINE float float_of(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+/* To nearest, ties to even; a NaN stays one. */
+INLINE uint16_t to_bfloat16(float value) {
+    uint32_t bits = bits_of(value);
+    uint32_t rounded = (bits + 0x7FFFu + (bits >> 16 & 1)) >> 16;
+    return (uint16_t)((bits & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC0u : rounded);
+}
+
+INLINE void load(const void *from, int64_t start, int is_bfloat16, int64_t count, float *to) {
+    if (is_bfloat16) {
+        const uint16_t *values = (const uint16_t *)from + start;
+        for (int64_t i = 0; i < count; i++) to[i] = float_of((uint32_t)values[i] << 16);
+    } else {
+        const float *values = (const float *)from + start;
+        for (int64_t i = 0; i < count; i++) to[i] = values[i];
+    }
+}
+
+INLINE void store(const float *from, int64_t count, void *to, int64_t start, int is_bfloat16) {
+    if (is_bfloat16) {
+        uint16_t *values = (uint16_t *)to + start;
+        for (int64_t i = 0; i < count; i++) values[i] = to_bfloat16(from[i]);
+    } else {
+        float *values = (float *)to + start;
+        for (int64_t i = 0; i < count; i++) values[i] = from[i];
+    }
+}
+
+INLINE int64_t place(const struct rows *x, int64_t row, int64_t token) {
+    return row * x->batch_stride + token * x->token_stride;
+}
+
+/* e^x to about one unit in the last place, infinite from 88.4 on; a NaN stays one.
+   x = n log 2 + r with |r| <= log 2 / 2, e^r by its Taylor polynomial of degree 7 (5e-9), and n is
+   added to the exponent. */
+INLINE float exponential(float x) {
+    x = x > 89.0f ? 89.0f : x;
+    x = x < -87.0f ? -87.0f : x;
+    const float round_to_integer = 0x1.8p23f;
+    float shifted = x * 1.44269504f + round_to_integer;
+    float n = shifted - round_to_integer;
+    float r = x - n * 0x1.62e4p-1f;
+    r = r - n * 1.42860677e-6f;
+    float power = 1.0f / 5040;
+    power = power * r + 1.0f / 720;
+    power = power * r + 1.0f / 120;
+    power = power * r + 1.0f / 24;
+    power = power * r + 1.0f / 6;
+    power = power * r + 0.5f;
+    power = power * r + 1.0f;
+    power = power * r + 1.0f;
+    return power * float_of((bits_of(shifted) + 127) << 23);
+}
+
+INLINE float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
+
+INLINE int64_t num_blocks(int64_t count) { return (count + BLOCK - 1) / BLOCK; }
+
+INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* out[i] = sum over blocks, in their order. */
+INLINE void sum_blocks(const float *parts, int64_t blocks, int64_t width, float *out) {
+    memcpy(out, parts, (size_t)width * sizeof(float));
+    for (int64_t block = 1; block < blocks; block++)
+        for (int64_t i = 0; i < width; i++) out[i] += parts[block * width + i];
+}

@@ -1,0 +1,149 @@
+"""The compiled passes against the torch operators they stand for.
+
+The modules' own tests hold what this machine takes against definitions in float64. Here: both forms
+on the same numbers, over sizes on both sides of a block and a tile and any memory order, and the
+same bits from any number of threads.
+Tolerances: both compute in FP32 and differ by the order of sums and the last digit of exp; BF16
+results may round to neighbours. Not covered: another processor's or compiler's code.
+"""
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from nemotron_train.model import compiled_passes
+from nemotron_train.model.causal_conv import causal_conv
+from nemotron_train.model.gated_norm import gated_rms_norm
+from nemotron_train.model.norm import rms_norm
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+pytestmark = pytest.mark.skipif(
+    not compiled_passes.take(torch.zeros(1)), reason="no C compiler here"
+)
+
+
+def _results(function: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
+    """The output, and the gradient of each input for an output gradient of fixed noise."""
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    out = function(*leaves)
+    noise = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
+    return [out.detach(), *torch.autograd.grad(out, leaves, noise)]
+
+
+def _in_torch(function: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiled_passes, "take", lambda *tensors: False)
+        return _results(function, *inputs)
+
+
+def _assert_same(function: Callable[..., Tensor], *inputs: Tensor) -> None:
+    for ours, theirs in zip(_results(function, *inputs), _in_torch(function, *inputs), strict=True):
+        assert ours.dtype == theirs.dtype
+        relative = 2e-6 if ours.dtype == torch.float32 else 2.0**-7
+        scale = float(theirs.abs().max()) if theirs.numel() else 0.0
+        error = float((ours.double() - theirs.double()).abs().max()) if theirs.numel() else 0.0
+        assert error <= relative * scale + 1e-30, (error, scale)
+
+
+def _activations(seed: int, shape: Sequence[int], dtype: torch.dtype, order: str) -> Tensor:
+    """[B, S, C] noise, in one of the memory orders that occur."""
+    generator = torch.Generator().manual_seed(seed)
+    batch, length, channels = shape
+    if order == "sequence first":
+        return torch.randn(length, batch, channels, generator=generator).to(dtype).transpose(0, 1)
+    if order == "part of a wider row":
+        wide = torch.randn(length, batch, channels + 9, generator=generator).to(dtype)
+        return wide.transpose(0, 1)[..., 5 : 5 + channels]
+    return torch.randn(batch, length, channels, generator=generator).to(dtype)
+
+
+_INPUTS = st.fixed_dictionaries(
+    {
+        "seed": st.integers(0, 2**31),
+        "shape": st.tuples(st.integers(1, 3), st.integers(1, 140), st.sampled_from([8, 128, 200])),
+        "dtype": st.sampled_from(DTYPES),
+        "order": st.sampled_from(["rows", "sequence first", "part of a wider row"]),
+    }
+)
+
+
+@settings(max_examples=25, deadline=None)
+@given(_INPUTS, st.integers(1, 4), st.booleans())
+def test_convolution(inputs: dict, taps: int, with_documents: bool) -> None:
+    x = _activations(**inputs)
+    generator = torch.Generator().manual_seed(inputs["seed"])
+    weight = torch.randn(x.shape[2], taps, generator=generator).to(x.dtype)
+    bias = torch.randn(x.shape[2], generator=generator).to(x.dtype)
+    ids = None
+    if with_documents:
+        ids = (torch.rand(x.shape[:2], generator=generator) < 0.2).cumsum(1)
+    _assert_same(lambda *t: causal_conv(*t, document_ids_BS=ids), x, weight, bias)
+
+
+@settings(max_examples=25, deadline=None)
+@given(_INPUTS, st.sampled_from([1, 2, 4]))
+def test_norms(inputs: dict, groups: int) -> None:
+    y, gate = _activations(**inputs), _activations(**{**inputs, "seed": inputs["seed"] + 1})
+    weight = torch.randn(y.shape[2], generator=torch.Generator().manual_seed(3)).to(y.dtype)
+    options = {"group_size": y.shape[2] // groups, "epsilon": 1e-5}
+    _assert_same(lambda *t: gated_rms_norm(*t, **options), y, gate, weight)
+    _assert_same(lambda *t: rms_norm(*t, 1e-5), y, weight)
+
+
+def test_the_number_of_threads_changes_no_bit() -> None:
+    x, gate = torch.randn(2, 3, 700, 200).unbind()
+    weight, bias = torch.randn(200, 4), torch.randn(200)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(
+                [
+                    *_results(causal_conv, x, weight, bias),
+                    *_results(
+                        lambda *t: gated_rms_norm(*t, group_size=50, epsilon=1e-5), x, gate, bias
+                    ),
+                    *_results(lambda *t: rms_norm(*t, 1e-5), x, bias),
+                ]
+            )
+    finally:
+        torch.set_num_threads(before)
+    for first, *others in zip(*results, strict=True):
+        assert all(torch.equal(first, other) for other in others)
+
+
+def test_extreme_numbers() -> None:
+    """SiLU's ends, where e^x over- or underflows, and NaN, which must not be lost."""
+    x = torch.tensor([-1e30, -200.0, -89.0, -1.0, 0.0, 1.0, 89.0, 200.0, 1e30, float("nan")])
+    x = x.view(1, 10, 1)
+    one, zero = torch.ones(1, 1), torch.zeros(1)
+    ours, theirs = _results(causal_conv, x, one, zero), _in_torch(causal_conv, x, one, zero)
+    torch.testing.assert_close(ours[0], theirs[0], rtol=2e-6, atol=1e-30, equal_nan=True)
+    torch.testing.assert_close(ours[1], theirs[1], rtol=2e-6, atol=1e-6, equal_nan=True)
+
+
+def test_a_shared_cache_is_not_trusted(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled libraries are kept where only this user writes, and loaded from nowhere else."""
+    from nemotron_train.platform import compiled_c
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    source = tmp_path / "source" / "one.c"
+    source.parent.mkdir()
+    source.write_text("int one(void) { return 1; }\n")
+    build = compiled_c.library.__wrapped__
+    assert build((source,), ("-O1",)).one() == 1
+    (kept,) = (tmp_path / "nemotron-train").iterdir()
+    stamp = kept.stat().st_mtime_ns
+    assert build((source,), ("-O1",)).one() == 1 and kept.stat().st_mtime_ns == stamp
+    source.write_text("int one(void) { return 2; }\n")
+    assert build((source,), ("-O1",)).one() == 2, "another source is another library"
+    kept.write_bytes(b"not a library")
+    kept.parent.chmod(0o777)
+    source.write_text("int one(void) { return 1; }\n")
+    assert build((source,), ("-O1",)).one() == 1
+    assert len(list(kept.parent.iterdir())) == 2, "nothing is written there either"
