@@ -3,6 +3,7 @@ contents; every object is passed, none is looked up.
 """
 
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
@@ -25,7 +26,7 @@ from nemotron_train.train.loop import Progress
 from nemotron_train.train.metrics import MetricsWriter, open_sinks
 from nemotron_train.train.run_folder import RunFolder, open_run_folder, run_path
 
-EXIT_DONE, EXIT_STOPPED = 0, 3
+EXIT_DONE, EXIT_FAILED, EXIT_STOPPED = 0, 1, 3
 
 
 def pretrain(config: Config) -> int:
@@ -52,7 +53,13 @@ def pretrain(config: Config) -> int:
         console.print(backend.text, highlight=False, soft_wrap=True)
     enforce(config, replace(surroundings, native=backend.native), console.print)
     train_data, validation_data = open_data(config, console.print)
-    groups = process_groups.start(config.parallel, platform.backend)
+    try:
+        groups = process_groups.start(
+            config.parallel, platform.backend, config.train.rendezvous_seconds
+        )
+    except process_groups.RendezvousFailed as failure:
+        print(f"nemotron-train: {failure}", file=sys.stderr)
+        return EXIT_FAILED
     folder, parent, problem = None, None, ""
     try:
         if is_first_rank:

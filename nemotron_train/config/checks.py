@@ -72,6 +72,7 @@ _ABOVE_ZERO = (
     "train.sequence_length",
     "train.global_batch_tokens",
     "train.micro_batch_sequences",
+    "train.rendezvous_seconds",
     "train.log_every_steps",
     "train.validation_tokens",
     "train.keep_checkpoints",

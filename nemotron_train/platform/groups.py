@@ -7,15 +7,21 @@ A single process is a grid of one: the same code runs everywhere. Owns no layout
 import os
 import socket
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch.distributed.rendezvous import rendezvous
 
 from nemotron_train.config.schema import ConfigError, ParallelConfig
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+
+
+class RendezvousFailed(RuntimeError):
+    """The ranks did not meet: one line with the address, the reason and the knob."""
 
 
 def num_ranks() -> int:
@@ -29,21 +35,42 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def start(parallel: ParallelConfig, backend: str) -> ProcessGroupCollection:
+def _meet(rendezvous_seconds: int) -> tuple[Any, int, int]:
+    """The launcher's store, this rank and the number of ranks, once the first rank can be reached;
+    the first rank itself waits for all others. Raises RendezvousFailed."""
+    address = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
+    rank, ranks = os.environ["RANK"], os.environ.get("WORLD_SIZE", "?")
+    try:
+        return next(iter(rendezvous("env://", timeout=timedelta(seconds=rendezvous_seconds))))
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).splitlines()[0].split())
+        raise RendezvousFailed(
+            f"rank {rank} of {ranks} could not meet the others at {address} "
+            f"(MASTER_ADDR:MASTER_PORT) within train.rendezvous_seconds={rendezvous_seconds}: "
+            f"{reason}"
+        ) from error
+
+
+def start(
+    parallel: ParallelConfig, backend: str, rendezvous_seconds: int = 300
+) -> ProcessGroupCollection:
     """Start the process groups of `parallel` and return them; COLLECTIVE.
 
-    Without a launcher's environment a single-rank store on loopback is used.
+    Without a launcher's environment a single-rank store on loopback is used. Raises
+    RendezvousFailed where the ranks do not meet.
     """
     if not dist.is_initialized():
         if "RANK" in os.environ:
-            dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+            store, rank, ranks = _meet(rendezvous_seconds)
+            store.set_timeout(COLLECTIVE_TIMEOUT)
         else:
             store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
                 "127.0.0.1", _free_port(), 1, is_master=True
             )
-            dist.init_process_group(
-                backend, store=store, rank=0, world_size=1, timeout=COLLECTIVE_TIMEOUT
-            )
+            rank, ranks = 0, 1
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=ranks, timeout=COLLECTIVE_TIMEOUT
+        )
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor,

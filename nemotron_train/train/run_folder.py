@@ -50,6 +50,7 @@ FREE_KNOBS = (
     "switch_precision",
     "logging",
     "train.threads",
+    "train.rendezvous_seconds",
     "train.log_every_steps",
     "train.validate_every_steps",
     "train.save_every_steps",
