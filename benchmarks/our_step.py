@@ -89,6 +89,7 @@ def build_step(config: Config, num_threads: int = 2) -> Callable[[], float]:
     from nemotron_train.optim.build import build_optimizer
     from nemotron_train.platform import groups as process_groups
     from nemotron_train.precision.attach import PrecisionControl
+    from nemotron_train.train.guard import Guard
     from nemotron_train.train.loop import Progress
     from nemotron_train.train.step import Trainer
 
@@ -106,6 +107,7 @@ def build_step(config: Config, num_threads: int = 2) -> Callable[[], float]:
         groups,
         platform.device,
         PrecisionControl(model.module, config, groups),
+        Guard(config.guard, platform.device),
     )
     progress = Progress(0, 0, None)  # type: ignore[arg-type]
 

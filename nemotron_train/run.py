@@ -21,10 +21,12 @@ from nemotron_train.precision.plan import plan_text
 from nemotron_train.precision.record import label, plan_record
 from nemotron_train.report.plot import plot_loss
 from nemotron_train.report.plot_precision import plot_precision
+from nemotron_train.train.failure import TrainingFailed
 from nemotron_train.train.lineage import Record, brief
 from nemotron_train.train.loop import Progress
 from nemotron_train.train.metrics import MetricsWriter, open_sinks
 from nemotron_train.train.run_folder import RunFolder, open_run_folder, run_path
+from nemotron_train.train.watchdog import collective_timeout
 
 EXIT_DONE, EXIT_FAILED, EXIT_STOPPED = 0, 1, 3
 
@@ -55,7 +57,10 @@ def pretrain(config: Config) -> int:
     train_data, validation_data = open_data(config, console.print)
     try:
         groups = process_groups.start(
-            config.parallel, platform.backend, config.train.rendezvous_seconds
+            config.parallel,
+            platform.backend,
+            config.train.rendezvous_seconds,
+            collective_timeout(config.guard),
         )
     except process_groups.RendezvousFailed as failure:
         print(f"nemotron-train: {failure}", file=sys.stderr)
@@ -95,6 +100,11 @@ def pretrain(config: Config) -> int:
             writer.close()
             finish(folder, summary, console)
         return EXIT_DONE if summary["finished"] else EXIT_STOPPED
+    except TrainingFailed as failure:
+        Console(stderr=True, quiet=not is_first_rank).print(
+            f"nemotron-train: {failure}", highlight=False, markup=False, soft_wrap=True
+        )
+        return failure.exit_code
     finally:
         if folder is not None:
             folder.close()

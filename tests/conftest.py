@@ -3,7 +3,7 @@
 import io
 import json
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -99,3 +99,20 @@ def _weights(folder: Path, step: int) -> dict[str, object]:
             content = torch.load(io.BytesIO(content), weights_only=True)
         saved[f"{index.fqn} {index.offset}"] = content
     return saved
+
+
+@pytest.fixture(scope="session")
+def groups() -> Iterator[object]:
+    """Megatron's process groups over this one process."""
+    from nemotron_train.platform import device
+
+    platform = device.prepare()
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    from nemotron_train.config.schema import ParallelConfig
+    from nemotron_train.platform import groups as process_groups
+
+    started = process_groups.start(ParallelConfig(), platform.backend)
+    model_parallel_cuda_manual_seed(1234)
+    yield started
+    process_groups.stop()

@@ -29,6 +29,7 @@ LAYERS = [
         "assembly",
         ["model.specs", "train.step", "train.checkpoint", "train.branch", "precision.attach"],
     ),
+    ("assembly", ["train.diagnose"]),
     ("assembly", ["precision.native"]),
     ("metadata", ["config.shrink"]),
     ("metadata", ["config.derive", "config.memory", "config.checks", "optim.schedule"]),
@@ -47,6 +48,7 @@ ORDER += ["composition", "entry"]
 KNOW_MEGATRON = ["platform.*", "model.*", "optim.build", "precision.attach", "precision.linear"]
 KNOW_MEGATRON += ["precision.native", "train.step", "train.checkpoint", "train.evaluate"]
 KNOW_MEGATRON += ["train.session", "optim.gradients", "check.state"]
+KNOW_MEGATRON += ["optim.update", "train.diagnose"]
 OWN_CUDA = ["platform.device", "platform.megatron_cpu"]
 # What the core must do without; run.py composes, cli.py calls.
 AROUND_THE_CORE = ["report.*", "launch.*", "generate.*", "posttrain.*", "convert.*"]
@@ -59,6 +61,7 @@ NO_TORCH += ["precision.record", "train.lineage", "precision.backend", "platform
 NO_TORCH += ["precision.telemetry_record", "model.stages"]
 NO_TORCH += ["verbs", "check.commands", "check.launch", "check.compare", "check.data"]
 NO_TORCH += ["check.parallel"]
+NO_TORCH += ["train.failure", "train.spikes", "train.watchdog"]
 NO_TORCH += ["train.metrics", "train.run_folder", "train.progress_bar"]
 
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 80

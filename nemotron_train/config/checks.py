@@ -76,6 +76,8 @@ _ABOVE_ZERO = (
     "train.log_every_steps",
     "train.validation_tokens",
     "train.keep_checkpoints",
+    "guard.spike_window",
+    "guard.spike_sigmas",
 )
 _ZERO_OR_MORE = (
     "model.mamba.dt_limit_min",
@@ -94,6 +96,10 @@ _ZERO_OR_MORE = (
     "train.validate_every_steps",
     "train.save_every_steps",
     "train.stop_after_steps",
+    "guard.max_skips",
+    "guard.hang_minutes",
+    "guard.first_step_minutes",
+    "guard.max_roll_backs",
 )
 _BELOW_ONE = ("optim.beta1", "optim.beta2")
 

@@ -308,6 +308,37 @@ class TrainConfig:
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
 
 
+class NonFinitePolicy(StrEnum):
+    """What happens at a step whose loss or gradient is not finite on any rank."""
+
+    stop = "stop"  # exit 1; the last checkpoint stands
+    skip = "skip"  # drop the update, go on with the next batch
+    roll_back = "roll_back"  # back to the last checkpoint and past the batches since
+
+
+class SpikePolicy(StrEnum):
+    """What happens at a step whose loss or gradient norm lies far above those before it."""
+
+    ignore = "ignore"
+    report = "report"
+    skip = "skip"
+    roll_back = "roll_back"
+
+
+@dataclass
+class GuardConfig:
+    """What watches over a run (docs/guard.md). All ranks act alike, at the same step."""
+
+    non_finite: NonFinitePolicy = NonFinitePolicy.stop
+    spike: SpikePolicy = SpikePolicy.report
+    spike_window: int = 128  # steps looked back on; nothing is judged before half of them
+    spike_sigmas: float = 6.0  # standard deviations above the window's mean
+    max_skips: int = 10  # updates dropped in a row before the run stops
+    max_roll_backs: int = 3  # of one process before the run stops
+    hang_minutes: float = 10.0  # no step for so long: stacks written, exit 1; 0: never
+    first_step_minutes: float = 30.0  # the same for a process's first step, which may compile
+
+
 @dataclass
 class LoggingConfig:
     wandb: bool = False
@@ -331,4 +362,5 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)

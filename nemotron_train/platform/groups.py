@@ -52,25 +52,27 @@ def _meet(rendezvous_seconds: int) -> tuple[Any, int, int]:
 
 
 def start(
-    parallel: ParallelConfig, backend: str, rendezvous_seconds: int = 300
+    parallel: ParallelConfig,
+    backend: str,
+    rendezvous_seconds: int = 300,
+    timeout: timedelta = COLLECTIVE_TIMEOUT,
 ) -> ProcessGroupCollection:
     """Start the process groups of `parallel` and return them; COLLECTIVE.
 
+    A collective that waits longer than `timeout` raises; on a GPU it ends the process.
     Without a launcher's environment a single-rank store on loopback is used. Raises
     RendezvousFailed where the ranks do not meet.
     """
     if not dist.is_initialized():
         if "RANK" in os.environ:
             store, rank, ranks = _meet(rendezvous_seconds)
-            store.set_timeout(COLLECTIVE_TIMEOUT)
+            store.set_timeout(timeout)
         else:
             store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
                 "127.0.0.1", _free_port(), 1, is_master=True
             )
             rank, ranks = 0, 1
-        dist.init_process_group(
-            backend, store=store, rank=rank, world_size=ranks, timeout=COLLECTIVE_TIMEOUT
-        )
+        dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=timeout)
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor,

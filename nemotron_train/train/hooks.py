@@ -17,10 +17,6 @@ from nemotron_train.train.metrics import MetricsWriter
 from nemotron_train.train.progress_bar import ProgressDisplay
 
 
-class TrainingFailed(RuntimeError):
-    """Training cannot go on; the last checkpoint is good."""
-
-
 def _due(progress: Progress, every_steps: int, last_step: int) -> bool:
     return progress.step == last_step or (every_steps > 0 and progress.step % every_steps == 0)
 
@@ -44,11 +40,8 @@ class Validate:
 
 
 class Log:
-    """Turns the step's metrics into plain numbers, checks them, and hands them on.
-
-    Every rank runs it, so that a loss that is not a number ends all of them at the same step;
-    only the rank that has a writer writes.
-    """
+    """Turns the step's metrics into plain numbers and hands them on; only the rank that has a
+    writer writes."""
 
     def __init__(
         self,
@@ -92,13 +85,6 @@ class Log:
             self._writer.write(numbers)
         if self._display is not None:
             self._display.update(numbers)
-        for name in ("loss", "grad_norm"):
-            if not math.isfinite(numbers[name]):
-                raise TrainingFailed(
-                    f"{name} is {numbers[name]} at step {progress.step}; nothing was saved since "
-                    "the last checkpoint: resume from it with a lower optim.peak_learning_rate "
-                    "or another train.seed"
-                )
 
 
 class TelemetryRecord:
@@ -144,3 +130,7 @@ class Save:
             self.saved_path = self._checkpoints.save(progress)
             self.saved_step = progress.step
             self._say(f"saved {self.saved_path}")
+
+    def forget(self) -> None:
+        """The run went back to an earlier checkpoint: the same step may have to be saved again."""
+        self.saved_step = -1

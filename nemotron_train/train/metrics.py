@@ -43,6 +43,7 @@ class MetricsWriter:
     ):
         self._sinks = list(sinks)
         self._say = say
+        self._path = path
         _keep_until(path, resume_step)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
 
@@ -60,6 +61,13 @@ class MetricsWriter:
         }
         for sink in list(self._sinks):
             self._guard(sink, lambda sink=sink: sink.write(step, numbers))
+
+    def rewind(self, step: int) -> None:
+        """Drops the lines of later steps than `step`: training goes back to it. W&B and TensorBoard
+        keep what they have until a step is logged again."""
+        self._file.close()
+        _keep_until(self._path, step)
+        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
 
     def close(self) -> None:
         self._file.close()

@@ -49,6 +49,7 @@ FREE_KNOBS = (
     "resume",
     "switch_precision",
     "logging",
+    "guard",
     "train.threads",
     "train.rendezvous_seconds",
     "train.log_every_steps",

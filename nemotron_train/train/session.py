@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from rich.console import Console
@@ -26,13 +27,16 @@ from nemotron_train.precision.telemetry import Telemetry
 from nemotron_train.train.branch import branch_checkpoint
 from nemotron_train.train.checkpoint import Checkpoints, latest, plan_of, progress_of
 from nemotron_train.train.evaluate import validation_losses
+from nemotron_train.train.guard import Guard
 from nemotron_train.train.hooks import Log, Save, TelemetryRecord, Validate
 from nemotron_train.train.lineage import is_recorded, refusal
 from nemotron_train.train.loop import Hook, Progress, fit
 from nemotron_train.train.metrics import MetricsWriter
 from nemotron_train.train.progress_bar import ProgressDisplay
+from nemotron_train.train.roll_back import GuardedStep
 from nemotron_train.train.step import Trainer
 from nemotron_train.train.stop import StopOnRequest
+from nemotron_train.train.watchdog import Watchdog
 
 
 class Session:
@@ -67,6 +71,7 @@ class Session:
             if native
             else PrecisionControl(core, config, groups, self.telemetry)
         )
+        self.guard = Guard(config.guard, platform.device)
         self.trainer = Trainer(
             config,
             derived,
@@ -76,6 +81,7 @@ class Session:
             groups,
             platform.device,
             self.precision,
+            self.guard,
         )
         self.run_folder, self.folder = folder, folder / "checkpoints"
         self.plan = plan_record(config)
@@ -115,6 +121,15 @@ class Session:
             self.checkpoints.save(progress)
         return progress
 
+    def roll_back(self) -> tuple[Path, Progress] | None:
+        """Load the newest undamaged checkpoint while the run goes on; COLLECTIVE."""
+        path = latest(self.folder, self.console.print)
+        if path is None:
+            return None
+        progress = self.checkpoints.load(path)
+        self.precision.weights_changed()
+        return path, progress
+
     def validate(self) -> list[float]:
         """Mean validation loss of the main head and of each depth; COLLECTIVE."""
         return validation_losses(
@@ -133,7 +148,14 @@ class Session:
         train, last_step = self.config.train, self.derived.total_steps
         stop = StopOnRequest(train.stop_after_steps, self.platform.device)
         started = time.perf_counter()
-        with ProgressDisplay(last_step, self.console, start_step=progress.step) as display:
+        guard = self.config.guard
+        watchdog = Watchdog(
+            self.run_folder, dist.get_rank(), 60 * guard.hang_minutes, 60 * guard.first_step_minutes
+        )
+        with (
+            watchdog,
+            ProgressDisplay(last_step, self.console, start_step=progress.step) as display,
+        ):
             validate = Validate(self.validate, train.validate_every_steps, last_step)
             log = Log(
                 writer,
@@ -144,15 +166,18 @@ class Session:
                 flops_per_token=self.derived.training_flops_per_token,
                 peak_flops=peak_flops() * self.derived.num_ranks,
             )
-            hooks: list[Hook] = [validate, log]
+            hooks: list[Hook] = [watchdog, validate, watchdog, log]
             if self.telemetry is not None:
                 hooks.append(TelemetryRecord(self.telemetry, writer))
             save = Save(self.checkpoints, train.save_every_steps, last_step, display.message)
+            step = GuardedStep(
+                self.trainer, self.guard, self.roll_back, save.forget, writer, display.message
+            )
             progress = fit(
-                self.trainer,
+                step,
                 until=train.total_tokens,
                 progress=progress,
-                hooks=[*hooks, save],
+                hooks=[*hooks, save, watchdog],
                 stop=stop,
             )
             save.save(progress)

@@ -8,6 +8,7 @@ weights passed to it are multiplied by that number first.
 Shapes: B rows of a micro-batch, S tokens a row, K heads (the main one and a depth each).
 """
 
+import math
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -23,14 +24,17 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
 from nemotron_train.config.derive import Derived
 from nemotron_train.config.schema import Config, ModelConfig
-from nemotron_train.data.batches import Batch, BatchSource
+from nemotron_train.data.batches import Batch, BatchSource, DataState
 from nemotron_train.model.latent_moe import SigmoidRouter
 from nemotron_train.model.mtp import depth_mask
 from nemotron_train.optim.build import set_learning_rate
 from nemotron_train.optim.schedule import learning_rate
+from nemotron_train.optim.update import apply_update, gradient_norm
 from nemotron_train.platform.groups import sum_over
 from nemotron_train.precision.attach import PrecisionControl
 from nemotron_train.precision.native import NativePrecision
+from nemotron_train.train.diagnose import gradients_are_finite, non_finite
+from nemotron_train.train.guard import Action, Findings, Guard, RollBack
 from nemotron_train.train.loop import Progress, StepResult
 
 Tensors = dict[str, torch.Tensor]
@@ -114,10 +118,11 @@ class Trainer:
         groups: ProcessGroupCollection,
         device: str,
         precision: PrecisionControl | NativePrecision,
+        guard: Guard,
     ) -> None:
         self.config, self.derived, self.precision = config, derived, precision
         self.model, self.optimizer, self.batches = model, optimizer, batches
-        self.groups, self.device = groups, device
+        self.groups, self.device, self.guard = groups, device, guard
         self.weights = head_weights(config)
         rows = derived.sequences_per_step // derived.data_parallel
         self.rank_rows = (groups.dp.rank() * rows, (groups.dp.rank() + 1) * rows)
@@ -132,8 +137,11 @@ class Trainer:
         MoEAuxLossAutoScaler.main_loss_backward_scale = None
 
     def _finalize(self, *args: Any, **kwargs: Any) -> None:
-        """Read the routers' counts, which Megatron's own finalization resets, then run it."""
+        """Read what Megatron's own finalization overwrites, then run it: the routers' counts and
+        biases, and whether this rank's own gradients are finite."""
         self.routing = self._routing_metrics()
+        self.biases = [bias.clone() for bias in self._router_biases()]
+        self.own_gradients_are_finite = gradients_are_finite(self.model)
         finalize_model_grads(*args, **kwargs)
         self.precision.gradients_ready(self.model)
 
@@ -190,16 +198,51 @@ class Trainer:
             micro_batch_size=self.config.train.micro_batch_sequences,
             forward_only=False,
         )
-        _, grad_norm, num_zeros = self.optimizer.step()  # pyright: ignore[reportGeneralTypeIssues]
-        self.precision.weights_changed()
         losses_K = self._mean_losses(reports, targets_K)
+        grad_norm = gradient_norm(self.optimizer)
+        num_zeros = self._update(progress.step + 1, data, reports, losses_K, grad_norm)
         metrics: dict[str, Any] = {"loss": losses_K[0], "lr": rate, "grad_norm": grad_norm}
         for depth, loss in enumerate(losses_K[1:], start=1):
             metrics[f"mtp_loss_{depth}"] = loss
         metrics |= self.routing
         metrics["zero_weight_gradients"] = num_zeros
+        metrics["skipped_updates"] = self.guard.skipped
         after = Progress(progress.step + 1, tokens, data)
         return StepResult(after, metrics, time.perf_counter() - started)
+
+    def _update(
+        self,
+        step: int,
+        data: DataState,
+        reports: list[torch.Tensor],
+        losses_K: torch.Tensor,
+        grad_norm: float,
+    ) -> float:
+        """Let the gradients change the weights, if the guard lets them; returns how many of their
+        elements are zero, NaN where the update was skipped. COLLECTIVE. SYNC."""
+        own_loss_is_finite = bool(torch.stack(reports).isfinite().all()) if reports else True
+        losses_are_finite = own_loss_is_finite and bool(losses_K.isfinite().all())
+
+        def find() -> Findings:
+            gradients, weights = non_finite(self.model)
+            return Findings(
+                not own_loss_is_finite, not self.own_gradients_are_finite, gradients, weights
+            )
+
+        action = self.guard.judge(step, float(losses_K[0]), grad_norm, losses_are_finite, find)
+        if action == Action.roll_back:
+            raise RollBack(step, data, self.guard.events[-1]["reason"])
+        if action == Action.skip:
+            for bias, before in zip(self._router_biases(), self.biases, strict=True):
+                bias.copy_(before)
+            return math.nan
+        num_zeros = apply_update(self.optimizer, grad_norm)
+        self.precision.weights_changed()
+        return num_zeros
+
+    def _router_biases(self) -> list[torch.Tensor]:
+        """The balancing biases of this rank's routers, which Megatron's finalization moves."""
+        return [r.expert_bias for r in self.routers if r.expert_bias is not None]
 
     def _mean_losses(self, reports: list[torch.Tensor], targets_K: torch.Tensor) -> torch.Tensor:
         """Mean loss of each head over the global batch, on every rank: FP64 [K]."""

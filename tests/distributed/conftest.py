@@ -11,12 +11,18 @@ import pytest
 
 
 @pytest.fixture(scope="session")
+def start_ranks() -> Callable[[list[str], Path, int], list[subprocess.Popen[str]]]:
+    """Starts Python with the given arguments in a folder, one process a rank."""
+    return _start_ranks
+
+
+@pytest.fixture(scope="session")
 def run_ranks() -> Callable[[list[str], Path, int], None]:
     """Runs Python with the given arguments in a folder, one process a rank; all must succeed."""
     return _run_ranks
 
 
-def _run_ranks(arguments: list[str], folder: Path, ranks: int) -> None:
+def _start_ranks(arguments: list[str], folder: Path, ranks: int) -> list[subprocess.Popen[str]]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -34,5 +40,10 @@ def _run_ranks(arguments: list[str], folder: Path, ranks: int) -> None:
                 text=True,
             )
         )
+    return processes
+
+
+def _run_ranks(arguments: list[str], folder: Path, ranks: int) -> None:
+    processes = _start_ranks(arguments, folder, ranks)
     outputs = [process.communicate(timeout=300)[0] for process in processes]
     assert [process.returncode for process in processes] == [0] * ranks, "\n".join(outputs)

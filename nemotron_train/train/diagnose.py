@@ -1,0 +1,42 @@
+"""Where numbers are not finite: in which modules' gradients, in which weights. Changes nothing."""
+
+import re
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+
+from nemotron_train.precision.attach import global_modules
+
+_STAGES = ("embedding", "decoder.layers", "decoder", "mtp", "output_layer")
+
+
+def gradients_are_finite(model: DistributedDataParallel) -> torch.Tensor:
+    """Whether all gradients in this rank's buffers are finite: a boolean on the device. Before the
+    reduction over data-parallel ranks they are this rank's own. One pass over the buffers."""
+    buffers: list[Any] = [*model.buffers, *model.expert_parallel_buffers]  # pyright: ignore
+    largest = [torch.linalg.vector_norm(b.grad_data, torch.inf) for b in buffers]
+    return torch.isfinite(torch.stack(largest)).all()
+
+
+def place(path: str) -> tuple[int, int]:
+    """Where in the forward pass the module at `path` comes: (stage, layer)."""
+    stage = next((n for n, name in enumerate(_STAGES) if path.startswith(name)), len(_STAGES))
+    layer = re.match(r"decoder\.layers\.(\d+)", path)
+    return stage, int(layer[1]) if layer else 0
+
+
+def non_finite(
+    model: DistributedDataParallel,
+) -> tuple[list[tuple[tuple[int, int, int], str]], list[str]]:
+    """Modules of this rank whose gradient is not finite, each with its place in the forward pass,
+    and those whose weight is not. SYNC. Call it before gradients are clipped."""
+    gradients, weights = [], []
+    for number, (path, module) in enumerate(global_modules(model.module).items()):
+        for parameter in module.parameters(recurse=False):
+            gradient: Any = getattr(parameter, "main_grad", None)
+            if gradient is not None and not torch.isfinite(gradient).all():
+                gradients.append(((*place(path), number), path))
+            if not torch.isfinite(parameter).all():
+                weights.append(path)
+    return sorted(set(gradients)), sorted(set(weights))

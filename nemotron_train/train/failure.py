@@ -1,0 +1,8 @@
+"""Ends of a run that are nobody's wrong configuration. No torch: the command line knows them."""
+
+
+class TrainingFailed(RuntimeError):
+    """Training cannot go on; the last checkpoint is good. All ranks raise it at the same step, with
+    the same line, which the command line prints in place of a traceback."""
+
+    exit_code = 1

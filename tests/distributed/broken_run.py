@@ -1,0 +1,59 @@
+"""`nemotron-train` with a number broken on one rank: run as a program, a process a rank.
+
+    broken_run.py WHAT RANK SAMPLES[,SAMPLES...] VERB ...
+
+At the steps that start after so many SAMPLES were taken from the data, on RANK: WHAT is `loss` (the
+loss is NaN), `gradient` (the loss is right, the gradient of one module is infinite), `spike` (loss
+times 100), `weight` (a weight becomes NaN and stays so).
+"""
+
+import sys
+from typing import Any
+
+from nemotron_train.platform import device
+
+device.prepare(1)
+
+import torch.distributed as dist  # noqa: E402
+
+from nemotron_train.cli import main  # noqa: E402
+from nemotron_train.train import step  # noqa: E402
+from nemotron_train.train.loop import Progress, StepResult  # noqa: E402
+
+what, rank, broken_samples = "", 0, [0]
+forward_step = step._forward_step
+take_step = step.Trainer.__call__
+is_broken = False
+
+
+def broken_forward_step(iterator: Any, model: Any, **weights: Any) -> Any:
+    output, loss = forward_step(iterator, model, **weights)
+    factor = {"loss": float("nan"), "spike": 100.0}.get(what)
+    if not is_broken or factor is None:
+        return output, loss
+    return output, lambda sums: loss(sums * factor)
+
+
+def broken_step(trainer: step.Trainer, progress: Progress) -> StepResult:
+    global is_broken
+    is_broken = progress.data.samples in broken_samples and dist.get_rank() == rank
+    parameters = dict(trainer.model.module.named_parameters())
+    handle = None
+    if is_broken and what == "gradient":
+        weight = parameters["decoder.layers.2.mixer.in_proj.weight"]
+        handle = weight.register_hook(lambda gradient: gradient * float("inf"))
+    if is_broken and what == "weight":
+        parameters["decoder.layers.2.mixer.in_proj.weight"].data[0, 0] = float("nan")
+    try:
+        return take_step(trainer, progress)
+    finally:
+        if handle is not None:
+            handle.remove()
+
+
+if __name__ == "__main__":  # a checkpoint's writers import this file again
+    what, rank = sys.argv[1], int(sys.argv[2])
+    broken_samples = [int(number) for number in sys.argv[3].split(",")]
+    step._forward_step = broken_forward_step
+    step.Trainer.__call__ = broken_step
+    sys.exit(main(sys.argv[4:]))
