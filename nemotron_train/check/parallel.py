@@ -101,14 +101,13 @@ def check_parallel(config: Config, asked: ParallelCheck, console: Console, ranks
 
     Raises ConfigError for a layout that cannot be shrunk, RanksFailed where one rank alone fails.
     """
-    shrunk = _shrunk(config, asked)
+    shrunk = shrink_for_proof(config, asked)
     tell_shrunk(shrunk, console)
-    write_sources(asked.folder / "data", shrunk.sources)
-    proof = _Proof(asked, ranks, shrunk)
     names = dimensions(shrunk.config, shrunk.num_ranks)
     if not names:
         console.print("the layout is one rank: there is nothing to compare")
         return True
+    proof = Proof(asked, ranks, shrunk)
     outcome = proof.outcome("layout", shrunk.config, shrunk.num_ranks)
     _tell(outcome, console)
     label = _label(shrunk.config, names, shrunk.num_ranks)
@@ -120,7 +119,8 @@ def check_parallel(config: Config, asked: ParallelCheck, console: Console, ranks
     return False
 
 
-def _shrunk(config: Config, asked: ParallelCheck) -> Shrunk:
+def shrink_for_proof(config: Config, asked: ParallelCheck) -> Shrunk:
+    """`config` shrunk, with what lets a fault be told from rounding."""
     shrunk = shrink(
         config,
         asked.folder / "data",
@@ -135,11 +135,12 @@ def _shrunk(config: Config, asked: ParallelCheck) -> Shrunk:
     return shrunk
 
 
-class _Proof:
-    """Runs layouts and holds each against one rank, which is run once."""
+class Proof:
+    """Runs layouts and holds each against one rank, which is run once, at the start."""
 
     def __init__(self, asked: ParallelCheck, ranks: Ranks, shrunk: Shrunk) -> None:
-        self.asked, self.shrunk, self._ranks = asked, shrunk, ranks
+        self.asked, self.shrunk, self.ranks = asked, shrunk, ranks
+        write_sources(asked.folder / "data", shrunk.sources)
         self._reference = self._run("one_rank", one_rank(shrunk.config), 1)
 
     def _run(self, name: str, config: Config, num_ranks: int) -> Path:
@@ -152,7 +153,7 @@ class _Proof:
             "run_folder": str(self.asked.folder / name),
             "steps": self.asked.steps,
         }
-        return self._ranks.run(name, task, num_ranks)
+        return self.ranks.run(name, task, num_ranks)
 
     def outcome(self, name: str, config: Config, num_ranks: int) -> Outcome:
         try:
@@ -208,7 +209,7 @@ def order_of_output(path: str) -> tuple[Any, ...]:
     return (*depth(path), -path.count("."), path)
 
 
-def _bisect(proof: _Proof, names: list[str], console: Console) -> None:
+def _bisect(proof: Proof, names: list[str], console: Console) -> None:
     """The dimensions alone, then in pairs, until a combination differs."""
     config = proof.shrunk.config
     parallel = config.parallel

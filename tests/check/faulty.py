@@ -1,0 +1,73 @@
+"""A rank of a check whose session has one layout fault: `faulty.py FAULT TASK.json`.
+
+Each fault is one that Megatron-Core or a port of it has had: a gradient that is not summed over a
+group, a part that every rank adds whole, a factor left out.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from nemotron_train.check import worker
+from nemotron_train.platform import device
+
+
+def _module(session: Any, path: str) -> Any:
+    model = session.model[0] if isinstance(session.model, list) else session.model
+    return dict(model.module.named_modules())[path]
+
+
+def norm_not_summed(session: Any) -> None:
+    """Under sequence parallelism each rank has its own tokens' share of a norm's gradient."""
+    _module(session, "decoder.layers.1.pre_mlp_layernorm").weight.sequence_parallel = False
+
+
+def router_not_summed(session: Any) -> None:
+    """The same for a router."""
+    _module(session, "decoder.layers.1.mlp.router").weight.sequence_parallel = False
+
+
+def shared_expert_added_twice(session: Any) -> None:
+    """Every tensor-parallel rank adds the whole shared expert."""
+    _scale_output(_module(session, "decoder.layers.1.mlp.shared_experts"), 2.0)
+
+
+def experts_gradient_halved(session: Any) -> None:
+    """The experts' gradients are divided by the ranks that they are spread over."""
+    _module(session, "decoder.layers.1.mlp.experts.linear_fc2").weight.register_hook(
+        lambda gradient: gradient / 2
+    )
+
+
+def _scale_output(module: Any, factor: float) -> None:
+    def scale(module: Any, inputs: Any, output: Any) -> Any:
+        return output * factor
+
+    module.register_forward_hook(scale)
+
+
+FAULTS: dict[str, Callable[[Any], None]] = {
+    function.__name__: function
+    for function in (
+        norm_not_summed,
+        router_not_summed,
+        shared_expert_added_twice,
+        experts_gradient_halved,
+    )
+}
+
+
+if __name__ == "__main__":
+    device.prepare(1)
+    from nemotron_train.train.session import Session
+
+    build = Session.__init__
+
+    def build_with_fault(self: Any, *args: Any, **options: Any) -> None:
+        build(self, *args, **options)
+        if int(os.environ["WORLD_SIZE"]) > 1:
+            FAULTS[sys.argv[1]](self)
+
+    Session.__init__ = build_with_fault  # type: ignore[method-assign]
+    worker.main(sys.argv[-1])
