@@ -62,10 +62,10 @@ def shard(linear: Linear, parallel: ParallelConfig) -> Shard:
 
 
 def tokens_per_product(linear: Linear, config: Config) -> int:
-    """What wgrad sums over: the tokens of a micro batch; 0 for routed experts, each of which sums
-    over the tokens it is sent."""
+    """What wgrad sums over on a rank: its tokens of a micro batch; 0 for routed experts, each of
+    which sums over the tokens it is sent."""
     train, parallel = config.train, config.parallel
-    tokens = train.micro_batch_sequences * train.sequence_length
+    tokens = train.micro_batch_sequences * train.sequence_length // parallel.context
     if linear.sharding == Sharding.expert:
         return 0
     if linear.sharding == Sharding.replicated and parallel.sequence:
@@ -92,13 +92,14 @@ def paddings(config: Config, plan: Iterable[tuple[Linear, Formats]]) -> list[Pad
 
     Raises ConfigError naming the module, the product and the sizes where ranks cut through blocks.
     """
-    found = []
+    found, context = [], config.parallel.context
+    pieces = f"parallel.context={context}" if context > 1 else ""
     for linear, formats in plan:
         part = shard(linear, config.parallel)
         sums = {
             "fprop": (part.in_size, part.in_cut_by),
             "dgrad": (part.out_size, part.out_cut_by),
-            "wgrad": (tokens_per_product(linear, config), ""),
+            "wgrad": (tokens_per_product(linear, config), pieces),
         }
         for role, (size, cut_by) in sums.items():
             name = getattr(formats, role)

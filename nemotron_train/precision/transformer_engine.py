@@ -325,7 +325,7 @@ def _refuse_few_tokens(config: Config) -> None:
     """Megatron pads an expert's tokens with others of the same rank, sent along with a routing
     weight of zero, so a rank needs whole blocks of tokens (moe_utils.pad_routing_map)."""
     train, parallel = config.train, config.parallel
-    tokens = train.micro_batch_sequences * train.sequence_length
+    tokens = train.micro_batch_sequences * train.sequence_length // parallel.context
     tokens //= parallel.tensor if parallel.sequence else 1
     multiple = _EXPERT_TOKENS[config.precision.default.format.value]
     if tokens % multiple:

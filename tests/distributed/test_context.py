@@ -16,6 +16,7 @@ RunRanks = Callable[[list[str], Path, int], None]
 Train = Callable[..., list[dict]]
 
 HERE = Path(__file__).parent
+TIMINGS = {"step_seconds", "tokens_per_second"}
 TENSOR = ["parallel.tensor=2", "parallel.sequence=true"]
 PRODUCTS = {
     "tensor": [*TENSOR],
@@ -71,9 +72,8 @@ def test_two_ranks_equal_one(one_rank: list[dict], two_ranks: list[dict]) -> Non
 def test_two_ranks_go_on_exactly(two_ranks: list[dict], train: Train) -> None:
     """From a checkpoint as if nothing had happened, every number bit for bit."""
     again = train("context_again", 2, "branch=runs/context_two@5")
-    timings = {"step_seconds", "tokens_per_second"}
     for ours, theirs in zip(again, two_ranks[5:], strict=True):
-        for name in theirs.keys() - timings:
+        for name in theirs.keys() - TIMINGS:
             assert ours[name] == theirs[name], (name, ours["step"])
 
 
@@ -98,6 +98,16 @@ def test_products_equal_one_rank(layout: str, one_rank: list[dict], train: Train
     if "parallel.context=4" not in words:
         words = ["parallel.context=2", *words]
     assert_equal(train(f"context_{layout}", 4, *words), one_rank)
+
+
+@pytest.mark.layouts
+def test_recomputation_repeats_the_exchange(two_ranks: list[dict], train: Train) -> None:
+    """Every number bit for bit, as on one rank."""
+    again = [f"train.recompute.{kind}=selective" for kind in ("mamba", "attention", "moe")]
+    rows = train("context_recomputed", 2, "parallel.context=2", *again)
+    for ours, theirs in zip(rows, two_ranks, strict=True):
+        for name in theirs.keys() - TIMINGS:
+            assert ours[name] == theirs[name], (name, ours["step"])
 
 
 @pytest.mark.layouts

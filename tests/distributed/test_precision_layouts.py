@@ -202,6 +202,19 @@ def test_tensor_parallel_rounds_by_the_same_words(train) -> None:
     assert min(norms) < 1e-6 and max(norms) < 1e-2, norms
 
 
+@pytest.mark.layouts
+def test_context_parallel_rounds_by_the_same_words(train) -> None:
+    """The same with pieces of the sequence; experts, which see their rank's tokens, in FP32."""
+    experts = "{experts: true, format: float32}"
+    words = ("precision=nvfp4_all", "precision.parameter_dtype=float32")
+    words += (f"+precision.rules.experts={experts}", "optim.peak_learning_rate=1e-30")
+    words += ("optim.min_learning_rate=1e-31",)
+    one, two = train(*words), train(*words, "parallel.context=2", ranks=2)
+    assert max(differences(two, one, "loss")) < 5e-6
+    norms = differences(two, one, "grad_norm")
+    assert min(norms) < 1e-6 and max(norms) < 1e-2, norms
+
+
 def test_expert_parallel_rounds_whole_experts(train) -> None:
     """An expert's tensor is the tokens that both ranks send it: those of one rank's micro-batch of
     twice the size, in another order. Blocks along the tokens are others, so wgrad stays FP32."""

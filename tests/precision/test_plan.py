@@ -418,6 +418,20 @@ def test_ranks_do_not_cut_through_blocks(overrides: str, words: str) -> None:
     assert words in str(error.value)
 
 
+def test_pieces_of_a_sequence_do_not_cut_through_blocks() -> None:
+    """A micro-batch of 3 rows of 16 tokens is 48; half of it is one and a half blocks."""
+    rows = ["train.sequence_length=16", "train.micro_batch_sequences=3"]
+    rows += ["train.global_batch_tokens=1536", "train.validation_tokens=1536"]
+    config_of("precision=nvfp4_all", *rows, ranks=1)
+    config_of("precision=nvfp4_all", "precision.default.wgrad=bf16", *rows, ranks=1)
+    with pytest.raises(ConfigError) as error:
+        config_of("precision=nvfp4_all", *rows, "parallel.context=2", ranks=2)
+    assert (
+        "wgrad in nvfp4 needs blocks of 16, but parallel.context=2 leaves a rank 24 of 48"
+        in str(error.value)
+    )
+
+
 def test_a_forward_only_format_does_not_mind_cut_outputs() -> None:
     """Only fprop in NVFP4, weights in 1x16 blocks: in_proj's 454 rows a rank are in no sum."""
     forward_only = ["dgrad=bf16", "wgrad=bf16", "weight_2d=false"]
