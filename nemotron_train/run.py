@@ -71,6 +71,8 @@ def pretrain(config: Config) -> int:
             try:
                 parent = check_branch(config, train_data) if config.branch else None
                 folder = open_run_folder(config, derived, plan_text(config))
+                if folder.lock is not None and folder.lock.took_over:
+                    console.print(f"{folder.path}: taken over from {folder.lock.took_over}")
                 if parent is not None:
                     folder.record_branch(parent)
             except ConfigError as error:
@@ -87,6 +89,7 @@ def pretrain(config: Config) -> int:
             path,
             console,
             native=backend.native,
+            check_held=folder.check_held if folder is not None else lambda: None,
         )
         progress = session.resume()
         if progress.tokens >= config.train.total_tokens:

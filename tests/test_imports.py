@@ -30,6 +30,7 @@ LAYERS = [
         ["model.specs", "train.step", "train.checkpoint", "train.branch", "precision.attach"],
     ),
     ("assembly", ["train.diagnose"]),
+    ("assembly", ["train.saved"]),
     ("assembly", ["precision.native"]),
     ("metadata", ["config.shrink"]),
     ("metadata", ["config.derive", "config.memory", "config.checks", "optim.schedule"]),
@@ -37,7 +38,8 @@ LAYERS = [
     ("metadata", ["model.stages"]),
     ("metadata", ["precision.transformer_engine", "precision.record", "train.lineage"]),
     ("metadata", ["config.guards", "precision.backend"]),
-    ("metadata", ["train.metrics", "train.run_folder", "train.progress_bar"]),
+    ("metadata", ["train.metrics", "train.run_folder", "train.progress_bar", "train.integrity"]),
+    ("metadata", ["train.run_lock"]),
     ("ground", ["", "config", "config.schema", "platform", "platform.*"]),
     ("parts", ["model", "precision", "optim", "train", "data", "report"]),
     ("parts", ["model.*", "precision.*", "optim.*", "train.*", "data.*"]),
@@ -49,6 +51,7 @@ KNOW_MEGATRON = ["platform.*", "model.*", "optim.build", "precision.attach", "pr
 KNOW_MEGATRON += ["precision.native", "train.step", "train.checkpoint", "train.evaluate"]
 KNOW_MEGATRON += ["train.session", "optim.gradients", "check.state"]
 KNOW_MEGATRON += ["optim.update", "train.diagnose"]
+KNOW_MEGATRON += ["train.random_states"]
 OWN_CUDA = ["platform.device", "platform.megatron_cpu"]
 # What the core must do without; run.py composes, cli.py calls.
 AROUND_THE_CORE = ["report.*", "launch.*", "generate.*", "posttrain.*", "convert.*"]
@@ -62,7 +65,8 @@ NO_TORCH += ["precision.telemetry_record", "model.stages"]
 NO_TORCH += ["verbs", "check.commands", "check.launch", "check.compare", "check.data"]
 NO_TORCH += ["check.parallel"]
 NO_TORCH += ["train.failure", "train.spikes", "train.watchdog"]
-NO_TORCH += ["train.metrics", "train.run_folder", "train.progress_bar"]
+NO_TORCH += ["train.metrics", "train.run_folder", "train.progress_bar", "train.integrity"]
+NO_TORCH += ["train.run_lock", "train.saved"]
 
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 80
 # Longer on purpose, and not to grow: one algorithm with its hand-derived backward.

@@ -93,6 +93,19 @@ def parameter_device(on_cpu: bool) -> int | None:
     return None if on_cpu else torch.cuda.current_device()
 
 
+def device_random_state() -> torch.Tensor:
+    """State of the device's random generator; the CPU's where there is no other device."""
+    return torch.cuda.get_rng_state() if torch.cuda.is_available() else torch.get_rng_state()
+
+
+def set_device_random_state(state: torch.Tensor) -> None:
+    """The inverse of `device_random_state`."""
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state(state)
+    else:
+        torch.set_rng_state(state)
+
+
 def peak_memory_bytes() -> int:
     """Peak memory of this process so far: the device's allocator, or the resident set on a CPU."""
     if torch.cuda.is_available():

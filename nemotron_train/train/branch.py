@@ -12,17 +12,10 @@ from typing import Any
 from nemotron_train.config.schema import Config, ConfigError
 from nemotron_train.data.batches import BatchSource
 from nemotron_train.precision.record import plan_record
-from nemotron_train.train.checkpoint import (
-    MANIFEST,
-    check_model,
-    damage,
-    plan_of,
-    progress_of,
-    step_folder,
-    steps_in,
-)
+from nemotron_train.train.integrity import MANIFEST, damage, step_folder, steps_in
 from nemotron_train.train.lineage import brief, parse_branch
 from nemotron_train.train.run_folder import changed_knobs, read_config, read_json, run_path
+from nemotron_train.train.saved import check_model, plan_of, progress_of
 
 
 def branch_checkpoint(branch: str) -> Path:

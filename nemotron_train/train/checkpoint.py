@@ -1,157 +1,102 @@
 """Checkpoints: Megatron-Core's distributed format inside a shell of trust of our own.
 
-A checkpoint is a folder `step_00000100/`, complete or absent: written under another name,
-listed in `manifest.json` with the SHA-256 of every file, flushed, and renamed into place. The
-newest is found by scanning folders whose manifest holds, by step number, never by a pointer or
-a modification time; a damaged one is named and the one before it is used. A folder that is not
-exactly named like a step is never touched.
+Owns: which tensors are saved, their copy to host memory, the files Megatron writes, loading them.
+Does not own: which folder can be trusted and which is dropped (`integrity`), the JSON files beside
+the tensors (`saved`), the thread that writes (`background`).
 
-Saved: weights, optimizer, router biases (buffers of the model), the data's cursor, what the model
-was and under which precision plan it was trained (`precision.json`). Weights are the parameters
-and their FP32 masters, never quantized, so any plan can go on from them. Training draws no random
-numbers after initialization, and stochastic rounding's words are a function of the step, so there
-are no random states to save. Shards carry global names and offsets: another layout can load them.
+Saved: weights, optimizer, router biases (buffers of the model), the data's cursor, random states,
+what the model was and under which precision plan it was trained. Weights are the parameters and
+their FP32 masters, never quantized, so any plan can go on from them. Shards carry global names and
+offsets: another layout can load them.
 """
 
-import hashlib
-import json
-import os
+import contextlib
 import pickle
-import re
+import queue
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict
+import types
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch.distributed.checkpoint import CheckpointException, filesystem
 
-from nemotron_train.config.schema import ConfigError, ModelConfig
-from nemotron_train.data.batches import DataState
+from nemotron_train.config.schema import Config, ConfigError
 from nemotron_train.optim.build import load_optimizer_state
-from nemotron_train.precision.record import UNKNOWN
+from nemotron_train.train import integrity, random_states, saved
+from nemotron_train.train.background import Background
+from nemotron_train.train.integrity import partial_folder, step_folder
 from nemotron_train.train.loop import Progress
 
-STEP_FOLDER = re.compile(r"step_(\d{8})")
-MANIFEST = "manifest.json"
-PROGRESS = "progress.json"
-PRECISION = "precision.json"
-
-# What Megatron's torch_dist `.metadata` (a pickle) may name; anything else is refused unread.
-METADATA_GLOBALS = re.compile(
-    r"(torch\.distributed\.checkpoint\.(metadata|planner|filesystem)\..*"
-    r"|torch\.(Size|device|strided|float\d+|bfloat16|u?int\d+|bool)"
-    r"|torch\.serialization\._get_layout|torch\._utils\._.*|torch\.memory_format"
-    r"|collections\.OrderedDict|builtins\.(set|frozenset|slice|bytearray)"
-    r"|pathlib\.(Posix|Windows|Pure\w*)?Path|_codecs\.encode)"
-)
+# UPSTREAM(megatron-core 0.19.2): planning a save starts a manager process for a queue that only a
+# writer in a process of its own would need (a second, and its memory, a rank).
+filesystem_async._results_queue = queue.SimpleQueue()  # type: ignore[assignment]
 
 
-class _NamesOnly(pickle.Unpickler):
-    """Loads plain data and the metadata classes of torch's checkpoints; refuses the rest."""
+class _Planner(TorchDistSaveShardedStrategy):
+    """Plans a save as Megatron does, and keeps the parts so that we run them."""
 
-    def find_class(self, module: str, name: str) -> object:
-        if METADATA_GLOBALS.fullmatch(f"{module}.{name}"):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name} does not belong in checkpoint metadata")
+    writer: Any
+    metadata: Any  # torch's `Metadata` on the first rank, without the places of the tensors
 
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    def _get_save_and_finalize_callbacks(self, writer: Any, planned: Any, kind: str) -> Any:
+        self.writer, self.metadata = writer, planned[1]
+        return super()._get_save_and_finalize_callbacks(writer, planned, kind)
 
 
-def _write_durably(path: Path, text: str) -> None:
-    with open(path, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+@contextlib.contextmanager
+def no_code_runs() -> Iterator[None]:
+    """While it lasts, torch loads tensors and plain values only, and metadata by its listed names.
 
+    UPSTREAM(torch 2.13): `read_metadata` unpickles whatever `.metadata` names, and the default
+    planner loads objects (Megatron's common state) with weights_only=False.
+    """
+    load = torch.load
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+    def load_weights_only(*args: Any, **options: Any) -> Any:
+        return load(*args, **{**options, "weights_only": True})
+
+    torch.load = load_weights_only
+    filesystem.pickle = types.SimpleNamespace(  # type: ignore[assignment]
+        load=integrity.load_metadata, dump=pickle.dump
+    )
     try:
-        os.fsync(descriptor)
+        yield
     finally:
-        os.close(descriptor)
+        torch.load, filesystem.pickle = load, pickle
 
 
-def damage(folder: Path) -> str | None:
-    """What is wrong with the checkpoint in `folder`, in one line; None when nothing is."""
-    try:
-        listed: dict[str, str] = json.loads((folder / MANIFEST).read_text())["sha256"]
-    except FileNotFoundError:
-        return f"{MANIFEST} is missing"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{MANIFEST} cannot be read ({error})"
-    present = {path.name for path in folder.iterdir()} - {MANIFEST}
-    for name in sorted(present ^ set(listed)):
-        return f"{name} is {'not listed' if name in present else 'missing'}"
-    for name, expected in listed.items():
-        if (folder / name).is_symlink() or _sha256(folder / name) != expected:
-            return f"{name} has changed since it was written"
-    try:
-        with open(folder / ".metadata", "rb") as file:
-            _NamesOnly(file).load()
-    except Exception as error:
-        return f".metadata is refused: {error}"
-    return None
-
-
-def steps_in(folder: Path) -> list[int]:
-    """Steps of all checkpoints under `folder`, damaged ones included, ascending."""
-    if not folder.is_dir():
-        return []
-    matches = (STEP_FOLDER.fullmatch(path.name) for path in folder.iterdir() if path.is_dir())
-    return sorted(int(match[1]) for match in matches if match)
-
-
-def step_folder(folder: Path, step: int) -> Path:
-    """`folder`/step_00000100."""
-    return folder / f"step_{step:08d}"
-
-
-def latest(folder: Path, say: Callable[[str], None]) -> Path | None:
-    """The newest undamaged checkpoint under `folder`; damaged newer ones are named with `say`."""
-    for step in reversed(steps_in(folder)):
-        path = step_folder(folder, step)
-        problem = damage(path)
-        if problem is None:
-            return path
-        say(f"{path}: {problem}; using the checkpoint before it")
-    return None
-
-
-def plan_of(path: Path) -> dict[str, Any]:
-    """The precision plan under which the checkpoint in `path` was trained (`plan_record`)."""
-    if not (path / PRECISION).exists():  # saved before checkpoints knew their plan
-        return UNKNOWN
-    return json.loads((path / PRECISION).read_text())
-
-
-def progress_of(path: Path) -> Progress:
-    """Where the run stood at the checkpoint in `path`."""
-    state = json.loads((path / PROGRESS).read_text())
-    return Progress(state["step"], state["tokens"], DataState.from_dict(state["data"]))
-
-
-def check_model(path: Path, model: ModelConfig) -> None:
-    """Raises ConfigError when the checkpoint in `path` belongs to another model."""
-    theirs = json.loads((path / PROGRESS).read_text())["model"]
-    for name, ours in asdict(model).items():
-        if name != "name" and theirs.get(name) != json.loads(json.dumps(ours)):
-            raise ConfigError(
-                f"{path} holds another model: model.{name} is {theirs.get(name)} there and {ours} "
-                "here; resume with the run's own configuration or choose another name"
-            )
+def agreed_latest(
+    folder: Path, say: Callable[[str], None], verified: set[int] | None = None
+) -> Path | None:
+    """`integrity.latest`, read by the first rank alone; COLLECTIVE. Raises ConfigError on all."""
+    answer: list[Any] = [None, ""]
+    if dist.get_rank() == 0:
+        try:
+            answer[0] = integrity.latest(folder, say, verified)
+        except ConfigError as error:
+            answer[1] = str(error)
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(answer, src=0)
+    if answer[1]:
+        raise ConfigError(answer[1])
+    return answer[0]
 
 
 class Checkpoints:
-    """Saves and loads the run's checkpoints; every method is COLLECTIVE."""
+    """Saves and loads the run's checkpoints; every method is COLLECTIVE.
+
+    `check_held` raises if this process may no longer write in the run folder; the first rank asks.
+    """
 
     def __init__(
         self,
@@ -159,14 +104,17 @@ class Checkpoints:
         model: DistributedDataParallel,
         optimizer: MegatronOptimizer,
         groups: ProcessGroupCollection,
-        model_config: ModelConfig,
+        config: Config,
         plan: dict[str, Any],
-        keep: int,
+        check_held: Callable[[], None],
         say: Callable[[str], None],
     ) -> None:
-        self._folder, self._keep, self._say = folder, keep, say
+        self._folder, self._keep, self._say = folder, config.train.keep_checkpoints, say
         self._model, self._optimizer = model, optimizer
-        self._model_config, self._plan = model_config, plan
+        self._config, self._plan, self._check_held = config, plan, check_held
+        self._rank, self._num_ranks = dist.get_rank(), dist.get_world_size()
+        self._background = Background()
+        self._verified: set[int] = set()  # steps that this process has read whole, or written
         self._metadata = {
             "distrib_optim_sharding_type": "fully_reshardable",
             "distrib_optim_fully_reshardable_mem_efficient": False,
@@ -185,52 +133,93 @@ class Checkpoints:
             ),
         }
 
+    def latest(self) -> Path | None:
+        """The newest undamaged checkpoint of this run. Raises ConfigError where all are damaged."""
+        return agreed_latest(self._folder, self._say, self._verified)
+
     def save(self, progress: Progress) -> Path:
-        """Write the checkpoint of `progress` and drop those past the newest `keep`."""
+        """Write the checkpoint of `progress` and drop those past the newest `keep`. Raises
+        SaveFailed, on every rank, where it cannot be written."""
         final = step_folder(self._folder, progress.step)
-        partial = self._folder / f".{final.name}.partial"
-        if dist.get_rank() == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        dist.barrier()
-        dist_checkpointing.save(self._sharded_state(is_loading=False), str(partial))
-        if dist.get_rank() == 0:
-            state = {
-                "step": progress.step,
-                "tokens": progress.tokens,
-                "data": progress.data.to_dict(),
-                "model": asdict(self._model_config),
-            }
-            _write_durably(partial / PRECISION, json.dumps(self._plan, indent=1))
-            _write_durably(partial / PROGRESS, json.dumps(state, indent=1))
-            sums = {path.name: _sha256(path) for path in sorted(partial.iterdir())}
-            _write_durably(partial / MANIFEST, json.dumps({"sha256": sums}, indent=1))
-            _sync_folder(partial)
-            if final.exists():  # saved before by a process that was cut off after this step
-                shutil.rmtree(final)
-            partial.rename(final)
-            _sync_folder(self._folder)
-            self._drop_old()
-        dist.barrier()
+        partial, problem = partial_folder(final), ""
+        if self._rank == 0:
+            try:
+                self._check_held()
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+            except (OSError, RuntimeError) as error:
+                problem = f"{final}: {error}"
+        self._background.together(problem)
+        planner = _Planner()
+        dist_checkpointing.save(
+            self._sharded_state(is_loading=False),
+            str(partial),
+            planner,
+            async_sharded_save=True,
+            async_strategy="mcore",
+        )
+        texts = saved.texts_of(progress, self._config, self._plan, self._num_ranks)
+        states = random_states.capture()
+        self._background.start(
+            lambda: (*_write_shards(planner.writer, partial), states),
+            lambda results: self._commit(final, planner, texts, results),
+        )
+        self._background.poll(wait=True)
         return final
 
-    def _drop_old(self) -> None:
-        """Keep the newest `keep` undamaged checkpoints; damaged ones take up no place."""
-        kept = 0
-        for step in reversed(steps_in(self._folder)):
-            path = step_folder(self._folder, step)
-            if kept >= self._keep:
-                shutil.rmtree(path)
-            elif (path / MANIFEST).exists():
-                kept += 1
+    def _commit(
+        self, final: Path, planner: _Planner, texts: dict[str, str], results: Sequence[Any]
+    ) -> None:
+        """The first rank's end of a save: what names the shards, the manifest, the rename."""
+        partial, sums = partial_folder(final), {}
+        try:
+            places, digests, states = zip(*results, strict=True)
+            for part in digests:
+                sums |= part
+            planner.metadata.__dict__.pop("all_local_plans", None)  # as large as all the rest
+            planner.writer.finish(planner.metadata, list(places))
+            save_config(CheckpointingConfig(planner.backend, planner.version), str(partial))
+            for name, text in {**texts, saved.RANDOM: saved.random_text(states)}.items():
+                integrity.write_durably(partial / name, text)
+            integrity.commit(final, sums, self._check_held)
+        except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise OSError(f"{final}: {error.strerror or error}") from error
+        self._verified.add(int(final.name.removeprefix("step_")))
+        integrity.drop_old(self._folder, self._keep, self._verified)
 
     def load(self, path: Path) -> Progress:
-        """Load the checkpoint in `path` into model and optimizer.
+        """Load the checkpoint in `path` into model and optimizer, and the random states where the
+        ranks are as many.
 
-        Raises ConfigError when it belongs to another model.
+        Raises ConfigError when it belongs to another model or does not hold what this one needs.
         """
-        check_model(path, self._model_config)
-        loaded: Any = dist_checkpointing.load(self._sharded_state(is_loading=True), str(path))
+        saved.check_model(path, self._config.model)
+        try:
+            with no_code_runs():
+                state = self._sharded_state(is_loading=True)
+                loaded: Any = dist_checkpointing.load(state, str(path))
+        except CheckpointException as error:  # no subclass of Exception
+            reason = str(error).strip().splitlines()[-1]
+            raise ConfigError(f"{path}: cannot be loaded: {reason}") from error
         self._model.module.load_state_dict(loaded["model"])
         load_optimizer_state(self._optimizer, loaded["optimizer"])
-        return progress_of(path)
+        states = saved.random_state_of(path, self._rank, self._num_ranks)
+        if states is not None:
+            random_states.restore(states)
+        return saved.progress_of(path)
+
+
+def _write_shards(writer: Any, partial: Path) -> tuple[list[Any], dict[str, str]]:
+    """Write what this rank holds; returns where each tensor lies and the files' digests."""
+    transforms = [writer.transforms] if hasattr(writer, "transforms") else []
+    places: list[Any] = []
+    for number, bucket in enumerate(writer.write_buckets):
+        _, outcome = filesystem_async.FileSystemWriterAsync.write_preloaded_data(  # type: ignore
+            transforms, number, bucket, None, None, True
+        )
+        if isinstance(outcome, Exception):
+            raise OSError(f"{partial}: {outcome}") from outcome
+        places += outcome
+    names = [name for _, name, _ in writer.write_buckets]
+    return places, integrity.hashed(partial, names)

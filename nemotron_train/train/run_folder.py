@@ -8,9 +8,9 @@ lineage.json says (`train.lineage`).
 Only one rank opens the folder; it tells the others.
 """
 
+import contextlib
 import dataclasses
 import enum
-import fcntl
 import json
 import os
 import platform
@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any, cast
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -32,6 +32,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nemotron_train.config.schema import Config, ConfigError, PrecisionConfig
 from nemotron_train.precision.record import plan_record
+from nemotron_train.train.integrity import sweep
 from nemotron_train.train.lineage import (
     LINEAGE,
     Record,
@@ -40,6 +41,7 @@ from nemotron_train.train.lineage import (
     switched_precision,
     with_switch,
 )
+from nemotron_train.train.run_lock import RunLock, acquire
 
 # Knobs that may differ between the processes of one run: where it lies, when it saves, looks and
 # reports, how many threads it uses. Everything else would change the trajectory.
@@ -85,7 +87,7 @@ class RunFolder:
     run_id: str
     is_new: bool  # nobody trained in it before
     plan_before: Record | None = None  # the precision plan that this start is allowed to change
-    _lock: IO[str] | None = field(repr=False, default=None)  # held until the process ends
+    lock: RunLock | None = field(repr=False, default=None)  # held until the process ends
 
     @property
     def checkpoints(self) -> Path:
@@ -107,7 +109,7 @@ class RunFolder:
         self, step: int, tokens: int, before: Record, after: Record, precision: PrecisionConfig
     ) -> None:
         """From `step` on the run is trained under the plan `after`: `precision`'s knobs."""
-        knobs = _to_plain(precision)
+        knobs = to_plain(precision)
         lineage = with_switch(read_lineage(self.path), step, tokens, before, after, knobs)
         write_atomically(self.path / LINEAGE, _to_json(lineage))
 
@@ -116,10 +118,15 @@ class RunFolder:
         lineage = {"branched_from": dict(parent)} | read_lineage(self.path)
         write_atomically(self.path / LINEAGE, _to_json(lineage))
 
+    def check_held(self) -> None:
+        """Raises LostRunFolder where another process has taken the folder over."""
+        if self.lock is not None:
+            self.lock.check_held()
+
     def close(self) -> None:
         """Lets another process train in the folder; the end of this process does it too."""
-        if self._lock is not None:
-            self._lock.close()
+        if self.lock is not None:
+            self.lock.release()
 
 
 def open_run_folder(
@@ -143,12 +150,30 @@ def open_run_folder(
     path = run_path(config)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        lock = _lock(path)
+        lock = acquire(path)
     except OSError as error:
         raise ConfigError(f"{asked}={path}: cannot make the run folder ({error})") from error
+    with contextlib.ExitStack() as on_error:
+        on_error.callback(lock.release)
+        opened = _open(path, asked, config, derived, precision_text, command, hosts)
+        on_error.pop_all()
+    sweep(path / "checkpoints")
+    return dataclasses.replace(opened, lock=lock)
+
+
+def _open(
+    path: Path,
+    asked: str,
+    config: Config,
+    derived: Any,
+    precision_text: str,
+    command: Sequence[str] | None,
+    hosts: Sequence[str],
+) -> RunFolder:
+    """`open_run_folder` once the folder is this process's."""
     config_path = path / "config.yaml"
     # What is asked of this process alone is no part of the run.
-    wanted = _to_plain(dataclasses.replace(config, resume="", switch_precision=False))
+    wanted = to_plain(dataclasses.replace(config, resume="", switch_precision=False))
     is_new = not config_path.exists()
     changed: dict[str, list[Any]] = {}
     plan_before: Record | None = None
@@ -161,13 +186,13 @@ def open_run_folder(
         write_atomically(config_path, _to_yaml(wanted))
     else:
         stored = read_config(path)
-        changed = _differences(_to_plain(stored), wanted)
+        changed = _differences(to_plain(stored), wanted)
         _refuse_another_run(path, changed)
         plan_before = _plan_before(path, stored, config, changed)
-    write_atomically(path / "derived.yaml", _to_yaml(_to_plain(derived)))
+    write_atomically(path / "derived.yaml", _to_yaml(to_plain(derived)))
     write_atomically(path / "precision.txt", precision_text.rstrip("\n") + "\n")
     run_id = _record_start(path / "environment.json", command or sys.argv, hosts, changed)
-    return RunFolder(path, run_id, is_new, plan_before, lock)
+    return RunFolder(path, run_id, is_new, plan_before)
 
 
 def run_path(config: Config) -> Path:
@@ -206,7 +231,7 @@ def refuse_another_run(config: Config) -> None:
     path = run_path(config)
     if (path / "config.yaml").exists():
         stored = read_config(path)
-        changed = _differences(_to_plain(stored), _to_plain(config))
+        changed = _differences(to_plain(stored), to_plain(config))
         _refuse_another_run(path, changed)
         _plan_before(path, stored, config, changed)
 
@@ -232,7 +257,7 @@ def changed_knobs(old: Config, new: Config) -> dict[str, list[Any]]:
     """Dotted knob -> [old value, new value], for all that can change the trajectory but the
     precision plan (`precision.record` tells two of them apart)."""
     old = dataclasses.replace(old, branch=new.branch, precision=new.precision)
-    different = _differences(_to_plain(old), _to_plain(new))
+    different = _differences(to_plain(old), to_plain(new))
     return {knob: values for knob, values in different.items() if not _is_free(knob)}
 
 
@@ -285,7 +310,7 @@ def _record_start(
         "changed": {knob: values[1] for knob, values in changed.items()},
         "hosts": list(hosts) or [socket.gethostname()],
         "git": _git_state(),
-        "versions": {"python": platform.python_version()} | _versions(),
+        "versions": {"python": platform.python_version()} | package_versions(),
         "platform": platform.platform(),
         "cores": os.cpu_count(),
     }
@@ -303,7 +328,8 @@ def read_json(path: Path) -> dict[str, Any]:
     return loaded if isinstance(loaded, dict) else {}
 
 
-def _versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
+    """Versions of what a result depends on, where it is installed; nothing is imported."""
     found = {}
     for package in PACKAGES:
         try:
@@ -345,17 +371,17 @@ def _without_secrets(word: str) -> str:
     return SECRET_VALUE.sub("***", word)
 
 
-def _to_plain(value: Any) -> Any:
+def to_plain(value: Any) -> Any:
     """Dataclasses, enums, paths and tuples as what YAML and JSON can hold."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         names = [entry.name for entry in dataclasses.fields(value)]
-        return {name: _to_plain(getattr(value, name)) for name in names}
+        return {name: to_plain(getattr(value, name)) for name in names}
     if isinstance(value, enum.Enum):
         return value.name
     if isinstance(value, Mapping):
-        return {str(_to_plain(key)): _to_plain(entry) for key, entry in value.items()}
+        return {str(to_plain(key)): to_plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
-        return [_to_plain(entry) for entry in value]
+        return [to_plain(entry) for entry in value]
     if value is None or isinstance(value, bool | int | float | str):
         return value
     return str(value)
@@ -366,18 +392,4 @@ def _to_yaml(value: Any) -> str:
 
 
 def _to_json(value: Any) -> str:
-    return json.dumps(_to_plain(value), indent=2, ensure_ascii=False) + "\n"
-
-
-def _lock(path: Path) -> IO[str] | None:
-    """Holds the folder for this process; the system lets go when it ends, however it ends."""
-    file = open(path / ".lock", "w", encoding="utf-8")  # noqa: SIM115 - open as long as the process
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise ConfigError(f"{path}: another process is training in this run folder") from None
-    except OSError:  # a file system without locks: better unguarded than not at all
-        file.close()
-        return None
-    return file
+    return json.dumps(to_plain(value), indent=2, ensure_ascii=False) + "\n"

@@ -6,6 +6,7 @@ side jobs follow a step. Everything Megatron-Core needs exists when this module 
 
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from nemotron_train.precision.native import NativePrecision
 from nemotron_train.precision.record import plan_record
 from nemotron_train.precision.telemetry import Telemetry
 from nemotron_train.train.branch import branch_checkpoint
-from nemotron_train.train.checkpoint import Checkpoints, latest, plan_of, progress_of
+from nemotron_train.train.checkpoint import Checkpoints
 from nemotron_train.train.evaluate import validation_losses
 from nemotron_train.train.guard import Guard
 from nemotron_train.train.hooks import Log, Save, TelemetryRecord, Validate
@@ -34,6 +35,7 @@ from nemotron_train.train.loop import Hook, Progress, fit
 from nemotron_train.train.metrics import MetricsWriter
 from nemotron_train.train.progress_bar import ProgressDisplay
 from nemotron_train.train.roll_back import GuardedStep
+from nemotron_train.train.saved import plan_of, progress_of
 from nemotron_train.train.step import Trainer
 from nemotron_train.train.stop import StopOnRequest
 from nemotron_train.train.watchdog import Watchdog
@@ -53,6 +55,7 @@ class Session:
         folder: Path,
         console: Console,
         native: bool = False,
+        check_held: Callable[[], None] = lambda: None,
     ) -> None:
         self.config, self.derived, self.platform, self.groups = config, derived, platform, groups
         self.train_data, self.validation_data = train_data, validation_data
@@ -91,9 +94,9 @@ class Session:
             self.model,
             self.optimizer,
             groups,
-            config.model,
+            config,
             self.plan,
-            config.train.keep_checkpoints,
+            check_held,
             console.print,
         )
 
@@ -101,7 +104,7 @@ class Session:
         """Progress of the newest undamaged checkpoint, loaded; of the one branched from; or of a
         fresh run. Raises ConfigError for a checkpoint of another model, or of another precision
         plan where that was not asked for."""
-        path, is_branch = latest(self.folder, self.console.print), False
+        path, is_branch = self.checkpoints.latest(), False
         if path is None and self.config.branch:
             path, is_branch = branch_checkpoint(self.config.branch), True
         if path is None:
@@ -123,7 +126,7 @@ class Session:
 
     def roll_back(self) -> tuple[Path, Progress] | None:
         """Load the newest undamaged checkpoint while the run goes on; COLLECTIVE."""
-        path = latest(self.folder, self.console.print)
+        path = self.checkpoints.latest()
         if path is None:
             return None
         progress = self.checkpoints.load(path)

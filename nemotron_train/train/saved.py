@@ -1,0 +1,87 @@
+"""What a checkpoint says in plain words: its JSON files, written and read. No Megatron-Core.
+
+    progress.json    step, tokens, the data's cursor, the model
+    precision.json   the precision plan it was trained under (`precision.record`)
+    about.json       the whole configuration, versions of the frameworks, ranks and their layout
+    random.json      states of the random generators of every rank (`train.random_states`)
+
+Read only after the manifest vouches for them (`integrity.damage`).
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from nemotron_train.config.schema import Config, ConfigError, ModelConfig
+from nemotron_train.data.batches import DataState
+from nemotron_train.precision.record import UNKNOWN
+from nemotron_train.train.loop import Progress
+from nemotron_train.train.run_folder import package_versions, to_plain
+
+PROGRESS, PRECISION = "progress.json", "precision.json"
+ABOUT, RANDOM = "about.json", "random.json"
+
+
+def texts_of(
+    progress: Progress, config: Config, plan: Mapping[str, Any], num_ranks: int
+) -> dict[str, str]:
+    """File name -> content of all that is known before the tensors are written."""
+    state = {
+        "step": progress.step,
+        "tokens": progress.tokens,
+        "data": progress.data.to_dict(),
+        "model": asdict(config.model),
+    }
+    about = {
+        "versions": package_versions(),
+        "ranks": num_ranks,
+        "config": to_plain(config),
+    }
+    contents = {PROGRESS: state, PRECISION: plan, ABOUT: about}
+    return {name: json.dumps(content, indent=1) for name, content in contents.items()}
+
+
+def random_text(states: Sequence[Any]) -> str:
+    """`random.json`: the states of all ranks, equal ones once."""
+    distinct: list[Any] = []
+    for state in states:
+        if state not in distinct:
+            distinct.append(state)
+    return json.dumps({"states": distinct, "ranks": [distinct.index(state) for state in states]})
+
+
+def random_state_of(path: Path, rank: int, num_ranks: int) -> Any | None:
+    """The random states that `rank` had; None where the checkpoint is of another number of ranks,
+    or of a time before they were saved."""
+    if not (path / RANDOM).exists():
+        return None
+    saved = json.loads((path / RANDOM).read_text())
+    if len(saved["ranks"]) != num_ranks:
+        return None
+    return saved["states"][saved["ranks"][rank]]
+
+
+def plan_of(path: Path) -> dict[str, Any]:
+    """The precision plan under which the checkpoint in `path` was trained (`plan_record`)."""
+    if not (path / PRECISION).exists():  # of weights that were not trained here
+        return UNKNOWN
+    return json.loads((path / PRECISION).read_text())
+
+
+def progress_of(path: Path) -> Progress:
+    """Where the run stood at the checkpoint in `path`."""
+    state = json.loads((path / PROGRESS).read_text())
+    return Progress(state["step"], state["tokens"], DataState.from_dict(state["data"]))
+
+
+def check_model(path: Path, model: ModelConfig) -> None:
+    """Raises ConfigError when the checkpoint in `path` belongs to another model."""
+    theirs = json.loads((path / PROGRESS).read_text())["model"]
+    for name, ours in asdict(model).items():
+        if name != "name" and theirs.get(name) != json.loads(json.dumps(ours)):
+            raise ConfigError(
+                f"{path} holds another model: model.{name} is {theirs.get(name)} there and {ours} "
+                "here; resume with the run's own configuration or choose another name"
+            )
