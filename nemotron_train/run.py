@@ -70,9 +70,7 @@ def pretrain(config: Config) -> int:
         if is_first_rank:
             try:
                 parent = check_branch(config, train_data) if config.branch else None
-                folder = open_run_folder(config, derived, plan_text(config))
-                if folder.lock is not None and folder.lock.took_over:
-                    console.print(f"{folder.path}: taken over from {folder.lock.took_over}")
+                folder = open_run_folder(config, derived, plan_text(config), say=console.print)
                 if parent is not None:
                     folder.record_branch(parent)
             except ConfigError as error:

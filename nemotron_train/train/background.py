@@ -22,11 +22,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from nemotron_train.train.failure import TrainingFailed
+
 NICENESS = 10  # of the writer's thread: a core that both want goes to the training
 RUNNING, DONE, FAILED = 0, 1, 2
 
 
-class SaveFailed(RuntimeError):
+class SaveFailed(TrainingFailed):
     """A checkpoint could not be written; the ones before it are as they were."""
 
 

@@ -19,7 +19,7 @@ import socket
 import subprocess
 import sys
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
@@ -136,12 +136,13 @@ def open_run_folder(
     *,
     command: Sequence[str] | None = None,
     hosts: Sequence[str] = (),
+    say: Callable[[str], None] = print,
 ) -> RunFolder:
     """Makes the run's folder, or opens it to go on, and writes all that is known at the start.
 
     `derived`: any dataclass of plain values. `command`: the words typed (default: this process's).
     `hosts`: the machines of all ranks (default: this one). An existing config.yaml stays as it was
-    first asked; each start is added to environment.json.
+    first asked; each start is added to environment.json. `say` hears of a holder that went away.
 
     Raises ConfigError when the folder cannot be made, belongs to another configuration, or another
     process is training in it.
@@ -157,6 +158,8 @@ def open_run_folder(
         on_error.callback(lock.release)
         opened = _open(path, asked, config, derived, precision_text, command, hosts)
         on_error.pop_all()
+    if lock.took_over:
+        say(f"{path}: taken over from {lock.took_over}")
     sweep(path / "checkpoints")
     return dataclasses.replace(opened, lock=lock)
 
