@@ -264,7 +264,7 @@ class ParallelConfig:
     tensor: int = 1
     pipeline: int = 1
     virtual_pipeline: int = 1  # stages on each pipeline rank (interleaved 1F1B); 1: plain 1F1B
-    context: int = 1
+    context: int = 1  # ranks that share every sequence, a piece each (docs/parallelism.md)
     expert: int = 1
     expert_tensor: int = 1  # ranks that share every expert's hidden width
     sequence: bool = False  # sequence parallel: shard norms and residuals over the tensor group
