@@ -4,6 +4,7 @@ contents; every object is passed, none is looked up.
 
 import os
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
@@ -21,7 +22,8 @@ from nemotron_train.precision.plan import plan_text
 from nemotron_train.precision.record import label, plan_record
 from nemotron_train.report.plot import plot_loss
 from nemotron_train.report.plot_precision import plot_precision
-from nemotron_train.train.failure import TrainingFailed
+from nemotron_train.train import starts
+from nemotron_train.train.failure import CrashLoop, TrainingFailed
 from nemotron_train.train.lineage import Record, brief
 from nemotron_train.train.loop import Progress
 from nemotron_train.train.metrics import MetricsWriter, open_sinks
@@ -36,6 +38,7 @@ def pretrain(config: Config) -> int:
 
     Raises ConfigError where the configuration, the data or the run folder is wrong.
     """
+    started = time.monotonic()
     derived = derive(config, int(os.environ.get("WORLD_SIZE", "1")))
     platform = device.prepare(config.train.threads)
     surroundings = Surroundings(
@@ -65,7 +68,7 @@ def pretrain(config: Config) -> int:
     except process_groups.RendezvousFailed as failure:
         print(f"nemotron-train: {failure}", file=sys.stderr)
         return EXIT_FAILED
-    folder, parent, problem = None, None, ""
+    folder, parent, problem, crash_loop = None, None, "", ""
     try:
         if is_first_rank:
             try:
@@ -73,34 +76,26 @@ def pretrain(config: Config) -> int:
                 folder = open_run_folder(config, derived, plan_text(config), say=console.print)
                 if parent is not None:
                     folder.record_branch(parent)
+                crash_loop = starts.begin(folder.path, config.guard.crash_loop_starts)
             except ConfigError as error:
                 problem = str(error)
         process_groups.raise_together(problem)
-        path = run_path(config)
-        session = Session(
-            config,
-            derived,
-            platform,
-            groups,
-            train_data,
-            validation_data,
-            path,
-            console,
-            native=backend.native,
-            check_held=folder.check_held if folder is not None else lambda: None,
-        )
-        progress = session.resume()
-        if progress.tokens >= config.train.total_tokens:
-            console.print(f"{path} is finished: {progress.tokens:,} tokens; nothing to do")
-            return EXIT_DONE
-        writer = open_writer(config, folder, progress.step, console) if folder else None
-        if folder is not None and writer is not None:
-            record_start(folder, writer, config, progress, parent, session.plan_before, console)
-        progress, summary = session.fit(progress, writer)
-        if folder is not None and writer is not None:
-            writer.close()
-            finish(folder, summary, console)
-        return EXIT_DONE if summary["finished"] else EXIT_STOPPED
+        process_groups.raise_together(crash_loop, CrashLoop)
+        with starts.recorded(folder.path if folder else None) as end:
+            session = Session(
+                config,
+                derived,
+                platform,
+                groups,
+                train_data,
+                validation_data,
+                run_path(config),
+                console,
+                native=backend.native,
+                check_held=folder.check_held if folder is not None else lambda: None,
+            )
+            end["ended"] = train(session, config, folder, parent, console, started)
+        return EXIT_STOPPED if end["ended"] == "stopped" else EXIT_DONE
     except TrainingFailed as failure:
         Console(stderr=True, quiet=not is_first_rank).print(
             f"nemotron-train: {failure}", highlight=False, markup=False, soft_wrap=True
@@ -110,6 +105,29 @@ def pretrain(config: Config) -> int:
         if folder is not None:
             folder.close()
         process_groups.stop()
+
+
+def train(
+    session: Any,
+    config: Config,
+    folder: RunFolder | None,
+    parent: Record | None,
+    console: Console,
+    started: float,
+) -> str:
+    """Train from the newest checkpoint on; returns whether the run is «done» or was «stopped»."""
+    progress = session.resume()
+    if progress.tokens >= config.train.total_tokens:
+        console.print(f"{run_path(config)} is finished: {progress.tokens:,} tokens; nothing to do")
+        return "done"
+    writer = open_writer(config, folder, progress.step, console) if folder else None
+    if folder is not None and writer is not None:
+        record_start(folder, writer, config, progress, parent, session.plan_before, console)
+    progress, summary = session.fit(progress, writer, started)
+    if folder is not None and writer is not None:
+        writer.close()
+        finish(folder, summary, console)
+    return "done" if summary["finished"] else "stopped"
 
 
 def record_start(
@@ -164,7 +182,7 @@ def open_writer(
     return MetricsWriter(folder.metrics, resume_step=resume_step, sinks=sinks, say=console.print)
 
 
-def finish(folder: RunFolder, summary: dict[str, float], console: Console) -> None:
+def finish(folder: RunFolder, summary: dict[str, Any], console: Console) -> None:
     """summary.json and loss.png, and the last lines a person reads."""
     folder.write_summary(summary)
     picture = plot_loss(folder.path)
@@ -177,7 +195,12 @@ def finish(folder: RunFolder, summary: dict[str, float], console: Console) -> No
             highlight=False,
         )
     else:
-        console.print(f"stopped at step {summary['step']}; the same command goes on from there")
+        console.print(
+            f"stopped at step {summary['step']} ({summary['stop_reason']}); the same command goes "
+            "on from there",
+            highlight=False,
+            soft_wrap=True,
+        )
     console.print(f"{folder.path}: loss curve in {picture.name}", highlight=False)
     if precision_picture is not None:
         console.print(f"precision telemetry in {precision_picture.name}", highlight=False)

@@ -39,7 +39,7 @@ LAYERS = [
     ("metadata", ["precision.transformer_engine", "precision.record", "train.lineage"]),
     ("metadata", ["config.guards", "precision.backend"]),
     ("metadata", ["train.metrics", "train.run_folder", "train.progress_bar", "train.integrity"]),
-    ("metadata", ["train.run_lock"]),
+    ("metadata", ["train.run_lock", "train.starts"]),
     ("ground", ["", "config", "config.schema", "platform", "platform.*"]),
     ("parts", ["model", "precision", "optim", "train", "data", "report"]),
     ("parts", ["model.*", "precision.*", "optim.*", "train.*", "data.*"]),
@@ -64,7 +64,7 @@ NO_TORCH += ["precision.record", "train.lineage", "precision.backend", "platform
 NO_TORCH += ["precision.telemetry_record", "model.stages"]
 NO_TORCH += ["verbs", "check.commands", "check.launch", "check.compare", "check.data"]
 NO_TORCH += ["check.parallel"]
-NO_TORCH += ["train.failure", "train.spikes", "train.watchdog"]
+NO_TORCH += ["train.failure", "train.spikes", "train.starts", "train.watchdog"]
 NO_TORCH += ["train.metrics", "train.run_folder", "train.progress_bar", "train.integrity"]
 NO_TORCH += ["train.run_lock", "train.saved"]
 

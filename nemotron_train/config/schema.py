@@ -305,6 +305,7 @@ class TrainConfig:
     save_every_steps: int = 0  # 0: only at the end
     keep_checkpoints: int = 2
     stop_after_steps: int = 0  # end this process early (exit 3), checkpoint saved; 0: never
+    stop_after_minutes: float = 0.0  # the same, counted from the process's start; 0: never
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
 
 
@@ -336,6 +337,7 @@ class GuardConfig:
     max_skips: int = 10  # updates dropped in a row before the run stops
     max_roll_backs: int = 3  # of one process before the run stops
     hang_minutes: float = 10.0  # no step for so long: stacks written, exit 1; 0: never
+    crash_loop_starts: int = 3  # starts without progress before no more is tried (exit 4); 0: never
     first_step_minutes: float = 30.0  # the same for a process's first step, which may compile
 
 

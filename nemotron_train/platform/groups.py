@@ -100,8 +100,8 @@ def sum_over(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     return tensor
 
 
-def raise_together(problem: str) -> None:
-    """Raise ConfigError on every rank if the first rank has a `problem`; COLLECTIVE.
+def raise_together(problem: str, error: type[Exception] = ConfigError) -> None:
+    """Raise `error` on every rank if the first rank has a `problem`; COLLECTIVE.
 
     Else the others would wait in their next collective until it times out.
     """
@@ -109,4 +109,4 @@ def raise_together(problem: str) -> None:
     if dist.get_world_size() > 1:
         dist.broadcast_object_list(message, src=0)
     if message[0]:
-        raise ConfigError(message[0])
+        raise error(message[0])

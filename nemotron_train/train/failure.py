@@ -6,3 +6,10 @@ class TrainingFailed(RuntimeError):
     the same line, which the command line prints in place of a traceback."""
 
     exit_code = 1
+
+
+class CrashLoop(TrainingFailed):
+    """The run's starts end out of order again and again, at the same step: this one does not begin.
+    Whoever starts runs by themselves can tell it from other failures by the exit code."""
+
+    exit_code = 4

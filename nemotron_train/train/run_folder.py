@@ -59,6 +59,7 @@ FREE_KNOBS = (
     "train.save_every_steps",
     "train.keep_checkpoints",
     "train.stop_after_steps",
+    "train.stop_after_minutes",
     "train.recompute",
 )
 

@@ -36,6 +36,7 @@ from nemotron_train.train.metrics import MetricsWriter
 from nemotron_train.train.progress_bar import ProgressDisplay
 from nemotron_train.train.roll_back import GuardedStep
 from nemotron_train.train.saved import plan_of, progress_of
+from nemotron_train.train.starts import STOP_FILE
 from nemotron_train.train.step import Trainer
 from nemotron_train.train.stop import StopOnRequest
 from nemotron_train.train.watchdog import Watchdog
@@ -145,11 +146,18 @@ class Session:
         )
 
     def fit(
-        self, progress: Progress, writer: MetricsWriter | None
-    ) -> tuple[Progress, dict[str, float]]:
-        """Train to the end or to a request to stop; returns the progress and the summary."""
+        self, progress: Progress, writer: MetricsWriter | None, process_started: float
+    ) -> tuple[Progress, dict[str, Any]]:
+        """Train to the end or to a request to stop; returns the progress and the summary.
+        process_started: of `time.monotonic`, for the limit of time."""
         train, last_step = self.config.train, self.derived.total_steps
-        stop = StopOnRequest(train.stop_after_steps, self.platform.device)
+        stop = StopOnRequest(
+            train.stop_after_steps,
+            train.stop_after_minutes,
+            process_started,
+            self.run_folder / STOP_FILE,
+            self.platform.device,
+        )
         started = time.perf_counter()
         guard = self.config.guard
         watchdog = Watchdog(
@@ -188,6 +196,7 @@ class Session:
             "step": progress.step,
             "tokens": progress.tokens,
             "finished": progress.tokens >= train.total_tokens,
+            "stop_reason": stop.reason,
             "loss": log.latest.get("loss", math.nan),
             "validation_loss": validate.latest,
             "unigram_entropy": self.validation_data.unigram_entropy,
