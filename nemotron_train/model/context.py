@@ -58,20 +58,12 @@ class HeadExchange:
     def to_heads(self, *parts_sBW: Tensor) -> Tensor:
         """[s,B,W] a part -> [S,B,F], this rank's heads of all parts side by side (`widths`).
         COLLECTIVE."""
-        blocks = []
-        for rank in range(self.num_ranks):
-            own = [part[..., cut[rank]] for part, cut in zip(parts_sBW, self._shares, strict=True)]
-            blocks.append(torch.cat(own, dim=-1))
-        sent = torch.stack(blocks)
-        return _AllToAll.apply(sent, self.group).flatten(0, 1)
+        return _ToHeads.apply(self.group, self._shares, *parts_sBW)
 
     def to_tokens(self, y_SBW: Tensor) -> Tensor:
         """[S,B,W] of this rank's heads -> [s,B,W x ranks]: its tokens of all heads, in order. Not
         for a part that ranks share. COLLECTIVE."""
-        received = _AllToAll.apply(
-            y_SBW.unflatten(0, (self.num_ranks, -1)).contiguous(), self.group
-        )
-        return received.movedim(0, 2).flatten(2)
+        return _ToTokens.apply(y_SBW, self.group)
 
     def own(self, packed: Tensor, parts: Sequence[int]) -> Tensor:
         """This rank's slices along the first dimension of a parameter that packs the parts with
@@ -86,20 +78,60 @@ class HeadExchange:
         return own[0] if len(own) == 1 else torch.cat(own)
 
 
-class _AllToAll(torch.autograd.Function):
-    """Block i of the first dimension goes to rank i; its own transpose, so the gradient takes the
-    same way back."""
+def _all_to_all(blocks: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Block i of the first dimension goes to rank i, and block i of the result came from it."""
+    received = torch.empty_like(blocks)
+    dist.all_to_all_single(received, blocks, group=group)
+    return received
+
+
+class _ToHeads(torch.autograd.Function):
+    """One copy into what is sent, and one out of the gradients that come back: a slice of torch's
+    would bring a gradient as wide as the part. Those of a shared head add up in FP32."""
 
     @staticmethod
-    def forward(ctx: Any, blocks: Tensor, group: dist.ProcessGroup) -> Tensor:
+    def forward(
+        ctx: Any, group: dist.ProcessGroup, shares_of_parts: list[list[slice]], *parts_sBW: Tensor
+    ) -> Tensor:
+        ctx.group, ctx.shares = group, shares_of_parts
+        ctx.widths = [part.shape[-1] for part in parts_sBW]
+        ctx.own_widths = own_widths = [cut[0].stop - cut[0].start for cut in shares_of_parts]
+        sent = parts_sBW[0].new_empty((group.size(), *parts_sBW[0].shape[:2], sum(own_widths)))
+        for rank, block in enumerate(sent):
+            columns = block.split(own_widths, dim=-1)
+            for own, part, cut in zip(columns, parts_sBW, shares_of_parts, strict=True):
+                own.copy_(part[..., cut[rank]])
+        return _all_to_all(sent, group).flatten(0, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        blocks = grads[0].contiguous().unflatten(0, (ctx.group.size(), -1))
+        received = _all_to_all(blocks, ctx.group)
+        columns = received.split(ctx.own_widths, dim=-1)
+        return None, None, *map(_joined, columns, ctx.shares, ctx.widths)
+
+
+def _joined(blocks: Tensor, cut: list[slice], width: int) -> Tensor:
+    """[ranks,s,B,own W] -> [s,B,W]; what several ranks have of one channel is added up."""
+    if cut[-1].stop - cut[-1].start == width // len(cut):
+        return blocks.movedim(0, 2).flatten(2)
+    wide = torch.promote_types(blocks.dtype, torch.float32)
+    total = blocks.new_zeros((*blocks.shape[1:3], width), dtype=wide)
+    for block, columns in zip(blocks, cut, strict=True):
+        total[..., columns] += block
+    return total.to(blocks.dtype)
+
+
+class _ToTokens(torch.autograd.Function):
+    """The way back; no head is shared here."""
+
+    @staticmethod
+    def forward(ctx: Any, y_SBW: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
-        received = torch.empty_like(blocks)
-        dist.all_to_all_single(received, blocks, group=group)
-        return received
+        blocks = y_SBW.contiguous().unflatten(0, (group.size(), -1))
+        return _all_to_all(blocks, group).movedim(0, 2).flatten(2)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        blocks = grads[0].contiguous()
-        received = torch.empty_like(blocks)
-        dist.all_to_all_single(received, blocks, group=ctx.group)
-        return received, None
+        blocks = grads[0].unflatten(-1, (ctx.group.size(), -1)).movedim(2, 0).contiguous()
+        return _all_to_all(blocks, ctx.group).flatten(0, 1), None

@@ -141,7 +141,9 @@ class Attached:
     def amax_reduction(self, role: Role) -> nvfp4.ReduceAmax | None:
         """What maps a rank's largest magnitude to that of the whole tensor, COLLECTIVE; None where
         this rank holds the whole."""
-        groups = [self.shards] if self.is_cut(role) else []
+        groups = []
+        if self.is_cut(role) and self.shards is not None:
+            groups.append(self.shards)
         if role != "w" and self.context is not None and self.context.size() > 1:
             groups.append(self.context)
         return partial(_largest_over, groups) if groups else None
