@@ -22,12 +22,13 @@ from torch import Tensor
 from nemotron_train.platform import compiled_c
 
 _FOLDER = Path(__file__).with_name("passes")
-_SOURCES = tuple(_FOLDER / name for name in ("convolution.c", "norms.c"))
+_SOURCES = tuple(_FOLDER / name for name in ("convolution.c", "norms.c", "scan.c"))
 _FLAGS = ("-O3", "-ffp-contract=fast", "-mprefer-vector-width=512")
 _PORTABLE_FLAGS = ("-O3", "-ffp-contract=fast")
 _BLOCK = 64  # BLOCK in rows.h
 MAX_WIDTH = 8192  # MAX_WIDTH in rows.h
 MAX_TAPS = 4  # MAX_TAPS in convolution.c
+MAX_HEAD = 256  # MAX_HEAD in scan.c
 _TYPES = (torch.bfloat16, torch.float32)
 
 
@@ -62,6 +63,13 @@ class _Norm(ctypes.Structure):
         ("weight", ctypes.c_void_p),
         ("weight_is_bfloat16", ctypes.c_int32),
         ("scale", ctypes.c_void_p),
+    )
+
+
+class _Scan(ctypes.Structure):
+    _fields_ = tuple(
+        (name, ctypes.c_int64)
+        for name in ("chunks", "groups", "batch", "length", "heads", "head_dim")
     )
 
 
@@ -192,3 +200,109 @@ def rms_norm_backward(
         _pointer(dweight_C),
     )
     return dy_BSC, dgate_BSC, dweight_C
+
+
+def _heads(t_BSHP: Tensor) -> Tensor:
+    """[B, S, H x P] with contiguous channels, a view where that is possible."""
+    return _channels_last(t_BSHP.flatten(2))
+
+
+def _numbers(*numbers: Tensor) -> list[ctypes.c_void_p]:
+    assert all(t.dtype == torch.float32 for t in numbers)
+    return [_pointer(t) for t in numbers]
+
+
+def _scan(numbers_KGBLJ: Tensor, head_dim: int) -> _Scan:
+    return _Scan(*numbers_KGBLJ.shape, head_dim)
+
+
+def _operand(numbers_KGBLJ: Tensor, like_BSHP: Tensor) -> Tensor:
+    shape = (*numbers_KGBLJ.shape[:-1], numbers_KGBLJ.shape[-1] * like_BSHP.shape[-1])
+    return torch.empty(shape, dtype=like_BSHP.dtype)
+
+
+def scan_to_chunks(x_BSHP: Tensor, scale_KGBLJ: Tensor, other_KGBLJ: Tensor | None) -> Tensor:
+    """ssd_scaling.to_chunks."""
+    out, scan = _operand(scale_KGBLJ, x_BSHP), _scan(scale_KGBLJ, x_BSHP.shape[-1])
+    x, numbers = _heads(x_BSHP), [scale_KGBLJ.contiguous()]
+    numbers.append(torch.ones_like(numbers[0]) if other_KGBLJ is None else other_KGBLJ.contiguous())
+    threads = torch.get_num_threads()
+    _call("scan_to_chunks", scan, _rows(x), *_numbers(*numbers), _pointer(out), threads)
+    return out
+
+
+def scan_from_chunks(
+    x_BSHP: Tensor, part: Tensor, own_KGBLJ: Tensor, scale_KGBLJ: Tensor
+) -> Tensor:
+    """ssd_scaling.from_chunks, in x's dtype."""
+    x, numbers = _heads(x_BSHP), (own_KGBLJ.contiguous(), scale_KGBLJ.contiguous())
+    y, scan = torch.empty_like(x), _scan(scale_KGBLJ, x_BSHP.shape[-1])
+    part, threads = part.contiguous(), torch.get_num_threads()
+    arguments = (_rows(x), _pointer(part), *_numbers(*numbers), _rows(y), threads)
+    _call("scan_from_chunks", scan, *arguments)
+    return y.view(x_BSHP.shape)
+
+
+def scan_readers(
+    dy_BSHP: Tensor, x_BSHP: Tensor, part: Tensor, read_KGBLJ: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """ssd_scaling.readers."""
+    dy, x, read_KGBLJ = _heads(dy_BSHP), _heads(x_BSHP), read_KGBLJ.contiguous()
+    dyr, scan = _operand(read_KGBLJ, x_BSHP), _scan(read_KGBLJ, x_BSHP.shape[-1])
+    row, dyx = torch.empty_like(read_KGBLJ), torch.empty_like(read_KGBLJ)
+    part, threads = part.contiguous(), torch.get_num_threads()
+    pointers = (_pointer(part), *_numbers(read_KGBLJ), _pointer(dyr), *_numbers(row, dyx))
+    _call("scan_readers", scan, _rows(dy), _rows(x), *pointers, threads)
+    return dyr, row, dyx
+
+
+def scan_writers(
+    dy_BSHP: Tensor,
+    x_BSHP: Tensor,
+    dxw: Tensor,
+    own_KGBLJ: Tensor,
+    dt_KGBLJ: Tensor,
+    write_KGBLJ: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """ssd_scaling.writers, in x's dtype."""
+    dy, x, dxw = _heads(dy_BSHP), _heads(x_BSHP), dxw.contiguous()
+    numbers = [t.contiguous() for t in (own_KGBLJ, dt_KGBLJ, write_KGBLJ)]
+    dx, dxdt = torch.empty_like(x), torch.empty_like(numbers[0])
+    scan, threads = _scan(dxdt, x_BSHP.shape[-1]), torch.get_num_threads()
+    pointers = (_pointer(dxw), *_numbers(*numbers), _rows(dx), *_numbers(dxdt))
+    _call("scan_writers", scan, _rows(dy), _rows(x), *pointers, threads)
+    return dx.view(x_BSHP.shape), dxdt
+
+
+def _state_scan(states: Tensor) -> tuple[_Scan, int]:
+    entries, groups, batch, state_size, heads, head_dim = states.shape
+    return _Scan(entries - 1, groups, batch, 0, heads, head_dim), state_size
+
+
+def scan_states(states: Tensor, end_KGBJ: Tensor, carry_KGBJ: Tensor) -> None:
+    """ssd_scaling.scan_states."""
+    numbers = (end_KGBJ.contiguous(), carry_KGBJ.contiguous())
+    threads = torch.get_num_threads()
+    scan, state_size = _state_scan(states)
+    size = ctypes.c_int64(state_size)
+    _call("scan_states", scan, size, *_numbers(states, *numbers), threads)
+
+
+def scan_states_backward(
+    dstates: Tensor, states: Tensor, end_KGBJ: Tensor, carry_KGBJ: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """ssd_scaling.scan_states_backward."""
+    numbers = (end_KGBJ.contiguous(), carry_KGBJ.contiguous())
+    ends = torch.empty_like(numbers[0])
+    dsum = torch.empty(states[1:].shape, dtype=dtype).flatten(-2)
+    scan, state_size = _state_scan(states)
+    _call(
+        "scan_states_backward",
+        scan,
+        ctypes.c_int64(state_size),
+        *_numbers(dstates, states, *numbers, ends),
+        _pointer(dsum),
+        dtype == torch.bfloat16,
+        torch.get_num_threads(),
+    )
+    return ends, dsum

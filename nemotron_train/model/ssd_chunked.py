@@ -1,7 +1,8 @@
 """The chunked PyTorch form of SSD (arXiv 2405.21060, section 6) with a hand-derived backward.
 
 Owns the arithmetic only; `ssd.ssd` is the public function and states the contract. All heavy
-work is batched matrix products; one short loop runs over chunks for the state.
+work is batched matrix products; what scales their operands, and the short loop over chunks for
+the state, is in `ssd_scaling`.
 
 Shape suffixes: B batch, S tokens, H heads, P channels a head, G groups, N state size, L tokens a
 chunk, K chunks, J heads a group (H = G x J), I the «steep» heads. Tensors are chunk-first and
@@ -23,6 +24,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from nemotron_train.model import ssd_scaling
 
 # Largest -cum (nats within a chunk) the split takes: exp(79) = 2e34 is finite in FP32 and BF16.
 SPLIT_RANGE = 79.0
@@ -102,7 +105,7 @@ class _ChunkedSsd(torch.autograd.Function):
         op = _operands(x_BSHP, dt_BSH, A_H, B_BSGN, C_BSGN, document_ids_BS, chunk_size)
         num_chunks = op.dt_KGBLJ.shape[0]
         x_BSHP = _pad(x_BSHP, op)
-        xw = _scaled(_chunks(x_BSHP, op), op.dt_KGBLJ * op.write_KGBLJ)
+        xw = ssd_scaling.to_chunks(x_BSHP, op.dt_KGBLJ, op.write_KGBLJ)
         states = _scan_states(op, xw, initial_BHPN)
 
         # The output below the diagonal, still without exp(cum_l).
@@ -113,12 +116,10 @@ class _ChunkedSsd(torch.autograd.Function):
             _add_bmm(out[start:], _masked(op.C_KGBLN, op.first_KGBL1)[start:], entering)
 
         # A token's own contribution dt (C.B) x rides on the D skip.
-        y_BSHP = _own_tokens(op, D_H, x_BSHP).mul_(x_BSHP)
-        y_KGBLJP = _chunks(y_BSHP, op)
-        y_KGBLJP.addcmul_(out.unflatten(-1, (-1, head_dim)), _expanded(op.read_KGBLJ, head_dim))
+        y_BSHP = ssd_scaling.from_chunks(x_BSHP, out, _own_tokens(op, D_H), op.read_KGBLJ)
         if op.steep_I is not None:
             steep = _steep(op, op.steep_I, x_BSHP)
-            _add_to_heads(y_KGBLJP, op.steep_I, steep.weights_KIBLL @ steep.xdt_KIBLP)
+            _add_to_heads(_chunks(y_BSHP, op), op.steep_I, steep.weights_KIBLL @ steep.xdt_KIBLP)
 
         ctx.save_for_backward(x_BSHP, A_H, D_H, states, out, xw, *op)
         ctx.length, ctx.has_initial = length, initial_BHPN is not None
@@ -132,36 +133,31 @@ class _ChunkedSsd(torch.autograd.Function):
         op = _Operands(*rest)
         num_chunks, num_groups = op.dt_KGBLJ.shape[:2]
         head_dim, dtype, accumulate = x_BSHP.shape[3], x_BSHP.dtype, op.dt_KGBLJ.dtype
-        x_KGBLJP = _chunks(x_BSHP, op)
         dy_BSHP = _pad(dy_BSHP, op)
-        dy_KGBLJP = _chunks(dy_BSHP, op)
-        dyr = _scaled(dy_KGBLJP, op.read_KGBLJ)
+        # Three reductions over a head's channels carry everything dt, A and D need: two here.
+        # row: d loss / d cum_l as a reader.
+        dyr, row_KGBLJ, dyx_KGBLJ = ssd_scaling.readers(dy_BSHP, x_BSHP, out, op.read_KGBLJ)
 
         # Through the states; dsum is the gradient of each chunk's own sum of x B^T.
-        dstates = _scan_states_backward(op, dyr, dfinal_BHPN)
-        ends_KGBJ = (states[1:] * dstates[1:]).sum(-2).unflatten(-1, (-1, head_dim)).sum(-1)
-        dinitial = _state_to_heads(dstates[0], head_dim) / _CENTRE if ctx.has_initial else None
-        dsum = dstates[1:]
-        dsum.unflatten(-1, (-1, head_dim)).mul_(op.end_KGBJ[..., None, :, None])
-        dsum = dsum.to(dtype)
+        dstates = _states_asked(op, dyr, dfinal_BHPN)
+        ends_KGBJ, dsum = ssd_scaling.scan_states_backward(
+            dstates, states.view_as(dstates), op.end_KGBJ, op.carry_KGBJ, dtype
+        )
+        dinitial = None
+        if ctx.has_initial:
+            dinitial = _state_to_heads(dstates[0].flatten(-2), head_dim) / _CENTRE
 
         dyr_inside = _without_steep(dyr, op)
         dscores = _bmm(dyr_inside, _without_steep(xw, op).mT)
         dxw = _bmm(op.scores_KGBLL.mT, dyr_inside)
         _add_bmm(dxw, _masked(op.B_KGBLN, op.last_KGBL1), dsum)
 
-        # Three reductions over a head's channels carry everything dt, A and D need.
-        row_KGBLJ = (dy_KGBLJP * out.view(dy_KGBLJP.shape)).sum(-1, dtype=accumulate)
-        row_KGBLJ.mul_(op.read_KGBLJ)  # d loss / d cum_l as a reader
-        dyx_BSH = (dy_BSHP * x_BSHP).sum(-1, dtype=accumulate)
-        dyx_KGBLJ = _chunks(dyx_BSH, op)
-        dxw_KGBLJP = dxw.unflatten(-1, (-1, head_dim))
-        dxdt_KGBLJ = (dxw_KGBLJP * x_KGBLJP).sum(-1, dtype=accumulate).mul_(op.write_KGBLJ)
-        dx_BSHP = _own_tokens(op, D_H, x_BSHP).mul_(dy_BSHP)
-        dx_KGBLJP = _chunks(dx_BSHP, op)
-        dx_KGBLJP.addcmul_(dxw_KGBLJP, _expanded(op.dt_KGBLJ * op.write_KGBLJ, head_dim))
+        dx_BSHP, dxdt_KGBLJ = ssd_scaling.writers(
+            dy_BSHP, x_BSHP, dxw, _own_tokens(op, D_H), op.dt_KGBLJ, op.write_KGBLJ
+        )
         if op.steep_I is not None:
             steep = _steep(op, op.steep_I, x_BSHP)
+            dy_KGBLJP, dx_KGBLJP = _chunks(dy_BSHP, op), _chunks(dx_BSHP, op)
             _steep_backward(op, steep, dy_KGBLJP, dscores, row_KGBLJ, dxdt_KGBLJ, dx_KGBLJP)
 
         dcum_KGBLJ = row_KGBLJ.addcmul_(op.dt_KGBLJ, dxdt_KGBLJ, value=-1)
@@ -185,11 +181,11 @@ class _ChunkedSsd(torch.autograd.Function):
         tokens = slice(0, ctx.length)
         return (
             dx_BSHP[:, tokens].to(dtype),
-            _to_tokens(ddt_KGBLJ)[:, tokens],
+            ssd_scaling.to_tokens(ddt_KGBLJ)[:, tokens],
             dA_H,
-            _to_tokens(dB, merge=False)[:, tokens],
-            _to_tokens(dC, merge=False)[:, tokens],
-            dyx_BSH.sum((0, 1)),
+            ssd_scaling.to_tokens(dB, merge=False)[:, tokens],
+            ssd_scaling.to_tokens(dC, merge=False)[:, tokens],
+            dyx_KGBLJ.sum((0, 2, 3)).flatten(),
             dinitial,
             None,
             None,
@@ -279,15 +275,13 @@ def _scan_states(op: _Operands, xw: Tensor, initial_BHPN: Tensor | None) -> Tens
     else:
         states[0] = initial_BHPN.unflatten(1, (num_groups, heads)).permute(1, 0, 4, 2, 3) / _CENTRE
     _bmm_into(states[1:].flatten(-2), _masked(op.B_KGBLN, op.last_KGBL1).mT, xw)
-    end, carry = op.end_KGBJ[..., None, :, None], op.carry_KGBJ[..., None, :, None]
-    for k in range(num_chunks):
-        states[k + 1].mul_(end[k]).addcmul_(states[k], carry[k])
+    ssd_scaling.scan_states(states, op.end_KGBJ, op.carry_KGBJ)
     return states.flatten(-2)
 
 
-def _scan_states_backward(op: _Operands, dyr: Tensor, dfinal_BHPN: Tensor | None) -> Tensor:
-    """Gradients of `_scan_states`'s result: entry k is what chunk k and all after it ask of the
-    state entering chunk k."""
+def _states_asked(op: _Operands, dyr: Tensor, dfinal_BHPN: Tensor | None) -> Tensor:
+    """Gradients of `_scan_states`'s result before they are scanned, [K + 1, G, B, N, J, P]: entry k
+    is what chunk k asks of the state entering it."""
     num_chunks, num_groups, batch, _, state_size = op.B_KGBLN.shape
     heads = op.dt_KGBLJ.shape[4]
     shape = (num_chunks + 1, num_groups, batch, state_size, heads, dyr.shape[-1] // heads)
@@ -298,10 +292,7 @@ def _scan_states_backward(op: _Operands, dyr: Tensor, dfinal_BHPN: Tensor | None
         final = dfinal_BHPN.unflatten(1, (num_groups, heads)).permute(1, 0, 4, 2, 3)
         torch.mul(final, _CENTRE, out=dstates[-1])
     _bmm_into(dstates[:-1].flatten(-2), _masked(op.C_KGBLN, op.first_KGBL1).mT, dyr)
-    carry = op.carry_KGBJ[..., None, :, None]
-    for k in reversed(range(num_chunks)):
-        dstates[k].addcmul_(dstates[k + 1], carry[k])
-    return dstates.flatten(-2)
+    return dstates
 
 
 class _Steep(NamedTuple):
@@ -373,15 +364,10 @@ def _without_steep(t: Tensor, op: _Operands) -> Tensor:
     return (split * keep_H.view(num_groups, 1, 1, heads, 1)).flatten(-2)
 
 
-def _own_tokens(op: _Operands, D_H: Tensor, x_BSHP: Tensor) -> Tensor:
-    """The weight of a token on its own output, D + dt (C . B), for every channel, in x's memory
-    order: Megatron's activations are sequence-first, and what leaves here meets them again."""
+def _own_tokens(op: _Operands, D_H: Tensor) -> Tensor:
+    """The weight of a token on its own output, D + dt (C . B): [K, G, B, L, J]."""
     D_GJ = D_H.view(op.dt_KGBLJ.shape[1], 1, 1, -1)
-    own_KGBLJ = torch.addcmul(D_GJ, op.dt_KGBLJ, op.own_KGBL[..., None])
-    if x_BSHP.stride(0) >= x_BSHP.stride(1):
-        return _expanded(_to_tokens(own_KGBLJ), x_BSHP.shape[3])
-    own_SBH = own_KGBLJ.permute(0, 3, 2, 1, 4).flatten(0, 1).flatten(2)
-    return _expanded(own_SBH, x_BSHP.shape[3]).transpose(0, 1)
+    return torch.addcmul(D_GJ, op.dt_KGBLJ, op.own_KGBL[..., None])
 
 
 def _pad_by(t: Tensor, padding: int) -> Tensor:
@@ -397,34 +383,12 @@ def _pad(t: Tensor, op: _Operands) -> Tensor:
 
 def _chunks(t: Tensor, op: _Operands) -> Tensor:
     """[B, K x L, H, ...] -> a view [K, G, B, L, J, ...]."""
-    num_chunks, num_groups, _, length, heads = op.dt_KGBLJ.shape
-    t = t.unflatten(1, (num_chunks, length)).unflatten(3, (num_groups, heads))
-    return t.movedim((1, 3), (0, 1))
-
-
-def _to_tokens(t_KGBLJ: Tensor, merge: bool = True) -> Tensor:
-    """[K, G, B, L, J] -> [B, K x L, G x J], or [B, K x L, G, J]."""
-    t = t_KGBLJ.permute(2, 0, 3, 1, 4).flatten(1, 2)
-    return t.flatten(2) if merge else t
+    return ssd_scaling.chunks(t, op.dt_KGBLJ)
 
 
 def _state_to_heads(state_GBNJP: Tensor, head_dim: int) -> Tensor:
     """[G, B, N, J x P] -> [B, H, P, N]."""
     return state_GBNJP.unflatten(-1, (-1, head_dim)).permute(1, 0, 3, 4, 2).flatten(1, 2)
-
-
-def _expanded(scale: Tensor, head_dim: int) -> Tensor:
-    """[..., H] -> a fresh contiguous [..., H, P]. A copy, then a full-width multiplication, is
-    three times faster on a CPU than one that broadcasts over 32 channels at a time."""
-    expanded = scale[..., None].expand(*scale.shape, head_dim)
-    return expanded.clone(memory_format=torch.contiguous_format)  # never an alias, even for P = 1
-
-
-def _scaled(t_KGBLJP: Tensor, scale_KGBLJ: Tensor) -> Tensor:
-    """t x scale as an operand of products: contiguous [K, G, B, L, J x P] in t's dtype. The scale
-    is rounded to it first, as the product then is: in BF16 that halves the time of this pass."""
-    scale_KGBLJ = scale_KGBLJ.to(t_KGBLJP.dtype)
-    return _expanded(scale_KGBLJ, t_KGBLJP.shape[-1]).mul_(t_KGBLJP).flatten(-2)
 
 
 def _masked(t: Tensor, mask: Tensor | None) -> Tensor:
