@@ -25,20 +25,41 @@ def run_check_parallel(arguments: argparse.Namespace) -> int:
     return EQUAL if equal else DIFFERS
 
 
+def run_check_resume(arguments: argparse.Namespace) -> int:
+    config = compose_config(arguments.overrides, arguments.config)
+    from nemotron_train.check.launch import Ranks, RanksFailed
+    from nemotron_train.check.resume import ResumeCheck, check_resume
+
+    folder, console = Path(config.folder) / "checks" / config.name / "resume", open_console()
+    stamp = Path(config.resume) / "checkpoints" if config.resume else None
+    asked = ResumeCheck(folder, arguments.ranks, arguments.steps, stamp)
+    try:
+        exact = check_resume(config, asked, console, Ranks(folder, console))
+    except RanksFailed as error:
+        print("nemotron-train:", error, file=sys.stderr)
+        return DIFFERS
+    return EQUAL if exact else DIFFERS
+
+
 def _whole_number(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is no whole number above 0")
     return int(text)
 
 
-def _check_parallel_arguments(parser: argparse.ArgumentParser) -> None:
+def _ranks_and_steps(parser: argparse.ArgumentParser, steps: int) -> None:
     run_arguments(parser)
-    parser.add_argument(
-        "--ranks", type=_whole_number, default=4, help="processes at most (default 4)"
-    )
-    parser.add_argument(
-        "--steps", type=_whole_number, default=2, help="optimizer steps (default 2)"
-    )
+    for name, default, what in (("ranks", 4, "processes at most"), ("steps", steps, "of AdamW")):
+        text = f"{what} (default {default})"
+        parser.add_argument(f"--{name}", type=_whole_number, default=default, help=text)
+
+
+def _check_resume_arguments(parser: argparse.ArgumentParser) -> None:
+    _ranks_and_steps(parser, steps=8)
+
+
+def _check_parallel_arguments(parser: argparse.ArgumentParser) -> None:
+    _ranks_and_steps(parser, steps=2)
     parser.add_argument(
         "--own-precision",
         action="store_true",
@@ -61,6 +82,23 @@ Examples:
   nemotron-train check parallel parallel.tensor=2 parallel.sequence=true
   nemotron-train check parallel run=super_120b_a12b
   nemotron-train check parallel resume=runs/mine      # the configuration of a run folder
+""",
+    ),
+    "check resume": Verb(
+        "does your run resume exactly? steps in one go against half, a new process, and the rest",
+        run_check_resume,
+        _check_resume_arguments,
+        """\
+Takes any configuration, shrinks it as `check parallel` does (the precision plan stays), and
+compares field by field: losses, samples, data cursor, learning rates, random states, weights,
+router biases, optimizer state, all in every bit. Then loads the same checkpoint under another
+layout. Leaves check_resume.json beside the checkpoints: its own, and with resume=RUN that run's.
+Exit code 0: exact; 1: it differs.
+
+Examples:
+  nemotron-train check resume precision=nvfp4_nemotron3
+  nemotron-train check resume run=super_120b_a12b
+  nemotron-train check resume resume=runs/mine      # the configuration of a run folder
 """,
     ),
 }

@@ -41,7 +41,9 @@ _LOOSER = {"update": 20.0}
 _ROWS = 12
 # AdamW's first step is the gradient's sign, and rounding would decide it for vanishing elements; an
 # epsilon above these keeps their steps small.
-_EPSILON = 1e-3
+_EPSILON = 1e-6
+# At the rates of large models a step would be lost in the rounding of weights of size one.
+_RATE = 1e-3
 # The load-balance loss must weigh enough for a wrong factor before it to be seen beside the rest.
 _LOAD_BALANCE = 1e-2
 
@@ -128,7 +130,9 @@ def shrink_for_proof(config: Config, asked: ParallelCheck) -> Shrunk:
         steps=asked.steps,
         own_precision=asked.own_precision,
     )
-    shrunk.config.optim.epsilon = max(shrunk.config.optim.epsilon, _EPSILON)
+    optim = shrunk.config.optim
+    optim.epsilon = max(optim.epsilon, _EPSILON)
+    optim.peak_learning_rate = max(optim.peak_learning_rate, _RATE)
     moe = shrunk.config.model.moe
     if moe.load_balance_loss_coefficient > 0:
         moe.load_balance_loss_coefficient = max(moe.load_balance_loss_coefficient, _LOAD_BALANCE)
@@ -282,7 +286,7 @@ def _tell(outcome: Outcome, console: Console) -> None:
     kinds = ("initial weight", "gradient", "update")
     table = Table(title="relative difference to one rank, worst module first", title_justify="left")
     for heading in ("module", *kinds, "worst tensor", "rank"):
-        table.add_column(heading, justify="right" if heading in kinds else "left")
+        table.add_column(heading, justify="right" if heading in kinds else "left", overflow="fold")
     shown = outcome.modules[: max(_ROWS, len(outcome.differing))]
     for row in shown:
         worst = max(row.worst.values(), key=lambda difference: difference.relative)

@@ -5,8 +5,11 @@ that checkpoints use; fingerprints of modules' outputs. Does not own: comparing 
 (`check.compare`), files (`check.worker`).
 """
 
+import hashlib
+import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,10 +18,13 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from nemotron_train.check.compare import Shard
 from nemotron_train.optim.gradients import whole_gradients
 from nemotron_train.precision.attach import global_modules
+from nemotron_train.train import random_states
+from nemotron_train.train.integrity import damage, step_folder
 
 # Modules whose output has the full width: each layer, and what a layer adds up.
 TRACED = ("mixer", "self_attention", "mlp", "mlp.shared_experts")
@@ -87,6 +93,41 @@ def _shard(tensor: ShardedTensor) -> Shard:
     values = tensor.data.detach().cpu().float().numpy()
     values = values.reshape((1,) * tensor.prepend_axis_num + values.shape)
     return Shard(tensor.key, tuple(tensor.global_shape), tuple(tensor.global_offset), values)
+
+
+def random_digests() -> dict[str, str]:
+    """Digests of the states of every random generator that training could draw from."""
+    states = random_states.capture()
+    named = {f"megatron {name}": state for name, state in states.pop("megatron").items()}
+    return {name: _digest(repr(state).encode()) for name, state in (states | named).items()}
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def saved_digests(checkpoints: Path, step: int) -> dict[str, str]:
+    """Digest of every tensor and value in the checkpoint of `step`, read from its files as they
+    lie there: weights, router biases, masters and moments, by global name and offset.
+
+    The bytes of tensors are taken, not of their containers; other values are compared as values,
+    since a pickle also tells which equal strings were one object. Raises RuntimeError for a
+    checkpoint that is not whole.
+    """
+    path = step_folder(checkpoints, step)
+    problem = damage(path)
+    if problem is not None:
+        raise RuntimeError(f"{path}: {problem}")
+    found = {}
+    for index, place in FileSystemReader(path).read_metadata().storage_data.items():
+        with open(path / place.relative_path, "rb") as file:
+            file.seek(place.offset)
+            content = file.read(place.length)
+        if index.offset is None:
+            content = repr(torch.load(io.BytesIO(content), weights_only=True)).encode()
+        name = f"{index.fqn} {tuple(index.offset or ())}"
+        found[name] = _digest(content)
+    return found
 
 
 class Trace:

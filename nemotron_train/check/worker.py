@@ -8,7 +8,9 @@ A task names the configuration's file, what to record, and the folder that the r
 import hashlib
 import json
 import os
+import random
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,9 @@ from nemotron_train.data.blend import DataState
 from nemotron_train.platform import device
 from nemotron_train.run import open_data
 
+# What metrics.jsonl says of the clock: no two runs agree there.
+TIMES = ("tokens_per_second", "step_seconds", "model_flops_utilization")
+
 
 def main(task_path: str) -> None:
     """Do the task on this rank."""
@@ -34,6 +39,9 @@ def main(task_path: str) -> None:
     from nemotron_train.platform import groups as process_groups
     from nemotron_train.train.session import Session
 
+    # Every process of one run starts alike, so that a state which a checkpoint forgot shows.
+    random.seed(config.train.seed)
+    np.random.seed(config.train.seed)
     train_data, validation_data = open_data(config, lambda text: None)
     batches: Any = RecordedBatches(train_data)
     groups = process_groups.start(config.parallel, platform.backend)
@@ -48,7 +56,10 @@ def main(task_path: str) -> None:
         Console(),
     )
     record = Record(Path(task["output"]), int(os.environ["RANK"]))
-    record_layout(session, batches, record, task["steps"])
+    if task["kind"] == "layout":
+        record_layout(session, batches, record, task["steps"])
+    else:
+        record_training(session, batches, record)
     record.write()
     process_groups.stop()
 
@@ -77,7 +88,7 @@ class Record:
     """What one rank saw: shards by kind, and plain values."""
 
     def __init__(self, folder: Path, rank: int) -> None:
-        self._folder, self._rank = folder, rank
+        self._folder, self.rank = folder, rank
         self._arrays: dict[str, np.ndarray] = {}
         self._index: list[dict[str, Any]] = []
         self.values: dict[str, Any] = {}
@@ -91,13 +102,13 @@ class Record:
 
     def write(self) -> None:
         arrays: Any = self._arrays
-        np.savez(self._folder / f"rank_{self._rank}.npz", **arrays)
+        np.savez(self._folder / f"rank_{self.rank}.npz", **arrays)
         described = {"shards": self._index, "values": self.values}
-        (self._folder / f"rank_{self._rank}.json").write_text(json.dumps(described))
+        (self._folder / f"rank_{self.rank}.json").write_text(json.dumps(described))
 
 
 def _models(session: Any) -> list[Any]:
-    return session.model if isinstance(session.model, list) else [session.model]
+    return list(getattr(session, "chunks", [])) or [session.model]
 
 
 def record_layout(session: Any, batches: RecordedBatches, record: Record, steps: int) -> None:
@@ -141,6 +152,38 @@ class GradientsReady:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._precision, name)
+
+
+class Rows(list[dict[str, Any]]):
+    """Takes the lines of metrics.jsonl in the place of its writer."""
+
+    def write(self, metrics: Mapping[str, Any]) -> None:
+        self.append({name: value for name, value in metrics.items() if name not in TIMES})
+
+    def rewind(self, step: int) -> None:
+        raise RuntimeError(f"the guard went back to step {step} in a check")
+
+
+def record_training(session: Any, batches: RecordedBatches, record: Record) -> None:
+    """Train from the newest checkpoint in the run folder, or from the start, to the end or to
+    train.stop_after_steps; what a resumed run must agree with, on this rank and on disk."""
+    from nemotron_train.check import state
+
+    session.run_folder.mkdir(parents=True, exist_ok=True)
+    rows: Any = Rows()
+    progress, _ = session.fit(session.resume(), rows)
+    groups = session.optimizer.param_groups
+    record.values |= {
+        "metrics": rows,
+        "batches": batches.taken,
+        "data cursor": progress.data.to_dict(),
+        "schedule": [[group["lr"], group["weight_decay"]] for group in groups],
+        "random states": state.random_digests(),
+        "stochastic rounding": {"seed": session.config.train.seed}
+        | {"step": getattr(session.precision, "clock", None) and session.precision.clock.step},
+    }
+    if record.rank == 0:
+        record.values["checkpoint"] = state.saved_digests(session.folder, progress.step)
 
 
 def _plain(metrics: dict[str, Any]) -> dict[str, float]:

@@ -119,6 +119,17 @@ def dimensions(config: Config, num_ranks: int) -> list[str]:
     return found + (["data"] if num_ranks > smallest_num_ranks(config.parallel) else [])
 
 
+def another_layout(config: Config, num_ranks: int) -> tuple[Config, int]:
+    """A layout that shares nothing with that of `config`, and its ranks: one rank, or, for what
+    runs on one rank itself, two with the experts spread over them."""
+    other = one_rank(config)
+    if num_ranks > 1:
+        return other, 1
+    if "E" in other.model.pattern:
+        other.parallel.expert = DEGREE
+    return other, DEGREE
+
+
 def smallest_num_ranks(parallel: ParallelConfig) -> int:
     """The fewest ranks that hold the layout: both the dense and the expert groups must divide."""
     dense = parallel.tensor * parallel.context

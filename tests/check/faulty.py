@@ -4,6 +4,7 @@ Each fault is one that Megatron-Core or a port of it has had: a gradient that is
 group, a part that every rank adds whole, a factor left out.
 """
 
+import dataclasses
 import os
 import sys
 from collections.abc import Callable
@@ -14,8 +15,8 @@ from nemotron_train.platform import device
 
 
 def _module(session: Any, path: str) -> Any:
-    model = session.model[0] if isinstance(session.model, list) else session.model
-    return dict(model.module.named_modules())[path]
+    chunk = (getattr(session, "chunks", []) or [session.model])[0]
+    return dict(chunk.module.named_modules())[path]
 
 
 def norm_not_summed(session: Any) -> None:
@@ -40,6 +41,35 @@ def experts_gradient_halved(session: Any) -> None:
     )
 
 
+def moments_lost(session: Any) -> None:
+    """A checkpoint whose AdamW moments are not loaded."""
+    after_resume(session, lambda progress: _clear_moments(session, progress))
+
+
+def cursor_lost(session: Any) -> None:
+    """A resumed run that reads its data from the beginning."""
+    start = session.train_data.state_at_start()
+    after_resume(session, lambda progress: dataclasses.replace(progress, data=start))
+
+
+def after_resume(session: Any, change: Callable[[Any], Any]) -> None:
+    """`change` the progress that a checkpoint is resumed with."""
+    resume = session.resume
+
+    def resume_wrongly() -> Any:
+        progress = resume()
+        return change(progress) if progress.step else progress
+
+    session.resume = resume_wrongly
+
+
+def _clear_moments(session: Any, progress: Any) -> Any:
+    parts = getattr(session.optimizer, "chained_optimizers", [session.optimizer])
+    for state in (state for part in parts for state in part.optimizer.state.values()):
+        state["exp_avg"].zero_()
+    return progress
+
+
 def _scale_output(module: Any, factor: float) -> None:
     def scale(module: Any, inputs: Any, output: Any) -> Any:
         return output * factor
@@ -54,6 +84,8 @@ FAULTS: dict[str, Callable[[Any], None]] = {
         router_not_summed,
         shared_expert_added_twice,
         experts_gradient_halved,
+        moments_lost,
+        cursor_lost,
     )
 }
 
@@ -66,8 +98,9 @@ if __name__ == "__main__":
 
     def build_with_fault(self: Any, *args: Any, **options: Any) -> None:
         build(self, *args, **options)
-        if int(os.environ["WORLD_SIZE"]) > 1:
-            FAULTS[sys.argv[1]](self)
+        fault = FAULTS[sys.argv[1]]
+        if int(os.environ["WORLD_SIZE"]) > 1 or fault in (moments_lost, cursor_lost):
+            fault(self)
 
     Session.__init__ = build_with_fault  # type: ignore[method-assign]
     worker.main(sys.argv[-1])
