@@ -101,12 +101,12 @@ def build_step(config: Config, num_threads: int = 2) -> Callable[[], float]:
     trainer = Trainer(
         config,
         derive(config),
-        model,
+        [model],
         optimizer,
         batches,  # type: ignore[arg-type]
         groups,
         platform.device,
-        PrecisionControl(model.module, config, groups),
+        PrecisionControl([model.module], config, groups),
         Guard(config.guard, platform.device),
     )
     progress = Progress(0, 0, None)  # type: ignore[arg-type]

@@ -1,10 +1,17 @@
-"""Builds the model of a configuration on this rank: specs, initial weights, Megatron's DDP."""
+"""Builds the model of a configuration on this rank: specs, initial weights, Megatron's DDP.
+
+A rank holds one chunk of the model, the layers of its pipeline stage; with interleaved stages
+(`parallel.virtual_pipeline`) several, in the order of the forward pass.
+"""
+
+from collections.abc import Sequence
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.param_layout import PerBufferParamLayout
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from nemotron_train.config.schema import Config
 from nemotron_train.model.hybrid import NemotronModel, stack_spec
@@ -27,12 +34,40 @@ def megatron_pattern(config: Config) -> str:
 def build_model(
     config: Config, platform: Platform, groups: ProcessGroupCollection, native: bool = False
 ) -> NemotronModel:
+    """`build_chunks` where a rank holds one chunk."""
+    (model,) = build_chunks(config, platform, groups, native)
+    return model
+
+
+def build_chunks(
+    config: Config, platform: Platform, groups: ProcessGroupCollection, native: bool = False
+) -> list[NemotronModel]:
     """This rank's part of the model, with initial weights, on the platform's device.
 
     native: Transformer Engine computes the plan's block formats (`precision.backend`). Under
     `torch.device("meta")` the parameters stay on the meta device, without values.
     """
+    # One object for all chunks: the schedule reads the first's, where a trainer sets functions.
     translated = transformer_config(config, platform, transformer_fields(config) if native else {})
+    return [
+        _build_chunk(config, translated, platform, groups, native, chunk)
+        for chunk in range(config.parallel.virtual_pipeline)
+    ]
+
+
+def _build_chunk(
+    config: Config,
+    translated: TransformerConfig,
+    platform: Platform,
+    groups: ProcessGroupCollection,
+    native: bool,
+    chunk: int,
+) -> NemotronModel:
+    num_chunks, rank, num_ranks = (
+        config.parallel.virtual_pipeline,
+        groups.pp.rank(),
+        groups.pp.size(),
+    )
     emulated = emulates(config) and not native
     part = parts(platform.transformer_engine, emulated=emulated, native=native)
     submodules = stack_submodules(config, part, native)
@@ -42,16 +77,24 @@ def build_model(
         vocab_size=config.model.vocab_size,
         max_sequence_length=config.train.sequence_length,
         hybrid_layer_pattern=megatron_pattern(config),
-        pre_process=groups.pp.rank() == 0,
-        post_process=groups.pp.rank() == groups.pp.size() - 1,
+        pre_process=rank == 0 and chunk == 0,
+        post_process=rank == num_ranks - 1 and chunk == num_chunks - 1,
         parallel_output=True,
         share_embeddings_and_output_weights=False,
         position_embedding_type="none",
         pg_collection=groups,
+        vp_stage=chunk if num_chunks > 1 else None,
     )
     if next(model.parameters()).device.type != "meta":
         initialize(model, config.model, config.train.seed)
     return model
+
+
+def wrap_chunks(
+    chunks: Sequence[NemotronModel], config: Config, groups: ProcessGroupCollection
+) -> list[DistributedDataParallel]:
+    """`wrap_data_parallel` of every chunk."""
+    return [wrap_data_parallel(chunk, config, groups) for chunk in chunks]
 
 
 def wrap_data_parallel(

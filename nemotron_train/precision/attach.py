@@ -5,6 +5,7 @@ random words. Does not own: the plan (`plan`), the arithmetic (`linear`, `expert
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +57,12 @@ def global_modules(model: Any) -> dict[str, torch.nn.Module]:
     return modules
 
 
+def modules_of(chunks: Sequence[torch.nn.Module]) -> dict[str, torch.nn.Module]:
+    """`global_modules` of all chunks of this rank. Layers are apart; containers, which every chunk
+    has under the same name, are the last chunk's."""
+    return {name: module for chunk in chunks for name, module in global_modules(chunk).items()}
+
+
 @dataclass(frozen=True)
 class _Slot:
     """A linear on this rank, how it is cut and which of the step's calls are its own; the fields
@@ -71,11 +78,12 @@ class _Slot:
 
 
 class PrecisionControl:
-    """Holds the model of this rank to the plan of `config` as training goes on."""
+    """Holds the model of this rank, one chunk or several, to the plan of `config` as training
+    goes on."""
 
     def __init__(
         self,
-        model: torch.nn.Module,
+        chunks: Sequence[torch.nn.Module],
         config: Config,
         groups: ProcessGroupCollection,
         telemetry: Telemetry | None = None,
@@ -84,7 +92,7 @@ class PrecisionControl:
         self._boundaries = phase_boundaries(config)
         self._phase_start = -1
         self.clock = RoundingClock(seed=config.train.seed)
-        self._slots = _slots(model, config, groups)
+        self._slots = _slots(chunks, config, groups)
         self._enter(0)
 
     def before_step(self, step: int, tokens: int) -> bool:
@@ -100,13 +108,13 @@ class PrecisionControl:
             self._observe(self._telemetry)
         return is_new
 
-    def gradients_ready(self, model: DistributedDataParallel) -> None:
+    def gradients_ready(self, chunks: Sequence[DistributedDataParallel]) -> None:
         """The step's gradients are complete: the last thing that telemetry looks at. What runs
         through the model after it, such as validation, is not measured."""
         if self._telemetry is not None and self._telemetry.is_due(self.clock.step + 1):
             weights: list[tuple[str, Any]] = [(s.path, s.module.weight) for s in self._slots]
             self._telemetry.add_zero_gradients(
-                (path, count_zeros(model, weight)) for path, weight in weights
+                (path, count_zeros(chunks, weight)) for path, weight in weights
             )
             self._observe(None)
 
@@ -160,11 +168,14 @@ def _calls_per_rank(path: str, config: Config, groups: ProcessGroupCollection) -
     return micro_batches * (config.model.mtp.depths if path.startswith("mtp.") else 1)
 
 
-def _slots(model: torch.nn.Module, config: Config, groups: ProcessGroupCollection) -> list[_Slot]:
+def _slots(
+    chunks: Sequence[torch.nn.Module], config: Config, groups: ProcessGroupCollection
+) -> list[_Slot]:
     """The linears of this rank that a plan can quantize. Raises ConfigError for one that the plan
     quantizes and that has no emulated form."""
     slots = []
-    for path, module in global_modules(model).items():
+    present = modules_of(chunks)
+    for path, module in present.items():
         first = groups.dp.rank() * _calls_per_rank(path, config, groups)
         if isinstance(module, EmulatedColumnParallelLinear):
             slots.append(_Slot(path, module, groups.tp, "outputs", groups.cp, first))
@@ -182,7 +193,6 @@ def _slots(model: torch.nn.Module, config: Config, groups: ProcessGroupCollectio
             part = groups.ep.rank()
             slots.append(_Slot(path, module, groups.expt_tp, cut, None, first, part))
     known = {slot.path for slot in slots}
-    present = global_modules(model)
     for start in phase_boundaries(config):
         for path, formats in formats_at(config, start).items():
             asked = (formats.fprop, formats.dgrad, formats.wgrad)

@@ -9,14 +9,14 @@ What is read back is what Megatron and Transformer Engine write on their modules
 Megatron's own wrappers over a stand-in for Transformer Engine. Never run on a Blackwell GPU.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from megatron.core.quantization.quant_config import RecipeConfig
 
 from nemotron_train.config.schema import Config
-from nemotron_train.precision.attach import global_modules
+from nemotron_train.precision.attach import modules_of
 from nemotron_train.precision.plan import LinearFormats, formats_at
 from nemotron_train.precision.transformer_engine import to_transformer_engine
 
@@ -86,10 +86,10 @@ def ran_in(module: Any) -> str:
 class NativePrecision:
     """Holds the model of this rank to the plan; the counterpart of `attach.PrecisionControl`."""
 
-    def __init__(self, model: torch.nn.Module, config: Config) -> None:
+    def __init__(self, chunks: Sequence[torch.nn.Module], config: Config) -> None:
         self._plan = formats_at(config, 0)  # one phase: the translation refuses more
-        self._model_config: Any = model.config
-        present = global_modules(model)
+        self._model_config: Any = chunks[0].config
+        present = modules_of(chunks)
         self._linears: dict[str, Any] = {
             path: present[path]
             for path in self._plan
@@ -116,7 +116,7 @@ class NativePrecision:
                 self._compare_options()
         return False
 
-    def gradients_ready(self, model: torch.nn.Module) -> None:
+    def gradients_ready(self, chunks: Sequence[torch.nn.Module]) -> None:
         """Telemetry looks at emulated products only."""
 
     def weights_changed(self) -> None:

@@ -101,7 +101,7 @@ class Checkpoints:
     def __init__(
         self,
         folder: Path,
-        model: DistributedDataParallel,
+        chunks: Sequence[DistributedDataParallel],
         optimizer: MegatronOptimizer,
         groups: ProcessGroupCollection,
         config: Config,
@@ -110,7 +110,7 @@ class Checkpoints:
         say: Callable[[str], None],
     ) -> None:
         self._folder, self._keep, self._say = folder, config.train.keep_checkpoints, say
-        self._model, self._optimizer = model, optimizer
+        self._chunks, self._optimizer = chunks, optimizer
         self._config, self._plan, self._check_held = config, plan, check_held
         self._rank, self._num_ranks = dist.get_rank(), dist.get_world_size()
         self._background = Background()
@@ -124,8 +124,12 @@ class Checkpoints:
         }
 
     def _sharded_state(self, is_loading: bool) -> dict:
-        core: Any = self._model.module
-        model_state = core.sharded_state_dict(metadata=self._metadata)
+        # A chunk's entries carry global names and numbers: its place here is this rank's alone.
+        cores: list[Any] = [chunk.module for chunk in self._chunks]
+        model_state = {
+            f"chunk_{number}": core.sharded_state_dict(metadata=self._metadata)
+            for number, core in enumerate(cores)
+        }
         return {
             "model": model_state,
             "optimizer": self._optimizer.sharded_state_dict(
@@ -202,7 +206,8 @@ class Checkpoints:
         except CheckpointException as error:  # no subclass of Exception
             reason = str(error).strip().splitlines()[-1]
             raise ConfigError(f"{path}: cannot be loaded: {reason}") from error
-        self._model.module.load_state_dict(loaded["model"])
+        for number, chunk in enumerate(self._chunks):
+            chunk.module.load_state_dict(loaded["model"][f"chunk_{number}"])
         load_optimizer_state(self._optimizer, loaded["optimizer"])
         states = saved.random_state_of(path, self._rank, self._num_ranks)
         if states is not None:

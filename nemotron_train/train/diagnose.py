@@ -1,21 +1,26 @@
 """Where numbers are not finite: in which modules' gradients, in which weights. Changes nothing."""
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
 
-from nemotron_train.precision.attach import global_modules
+from nemotron_train.precision.attach import modules_of
 
 _STAGES = ("embedding", "decoder.layers", "decoder", "mtp", "output_layer")
 
 
-def gradients_are_finite(model: DistributedDataParallel) -> torch.Tensor:
+def gradients_are_finite(chunks: Sequence[DistributedDataParallel]) -> torch.Tensor:
     """Whether all gradients in this rank's buffers are finite: a boolean on the device. Before the
     reduction over data-parallel ranks they are this rank's own. One pass over the buffers."""
-    buffers: list[Any] = [*model.buffers, *model.expert_parallel_buffers]  # pyright: ignore
-    largest = [torch.linalg.vector_norm(b.grad_data, torch.inf) for b in buffers]
+    models: Any = chunks
+    largest = [
+        torch.linalg.vector_norm(buffer.grad_data, torch.inf)
+        for model in models
+        for buffer in (*model.buffers, *model.expert_parallel_buffers)
+    ]
     return torch.isfinite(torch.stack(largest)).all()
 
 
@@ -27,12 +32,13 @@ def place(path: str) -> tuple[int, int]:
 
 
 def non_finite(
-    model: DistributedDataParallel,
+    chunks: Sequence[DistributedDataParallel],
 ) -> tuple[list[tuple[tuple[int, int, int], str]], list[str]]:
     """Modules of this rank whose gradient is not finite, each with its place in the forward pass,
     and those whose weight is not. SYNC. Call it before gradients are clipped."""
     gradients, weights = [], []
-    for number, (path, module) in enumerate(global_modules(model.module).items()):
+    cores = [chunk.module for chunk in chunks]
+    for number, (path, module) in enumerate(modules_of(cores).items()):
         for parameter in module.parameters(recurse=False):
             gradient: Any = getattr(parameter, "main_grad", None)
             if gradient is not None and not torch.isfinite(gradient).all():

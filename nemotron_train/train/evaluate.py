@@ -1,24 +1,23 @@
 """Validation: mean loss of each head over a fixed part of the validation split."""
 
-from functools import partial
+from collections.abc import Sequence
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from nemotron_train.config.derive import Derived
 from nemotron_train.config.schema import Config
 from nemotron_train.data.batches import BatchSource
 from nemotron_train.platform.groups import sum_over
-from nemotron_train.train.step import _forward_step, count_targets, micro_batches
+from nemotron_train.train.step import _forward_step, count_targets, run_micro_batches
 
 
 @torch.no_grad()
 def validation_losses(
     config: Config,
     derived: Derived,
-    model: DistributedDataParallel,
+    chunks: Sequence[DistributedDataParallel],
     batches: BatchSource,
     groups: ProcessGroupCollection,
     device: str,
@@ -38,17 +37,11 @@ def validation_losses(
     )
     num_heads = 1 + config.model.mtp.depths
     targets_K = torch.from_numpy(count_targets(batch, num_heads)).to(device)
-    model.eval()
-    reports = get_forward_backward_func()(
-        forward_step_func=partial(_forward_step),
-        data_iterator=micro_batches(batch, rows, device),
-        model=[model],
-        num_microbatches=num_micro,
-        seq_length=config.train.sequence_length,
-        micro_batch_size=rows,
-        forward_only=True,
-    )
-    model.train()
+    for chunk in chunks:
+        chunk.eval()
+    reports = run_micro_batches(chunks, _forward_step, batch, config, device, forward_only=True)
+    for chunk in chunks:
+        chunk.train()
     sums_K = torch.stack(reports).double().sum(0) if reports else torch.zeros_like(targets_K)
     sum_over(sums_K, groups.pp)
     sum_over(sums_K, groups.dp_cp)

@@ -18,7 +18,7 @@ from rich.console import Console
 from nemotron_train.config.derive import Derived
 from nemotron_train.config.schema import Config, ConfigError
 from nemotron_train.data.batches import BatchSource
-from nemotron_train.model.build import build_model, wrap_data_parallel
+from nemotron_train.model.build import build_chunks, wrap_chunks
 from nemotron_train.optim.build import build_optimizer
 from nemotron_train.platform.device import Platform, peak_flops, peak_memory_bytes
 from nemotron_train.precision.attach import PrecisionControl
@@ -62,24 +62,24 @@ class Session:
         self.train_data, self.validation_data = train_data, validation_data
         self.console = console
         model_parallel_cuda_manual_seed(config.train.seed)
-        core = build_model(config, platform, groups, native)
+        cores = build_chunks(config, platform, groups, native)
         if platform.device != "cpu":
-            core = core.to(platform.device)
-        self.model = wrap_data_parallel(core, config, groups)
-        self.optimizer = build_optimizer(config, [self.model], groups, platform)
+            cores = [core.to(platform.device) for core in cores]
+        self.chunks = wrap_chunks(cores, config, groups)
+        self.optimizer = build_optimizer(config, self.chunks, groups, platform)
         self.telemetry = None
         if config.precision.telemetry.every > 0:
             self.telemetry = Telemetry(config, derived.total_steps, platform.device)
         self.precision = (
-            NativePrecision(core, config)
+            NativePrecision(cores, config)
             if native
-            else PrecisionControl(core, config, groups, self.telemetry)
+            else PrecisionControl(cores, config, groups, self.telemetry)
         )
         self.guard = Guard(config.guard, platform.device)
         self.trainer = Trainer(
             config,
             derived,
-            self.model,
+            self.chunks,
             self.optimizer,
             train_data,
             groups,
@@ -92,7 +92,7 @@ class Session:
         self.plan_before: dict[str, Any] | None = None  # the loaded checkpoint's, if another one
         self.checkpoints = Checkpoints(
             self.folder,
-            self.model,
+            self.chunks,
             self.optimizer,
             groups,
             config,
@@ -139,7 +139,7 @@ class Session:
         return validation_losses(
             self.config,
             self.derived,
-            self.model,
+            self.chunks,
             self.validation_data,
             self.groups,
             self.platform.device,

@@ -10,7 +10,7 @@ Shapes: B rows of a micro-batch, S tokens a row, K heads (the main one and a dep
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -88,6 +88,32 @@ def _forward_step(
     return output, loss
 
 
+def run_micro_batches(
+    chunks: Sequence[DistributedDataParallel],
+    forward_step: Callable[..., tuple],
+    batch: Batch,
+    config: Config,
+    device: str,
+    forward_only: bool,
+) -> list[torch.Tensor]:
+    """This rank's rows through Megatron's schedule (none, 1F1B or interleaved 1F1B), all micro-
+    batches forward and, unless `forward_only`, backward; COLLECTIVE.
+
+    Returns each micro-batch's loss sums on ranks that hold the last stage, else nothing.
+    """
+    rows = config.train.micro_batch_sequences
+    iterators = [micro_batches(batch, rows, device) for _ in chunks]
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iterators if len(chunks) > 1 else iterators[0],
+        model=list(chunks),
+        num_microbatches=len(batch.tokens_BS) // rows,
+        seq_length=config.train.sequence_length,
+        micro_batch_size=rows,
+        forward_only=forward_only,
+    )
+
+
 def moe_layer_names(model: ModelConfig) -> list[str]:
     """All MoE layers of the model, whatever this rank holds, by their module paths."""
     decoder = model.pattern.replace("|", "")
@@ -112,7 +138,7 @@ class Trainer:
         self,
         config: Config,
         derived: Derived,
-        model: DistributedDataParallel,
+        chunks: Sequence[DistributedDataParallel],
         optimizer: MegatronOptimizer,
         batches: BatchSource,
         groups: ProcessGroupCollection,
@@ -121,17 +147,23 @@ class Trainer:
         guard: Guard,
     ) -> None:
         self.config, self.derived, self.precision = config, derived, precision
-        self.model, self.optimizer, self.batches = model, optimizer, batches
+        self.chunks, self.optimizer, self.batches = chunks, optimizer, batches
         self.groups, self.device, self.guard = groups, device, guard
         self.weights = head_weights(config)
         rows = derived.sequences_per_step // derived.data_parallel
         self.rank_rows = (groups.dp.rank() * rows, (groups.dp.rank() + 1) * rows)
-        self.routers = [m for m in model.module.modules() if isinstance(m, SigmoidRouter)]
+        self.routers = [
+            module
+            for chunk in chunks
+            for module in chunk.modules()
+            if isinstance(module, SigmoidRouter)
+        ]
         self.moe_layers = moe_layer_names(config.model)
-        core: Any = model.module
-        core.config.finalize_model_grads_func = self._finalize
-        core.config.no_sync_func = model.no_sync
-        core.config.grad_scale_func = optimizer.scale_loss
+        translated: Any = chunks[0].config  # the same object in all chunks
+        translated.finalize_model_grads_func = self._finalize
+        no_sync = [chunk.no_sync for chunk in chunks]
+        translated.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]
+        translated.grad_scale_func = optimizer.scale_loss
         # UPSTREAM(megatron-core 0.19.2): the scale is the process's, and the shape of an earlier
         # user's (evaluation, another model) refuses ours.
         MoEAuxLossAutoScaler.main_loss_backward_scale = None
@@ -141,9 +173,9 @@ class Trainer:
         biases, and whether this rank's own gradients are finite."""
         self.routing = self._routing_metrics()
         self.biases = [bias.clone() for bias in self._router_biases()]
-        self.own_gradients_are_finite = gradients_are_finite(self.model)
+        self.own_gradients_are_finite = gradients_are_finite(self.chunks)
         finalize_model_grads(*args, **kwargs)
-        self.precision.gradients_ready(self.model)
+        self.precision.gradients_ready(self.chunks)
 
     def _routing_metrics(self) -> dict[str, torch.Tensor]:
         """MaxVio of each MoE layer, fullest expert / mean load (Ultra report, section 2.7), the
@@ -183,20 +215,14 @@ class Trainer:
         weights_K = torch.from_numpy(self.weights).to(self.device) / targets_K.clamp(min=1)
 
         self.precision.before_step(progress.step, progress.tokens)
-        self.model.zero_grad_buffer()
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        reports = get_forward_backward_func()(
-            forward_step_func=partial(
-                _forward_step, weights_K=(weights_K * self.derived.tokens_per_step).float()
-            ),
-            data_iterator=micro_batches(
-                batch, self.config.train.micro_batch_sequences, self.device
-            ),
-            model=[self.model],
-            num_microbatches=self.derived.micro_batches_per_step,
-            seq_length=self.config.train.sequence_length,
-            micro_batch_size=self.config.train.micro_batch_sequences,
-            forward_only=False,
+        weighted = partial(
+            _forward_step, weights_K=(weights_K * self.derived.tokens_per_step).float()
+        )
+        reports = run_micro_batches(
+            self.chunks, weighted, batch, self.config, self.device, forward_only=False
         )
         losses_K = self._mean_losses(reports, targets_K)
         grad_norm = gradient_norm(self.optimizer)
@@ -224,7 +250,7 @@ class Trainer:
         losses_are_finite = own_loss_is_finite and bool(losses_K.isfinite().all())
 
         def find() -> Findings:
-            gradients, weights = non_finite(self.model)
+            gradients, weights = non_finite(self.chunks)
             return Findings(
                 not own_loss_is_finite, not self.own_gradients_are_finite, gradients, weights
             )

@@ -75,7 +75,7 @@ def main(file: str, overrides: list[str]) -> None:
     groups = process_groups.start(config.parallel, platform.backend)
     model_parallel_cuda_manual_seed(config.train.seed)
     model = build_model(config, platform, groups)
-    control = PrecisionControl(model, config, groups)
+    control = PrecisionControl([model], config, groups)
     control.before_step(3, 0)
     quantize, operands = nvfp4.nvfp4_operand, []
 

@@ -1,9 +1,9 @@
 """The loss does not depend on the layout: two gloo ranks against one, ten optimizer steps.
 
 Second truth: the run on one rank, in FP32, with every ingredient (Mamba-2, LatentMoE, attention,
-two MTP depths, packed documents). Covers tensor + sequence, pipeline, expert, expert-tensor and
-data parallelism with the distributed optimizer, initial weights included. Not covered here: products
-of several layouts (they need four ranks), BF16.
+two MTP depths, packed documents). Covers tensor + sequence, pipeline (1F1B and interleaved),
+expert, expert-tensor and data parallelism with the distributed optimizer, initial weights included.
+Not covered here: products of several layouts (they need four ranks), BF16.
 """
 
 import json
@@ -18,6 +18,7 @@ import pytest
 LAYOUTS = {
     "tensor": ["parallel.tensor=2", "parallel.sequence=true"],
     "pipeline": ["parallel.pipeline=2", "model.pattern=MEM|*EME"],
+    "interleaved": ["parallel.pipeline=2", "parallel.virtual_pipeline=2"],
     "expert": ["parallel.expert=2"],
     "expert_tensor": ["parallel.expert_tensor=2"],
     "data": [],

@@ -28,7 +28,7 @@ PLANS = ["nvfp4_nemotron3", "nvfp4_all", "mxfp8", "nvfp4_bf16_forward"]
 def build(groups, *overrides: str):
     config = compose_config(list(overrides))
     model = build_model(config, device.prepare(), groups)
-    return config, model, PrecisionControl(model, config, groups)
+    return config, model, PrecisionControl([model], config, groups)
 
 
 @pytest.mark.parametrize("plan", PLANS)

@@ -31,7 +31,7 @@ def configure(overrides: list[str]) -> Config:
 def built(config: Config, groups: object) -> torch.nn.Module:
     core = build_model(config, PLATFORM, groups)  # pyright: ignore[reportArgumentType]
     model = wrap_data_parallel(core, config, groups)  # pyright: ignore[reportArgumentType]
-    control = PrecisionControl(core, config, groups)  # pyright: ignore[reportArgumentType]
+    control = PrecisionControl([core], config, groups)  # pyright: ignore[reportArgumentType]
     control.before_step(3, 0)
     model.zero_grad_buffer()
     return model

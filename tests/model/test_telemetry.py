@@ -170,7 +170,7 @@ def build(groups, *overrides: str):
     config = compose_config(list(overrides))
     model = build_model(config, device.prepare(), groups)
     telemetry = Telemetry(config, last_step=100, device="cpu")
-    control = PrecisionControl(model, config, groups, telemetry)
+    control = PrecisionControl([model], config, groups, telemetry)
     return config, model, telemetry, control
 
 
@@ -307,7 +307,7 @@ def test_off_costs_nothing(groups) -> None:
     for step in range(6):
         control.before_step(step, 2048 * step)
         watched.append({module.attached.observer is not None for module in linears})
-        control.gradients_ready(wrap_data_parallel(model, config, groups))
+        control.gradients_ready([wrap_data_parallel(model, config, groups)])
         assert not any(module.attached.observer for module in linears)
     assert watched == [{False}, {False}, {True}, {False}, {False}, {True}]
 
@@ -327,10 +327,10 @@ def test_zero_gradients_are_counted(optimizer: str, groups) -> None:
         parameter.main_grad.copy_(torch.where(gradient < -0.5, 0.0, gradient))
     control.before_step(0, 0)
     run_linear(model, "decoder.layers.0.mixer.out_proj")
-    control.gradients_ready(wrapped)
+    control.gradients_ready([wrapped])
     weight = global_modules(model)["decoder.layers.0.mixer.out_proj"].weight
     zeros = int((weight.main_grad == 0).sum())
-    assert count_zeros(wrapped, weight).tolist() == [zeros, weight.numel()]
+    assert count_zeros([wrapped], weight).tolist() == [zeros, weight.numel()]
     module = telemetry.modules()["decoder.layers.0.mixer.out_proj"]
     assert module["zero_weight_gradients"] == zeros / weight.numel()
 

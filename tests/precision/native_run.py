@@ -69,7 +69,7 @@ def one_plan(plan: str, platform: Any, groups: Any, build_model: Any) -> dict[st
 
     config = small(plan)
     model = build_model(config, platform, groups, native=True)
-    control = NativePrecision(model, config)
+    control = NativePrecision([model], config)
     before = control.attached()
     control.before_step(1, 0)
     losses = model(**batch())
@@ -101,20 +101,20 @@ def refusals(platform: Any, groups: Any, build_model: Any) -> dict[str, str]:
     out_proj = model.decoder.layers[0].mixer.out_proj
     recipe = out_proj.te_quant_params
     out_proj.te_quant_params = None  # as if Megatron had lost the matcher
-    message("set", lambda: NativePrecision(model, config))
+    message("set", lambda: NativePrecision([model], config))
     out_proj.te_quant_params = recipe
-    control = NativePrecision(model, config)
+    control = NativePrecision([model], config)
     control.before_step(1, 0)
     out_proj.te_quant_params = None
     model(**batch())
     message("ran", lambda: control.before_step(2, 256))
 
     plain = build_model(small("bf16"), platform, groups)
-    message("plain", lambda: NativePrecision(plain, config))
+    message("plain", lambda: NativePrecision([plain], config))
 
     config = small("nvfp4_all", "precision.default.hadamard=false")  # and no variable set
     model = build_model(config, platform, groups, native=True)
-    control = NativePrecision(model, config)
+    control = NativePrecision([model], config)
     control.before_step(1, 0)
     model(**batch())
     message("option", lambda: control.before_step(2, 256))
