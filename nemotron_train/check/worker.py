@@ -108,7 +108,7 @@ class Record:
 
 
 def _models(session: Any) -> list[Any]:
-    return list(getattr(session, "chunks", [])) or [session.model]
+    return list(session.chunks)
 
 
 def record_layout(session: Any, batches: RecordedBatches, record: Record, steps: int) -> None:

@@ -15,7 +15,7 @@ from nemotron_train.platform import device
 
 
 def _module(session: Any, path: str) -> Any:
-    chunk = (getattr(session, "chunks", []) or [session.model])[0]
+    chunk = session.chunks[0]
     return dict(chunk.module.named_modules())[path]
 
 
