@@ -1,0 +1,139 @@
+"""Every layout of benchmarks/layouts.py, products on four ranks among them: losses against one
+rank, exact resume, and checkpoints that go on under another layout.
+
+Second truths: the run on one rank, in FP32, with every ingredient; the uninterrupted run. A resumed
+run is another set of processes. Weights are compared whole, put together from all ranks' shards,
+and ranks that hold the same part must hold the same numbers. Not covered: more than four ranks,
+context parallelism (test_context.py), BF16; losses are compared over ten steps, after which
+rounding may send a token to another expert.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from benchmarks.layouts import LAYOUTS, Job, Outcome, difference, run_world
+
+pytestmark = pytest.mark.layouts
+
+STEPS, SAVE_AT, LONGER = 10, 5, 15
+TIMEOUT = 3000  # seconds a world, on a machine whose cores the ranks share
+
+# Saved under the first, gone on with under the second: every dimension changes.
+RESHARDED = {
+    "TP2 PP2 -> EP2 DP2": ("TP2 PP2", "EP2 DP2"),
+    "EP2 DP2 -> TP2 PP2 VPP2": ("EP2 DP2", "TP2 PP2 VPP2"),
+    "ETP2 EP2 -> PP4": ("ETP2 EP2", "PP4"),
+    "PP2 VPP2 EP2 -> TP2 ETP2 DP2": ("PP2 VPP2 EP2", "TP2 ETP2 DP2"),
+    "PP4 -> EP4": ("PP4", "EP4"),
+    "TP2 PP2 ETP2 -> DP4": ("TP2 PP2 ETP2", "DP4"),
+    "TP2 EP2 DP2 -> one rank": ("TP2 EP2 DP2", "one rank"),
+    "PP2 VPP2 DP2 -> one rank": ("PP2 VPP2 DP2", "one rank"),
+    "one rank -> TP2 ETP2 EP2": ("one rank", "TP2 ETP2 EP2"),
+    "one rank -> PP2 VPP2 EP2": ("one rank", "PP2 VPP2 EP2"),
+}
+# Emulated formats under FP32 parameters: one layout of each kind of cut.
+EMULATED = ("TP2 PP2", "TP2 ETP2 EP2", "PP2 VPP2 EP2", "EP2 DP2")
+
+
+@dataclass(frozen=True)
+class Runs:
+    one: Outcome  # LONGER steps on one rank
+    first: dict[str, Outcome]  # by layout: STEPS steps, a checkpoint at SAVE_AT
+    resumed: dict[str, Outcome]  # by layout: from that checkpoint to STEPS
+    resharded: dict[str, Outcome]  # by name in RESHARDED: from SAVE_AT to LONGER
+    emulated: dict[str, Outcome]  # by layout and "one rank": STEPS steps in NVFP4
+
+
+@pytest.fixture(scope="module")
+def runs(small_run: tuple[Path, list[str]]) -> Runs:
+    folder, overrides = small_run
+    common = [*overrides, "train.micro_batch_sequences=1", "train.total_tokens=3840"]
+    common.append("model.pattern=MEM*EME")
+    emulated = [*common, "precision=nvfp4_all", "precision.parameter_dtype=float32"]
+    layouts = {"one rank": (1, []), **LAYOUTS}
+
+    def job(name: str, layout: str, steps: int, base: list[str], **more: object) -> Job:
+        return Job(name, base + layouts[layout][1], steps, **more)  # type: ignore[arg-type]
+
+    def checkpoint(layout: str) -> str:
+        return f"layouts/{layout.replace(' ', '_')}/checkpoints/step_{SAVE_AT:08d}"
+
+    found: dict[str, Outcome] = {}
+    for num_ranks in (1, 2, 4):
+        names = [name for name, (ranks, _) in layouts.items() if ranks == num_ranks]
+        steps = LONGER if num_ranks == 1 else STEPS
+        jobs = [job(name, name, steps, common, save_at=SAVE_AT) for name in names]
+        jobs += [
+            job(f"{name} in nvfp4", name, STEPS, emulated)
+            for name in names
+            if name in ("one rank", *EMULATED)
+        ]
+        found |= {run.name: run for run in run_world(num_ranks, jobs, folder, TIMEOUT)}
+    for num_ranks in (1, 2, 4):
+        jobs = [
+            job(f"{name} resumed", name, STEPS, common, load=checkpoint(name))
+            for name in LAYOUTS
+            if layouts[name][0] == num_ranks
+        ]
+        jobs += [
+            job(name, after, LONGER, common, load=checkpoint(before))
+            for name, (before, after) in RESHARDED.items()
+            if layouts[after][0] == num_ranks
+        ]
+        found |= {run.name: run for run in run_world(num_ranks, jobs, folder, TIMEOUT)}
+    return Runs(
+        found["one rank"],
+        {name: found[name] for name in LAYOUTS},
+        {name: found[f"{name} resumed"] for name in LAYOUTS},
+        {name: found[name] for name in RESHARDED},
+        {name: found[f"{name} in nvfp4"] for name in ("one rank", *EMULATED)},
+    )
+
+
+def largest(ours: Outcome, reference: Outcome, name: str, first: int, last: int) -> float:
+    """`difference` over the steps after `first` up to `last`."""
+    return difference(ours.between(first, last), reference.between(first, last), name)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_initial_weights_are_one_ranks(layout: str, runs: Runs) -> None:
+    assert runs.first[layout].weights_at_start == runs.one.weights_at_start
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_losses_are_one_ranks(layout: str, runs: Runs) -> None:
+    ours = runs.first[layout]
+    assert ours.sample_ids == runs.one.sample_ids[:STEPS]
+    for name in ("loss", "mtp_loss_1", "mtp_loss_2", "load_balance_loss"):
+        assert largest(ours, runs.one, name, 0, STEPS) <= 1e-5, name
+    assert largest(ours, runs.one, "grad_norm", 0, STEPS) <= 1e-4
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_resume_is_exact(layout: str, runs: Runs) -> None:
+    """Bit for bit: what is printed of every step after the checkpoint, the samples, the weights."""
+    whole, resumed = runs.first[layout], runs.resumed[layout]
+    assert resumed.rows == whole.between(SAVE_AT, STEPS).rows
+    assert resumed.sample_ids == whole.sample_ids[SAVE_AT:]
+    assert resumed.weights_at_end == whole.weights_at_end
+    assert resumed.validation == whole.validation
+
+
+@pytest.mark.parametrize("change", RESHARDED)
+def test_goes_on_under_another_layout(change: str, runs: Runs) -> None:
+    ours = runs.resharded[change]
+    assert ours.sample_ids == runs.one.sample_ids[SAVE_AT:]
+    for name in ("loss", "mtp_loss_1", "mtp_loss_2"):
+        assert largest(ours, runs.one, name, SAVE_AT, LONGER) <= 1e-4, name
+
+
+@pytest.mark.parametrize("layout", EMULATED)
+def test_emulated_formats_agree(layout: str, runs: Runs) -> None:
+    """The first step's losses come from the same codes, summed in another order. From then on a
+    number that crosses the border between two codes moves by a whole step: the runs stay within
+    what other random words do to one rank (test_precision_layouts.py)."""
+    ours, one = runs.emulated[layout], runs.emulated["one rank"]
+    assert largest(ours, one, "loss", 0, 1) <= 1e-5
+    assert largest(ours, one, "loss", 0, STEPS) <= 2e-3
