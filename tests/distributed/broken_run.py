@@ -37,7 +37,7 @@ def broken_forward_step(iterator: Any, model: Any, **weights: Any) -> Any:
 def broken_step(trainer: step.Trainer, progress: Progress) -> StepResult:
     global is_broken
     is_broken = progress.data.samples in broken_samples and dist.get_rank() == rank
-    parameters = dict(trainer.model.module.named_parameters())
+    parameters = dict(trainer.chunks[0].module.named_parameters())
     handle = None
     if is_broken and what == "gradient":
         weight = parameters["decoder.layers.2.mixer.in_proj.weight"]
