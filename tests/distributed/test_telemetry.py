@@ -136,3 +136,20 @@ def test_tensor_parallel_ranks_count_together(small_run: Small, one_rank: dict) 
     for operand, times in (("fprop_activation", 1), ("dgrad_gradient", 2)):
         blocks = sum(wanted[operand]["scale_histogram"])
         assert sum(seen[operand]["scale_histogram"]) == times * blocks, operand
+
+
+def test_context_parallel_ranks_count_together(small_run: Small, one_rank: dict) -> None:
+    """Pieces of one sequence: what lies along the tokens is counted once, block by block as on one
+    rank; a weight, whole on both, twice."""
+    ours = first_record(small_run, "telemetry_context", ["parallel.context=2"], ranks=2)
+    assert_close(ours, one_rank)
+    path = "decoder.layers.0.mixer.in_proj"
+    seen, wanted = (modules[path]["nvfp4"] for modules in (ours, one_rank))
+    for operand in ("fprop_activation", "wgrad_activation"):
+        assert seen[operand] == wanted[operand], operand
+    for operand, times in (("dgrad_gradient", 1), ("fprop_weight", 2)):
+        blocks = sum(wanted[operand]["scale_histogram"])
+        assert sum(seen[operand]["scale_histogram"]) == times * blocks, operand
+    for path, module in one_rank.items():
+        zeros = ours[path]["zero_weight_gradients"]
+        assert zeros == pytest.approx(module["zero_weight_gradients"], abs=0.02), path
