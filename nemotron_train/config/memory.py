@@ -1,51 +1,87 @@
-"""An estimate of what one rank holds before any activation: parameters, gradients, optimizer.
+"""What a rank holds, in bytes: parameters, gradients, optimizer, activations, and the peak.
 
-Owns this arithmetic only; `report.plan_table` prints it. Left out: activations, communication
-buffers, allocator waste, and that a few small tensors (A_log, D, dt_bias) stay FP32 in a BF16
-run. No torch.
+Owns what lasts from step to step and the order in which a step allocates and frees: micro-batches
+in flight (1F1B, interleaved), forward passes, backward passes, recomputation. What an operator
+holds is `config.activations`'; `report.plan_memory` prints. Left out: the C library's and kernel
+libraries' own memory, allocator waste, batches of tokens. benchmarks/memory.py holds the prediction
+against measured peaks. No torch.
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import ceil, prod
 
+from nemotron_train.config import activations
 from nemotron_train.config.derive import Derived
+from nemotron_train.config.operators import CPU, Local, Machine, Op, Part
 from nemotron_train.config.schema import Config, Dtype
 from nemotron_train.model.shape import (
+    LayerKind,
+    Linear,
     Sharding,
     Tensor,
     embedding_tensors,
     head_tensors,
     layers,
+    linears,
     mtp_tensors,
 )
+from nemotron_train.precision.plan import LinearFormats, formats_at
 
 _GRADIENT_BYTES = 4  # accumulated in FP32 whatever the parameters are
 _MOMENT_BYTES = 4 + 4  # AdamW's two moments
 _MASTER_BYTES = 4  # the FP32 copy of BF16 parameters; FP32 parameters are their own master
+_OPERAND_BYTES = 2  # an element of an emulated block format
 
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes held by pipeline rank `stage` (from 0)."""
+    """Bytes held by pipeline rank `stage` (from 0), all of its stages together."""
 
     stage: int
     parameters: int  # elements
     parameter_bytes: int
     gradient_bytes: int
     optimizer_bytes: int
+    quantized_bytes: int  # weights that emulated block formats keep quantized
+    buffer_bytes: int  # Megatron's buffer for gathered sequences
+    kept_bytes: int  # activations that one micro-batch keeps for its backward pass
+    in_flight: int  # most micro-batches whose activations are kept at once (of one stage)
+    activation_bytes: int  # the most that activations and their gradients take in a step
+    collective_bytes: int  # the most that the exchange of gradients takes, after them
 
     @property
-    def total_bytes(self) -> int:
+    def state_bytes(self) -> int:
+        """What lasts whatever the batch: parameters, gradients, optimizer."""
         return self.parameter_bytes + self.gradient_bytes + self.optimizer_bytes
 
+    @property
+    def lasting_bytes(self) -> int:
+        """What lies in memory between two steps."""
+        return self.state_bytes + self.quantized_bytes + self.buffer_bytes
 
-def heaviest_rank(config: Config, derived: Derived) -> RankMemory:
-    """The memory of a rank of the pipeline rank that holds most, all of its stages together."""
-    held: list[list[Tensor]] = [[] for _ in range(config.parallel.pipeline)]
-    for stage, tensors in enumerate(stage_tensors(config, derived)):
-        held[stage % len(held)] += tensors
-    stages = [_stage_memory(config, derived, rank, tensors) for rank, tensors in enumerate(held)]
-    return max(stages, key=lambda memory: memory.total_bytes)
+    @property
+    def peak_bytes(self) -> int:
+        return self.lasting_bytes + max(self.activation_bytes, self.collective_bytes)
+
+
+def heaviest_rank(config: Config, derived: Derived, machine: Machine = CPU) -> RankMemory:
+    """The memory of a rank of the pipeline rank that holds most at its peak."""
+    return max(rank_memory(config, derived, machine), key=lambda memory: memory.peak_bytes)
+
+
+def rank_memory(config: Config, derived: Derived, machine: Machine = CPU) -> list[RankMemory]:
+    """The memory of a rank of every pipeline rank."""
+    num_ranks = config.parallel.pipeline
+    tensors = stage_tensors(config, derived)
+    chunks = [list(range(rank, len(tensors), num_ranks)) for rank in range(num_ranks)]
+    local = Local(config, formats_at(config, 0), machine)
+    tapes = [_stage_tape(local, derived, stage) for stage in range(len(tensors))]
+    found = []
+    for rank, stages in enumerate(chunks):
+        held = [tensor for stage in stages for tensor in tensors[stage]]
+        found.append(_rank(local, derived, rank, held, [tapes[stage] for stage in stages]))
+    return found
 
 
 def stage_tensors(config: Config, derived: Derived) -> list[list[Tensor]]:
@@ -67,9 +103,8 @@ def stage_tensors(config: Config, derived: Derived) -> list[list[Tensor]]:
     return stages
 
 
-def _stage_memory(
-    config: Config, derived: Derived, stage: int, tensors: list[Tensor]
-) -> RankMemory:
+def _held(config: Config, tensors: Iterable[Tensor]) -> tuple[int, int]:
+    """Elements of a rank's shards: all but routed experts, and routed experts."""
     parallel = config.parallel
     ranks_of = {
         Sharding.replicated: 1,
@@ -79,17 +114,161 @@ def _stage_memory(
     held = dict.fromkeys(Sharding, 0)
     for tensor in tensors:
         held[tensor.sharding] += prod(tensor.shape) // ranks_of[tensor.sharding]
-    experts = held[Sharding.expert]
-    dense = held[Sharding.replicated] + held[Sharding.tensor]
+    return held[Sharding.replicated] + held[Sharding.tensor], held[Sharding.expert]
+
+
+def _rank(
+    local: Local,
+    derived: Derived,
+    rank: int,
+    tensors: list[Tensor],
+    tapes: list[list[Part]],
+) -> RankMemory:
+    config = local.config
+    dense, experts = _held(config, tensors)
     optimized = dense + experts
-    if parallel.distributed_optimizer:
-        dense_replicas = derived.data_parallel * parallel.context
+    sharded = config.parallel.distributed_optimizer
+    dense_replicas = derived.data_parallel * config.parallel.context
+    if sharded:
         optimized = ceil(dense / dense_replicas) + ceil(experts / derived.expert_data_parallel)
     reduced = config.precision.parameter_dtype == Dtype.bfloat16
+    exchanged = 0
+    if sharded and dense_replicas > 1:
+        exchanged = local.copied(_GRADIENT_BYTES * max(dense, experts))
+    in_flight = _in_flight(config, derived, rank)
+    kept, activation = _activations(tapes, in_flight)
+    names = {tensor.name for tensor in tensors}
+    own = [linear for linear in linears(config.model) if linear.weight.name in names]
+    joins = config.model.mtp.depths > 0 and any(line.path == "mtp.layers.0.eh_proj" for line in own)
     return RankMemory(
-        stage=stage,
+        stage=rank,
         parameters=dense + experts,
         parameter_bytes=(dense + experts) * (2 if reduced else 4),
         gradient_bytes=(dense + experts) * _GRADIENT_BYTES,
         optimizer_bytes=optimized * (_MOMENT_BYTES + (_MASTER_BYTES if reduced else 0)),
+        quantized_bytes=sum(_quantized(local, linear) for linear in own),
+        buffer_bytes=local.gathered * (2 if joins else 1) if local.splits_sequence else 0,
+        kept_bytes=kept,
+        in_flight=max(in_flight),
+        activation_bytes=activation,
+        collective_bytes=exchanged,
     )
+
+
+def _quantized(local: Local, linear: Linear) -> int:
+    """precision.linear's `weight_operand`: one operand where 16 x 16 blocks serve fprop and dgrad,
+    else one for each of them in a block format."""
+    formats = local.formats.get(linear.path)
+    if formats is None:
+        return 0
+    dense, experts = _held(local.config, [linear.weight])
+    return (dense + experts) * _OPERAND_BYTES * _operands(formats)
+
+
+def _operands(formats: LinearFormats) -> int:
+    forward, backward = (form in ("nvfp4", "mxfp8") for form in (formats.fprop, formats.dgrad))
+    shared = formats.fprop == formats.dgrad == "nvfp4" and formats.weight_2d
+    return 1 if shared else forward + backward
+
+
+# The order of a step ------------------------------------------------------------------------
+
+
+def _in_flight(config: Config, derived: Derived, rank: int) -> list[int]:
+    """Most micro-batches between forward and backward pass on each of a rank's stages.
+
+    1F1B (arXiv 2104.04473, section 2.2): as many as stages from here to the end. Interleaved:
+    Megatron's warm-up of two for each rank behind and a group of `pipeline` for each further stage,
+    and one, dealt to the stages in groups of `pipeline`."""
+    num_ranks, stages = config.parallel.pipeline, config.parallel.virtual_pipeline
+    micro_batches = derived.micro_batches_per_step
+    if stages == 1:
+        return [min(micro_batches, num_ranks - rank)]
+    total = min((num_ranks - rank - 1) * 2 + (stages - 1) * num_ranks + 1, micro_batches * stages)
+    found = [0] * stages
+    for number in range(total):
+        found[number // num_ranks % stages] += 1
+    return found
+
+
+def _activations(tapes: list[list[Part]], in_flight: list[int]) -> tuple[int, int]:
+    """Bytes that one micro-batch keeps on all of a rank's stages, and the peak with as many in
+    flight as there are."""
+    walks = [walk(tape) for tape in tapes]
+    held = sum(kept * count for (kept, _), count in zip(walks, in_flight, strict=True))
+    return sum(kept for kept, _ in walks), held + max(peak - kept for kept, peak in walks)
+
+
+def walk(tape: Sequence[Part]) -> tuple[int, int]:
+    """Forward, then backward through `tape`: bytes kept between the two, and the most at once."""
+    live = peak = 0
+    for part in tape:
+        after, most = _forward(part.ops, live)
+        peak = max(peak, most)
+        live = live + part.output + part.inputs if part.again else after
+    kept, gradient = live, 0
+    for part in reversed(tape):
+        if part.again:
+            again, most = _forward(part.ops, live + gradient)
+            peak, live = max(peak, most), again - gradient - part.output
+        for op in reversed(part.ops):
+            peak = max(peak, live + gradient + op.backward)
+            live, gradient = live - op.keeps, op.gradient
+        live += part.waits - part.inputs
+        peak = max(peak, live)
+    return kept, peak
+
+
+def _forward(ops: Sequence[Op], live: int) -> tuple[int, int]:
+    """Live bytes after the operators, and the most while they run."""
+    peak = live
+    for op in ops:
+        peak = max(peak, live + op.forward)
+        live += op.keeps
+    return live, peak
+
+
+def _stage_tape(local: Local, derived: Derived, stage: int) -> list[Part]:
+    """All that a micro-batch passes on a pipeline stage, in forward order."""
+    config = local.config
+    sizes = derived.layers_per_stage
+    start, last = sum(sizes[:stage]), stage == len(sizes) - 1
+    decoder = [shape for shape in layers(config.model) if not shape.in_mtp]
+    table = _weight_bytes(local, embedding_tensors(config.model))
+    embeds_again = last and config.model.mtp.depths > 0
+    if stage == 0:
+        first = Part((activations.embedding(local),), waits=-table if embeds_again else 0)
+    else:
+        first = Part((Op("received", local.stream, local.stream, local.stream),))
+    tape = [first]
+    for shape in decoder[start : start + sizes[stage]]:
+        tape += activations.layer(local, LayerKind(shape.kind), shape.path)
+    return tape + (_end(local, shares_embedding=stage == 0) if last else [])
+
+
+def _end(local: Local, shares_embedding: bool) -> list[Part]:
+    """Output layer and multi-token prediction. A weight in use at several depths gathers its
+    gradient from the deepest on; the output layer's goes to its FP32 buffer at once if BF16."""
+    model = local.config.model
+    depths = model.mtp.depths
+    output = _weight_bytes(local, head_tensors(model)) if local.element == 4 and depths else 0
+    table = _weight_bytes(local, embedding_tensors(model))
+    block = [tensor for shape in layers(model) if shape.in_mtp for tensor in shape.tensors]
+    shared = _weight_bytes(local, [*block, *mtp_tensors(model)]) if depths > 1 else 0
+    tape = [Part(tuple(activations.head(local)), waits=-output)]
+    for depth in range(1, depths + 1):
+        waits = shared if depth == depths else 0
+        waits += table if depth == depths and (shares_embedding or depths > 1) else 0
+        if depth == 1:
+            waits -= shared + (0 if shares_embedding or depths == 1 else table)
+        tape.append(Part(tuple(activations.prediction_join(local)), waits=waits))
+        for shape in layers(model):
+            if shape.in_mtp:
+                tape += activations.layer(local, LayerKind(shape.kind), shape.path)
+        tape.append(Part(tuple(activations.head(local)), waits=output if depth == depths else 0))
+    return tape
+
+
+def _weight_bytes(local: Local, tensors: Iterable[Tensor]) -> int:
+    """Gradients of weights, in the weights' dtype, before they are added to the FP32 ones."""
+    return sum(_held(local.config, tensors)) * local.element

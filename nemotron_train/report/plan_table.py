@@ -13,7 +13,6 @@ from rich.table import Table
 from rich.text import Text
 
 from nemotron_train.config.derive import Derived
-from nemotron_train.config.memory import heaviest_rank
 from nemotron_train.config.schema import Config, ModelConfig
 from nemotron_train.model.shape import (
     LayerKind,
@@ -40,13 +39,16 @@ from nemotron_train.precision.plan import (
     share_rows,
 )
 from nemotron_train.precision.rules import claims
+from nemotron_train.report.plan_memory import MEMORY_COLUMNS, memory_lines, memory_rows
 from nemotron_train.report.plan_stages import STAGE_COLUMNS, balance_lines, stage_rows
+from nemotron_train.report.quantities import exact, format_bytes, format_count
 
 _KIND_NAMES = {
     LayerKind.mamba: "Mamba-2",
     LayerKind.attention: "attention",
     LayerKind.moe: "mixture of experts",
 }
+NUMERIC = {"parameters", "active", "FLOPs", "share", "count", *MEMORY_COLUMNS[1:]}
 _ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
 
 
@@ -68,22 +70,9 @@ def print_plan(config: Config, derived: Derived, console: Console, *, layers: bo
         _print_table(console, "Pipeline stages", STAGE_COLUMNS, stage_rows(config))
         for line in balance_lines(config):
             _print_line(console, f"  {line}")
-    _print_facts(console, "Memory of the fullest rank", _memory_facts(config, derived))
-
-
-def format_count(value: float) -> str:
-    """Three or four digits and a suffix: 123_611_033_088 -> `123.61 B`."""
-    for suffix, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
-        if value >= size:
-            return f"{value / size:.2f} {suffix}"
-    return f"{value:,.0f}"
-
-
-def format_bytes(value: float) -> str:
-    for suffix, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if value >= size:
-            return f"{value / size:.2f} {suffix}"
-    return f"{value:,.0f} B"
+    _print_table(console, "Memory a rank", MEMORY_COLUMNS, memory_rows(config, derived))
+    for line in memory_lines(config, derived):
+        _print_line(console, f"  {line}")
 
 
 # Layers -------------------------------------------------------------------------------------
@@ -212,18 +201,18 @@ def _mixing_text(model: ModelConfig, layer: LayerShape) -> list[str]:
 
 def _parameter_facts(model: ModelConfig) -> Iterable[tuple[str, str]]:
     counts = parameters(model)
-    yield "total", _exact(counts.total)
+    yield "total", exact(counts.total)
     if counts.mtp > 0:
-        yield "multi-token prediction", _exact(counts.mtp)
-        yield "total with it", _exact(counts.total_with_mtp)
+        yield "multi-token prediction", exact(counts.mtp)
+        yield "total with it", exact(counts.total_with_mtp)
     if counts.expert_bias > 0:
         yield (
             "with the routers' biases",
-            f"{_exact(counts.published)}: {counts.expert_bias:,} buffers, not trained",
+            f"{exact(counts.published)}: {counts.expert_bias:,} buffers, not trained",
         )
-    yield "active a token", _exact(counts.active_with_embeddings)
-    yield "  without embedding", _exact(counts.active_with_head_only)
-    yield "  nor output layer", _exact(counts.active_without_embeddings)
+    yield "active a token", exact(counts.active_with_embeddings)
+    yield "  without embedding", exact(counts.active_with_head_only)
+    yield "  nor output layer", exact(counts.active_without_embeddings)
 
 
 _PRECISION_COLUMNS = ("count", "linears", "fprop", "dgrad", "wgrad", "FLOPs", "rule")
@@ -339,27 +328,6 @@ def _rank_facts(config: Config, derived: Derived) -> Iterable[tuple[str, str]]:
         )
 
 
-def _memory_facts(config: Config, derived: Derived) -> Iterable[tuple[str, str]]:
-    memory = heaviest_rank(config, derived)
-    where = f", stage {memory.stage}" if config.parallel.pipeline > 1 else ""
-    yield (
-        "parameters",
-        f"{format_bytes(memory.parameter_bytes)}: {_exact(memory.parameters)} in "
-        f"{derived.parameter_dtype}{where}",
-    )
-    yield "gradients", f"{format_bytes(memory.gradient_bytes)} in float32"
-    masters = " and master weights" if derived.parameter_dtype != "float32" else ""
-    sharded = "over the replicas" if config.parallel.distributed_optimizer else "on every rank"
-    yield (
-        "optimizer",
-        f"{format_bytes(memory.optimizer_bytes)}: two moments{masters} in float32, {sharded}",
-    )
-    yield (
-        "together",
-        f"{format_bytes(memory.total_bytes)}, and activations, which are not estimated",
-    )
-
-
 # Printing -----------------------------------------------------------------------------------
 
 
@@ -374,7 +342,7 @@ def _print_table(
     _print_line(console, f"\n{title}", style="bold")
     table = Table(box=box.SIMPLE_HEAD if console.is_terminal else None, pad_edge=False)
     for column in columns:
-        numeric = column in {"parameters", "active", "FLOPs", "share", "count"}
+        numeric = column in NUMERIC
         table.add_column(column, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*map(Text, row))
@@ -387,7 +355,3 @@ def _print_facts(console: Console, title: str, facts: Iterable[tuple[str, str]])
     for name, value in facts:
         table.add_row(Text(f"  {name}"), Text(value))
     console.print(table)
-
-
-def _exact(value: int) -> str:
-    return f"{format_count(value)} ({value:,})"

@@ -320,7 +320,7 @@ def test_one_rank_holds_the_whole_model() -> None:
     derived = derive(BASE, 1)
     memory = heaviest_rank(BASE, derived)
     assert memory.parameters == derived.parameters
-    assert memory.total_bytes == 16 * derived.parameters
+    assert memory.state_bytes == 16 * derived.parameters
 
 
 def test_bf16_adds_a_master_copy_and_sharding_divides_it() -> None:
@@ -329,7 +329,7 @@ def test_bf16_adds_a_master_copy_and_sharding_divides_it() -> None:
     halves = heaviest_rank(
         config, derive(tiny("precision=bf16", "train.micro_batch_sequences=4"), 2)
     )
-    assert whole.total_bytes == (2 + 4 + 12) * whole.parameters
+    assert whole.state_bytes == (2 + 4 + 12) * whole.parameters
     assert halves.parameters == whole.parameters
     assert halves.optimizer_bytes == pytest.approx(whole.optimizer_bytes / 2, abs=24)
     derived = derive(config, 1)

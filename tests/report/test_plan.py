@@ -17,7 +17,8 @@ from nemotron_train.config.derive import derive
 from nemotron_train.config.schema import Config
 from nemotron_train.model.shape import forward_flops, linears
 from nemotron_train.precision.plan import plan_text, resolve, share_of_flops
-from nemotron_train.report.plan_table import format_bytes, format_count, print_plan
+from nemotron_train.report.plan_table import print_plan
+from nemotron_train.report.quantities import format_bytes, format_count
 
 RANKS = {
     "tiny": 1,

@@ -1,0 +1,313 @@
+"""Memory a rank: what `nemotron-train plan` predicts against what a step on this machine holds.
+
+    python -m benchmarks.memory [CASE ...]     # a Markdown table; no CASE: all of them
+
+Measured: bytes of live tensors, from torch's profiler, which sees every allocation and release of
+torch's CPU allocator from before the model is built; the peak is that of the second step (the first
+leaves quantized weights behind). Beside it, from a second run without the profiler, the growth of
+the peak resident set over what the imports left, which holds the C library's and oneDNN's caches
+and what was allocated and freed while building, too.
+
+Rows are packed as the prediction assumes: a short document in front of a long one, so that every
+mask exists and attention still sees (almost) whole rows. The router's load is whatever the initial
+weights give; `max_vio` is the fullest expert's over the mean, for which the prediction takes 1.25.
+"""
+
+import argparse
+import json
+import os
+import resource
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from nemotron_train.compose import compose_config
+from nemotron_train.config.derive import derive
+from nemotron_train.config.memory import rank_memory
+from nemotron_train.config.operators import Machine
+from nemotron_train.config.schema import Config
+
+MODEL = (
+    "model.name=benchmark",
+    "model.pattern=MEM*EME",
+    "model.hidden_size=256",
+    "model.vocab_size=1024",
+    "model.attention.heads=8",
+    "model.attention.key_value_heads=2",
+    "model.attention.head_dim=32",
+    "model.mamba.heads=16",
+    "model.mamba.head_dim=32",
+    "model.mamba.state_size=64",
+    "model.mamba.groups=2",
+    "model.mamba.chunk_size=64",
+    "model.moe.experts=16",
+    "model.moe.experts_per_token=2",
+    "model.moe.expert_hidden_size=128",
+    "model.moe.shared_expert_hidden_size=256",
+    "model.moe.latent_size=64",
+    "model.mtp.depths=0",
+    "precision=fp32",
+    "train.sequence_length=512",
+    "train.micro_batch_sequences=2",
+    "train.global_batch_tokens=4096",
+    "train.validation_tokens=4096",
+)
+
+
+def _recompute(mode: str) -> list[str]:
+    return [f"train.recompute.{kind}={mode}" for kind in ("mamba", "attention", "moe")]
+
+
+# Ranks, and what differs from MODEL.
+CASES: dict[str, tuple[int, list[str]]] = {
+    "FP32": (1, []),
+    "FP32, 2,048 tokens a row": (1, ["train.sequence_length=2048"]),
+    "FP32, two MTP depths": (1, ["model.mtp.depths=2"]),
+    "FP32, selective recomputation": (1, _recompute("selective")),
+    "FP32, full recomputation": (1, _recompute("full")),
+    "BF16": (1, ["precision=bf16"]),
+    "NVFP4 emulated": (1, ["precision=nvfp4_all"]),
+    "NVFP4 emulated, MTP, selective": (
+        1,
+        ["precision=nvfp4_nemotron3", "model.mtp.depths=2", *_recompute("selective")],
+    ),
+    "tensor 2 + sequence, MTP": (
+        2,
+        ["parallel.tensor=2", "parallel.sequence=true", "model.mtp.depths=2"],
+    ),
+    "pipeline 2": (2, ["parallel.pipeline=2"]),
+    "expert 2": (2, ["parallel.expert=2"]),
+    "data 2, BF16": (2, ["precision=bf16"]),
+    "context 2": (2, ["parallel.context=2"]),
+}
+
+
+def configuration(case: str) -> Config:
+    return compose_config([*MODEL, *CASES[case][1]])
+
+
+SHORT_DOCUMENT = 4  # tokens of the first of two documents in every row
+
+
+class PackedRows:
+    """Random tokens, two documents a row, whatever the state."""
+
+    def __init__(self, config: Config) -> None:
+        self._random = np.random.default_rng(0)
+        self._vocab_size = config.model.vocab_size
+        self._length = config.train.sequence_length
+
+    def take(self, state: object, num_sequences: int, rank_slice: tuple[int, int]) -> tuple:
+        from nemotron_train.data.batches import Batch
+
+        num_rows = rank_slice[1] - rank_slice[0]
+        tokens = self._random.integers(0, self._vocab_size, (num_rows, self._length + 1))
+        documents = np.zeros((num_rows, self._length), np.int64)
+        documents[:, SHORT_DOCUMENT:] = 1
+        batch = Batch(
+            tokens_BS=tokens[:, :-1].copy(),
+            labels_BS=tokens[:, 1:].copy(),
+            loss_mask_BS=np.ones((num_rows, self._length), np.float32),
+            document_ids_BS=documents,
+            sample_ids_B=np.arange(num_rows),
+            origins_B3=np.zeros((num_rows, 3), np.int64),
+        )
+        return batch, state
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """Live bytes of torch's CPU allocator over time, and named moments. Times in ns."""
+
+    times: list[int]
+    live: list[int]
+    spans: list[tuple[int, int, str]]  # start, end, name of every operation
+    marks: dict[str, int]
+
+    def at(self, time: int) -> int:
+        position = int(np.searchsorted(self.times, time, side="right"))
+        return self.live[position - 1] if position else 0
+
+    def peak(self, start: int, end: int) -> int:
+        """Largest number of live bytes between two moments."""
+        first, last = np.searchsorted(self.times, [start, end], side="right")
+        return max([self.at(start), *self.live[first:last]])
+
+
+class Run:
+    """This rank's part of a run on random rows. The imports are done when it exists, and nothing
+    is built yet. COLLECTIVE."""
+
+    def __init__(self, config: Config) -> None:
+        from nemotron_train.platform import device
+
+        self.config, self.platform, self.max_vio = config, device.prepare(1), 0.0
+        from nemotron_train.platform import groups as process_groups
+        from nemotron_train.train import session  # noqa: F401
+
+        self.groups = process_groups.start(config.parallel, self.platform.backend)
+
+    def steps(self, num_steps: int, mark: Callable[[str], Any]) -> None:
+        """Builds the model and takes steps; marks `built`, then `step_1` ... behind each."""
+        from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+        from nemotron_train.model.build import build_model, wrap_data_parallel
+        from nemotron_train.optim.build import build_optimizer
+        from nemotron_train.precision.attach import PrecisionControl
+        from nemotron_train.train.guard import Guard
+        from nemotron_train.train.loop import Progress
+        from nemotron_train.train.step import Trainer
+
+        config, groups = self.config, self.groups
+        model_parallel_cuda_manual_seed(config.train.seed)
+        model = wrap_data_parallel(build_model(config, self.platform, groups), config, groups)
+        trainer = Trainer(
+            config,
+            derive(config, int(os.environ.get("WORLD_SIZE", "1"))),
+            model,
+            build_optimizer(config, [model], groups, self.platform),
+            PackedRows(config),  # type: ignore[arg-type]
+            groups,
+            self.platform.device,
+            PrecisionControl(model.module, config, groups),
+            Guard(config.guard, self.platform.device),
+        )
+        mark("built")
+        progress = Progress(0, 0, None)  # type: ignore[arg-type]
+        for step in range(num_steps):
+            result = trainer(progress)
+            progress, self.max_vio = result.progress, float(result.metrics.get("max_vio", 0))
+            mark(f"step_{step + 1}")
+
+    def recorded(self, num_steps: int = 2) -> Timeline:
+        """The same under the profiler."""
+        from torch.profiler import ProfilerActivity, profile, record_function
+
+        def mark(name: str) -> None:
+            with record_function(f"mark {name}"):
+                pass
+
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            self.steps(num_steps, mark)
+        return _timeline(profiler)
+
+
+def _timeline(profiler: Any) -> Timeline:
+    changes, spans, marks = [], [], {}
+    for event in profiler.profiler.kineto_results.events():
+        name, start = event.name(), event.start_ns()
+        if name == "[memory]":
+            changes.append((start, event.nbytes()))
+        elif name.startswith("mark "):
+            marks[name.removeprefix("mark ")] = start
+        else:
+            spans.append((start, start + event.duration_ns(), name))
+    changes.sort(key=lambda change: change[0])
+    live = np.cumsum([size for _, size in changes]).tolist()
+    return Timeline([time for time, _ in changes], live, sorted(spans), marks)
+
+
+# A rank's process, and the table ------------------------------------------------------------
+
+
+def measure(config: Config) -> dict[str, Any]:
+    """Predicted and measured bytes of this rank; COLLECTIVE."""
+    num_ranks, rank = (int(os.environ.get(n, d)) for n, d in (("WORLD_SIZE", "1"), ("RANK", "0")))
+    run = Run(config)
+    timeline = run.recorded()
+    start, end = timeline.marks["step_1"], timeline.marks["step_2"]
+    machine = machine_here()
+    predicted = rank_memory(config, derive(config, num_ranks), machine)
+    own = predicted[rank * config.parallel.pipeline // num_ranks]
+    return {
+        "rank": rank,
+        "predicted": own.peak_bytes,
+        "predicted_lasting": own.lasting_bytes,
+        "measured": timeline.peak(start, end),
+        "measured_lasting": timeline.at(timeline.marks["built"]),
+        "max_vio": run.max_vio,
+        "memory": asdict(own),
+    }
+
+
+def machine_here() -> Machine:
+    """What the prediction has to know of this machine."""
+    from nemotron_train.platform import bfloat16_products
+
+    return Machine(wide_products=bfloat16_products.needed(), collective_copies=True)
+
+
+def measure_resident(config: Config) -> dict[str, Any]:
+    """Growth of this rank's peak resident set over what the imports left; COLLECTIVE."""
+    run = Run(config)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    run.steps(2, lambda name: None)
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"rank": int(os.environ.get("RANK", "0")), "resident": (after - before) * 1024}
+
+
+def on_ranks(case: str, resident: bool = False) -> list[dict[str, Any]]:
+    """One measurement of a case in processes of its own, the first rank's first."""
+    num_ranks = CASES[case][0]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "benchmarks.memory", "--rank", case]
+    processes = []
+    for rank in range(num_ranks):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks}
+        place |= {"LOCAL_WORLD_SIZE": num_ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment = os.environ | {name: str(value) for name, value in place.items()}
+        processes.append(
+            subprocess.Popen(
+                [*command, "--resident"] if resident else command,
+                env=environment | {"OMP_NUM_THREADS": "1"},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    found = []
+    for process in processes:
+        out, err = process.communicate(timeout=600)
+        if process.returncode:
+            raise RuntimeError(f"{case}: a rank ended with {process.returncode}\n{err}")
+        found.append(json.loads(out.splitlines()[-1]))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=", ".join(CASES))
+    parser.add_argument("--rank", metavar="CASE", help=argparse.SUPPRESS)
+    parser.add_argument("--resident", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.rank:
+        config = configuration(arguments.rank)
+        print(json.dumps(measure_resident(config) if arguments.resident else measure(config)))
+        from nemotron_train.platform import groups
+
+        return groups.stop()
+    print("| configuration | rank | lasting | predicted | measured | ratio | resident | max_vio |")
+    print("|---|---|---|---|---|---|---|---|")
+    for case in arguments.cases or CASES:
+        for row, beside in zip(on_ranks(case), on_ranks(case, resident=True), strict=True):
+            mib = {
+                name: value / 2**20 for name, value in {**row, **beside}.items() if name != "memory"
+            }
+            print(
+                f"| {case} | {row['rank']} of {CASES[case][0]} | {mib['predicted_lasting']:.1f} "
+                f"| {mib['predicted']:.1f} | {mib['measured']:.1f} "
+                f"| {row['predicted'] / row['measured']:.3f} | {mib['resident']:.0f} "
+                f"| {row['max_vio']:.2f} |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
