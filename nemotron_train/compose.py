@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from nemotron_train.config.schema import Config, ConfigError
-from nemotron_train.train.lineage import parse_branch, switched_precision
+from nemotron_train.train.lineage import apply_recorded, parse_branch
 
 RECIPE_FILE_ENDS = (".yaml", ".yml")
 
@@ -188,15 +188,13 @@ def _load_parent_config(branch: str) -> Any:
 
 
 def _load_from_run(folder: Path, asked: str, before_step: int | None = None) -> Any:
-    """config.yaml of a run folder and the precision plan that it was switched to since."""
+    """config.yaml of a run folder, with the precision plan and the phases that came since."""
     from omegaconf import OmegaConf
 
     if not folder.is_dir():
         raise ConfigError(f"{asked}: no such run folder")
     base = _load_yaml(folder / "config.yaml", asked)
-    switched = switched_precision(folder, before_step)
-    if switched is not None:
-        base["precision"] = switched
+    apply_recorded(base, folder, before_step)
     # Stopping early, or another plan, was asked of the process of then, not of the run.
     once = {"train": {"stop_after_steps": 0}, "switch_precision": False}
     return OmegaConf.merge(base, once)

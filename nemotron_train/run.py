@@ -155,7 +155,12 @@ def record_start(
             highlight=False,
             soft_wrap=True,
         )
-    elif before is not None:
+    if parent is None and folder.adds_phases:
+        folder.record_phases(progress.step, progress.tokens, config.data.phases)
+        starts = ", ".join(str(phase.from_tokens) for phase in config.data.phases)
+        writer.write({"kind": "phases", **event, "from_tokens": starts})
+        console.print(f"data.phases: phases were added; they begin at {starts} tokens")
+    if parent is None and before is not None:
         folder.record_switch(progress.step, progress.tokens, before, plan, config.precision)
         plans = {"precision_before": brief(before), "precision_after": brief(plan)}
         writer.write({"kind": "switch", **event, **plans})

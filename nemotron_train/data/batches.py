@@ -20,6 +20,7 @@ from nemotron_train.data.blend import (
     fingerprint,
     schedule,
 )
+from nemotron_train.data.fingerprint import describe
 from nemotron_train.data.indexed import file_sha256
 from nemotron_train.data.tokenize import FILE_NAME as TOKENIZER_FILE
 from nemotron_train.data.windows import WindowedSource
@@ -50,6 +51,8 @@ class BatchSource:
     Opens and checks all data at once, so that bad input stops a run before it trains. Raises
     ConfigError for what WindowedSource and blend.py refuse, an empty blend, phases out of order,
     and tokenizers that differ between the sources or from `data.tokenizer`.
+
+    `description`: what a checkpoint remembers of the data (`data.fingerprint`).
     """
 
     def __init__(
@@ -84,6 +87,7 @@ class BatchSource:
                         shuffle=split == "train",
                     )
             self._phases.append(_phase(phase, by_path, knob))
+        self.description = describe(config, wanted, by_path, sequence_length, seed)
         for source in by_path.values():
             self._sources.setdefault(source.key, source)
         self._keys = list(self._sources)

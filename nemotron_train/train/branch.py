@@ -13,9 +13,10 @@ from nemotron_train.config.schema import Config, ConfigError
 from nemotron_train.data.batches import BatchSource
 from nemotron_train.precision.record import plan_record
 from nemotron_train.train.integrity import MANIFEST, damage, step_folder, steps_in
+from nemotron_train.train.knobs import changed_knobs
 from nemotron_train.train.lineage import brief, parse_branch
-from nemotron_train.train.run_folder import changed_knobs, read_config, read_json, run_path
-from nemotron_train.train.saved import check_model, plan_of, progress_of
+from nemotron_train.train.run_folder import read_config, read_json, run_path
+from nemotron_train.train.saved import check_data, check_model, plan_of, progress_of
 
 
 def branch_checkpoint(branch: str) -> Path:
@@ -59,6 +60,7 @@ def check_branch(config: Config, train_data: BatchSource) -> dict[str, Any] | No
             f"saved with {was_sharded} and cannot be loaded otherwise; leave it"
         )
     progress = progress_of(checkpoint)
+    check_data(checkpoint, train_data.description)
     train_data.take(progress.data, 0)
     if progress.tokens >= config.train.total_tokens:
         raise ConfigError(

@@ -15,7 +15,7 @@ import pickle
 import queue
 import shutil
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,8 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
-from torch.distributed.checkpoint import CheckpointException, filesystem
+from torch.distributed.checkpoint import filesystem
+from torch.distributed.checkpoint.api import CheckpointException
 
 from nemotron_train.config.schema import Config, ConfigError
 from nemotron_train.optim.build import load_optimizer_state
@@ -72,7 +73,8 @@ def no_code_runs() -> Iterator[None]:
     try:
         yield
     finally:
-        torch.load, filesystem.pickle = load, pickle
+        torch.load = load
+        filesystem.pickle = pickle  # type: ignore[assignment]
 
 
 def agreed_latest(
@@ -105,13 +107,15 @@ class Checkpoints:
         optimizer: MegatronOptimizer,
         groups: ProcessGroupCollection,
         config: Config,
-        plan: dict[str, Any],
+        plan: Mapping[str, Any],
+        data: Mapping[str, Any],
         check_held: Callable[[], None],
         say: Callable[[str], None],
     ) -> None:
         self._folder, self._keep, self._say = folder, config.train.keep_checkpoints, say
         self._chunks, self._optimizer = chunks, optimizer
-        self._config, self._plan, self._check_held = config, plan, check_held
+        self._config, self._plan, self._data = config, plan, data
+        self._check_held = check_held
         self._rank, self._num_ranks = dist.get_rank(), dist.get_world_size()
         self._background = Background()
         self._verified: set[int] = set()  # steps that this process has read whole, or written
@@ -162,7 +166,7 @@ class Checkpoints:
             async_sharded_save=True,
             async_strategy="mcore",
         )
-        texts = saved.texts_of(progress, self._config, self._plan, self._num_ranks)
+        texts = saved.texts_of(progress, self._config, self._plan, self._data, self._num_ranks)
         states = random_states.capture()
         self._background.start(
             lambda: (*_write_shards(planner.writer, partial), states),

@@ -1,6 +1,7 @@
-"""Where a run's weights and its precision plan come from: `branch=RUN@STEP`, switches of the plan.
+"""Where a run's weights, its precision plan and its data come from: `branch=RUN@STEP`, switches of
+the plan, phases added to the blend.
 
-Owns: the grammar of `branch=`, the contents of `lineage.json` in a run folder, which plan was in
+Owns: the grammar of `branch=`, the contents of `lineage.json` in a run folder, which knobs were in
 force at a step. Does not own: writing files (`run_folder`), loading weights (`checkpoint`), the
 plan itself. No torch.
 
@@ -9,11 +10,12 @@ plan itself. No torch.
     branched_from: run, step, tokens, run_id, checkpoint (SHA-256 of its manifest), precision before
         and after (name, digest), changed (every other knob that differs)
     switches: step, tokens, before, after (name, digest), precision (the knobs from there on)
+    phases: step, tokens, phases (data.phases from there on)
 """
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,8 @@ def read_lineage(folder: Path) -> dict[str, Any]:
         for switch in loaded.get("switches", []):
             assert isinstance(switch["step"], int) and isinstance(switch["precision"], dict)
             assert isinstance(switch["after"]["digest"], str)
+        for change in loaded.get("phases", []):
+            assert isinstance(change["step"], int) and isinstance(change["phases"], list)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, AttributeError, KeyError, TypeError, AssertionError) as error:
@@ -50,15 +54,24 @@ def read_lineage(folder: Path) -> dict[str, Any]:
     return loaded
 
 
-def switched_precision(folder: Path, before_step: int | None = None) -> dict[str, Any] | None:
-    """The `precision` knobs of the last switch, or of the last one before a step; None where
-    config.yaml's own hold."""
-    switches = [
-        switch
-        for switch in read_lineage(folder).get("switches", [])
-        if before_step is None or switch["step"] < before_step
-    ]
-    return switches[-1]["precision"] if switches else None
+def apply_recorded(config: Any, folder: Path, before_step: int | None = None) -> None:
+    """Puts into `config` (config.yaml as loaded) what the run was changed to since, or before a
+    step: the knobs under `precision`, and `data.phases`."""
+    lineage = read_lineage(folder)
+
+    def last(kind: str) -> dict[str, Any] | None:
+        made = [
+            change
+            for change in lineage.get(kind, [])
+            if before_step is None or change["step"] < before_step
+        ]
+        return made[-1] if made else None
+
+    switch, phases = last("switches"), last("phases")
+    if switch is not None:
+        config["precision"] = switch["precision"]
+    if phases is not None:
+        config["data"]["phases"] = phases["phases"]
 
 
 def is_recorded(folder: Path, step: int, plan: Record) -> bool:
@@ -92,6 +105,15 @@ def with_switch(
         "precision": dict(precision),
     }
     return {**lineage, "switches": [*earlier, switch]}
+
+
+def with_phases(
+    lineage: Record, step: int, tokens: int, phases: Sequence[Record]
+) -> dict[str, Any]:
+    """`lineage` with phases added to the blend; changes at steps that are run again are dropped."""
+    earlier = [change for change in lineage.get("phases", []) if change["step"] < step]
+    change = {"step": step, "tokens": tokens, "phases": list(phases)}
+    return {**lineage, "phases": [*earlier, change]}
 
 
 def brief(record: Record) -> dict[str, str]:

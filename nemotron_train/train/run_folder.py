@@ -10,7 +10,6 @@ Only one rank opens the folder; it tells the others.
 
 import contextlib
 import dataclasses
-import enum
 import json
 import os
 import platform
@@ -30,38 +29,20 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nemotron_train.config.schema import Config, ConfigError, PrecisionConfig
+from nemotron_train.config.schema import Config, ConfigError, DataPhase, PrecisionConfig
 from nemotron_train.precision.record import plan_record
 from nemotron_train.train.integrity import sweep
+from nemotron_train.train.knobs import PHASES, adds_phases, differences, is_free, to_plain
 from nemotron_train.train.lineage import (
     LINEAGE,
     Record,
+    apply_recorded,
     read_lineage,
     refusal,
-    switched_precision,
+    with_phases,
     with_switch,
 )
 from nemotron_train.train.run_lock import RunLock, acquire
-
-# Knobs that may differ between the processes of one run: where it lies, when it saves, looks and
-# reports, how many threads it uses. Everything else would change the trajectory.
-FREE_KNOBS = (
-    "name",
-    "folder",
-    "resume",
-    "switch_precision",
-    "logging",
-    "guard",
-    "train.threads",
-    "train.rendezvous_seconds",
-    "train.log_every_steps",
-    "train.validate_every_steps",
-    "train.save_every_steps",
-    "train.keep_checkpoints",
-    "train.stop_after_steps",
-    "train.stop_after_minutes",
-    "train.recompute",
-)
 
 PACKAGES = (
     "nemotron-train",
@@ -88,6 +69,7 @@ class RunFolder:
     run_id: str
     is_new: bool  # nobody trained in it before
     plan_before: Record | None = None  # the precision plan that this start is allowed to change
+    adds_phases: bool = False  # this start adds phases to the blend
     lock: RunLock | None = field(repr=False, default=None)  # held until the process ends
 
     @property
@@ -112,6 +94,11 @@ class RunFolder:
         """From `step` on the run is trained under the plan `after`: `precision`'s knobs."""
         knobs = to_plain(precision)
         lineage = with_switch(read_lineage(self.path), step, tokens, before, after, knobs)
+        write_atomically(self.path / LINEAGE, _to_json(lineage))
+
+    def record_phases(self, step: int, tokens: int, phases: Sequence[DataPhase]) -> None:
+        """From `step` on the run knows these phases of the blend."""
+        lineage = with_phases(read_lineage(self.path), step, tokens, to_plain(phases))
         write_atomically(self.path / LINEAGE, _to_json(lineage))
 
     def record_branch(self, parent: Record) -> None:
@@ -190,13 +177,13 @@ def _open(
         write_atomically(config_path, _to_yaml(wanted))
     else:
         stored = read_config(path)
-        changed = _differences(to_plain(stored), wanted)
+        changed = differences(to_plain(stored), wanted)
         _refuse_another_run(path, changed)
         plan_before = _plan_before(path, stored, config, changed)
     write_atomically(path / "derived.yaml", _to_yaml(to_plain(derived)))
     write_atomically(path / "precision.txt", precision_text.rstrip("\n") + "\n")
     run_id = _record_start(path / "environment.json", command or sys.argv, hosts, changed)
-    return RunFolder(path, run_id, is_new, plan_before)
+    return RunFolder(path, run_id, is_new, plan_before, PHASES in changed)
 
 
 def run_path(config: Config) -> Path:
@@ -218,7 +205,11 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def _refuse_another_run(path: Path, changed: Mapping[str, Sequence[Any]]) -> None:
-    fixed = [k for k in changed if not _is_free(k) and not k.startswith("precision.")]
+    fixed = [
+        knob
+        for knob, (old, new) in changed.items()
+        if not (is_free(knob) or knob.startswith("precision.") or adds_phases(knob, old, new))
+    ]
     if not fixed:
         return
     shown = ", ".join(f"{k} was {changed[k][0]!r}, now {changed[k][1]!r}" for k in fixed[:3])
@@ -235,7 +226,7 @@ def refuse_another_run(config: Config) -> None:
     path = run_path(config)
     if (path / "config.yaml").exists():
         stored = read_config(path)
-        changed = _differences(to_plain(stored), to_plain(config))
+        changed = differences(to_plain(stored), to_plain(config))
         _refuse_another_run(path, changed)
         _plan_before(path, stored, config, changed)
 
@@ -257,38 +248,13 @@ def _plan_before(
     raise ConfigError(refusal(path, before, now, path, detail))
 
 
-def changed_knobs(old: Config, new: Config) -> dict[str, list[Any]]:
-    """Dotted knob -> [old value, new value], for all that can change the trajectory but the
-    precision plan (`precision.record` tells two of them apart)."""
-    old = dataclasses.replace(old, branch=new.branch, precision=new.precision)
-    different = _differences(to_plain(old), to_plain(new))
-    return {knob: values for knob, values in different.items() if not _is_free(knob)}
-
-
-def _is_free(knob: str) -> bool:
-    return any(knob == free or knob.startswith(f"{free}.") for free in FREE_KNOBS)
-
-
-def _differences(old: Any, new: Any, prefix: str = "") -> dict[str, list[Any]]:
-    """Dotted knob -> [old value, new value], where two plain trees differ."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        found: dict[str, list[Any]] = {}
-        for key in [*new, *(key for key in old if key not in new)]:
-            name = f"{prefix}.{key}" if prefix else str(key)
-            found |= _differences(old.get(key), new.get(key), name)
-        return found
-    return {} if old == new else {prefix: [old, new]}
-
-
 def read_config(folder: Path, before_step: int | None = None) -> Config:
-    """What a run folder's config.yaml asks, with the defaults of knobs that came later and the
-    precision plan that the run was switched to since (before a step). Raises ConfigError."""
+    """What a run folder's config.yaml asks, with the defaults of knobs that came later and what
+    lineage.json says was changed since (before a step). Raises ConfigError."""
     path = folder / "config.yaml"
-    switched = switched_precision(folder, before_step)
     try:
         loaded = cast(DictConfig, OmegaConf.load(path))
-        if switched is not None:
-            loaded["precision"] = switched
+        apply_recorded(loaded, folder, before_step)
         merged = OmegaConf.merge(OmegaConf.structured(Config), loaded)
         return cast(Config, OmegaConf.to_object(merged))
     except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
@@ -373,22 +339,6 @@ def _without_secrets(word: str) -> str:
     if equals and SECRET_NAME.search(name.rpartition(".")[2]):
         return f"{name}=***"
     return SECRET_VALUE.sub("***", word)
-
-
-def to_plain(value: Any) -> Any:
-    """Dataclasses, enums, paths and tuples as what YAML and JSON can hold."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        names = [entry.name for entry in dataclasses.fields(value)]
-        return {name: to_plain(getattr(value, name)) for name in names}
-    if isinstance(value, enum.Enum):
-        return value.name
-    if isinstance(value, Mapping):
-        return {str(to_plain(key)): to_plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [to_plain(entry) for entry in value]
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    return str(value)
 
 
 def _to_yaml(value: Any) -> str:

@@ -2,6 +2,7 @@
 
     progress.json    step, tokens, the data's cursor, the model
     precision.json   the precision plan it was trained under (`precision.record`)
+    data.json        the data: checksums, blend weights, sequence length, seed, tokenizer
     about.json       the whole configuration, versions of the frameworks, ranks and their layout
     random.json      states of the random generators of every rank (`train.random_states`)
 
@@ -16,16 +17,22 @@ from typing import Any
 
 from nemotron_train.config.schema import Config, ConfigError, ModelConfig
 from nemotron_train.data.batches import DataState
+from nemotron_train.data.fingerprint import REMEDY, changed_data
 from nemotron_train.precision.record import UNKNOWN
+from nemotron_train.train.knobs import to_plain
 from nemotron_train.train.loop import Progress
-from nemotron_train.train.run_folder import package_versions, to_plain
+from nemotron_train.train.run_folder import package_versions
 
 PROGRESS, PRECISION = "progress.json", "precision.json"
-ABOUT, RANDOM = "about.json", "random.json"
+ABOUT, RANDOM, DATA = "about.json", "random.json", "data.json"
 
 
 def texts_of(
-    progress: Progress, config: Config, plan: Mapping[str, Any], num_ranks: int
+    progress: Progress,
+    config: Config,
+    plan: Mapping[str, Any],
+    data: Mapping[str, Any],
+    num_ranks: int,
 ) -> dict[str, str]:
     """File name -> content of all that is known before the tensors are written."""
     state = {
@@ -39,7 +46,7 @@ def texts_of(
         "ranks": num_ranks,
         "config": to_plain(config),
     }
-    contents = {PROGRESS: state, PRECISION: plan, ABOUT: about}
+    contents = {PROGRESS: state, PRECISION: plan, DATA: data, ABOUT: about}
     return {name: json.dumps(content, indent=1) for name, content in contents.items()}
 
 
@@ -68,6 +75,15 @@ def plan_of(path: Path) -> dict[str, Any]:
     if not (path / PRECISION).exists():  # of weights that were not trained here
         return UNKNOWN
     return json.loads((path / PRECISION).read_text())
+
+
+def check_data(path: Path, now: Mapping[str, Any]) -> None:
+    """Raises ConfigError, naming what changed, where the data up to the checkpoint in `path` is not
+    what `now` (`BatchSource.description`) says."""
+    before = json.loads((path / DATA).read_text())
+    problem = changed_data(before, now, progress_of(path).data.phase)
+    if problem:
+        raise ConfigError(f"{problem}; {path} was trained on the former: {REMEDY}")
 
 
 def progress_of(path: Path) -> Progress:

@@ -35,7 +35,7 @@ from nemotron_train.train.loop import Hook, Progress, fit
 from nemotron_train.train.metrics import MetricsWriter
 from nemotron_train.train.progress_bar import ProgressDisplay
 from nemotron_train.train.roll_back import GuardedStep
-from nemotron_train.train.saved import plan_of, progress_of
+from nemotron_train.train.saved import check_data, plan_of, progress_of
 from nemotron_train.train.starts import STOP_FILE
 from nemotron_train.train.step import Trainer
 from nemotron_train.train.stop import StopOnRequest
@@ -97,6 +97,7 @@ class Session:
             groups,
             config,
             self.plan,
+            train_data.description,
             check_held,
             console.print,
         )
@@ -110,6 +111,7 @@ class Session:
             path, is_branch = branch_checkpoint(self.config.branch), True
         if path is None:
             return Progress(0, 0, self.train_data.state_at_start())
+        check_data(path, self.train_data.description)
         before = plan_of(path)
         if before["digest"] != self.plan["digest"]:
             step = progress_of(path).step
