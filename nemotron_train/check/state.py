@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from nemotron_train.check.compare import Shard
 from nemotron_train.optim.gradients import whole_gradients
+from nemotron_train.optim.update import gather_parameters
 from nemotron_train.precision.attach import global_modules
 from nemotron_train.train import random_states
 from nemotron_train.train.integrity import damage, step_folder
@@ -36,7 +37,9 @@ def model_metadata(groups: ProcessGroupCollection) -> dict[str, Any]:
 
 
 def weight_shards(models: Sequence[DistributedDataParallel], metadata: dict) -> list[Shard]:
-    """This rank's parameters and persistent buffers (router biases), one shard a tensor."""
+    """This rank's parameters and persistent buffers (router biases), one shard a tensor.
+    COLLECTIVE."""
+    gather_parameters(models)
     return [_shard(tensor) for model in models for tensor in _tensors(model, metadata, _as_it_is)]
 
 

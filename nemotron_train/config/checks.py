@@ -10,7 +10,14 @@ from dataclasses import replace
 from math import inf
 from operator import attrgetter
 
-from nemotron_train.config.schema import Config, ConfigError, DataKind, Dtype, ModelConfig
+from nemotron_train.config.schema import (
+    Config,
+    ConfigError,
+    DataKind,
+    Dtype,
+    ModelConfig,
+    ParallelConfig,
+)
 from nemotron_train.model.shape import LayerKind, parse_pattern
 from nemotron_train.model.stages import stage_pattern
 from nemotron_train.precision.plan import check_plan
@@ -68,6 +75,7 @@ _ABOVE_ZERO = (
     "parallel.context",
     "parallel.expert",
     "parallel.expert_tensor",
+    "parallel.bucket_parameters",
     "train.total_tokens",
     "train.sequence_length",
     "train.global_batch_tokens",
@@ -286,6 +294,7 @@ def _check_ranks(config: Config, num_ranks: int) -> None:
                 f"{num_ranks} rank(s) cannot be divided by {knobs} = {size}: launch a multiple "
                 f"of {size} ranks or make a dimension smaller"
             )
+    _check_overlap(parallel)
     dtype = config.precision.parameter_dtype
     if dtype == Dtype.bfloat16 and not parallel.distributed_optimizer:
         # UPSTREAM(megatron-core 0.19.2): its plain optimizer mixes up BF16 parameters and those
@@ -293,6 +302,21 @@ def _check_ranks(config: Config, num_ranks: int) -> None:
         raise ConfigError(
             "parallel.distributed_optimizer=false with precision.parameter_dtype=bfloat16: such a "
             "run could not save a checkpoint; leave the optimizer distributed"
+        )
+
+
+def _check_overlap(parallel: ParallelConfig) -> None:
+    if parallel.overlap_parameter_gather and not (
+        parallel.distributed_optimizer and parallel.overlap_gradient_reduce
+    ):
+        raise ConfigError(
+            "parallel.overlap_parameter_gather=true needs parallel.distributed_optimizer=true and "
+            "parallel.overlap_gradient_reduce=true: it gathers what they cut"
+        )
+    if parallel.overlap_pipeline and parallel.virtual_pipeline == 1:
+        raise ConfigError(
+            "parallel.overlap_pipeline=true needs parallel.virtual_pipeline above 1: a rank with "
+            "one stage has nothing else to compute while it sends"
         )
 
 

@@ -269,6 +269,10 @@ class ParallelConfig:
     expert_tensor: int = 1  # ranks that share every expert's hidden width
     sequence: bool = False  # sequence parallel: shard norms and residuals over the tensor group
     distributed_optimizer: bool = True  # shard optimizer state over the data-parallel ranks
+    overlap_gradient_reduce: bool = False  # reduce a full bucket while the backward pass goes on
+    overlap_parameter_gather: bool = False  # gather a bucket while the forward pass goes on
+    bucket_parameters: int = 40_000_000  # elements a bucket; means nothing without overlap
+    overlap_pipeline: bool = False  # send to the next stage while another chunk computes
 
 
 class RecomputeMode(StrEnum):

@@ -5,6 +5,7 @@ A rank holds one chunk of the model, the layers of its pipeline stage; with inte
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -16,6 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from nemotron_train.config.schema import Config
 from nemotron_train.model.hybrid import NemotronModel, stack_spec
 from nemotron_train.model.initialize import initialize
+from nemotron_train.model.latent_moe import LatentMoELayer
 from nemotron_train.model.specs import parts, stack_submodules
 from nemotron_train.model.stages import stage_pattern
 from nemotron_train.model.translate import transformer_config
@@ -101,30 +103,58 @@ def wrap_data_parallel(
     model: NemotronModel, config: Config, groups: ProcessGroupCollection
 ) -> DistributedDataParallel:
     """Megatron's DDP: FP32 gradient buffers, summed (not averaged) over data-parallel ranks."""
+    parallel = config.parallel
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
-        overlap_grad_reduce=False,
-        use_distributed_optimizer=config.parallel.distributed_optimizer,
+        overlap_grad_reduce=parallel.overlap_gradient_reduce,
+        overlap_param_gather=parallel.overlap_parameter_gather,
+        bucket_size=parallel.bucket_parameters,
+        use_distributed_optimizer=parallel.distributed_optimizer,
         check_for_nan_in_grad=False,
     )
     layout = None
-    if config.parallel.distributed_optimizer:
+    if parallel.distributed_optimizer:
         layout = DistributedOptimizer.compute_full_param_layout(
             list(model.parameters()),
-            None,  # without overlap there is one bucket
+            # Without overlap there is one bucket.
+            parallel.bucket_parameters if parallel.overlap_gradient_reduce else None,
             groups.dp_cp.size(),
             ddp_config,
             expert_data_parallel_world_size=groups.expt_dp.size(),
         )
         for buffer in layout.layouts.values():
             _count_padding_between_buckets(buffer)
-    return DistributedDataParallel(
+    wrapped = DistributedDataParallel(
         config=model.config,
         ddp_config=ddp_config,
         module=model,
         pg_collection=groups,
         full_param_layout=layout,
     )
+    for parameter in model.parameters():
+        parameter.shows_gradient = parallel.overlap_gradient_reduce  # see `model.hybrid`
+    if parallel.overlap_parameter_gather:
+        _wait_for_whole_layers(wrapped)
+    return wrapped
+
+
+def _wait_for_whole_layers(wrapped: DistributedDataParallel) -> None:
+    """Let each layer wait for all of its weights before it computes.
+
+    UPSTREAM(megatron-core 0.19.2): a module waits for its own parameters when it is called, but
+    experts' weights and a router's are read by the layer above, without a call.
+    """
+    model: Any = wrapped
+
+    def wait(module: torch.nn.Module, *unused: object) -> None:
+        for parameter in module.parameters():
+            group = model.param_to_bucket_group.get(parameter)
+            if group is not None:
+                group.finish_param_sync()
+
+    for module in wrapped.modules():
+        if isinstance(module, LatentMoELayer):
+            module.register_forward_pre_hook(wait)
 
 
 def _count_padding_between_buckets(buffer: PerBufferParamLayout) -> None:

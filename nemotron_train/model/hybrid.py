@@ -58,10 +58,12 @@ class _AccumulateInMainGrad(torch.autograd.Function):
         return weight.view_as(weight)
 
     @staticmethod
-    def backward(ctx: object, *grads: torch.Tensor) -> None:
+    def backward(ctx: object, *grads: torch.Tensor) -> torch.Tensor | None:
         weight = ctx.weight  # type: ignore[attr-defined]
         weight.main_grad.add_(grads[0])
         weight.grad_added_to_main_grad = True
+        # Megatron's overlapped reduction wants a gradient to see, and then ignores it.
+        return weight.new_zeros(()).expand_as(weight) if weight.shows_gradient else None
 
 
 # Transformer Engine's pickled extra state of a module, or of one expert of a grouped linear.

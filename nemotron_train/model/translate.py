@@ -91,6 +91,7 @@ def transformer_config(
         use_cpu_initialization=platform.device == "cpu",
         gradient_accumulation_fusion=False,
         cuda_graph_modules=[],
-        batch_p2p_comm=platform.device != "cpu",
+        batch_p2p_comm=platform.device != "cpu" and not parallel.overlap_pipeline,
+        overlap_p2p_comm=parallel.overlap_pipeline,
         **(precision_fields or {}),
     )

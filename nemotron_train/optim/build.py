@@ -65,6 +65,7 @@ def build_optimizer(
             bf16=config.precision.parameter_dtype == "bfloat16",
             params_dtype=dtype,
             use_distributed_optimizer=config.parallel.distributed_optimizer,
+            overlap_param_gather=config.parallel.overlap_parameter_gather,
             log_num_zeros_in_grad=True,
         ),
         list(model),

@@ -5,7 +5,11 @@ Its own `step()` computes the norm, clips and updates in one call, and clips by 
 finite before it could be told of. The halves do the same in the same order, bit for bit.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
@@ -29,3 +33,13 @@ def apply_update(optimizer: MegatronOptimizer, grad_norm: float) -> int:
     num_zeros = optimizer.count_zeros()
     optimizer.step_with_ready_grads()
     return int(num_zeros)
+
+
+@torch.no_grad()
+def gather_parameters(chunks: Sequence[DistributedDataParallel]) -> None:
+    """Make every rank's weights those of the last update where `parallel.overlap_parameter_gather`
+    leaves that to the next forward pass: for whoever reads weights in between. COLLECTIVE."""
+    models: Any = chunks
+    for model in models:
+        if model.ddp_config.overlap_param_gather:
+            model.start_param_sync(force_sync=True)

@@ -33,6 +33,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from nemotron_train.config.schema import Config, ConfigError
 from nemotron_train.optim.build import load_optimizer_state
+from nemotron_train.optim.update import gather_parameters
 from nemotron_train.train import integrity, random_states, saved
 from nemotron_train.train.background import Background
 from nemotron_train.train.integrity import partial_folder, step_folder
@@ -148,6 +149,7 @@ class Checkpoints:
     def save(self, progress: Progress) -> Path:
         """Write the checkpoint of `progress` and drop those past the newest `keep`. Raises
         SaveFailed, on every rank, where it cannot be written."""
+        gather_parameters(self._chunks)
         final = step_folder(self._folder, progress.step)
         partial, problem = partial_folder(final), ""
         if self._rank == 0:

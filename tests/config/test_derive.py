@@ -143,6 +143,9 @@ def tiny(*overrides: str) -> Config:
             "parallel.pipeline=2 x parallel.virtual_pipeline=4 is more than the 7 layers",
         ),
         (["parallel.virtual_pipeline=2"], 1, "needs parallel.pipeline above 1"),
+        (["parallel.overlap_parameter_gather=true"], 2, "needs parallel.distributed_optimizer"),
+        (["parallel.overlap_pipeline=true"], 1, "needs parallel.virtual_pipeline above 1"),
+        (["parallel.bucket_parameters=0"], 1, "parallel.bucket_parameters=0: must be"),
         (
             [
                 "parallel.pipeline=2",
