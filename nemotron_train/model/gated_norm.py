@@ -51,10 +51,13 @@ class _CompiledGatedRmsNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
+        y_BSD, gate_BSD, weight_D, scale = (
+            ctx.saved_tensors
+        )  # once: recomputation hands it out once
         dy_BSD, dgate_BSD, dweight_D = compiled_passes.rms_norm_backward(
-            gradients[0], *ctx.saved_tensors
+            gradients[0], y_BSD, gate_BSD, weight_D, scale
         )
-        return dy_BSD, dgate_BSD, dweight_D.to(ctx.saved_tensors[2].dtype), None, None
+        return dy_BSD, dgate_BSD, dweight_D.to(weight_D.dtype), None, None
 
 
 class _GatedRmsNorm(torch.autograd.Function):
