@@ -29,7 +29,7 @@ LAYERS = [
         "assembly",
         ["model.specs", "train.step", "train.checkpoint", "train.branch", "precision.attach"],
     ),
-    ("assembly", ["train.diagnose"]),
+    ("assembly", ["train.diagnose", "train.health"]),
     ("assembly", ["train.saved"]),
     ("assembly", ["precision.native"]),
     ("metadata", ["config.shrink"]),
@@ -51,7 +51,7 @@ ORDER += ["composition", "entry"]
 KNOW_MEGATRON = ["platform.*", "model.*", "optim.build", "precision.attach", "precision.linear"]
 KNOW_MEGATRON += ["precision.native", "train.step", "train.checkpoint", "train.evaluate"]
 KNOW_MEGATRON += ["train.session", "optim.gradients", "check.state"]
-KNOW_MEGATRON += ["optim.update", "train.diagnose"]
+KNOW_MEGATRON += ["optim.update", "train.diagnose", "train.health"]
 KNOW_MEGATRON += ["train.random_states"]
 OWN_CUDA = ["platform.device", "platform.megatron_cpu"]
 # What the core must do without; run.py composes, cli.py calls.

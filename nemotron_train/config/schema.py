@@ -340,6 +340,9 @@ class GuardConfig:
     spike_sigmas: float = 6.0  # standard deviations above the window's mean
     max_skips: int = 10  # updates dropped in a row before the run stops
     max_roll_backs: int = 3  # of one process before the run stops
+    health_every: int = 100  # steps between looks at each layer; 0: never
+    straggler_every: int = 50  # steps between measures of every rank's time; 0: never
+    straggler_ratio: float = 1.5  # times the median rank, three measures in a row: a line
     hang_minutes: float = 10.0  # no step for so long: stacks written, exit 1; 0: never
     crash_loop_starts: int = 3  # starts without progress before no more is tried (exit 4); 0: never
     first_step_minutes: float = 30.0  # the same for a process's first step, which may compile

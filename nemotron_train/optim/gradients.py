@@ -5,16 +5,48 @@ from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
+from megatron.core.transformer.module import param_is_not_shared
 
 
 def count_zeros(
     chunks: Sequence[DistributedDataParallel], parameter: torch.nn.Parameter
 ) -> torch.Tensor:
-    """Elements of the parameter's gradient that are exactly zero, and its elements: FP64 [2].
+    """Elements of the parameter's gradient that are exactly zero, and its elements: FP64 [2], of
+    this rank's `own_part`."""
+    gradient = own_part(chunks, parameter)
+    zeros = gradient.numel() - torch.count_nonzero(gradient)
+    return torch.stack([zeros, torch.full_like(zeros, gradient.numel())]).double()
 
-    Call it after the gradients were reduced. With the distributed optimizer a rank counts the part
-    of the bucket that was reduced to it, so all data-parallel ranks' counts add up to the whole;
-    without, every rank counts the whole.
+
+def own_squared_norm(
+    chunks: Sequence[DistributedDataParallel],
+    parameter: torch.nn.Parameter,
+    groups: ProcessGroupCollection,
+) -> torch.Tensor:
+    """This rank's share of the squared norm of the parameter's gradient: FP64. The shares of all
+    ranks add up to the whole, with what several ranks hold alike counted once."""
+    is_expert = not getattr(parameter, "allreduce", True)
+    replicas = groups.expt_dp if is_expert else groups.dp_cp
+    is_counted = (
+        chunks[0].ddp_config.use_distributed_optimizer or replicas.rank() == 0
+    ) and param_is_not_shared(parameter)
+    if not is_counted or not param_is_not_tensor_parallel_duplicate(
+        parameter, tp_group=groups.tp, expert_tp_group=groups.expt_tp
+    ):
+        return torch.zeros((), dtype=torch.float64, device=parameter.device)
+    return torch.linalg.vector_norm(own_part(chunks, parameter), dtype=torch.float64).square()
+
+
+def own_part(
+    chunks: Sequence[DistributedDataParallel], parameter: torch.nn.Parameter
+) -> torch.Tensor:
+    """The part of the parameter's gradient that this rank answers for: 1-D, a view.
+
+    Call it after the gradients were reduced. With the distributed optimizer it is the part of the
+    bucket that was reduced to this rank, so that all data-parallel ranks' parts make up the whole;
+    without, every rank has the whole.
     """
     buffers: list[Any] = [
         buffer
@@ -30,9 +62,7 @@ def count_zeros(
         size = bucket.grad_data.numel() // group.size()
         start = max(start, group.rank() * size)
         end = min(end, (group.rank() + 1) * size)
-    gradient = bucket.grad_data[start : max(start, end)]
-    zeros = gradient.numel() - torch.count_nonzero(gradient)
-    return torch.stack([zeros, torch.full_like(zeros, gradient.numel())]).double()
+    return bucket.grad_data[start : max(start, end)]
 
 
 def whole_gradients(

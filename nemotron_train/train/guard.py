@@ -121,6 +121,10 @@ class Guard:
         reason = " and ".join(numbers) or "another rank's numbers"
         return self._act(step, "spike", reason, self._config.spike)
 
+    def report(self, kind: str, step: int, reason: str) -> None:
+        """Something to tell of that asks for no action."""
+        self.events.append({"kind": kind, "step": step, "policy": "report", "reason": reason})
+
     def _agree(self, verdict: int) -> int:
         """The gravest of all ranks' verdicts. COLLECTIVE."""
         if dist.get_world_size() == 1:

@@ -48,13 +48,14 @@ class Log:
         writer: MetricsWriter | None,
         display: ProgressDisplay | None,
         every_steps: int,
+        also_every_steps: int,
         last_step: int,
         tokens_per_step: int,
         flops_per_token: float,
         peak_flops: float,
     ) -> None:
         self._writer, self._display = writer, display
-        self._every, self._last = every_steps, last_step
+        self._every, self._also_every, self._last = every_steps, also_every_steps, last_step
         self._tokens_per_step = tokens_per_step
         self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
         self._seconds, self._steps = 0.0, 0
@@ -66,7 +67,8 @@ class Log:
     def run(self, progress: Progress, result: StepResult) -> None:
         self._seconds += result.seconds
         self._steps += 1
-        if _due(progress, self._every, self._last) or progress.step == 1:
+        is_due = any(_due(progress, n, self._last) for n in (self._every, self._also_every))
+        if is_due or progress.step == 1:
             self._log(progress, result)
 
     def _log(self, progress: Progress, result: StepResult) -> None:

@@ -174,6 +174,7 @@ class Session:
                 writer,
                 display,
                 every_steps=train.log_every_steps,
+                also_every_steps=guard.health_every,
                 last_step=last_step,
                 tokens_per_step=self.derived.tokens_per_step,
                 flops_per_token=self.derived.training_flops_per_token,

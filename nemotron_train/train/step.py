@@ -35,7 +35,9 @@ from nemotron_train.precision.attach import PrecisionControl
 from nemotron_train.precision.native import NativePrecision
 from nemotron_train.train.diagnose import gradients_are_finite, non_finite
 from nemotron_train.train.guard import Action, Findings, Guard, RollBack
+from nemotron_train.train.health import Health
 from nemotron_train.train.loop import Progress, StepResult
+from nemotron_train.train.stragglers import Stragglers
 
 Tensors = dict[str, torch.Tensor]
 
@@ -164,6 +166,9 @@ class Trainer:
         no_sync = [chunk.no_sync for chunk in chunks]
         translated.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]
         translated.grad_scale_func = optimizer.scale_loss
+        self.health = Health(config, chunks, groups, device)
+        straggler_every, ratio = config.guard.straggler_every, config.guard.straggler_ratio
+        self.stragglers = Stragglers(straggler_every, ratio, device)
         # UPSTREAM(megatron-core 0.19.2): the scale is the process's, and the shape of an earlier
         # user's (evaluation, another model) refuses ours.
         MoEAuxLossAutoScaler.main_loss_backward_scale = None
@@ -174,6 +179,9 @@ class Trainer:
         self.routing = self._routing_metrics()
         self.biases = [bias.clone() for bias in self._router_biases()]
         self.own_gradients_are_finite = gradients_are_finite(self.chunks)
+        if self.stragglers.is_due(self.step):
+            self.own_gradients_are_finite.item()  # SYNC: this rank's passes are done
+            self.own_work_ended = time.perf_counter()
         finalize_model_grads(*args, **kwargs)
         self.precision.gradients_ready(self.chunks)
 
@@ -203,7 +211,7 @@ class Trainer:
 
     def __call__(self, progress: Progress) -> StepResult:
         """Train on the next global batch; COLLECTIVE."""
-        started = time.perf_counter()
+        started, self.step = time.perf_counter(), progress.step + 1
         tokens = progress.tokens + self.derived.tokens_per_step
         rate = learning_rate(tokens, self.config.optim, self.config.train.total_tokens)
         set_learning_rate(self.optimizer, rate, self.config.optim.weight_decay)
@@ -218,6 +226,8 @@ class Trainer:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
+        if self.health.is_due(self.step):
+            self.health.begin()
         weighted = partial(
             _forward_step, weights_K=(weights_K * self.derived.tokens_per_step).float()
         )
@@ -226,19 +236,32 @@ class Trainer:
         )
         losses_K = self._mean_losses(reports, targets_K)
         grad_norm = gradient_norm(self.optimizer)
-        num_zeros = self._update(progress.step + 1, data, reports, losses_K, grad_norm)
+        inside = self._look_inside(started)
+        num_zeros = self._update(data, reports, losses_K, grad_norm)
         metrics: dict[str, Any] = {"loss": losses_K[0], "lr": rate, "grad_norm": grad_norm}
         for depth, loss in enumerate(losses_K[1:], start=1):
             metrics[f"mtp_loss_{depth}"] = loss
-        metrics |= self.routing
+        metrics |= self.routing | inside
         metrics["zero_weight_gradients"] = num_zeros
         metrics["skipped_updates"] = self.guard.skipped
-        after = Progress(progress.step + 1, tokens, data)
+        after = Progress(self.step, tokens, data)
         return StepResult(after, metrics, time.perf_counter() - started)
+
+    def _look_inside(self, started: float) -> dict[str, Any]:
+        """What is measured every so many steps: the model's health, slow ranks. COLLECTIVE."""
+        found: dict[str, Any] = {}
+        if self.health.is_due(self.step):
+            self.health.end()
+            found |= self.health.metrics()
+        if self.stragglers.is_due(self.step):
+            numbers, line = self.stragglers.measure(self.own_work_ended - started)
+            found |= numbers
+            if line:
+                self.guard.report("straggler", self.step, line)
+        return found
 
     def _update(
         self,
-        step: int,
         data: DataState,
         reports: list[torch.Tensor],
         losses_K: torch.Tensor,
@@ -255,9 +278,9 @@ class Trainer:
                 not own_loss_is_finite, not self.own_gradients_are_finite, gradients, weights
             )
 
-        action = self.guard.judge(step, float(losses_K[0]), grad_norm, losses_are_finite, find)
+        action = self.guard.judge(self.step, float(losses_K[0]), grad_norm, losses_are_finite, find)
         if action == Action.roll_back:
-            raise RollBack(step, data, self.guard.events[-1]["reason"])
+            raise RollBack(self.step, data, self.guard.events[-1]["reason"])
         if action == Action.skip:
             for bias, before in zip(self._router_biases(), self.biases, strict=True):
                 bias.copy_(before)

@@ -12,9 +12,7 @@ from pathlib import Path
 Start = Callable[[list[str], Path, int], list[subprocess.Popen[str]]]
 
 
-def test_a_stopped_rank_ends_the_job(
-    small_run: tuple[Path, list[str]], start_ranks: Start
-) -> None:
+def test_a_stopped_rank_ends_the_job(small_run: tuple[Path, list[str]], start_ranks: Start) -> None:
     """SIGSTOP of rank 1 in the middle. Rank 0 exits with 1 soon after guard.hang_minutes, long
     before its collective would give up (here after four minutes). Rank 1, once it can, ends too."""
     folder, common = small_run

@@ -2,11 +2,13 @@
 
 Second truth: the run on one rank, in FP32, with every ingredient (Mamba-2, LatentMoE, attention,
 two MTP depths, packed documents). Covers tensor + sequence, pipeline (1F1B and interleaved),
-expert, expert-tensor and data parallelism with the distributed optimizer, initial weights included.
-Not covered here: products of several layouts (they need four ranks), BF16.
+expert, expert-tensor and data parallelism with the distributed optimizer, initial weights included,
+and what the guard measures inside the model. Not covered here: products of several layouts (they
+need four ranks), BF16.
 """
 
 import json
+import math
 import os
 import socket
 import subprocess
@@ -44,6 +46,7 @@ def train(folder: Path, data: list[str], name: str, overrides: list[str], ranks:
         }
         command = [sys.executable, "-m", "nemotron_train", "pretrain", f"name={name}", *data]
         command += ["train.micro_batch_sequences=2", "train.threads=1", *overrides]
+        command += ["guard.health_every=5", "guard.straggler_every=5"]
         processes.append(
             subprocess.Popen(
                 command,
@@ -78,4 +81,15 @@ def test_loss_equals_one_rank(
         for name in ("loss", "mtp_loss_1", "mtp_loss_2", "load_balance_loss", "max_vio"):
             assert ours[name] == pytest.approx(reference[name], rel=1e-5), (name, ours["step"])
         assert ours["grad_norm"] == pytest.approx(reference["grad_norm"], rel=1e-4)
+    for step in (5, 10):
+        ours, reference = rows[step - 1], one_rank[step - 1]
+        inside = [
+            name for name in reference if name.startswith(("residual_rms/", "gradient_norm/"))
+        ]
+        assert len(inside) == 7 + 7 + 4, "each layer's output; layers, embedding, norm, MTP, head"
+        for name in inside:
+            assert ours[name] == pytest.approx(reference[name], rel=1e-4), (name, step)
+        squares = sum(ours[name] ** 2 for name in inside if name.startswith("gradient_norm/"))
+        assert math.sqrt(squares) == pytest.approx(ours["grad_norm"], rel=1e-5)
+        assert ours["slowest_rank"] in (0, 1) and ours["straggler_ratio"] >= 1
     assert rows[-1]["validation_loss"] == pytest.approx(one_rank[-1]["validation_loss"], rel=1e-5)
