@@ -15,6 +15,7 @@ from typing import Any
 from nemotron_train.check.commands import CHECK_VERBS
 from nemotron_train.compose import compose_config, nearest, parse_overrides, to_typed
 from nemotron_train.config.schema import Config, ConfigError
+from nemotron_train.launch.slurm_commands import SLURM_VERBS
 from nemotron_train.verbs import OVERRIDES_HELP, Verb, open_console, run_arguments
 
 EXIT_DONE, EXIT_FAILED, EXIT_CONFIG = 0, 1, 2
@@ -248,7 +249,7 @@ Examples:
 }
 
 
-VERBS |= CHECK_VERBS
+VERBS |= CHECK_VERBS | SLURM_VERBS
 
 
 class _Parser(argparse.ArgumentParser):
@@ -281,9 +282,9 @@ def _dispatch(words: Sequence[str]) -> int:
 
         print(f"nemotron-train {__version__}")
         return EXIT_DONE
-    num_words = 1 if words[0] in VERBS else 2
+    num_words = 1 if words[0] in VERBS and " ".join(words[:2]) not in VERBS else 2
     name = " ".join(words[:num_words])
-    first_words = {known.split()[0] for known in VERBS if " " in known}
+    first_words = {known.split()[0] for known in VERBS if " " in known} - set(VERBS)
     if name.removesuffix(" --help").removesuffix(" -h") in first_words:
         print(_overview())
         return EXIT_DONE

@@ -52,8 +52,9 @@ def test_overrides_and_interpolations() -> None:
     assert config.model.mtp.depths == 1 and config.model.mtp.pattern == "*E"
 
 
-# A sweep is no part of one run's configuration: tests/launch composes each of its cells.
-GROUPS = sorted(p.name for p in recipes_folder().iterdir() if p.is_dir() and p.name != "sweep")
+# A sweep and a cluster are no part of one run's configuration: tests/launch composes them.
+OTHERS = ("sweep", "cluster")
+GROUPS = sorted(p.name for p in recipes_folder().iterdir() if p.is_dir() and p.name not in OTHERS)
 RECIPES = [f"{g}={f.stem}" for g in GROUPS for f in sorted((recipes_folder() / g).glob("*.yaml"))]
 
 

@@ -41,7 +41,7 @@ LAYERS = [
     ("metadata", ["config.guards", "precision.backend"]),
     ("metadata", ["train.metrics", "train.run_folder", "train.progress_bar", "train.integrity"]),
     ("metadata", ["train.run_lock", "train.starts", "train.knobs"]),
-    ("ground", ["", "config", "config.schema", "platform", "platform.*"]),
+    ("ground", ["", "config", "config.schema", "config.cluster", "platform", "platform.*"]),
     ("parts", ["model", "precision", "optim", "train", "data", "report"]),
     ("parts", ["model.*", "precision.*", "optim.*", "train.*", "data.*"]),
 ]
