@@ -10,7 +10,8 @@ from pathlib import Path
 
 from nemotron_train.config.cluster import ClusterConfig
 from nemotron_train.config.derive import Derived, derive
-from nemotron_train.config.memory import heaviest_rank
+from nemotron_train.config.memory import heaviest_rank, rank_memory
+from nemotron_train.config.operators import GPU
 from nemotron_train.config.schema import Config, ConfigError, DataKind
 from nemotron_train.data.manifest import FILE_NAME
 from nemotron_train.train.run_folder import refuse_another_run
@@ -37,12 +38,21 @@ def check_nodes(config: Config, cluster: ClusterConfig, nodes: int) -> None:
     )
 
 
-def check_memory(config: Config, derived: Derived, cluster: ClusterConfig, nodes: int) -> None:
-    """Raises ConfigError where parameters, gradients and optimizer alone exceed a GPU."""
+def check_memory(config: Config, derived: Derived, cluster: ClusterConfig, nodes: int) -> str:
+    """Raises ConfigError where parameters, gradients and optimizer alone exceed a GPU. A warning
+    where only the predicted peak does, which GPU kernels that keep less may stay below; or ""."""
     limit = cluster.gpu_memory_gib * _GIB
-    needed = heaviest_rank(config, derived).total_bytes
-    if not limit or needed <= limit:
-        return
+    memory = heaviest_rank(config, derived, GPU)
+    needed, peak = _state_bytes(config, derived), memory.peak_bytes
+    if not limit:
+        return ""
+    if needed <= limit:
+        if peak <= limit:
+            return ""
+        return (
+            f"a rank's predicted peak is {peak / _GIB:.0f} GiB, above cluster.gpu_memory_gib="
+            f"{cluster.gpu_memory_gib:g}: try train.recompute, or a smaller micro batch"
+        )
     more = _nodes_that_hold(config, cluster, nodes, limit)
     way_out = (
         f"nodes={more} would hold it"
@@ -64,9 +74,13 @@ def _nodes_that_hold(config: Config, cluster: ClusterConfig, nodes: int, limit: 
             derived = derive(config, times * nodes * cluster.ranks_per_node)
         except ConfigError:
             continue
-        if heaviest_rank(config, derived).total_bytes <= limit:
+        if _state_bytes(config, derived) <= limit:
             return times * nodes
     return 0
+
+
+def _state_bytes(config: Config, derived: Derived) -> int:
+    return max(memory.state_bytes for memory in rank_memory(config, derived, GPU))
 
 
 def problems_here(config: Config, cluster: ClusterConfig) -> list[str]:

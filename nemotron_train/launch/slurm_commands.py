@@ -16,7 +16,9 @@ def run_slurm(arguments: argparse.Namespace) -> int:
     from nemotron_train.launch.sweep import is_finished
 
     job = plan_job(arguments.overrides, arguments.config)
-    check_memory(job.config, job.derived, job.cluster, job.nodes)
+    warning = check_memory(job.config, job.derived, job.cluster, job.nodes)
+    if warning:
+        print(f"nemotron-train: {warning}", file=sys.stderr)
     problems = problems_here(job.config, job.cluster)
     if arguments.dry_run:
         for problem in problems:
