@@ -41,6 +41,20 @@ def run_check_resume(arguments: argparse.Namespace) -> int:
     return EQUAL if exact else DIFFERS
 
 
+def run_check_precision(arguments: argparse.Namespace) -> int:
+    config = compose_config(arguments.overrides, arguments.config)
+    from nemotron_train.check.launch import Ranks, RanksFailed
+    from nemotron_train.check.precision import check_precision
+
+    folder, console = Path(config.folder) / "checks" / config.name / "precision", open_console()
+    try:
+        kept = check_precision(config, folder, arguments.ranks, console, Ranks(folder, console))
+    except RanksFailed as error:
+        print("nemotron-train:", error, file=sys.stderr)
+        return DIFFERS
+    return EQUAL if kept else DIFFERS
+
+
 def _whole_number(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is no whole number above 0")
@@ -52,6 +66,13 @@ def _ranks_and_steps(parser: argparse.ArgumentParser, steps: int) -> None:
     for name, default, what in (("ranks", 4, "processes at most"), ("steps", steps, "of AdamW")):
         text = f"{what} (default {default})"
         parser.add_argument(f"--{name}", type=_whole_number, default=default, help=text)
+
+
+def _check_precision_arguments(parser: argparse.ArgumentParser) -> None:
+    run_arguments(parser)
+    parser.add_argument(
+        "--ranks", type=_whole_number, default=4, help="processes at most (default 4)"
+    )
 
 
 def _check_resume_arguments(parser: argparse.ArgumentParser) -> None:
@@ -82,6 +103,19 @@ Examples:
   nemotron-train check parallel parallel.tensor=2 parallel.sequence=true
   nemotron-train check parallel run=super_120b_a12b
   nemotron-train check parallel resume=runs/mine      # the configuration of a run folder
+""",
+    ),
+    "check precision": Verb(
+        "do the built modules carry the formats of your precision plan, in every phase?",
+        run_check_precision,
+        _check_precision_arguments,
+        """\
+Takes any configuration, shrinks it with its plan and layout, builds the model on CPU processes and
+reads back from each linear what it carries. Formats are emulated here; what Transformer Engine's
+modules carry on a GPU is read back by each run itself. Exit code 0: as planned; 1: not.
+
+Example:
+  nemotron-train check precision run=super_120b_a12b precision=nvfp4_then_mxfp8
 """,
     ),
     "check resume": Verb(

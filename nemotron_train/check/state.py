@@ -98,6 +98,13 @@ def _shard(tensor: ShardedTensor) -> Shard:
     return Shard(tensor.key, tuple(tensor.global_shape), tuple(tensor.global_offset), values)
 
 
+def weight_dtypes(models: Sequence[DistributedDataParallel]) -> dict[str, str]:
+    """Dtype of the weight of every module of this rank that has one, by global path."""
+    modules = [entry for model in models for entry in global_modules(model.module).items()]
+    weights = ((path, getattr(module, "weight", None)) for path, module in modules)
+    return {path: str(w.dtype) for path, w in weights if isinstance(w, torch.Tensor)}
+
+
 def random_digests() -> dict[str, str]:
     """Digests of the states of every random generator that training could draw from."""
     states = random_states.capture()

@@ -11,6 +11,7 @@ import os
 import random
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,8 @@ def main(task_path: str) -> None:
     record = Record(Path(task["output"]), int(os.environ["RANK"]))
     if task["kind"] == "layout":
         record_layout(session, batches, record, task["steps"])
+    elif task["kind"] == "precision":
+        record_formats(session, record, task["starts"])
     else:
         record_training(session, batches, record)
     record.write()
@@ -152,6 +155,19 @@ class GradientsReady:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._precision, name)
+
+
+def record_formats(session: Any, record: Record, starts: list[int]) -> None:
+    """What every linear of this rank carries in the phases that begin at `starts` trained tokens:
+    formats where it can quantize, or else the dtype of its weight."""
+    from nemotron_train.check import state
+
+    record.values["weights"] = state.weight_dtypes(_models(session))
+    record.values["formats"] = []
+    for start in starts:
+        session.precision.before_step(0, start)
+        attached = session.precision.attached()
+        record.values["formats"].append({path: asdict(f) for path, f in attached.items()})
 
 
 class Rows(list[dict[str, Any]]):

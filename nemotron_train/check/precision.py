@@ -1,0 +1,89 @@
+"""`check precision`: what the linears of the built model carry, against the plan, phase by phase.
+
+Owns the comparison and its text. Does not own: the plan (`precision.plan`), how it is attached
+(`precision.attach`), ranks (`check.launch`). No torch in this process.
+"""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from nemotron_train.check.data import write_sources
+from nemotron_train.check.launch import Ranks
+from nemotron_train.check.parallel import read_values, tell_shrunk
+from nemotron_train.config.schema import Config
+from nemotron_train.config.shrink import shrink
+from nemotron_train.precision.blocking import BLOCK
+from nemotron_train.precision.plan import formats_at, phase_boundaries
+
+# A format that is a dtype -> that of the weight.
+_DTYPES = {"bf16": "torch.bfloat16", "float32": "torch.float32"}
+
+
+def check_precision(
+    config: Config, folder: Path, max_ranks: int, console: Console, ranks: Ranks
+) -> bool:
+    """Whether every linear of `config`, shrunk, carries what the plan says in every phase."""
+    data = folder / "data"
+    shrunk = shrink(config, data, max_ranks=max_ranks, steps=8, own_precision=True)
+    tell_shrunk(shrunk, console)
+    write_sources(data, shrunk.sources)
+    path = folder / "model.yaml"
+    folder.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(OmegaConf.structured(shrunk.config), path)
+    starts = phase_boundaries(shrunk.config)
+    task: dict[str, Any] = {"kind": "precision", "config": str(path), "starts": starts}
+    records = read_values(
+        ranks.run("formats", task | {"run_folder": str(folder / "run")}, shrunk.num_ranks)
+    )
+    wrong = 0
+    for number, start in enumerate(starts):
+        plan = {name: asdict(formats) for name, formats in formats_at(shrunk.config, start).items()}
+        carried = [(record["weights"], record["formats"][number]) for record in records]
+        rows = [
+            (name, formats, problem_of(name, formats, carried)) for name, formats in plan.items()
+        ]
+        wrong += sum(bool(problem) for _, _, problem in rows)
+        _tell(f"from {start:,} tokens", rows, console)
+    console.print("as planned" if not wrong else f"{wrong} linears are not as planned")
+    return wrong == 0
+
+
+def problem_of(
+    path: str, planned: dict[str, Any], carried: list[tuple[dict[str, str], dict[str, Any]]]
+) -> str:
+    """What is wrong with the linear at `path`, over all ranks; "" when nothing is.
+
+    carried: of each rank, dtypes of weights by path and formats by path.
+    """
+    holders = [(dtypes, formats) for dtypes, formats in carried if path in dtypes]
+    if not holders:
+        return "in no rank's model"
+    products = [planned[role] for role in ("fprop", "dgrad", "wgrad")]
+    quantized = any(product in BLOCK for product in products)
+    for dtypes, formats in holders:
+        if path in formats:
+            if formats[path] != planned:
+                return f"carries {_products(formats[path])}"
+        elif quantized:
+            return "cannot carry a format"
+        elif not path.endswith(".router") and dtypes[path] != _DTYPES[products[0]]:
+            return f"its weight is {dtypes[path]}"
+    return ""
+
+
+def _products(formats: dict[str, Any]) -> str:
+    return "/".join(formats[role] for role in ("fprop", "dgrad", "wgrad"))
+
+
+def _tell(title: str, rows: list[tuple[str, dict[str, Any], str]], console: Console) -> None:
+    table = Table(title=title, title_justify="left")
+    for heading in ("linear", "planned (fprop/dgrad/wgrad)", "carried"):
+        table.add_column(heading, overflow="fold")
+    for path, formats, problem in rows:
+        table.add_row(path, _products(formats), problem or "the same")
+    console.print(table)
