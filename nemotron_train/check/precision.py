@@ -44,9 +44,7 @@ def check_precision(
     for number, start in enumerate(starts):
         plan = {name: asdict(formats) for name, formats in formats_at(shrunk.config, start).items()}
         carried = [(record["weights"], record["formats"][number]) for record in records]
-        rows = [
-            (name, formats, problem_of(name, formats, carried)) for name, formats in plan.items()
-        ]
+        rows = [(name, want, problem_of(name, want, carried)) for name, want in plan.items()]
         wrong += sum(bool(problem) for _, _, problem in rows)
         _tell(f"from {start:,} tokens", rows, console)
     console.print("as planned" if not wrong else f"{wrong} linears are not as planned")

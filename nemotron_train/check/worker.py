@@ -10,6 +10,7 @@ import json
 import os
 import random
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -110,16 +111,12 @@ class Record:
         (self._folder / f"rank_{self.rank}.json").write_text(json.dumps(described))
 
 
-def _models(session: Any) -> list[Any]:
-    return list(session.chunks)
-
-
 def record_layout(session: Any, batches: RecordedBatches, record: Record, steps: int) -> None:
     """Initial weights, the first step's module outputs and gradients, every step's losses, and the
     weights in the end."""
     from nemotron_train.check import state
 
-    models = _models(session)
+    models = session.chunks
     metadata = state.model_metadata(session.groups)
     record.add("initial", state.weight_shards(models, metadata))
     trace = state.Trace(
@@ -162,7 +159,7 @@ def record_formats(session: Any, record: Record, starts: list[int]) -> None:
     formats where it can quantize, or else the dtype of its weight."""
     from nemotron_train.check import state
 
-    record.values["weights"] = state.weight_dtypes(_models(session))
+    record.values["weights"] = state.weight_dtypes(session.chunks)
     record.values["formats"] = []
     for start in starts:
         session.precision.before_step(0, start)
@@ -187,7 +184,7 @@ def record_training(session: Any, batches: RecordedBatches, record: Record) -> N
 
     session.run_folder.mkdir(parents=True, exist_ok=True)
     rows: Any = Rows()
-    progress, _ = session.fit(session.resume(), rows)
+    progress, _ = session.fit(session.resume(), rows, time.monotonic())
     groups = session.optimizer.param_groups
     record.values |= {
         "metrics": rows,

@@ -28,6 +28,7 @@ from nemotron_train.config.schema import (
     Dtype,
     FormatConfig,
     GemmFormat,
+    GuardConfig,
     LoggingConfig,
     ModelConfig,
     ParallelConfig,
@@ -71,7 +72,7 @@ def shrink(
     """
     small = deepcopy(config)
     small.resume, small.branch, small.switch_precision = "", "", False
-    small.logging = LoggingConfig()
+    small.logging, small.guard = LoggingConfig(), GuardConfig()
     ranks = _shrink_parallel(small.parallel, max_ranks)
     _shrink_model(small.model, small.parallel, config.parallel.tensor * config.parallel.context)
     _shrink_training(small, ranks, steps)
@@ -98,13 +99,16 @@ def one_rank(config: Config) -> Config:
 
 
 def alone(config: Config, dimensions: tuple[str, ...], data_parallel: int) -> tuple[Config, int]:
-    """`config` with only these dimensions of its layout ("data" among them), and its ranks."""
+    """`config` with only these dimensions of its layout ("data" among them), and its ranks.
+    Virtual stages bring pipeline ranks with them."""
     part = one_rank(config)
-    for name in dimensions:
-        if name != "data":
-            setattr(part.parallel, name, getattr(config.parallel, name))
+    part.parallel = deepcopy(config.parallel)
+    kept = {*dimensions, "pipeline"} if "virtual_pipeline" in dimensions else {*dimensions}
+    for name in _degrees(part.parallel):
+        if name not in kept:
+            setattr(part.parallel, name, 1)
     part.parallel.sequence = config.parallel.sequence and part.parallel.tensor > 1
-    if "pipeline" in dimensions:
+    if part.parallel.pipeline > 1:
         part.model.pattern = config.model.pattern
         if part.model.pattern.count("|") + 1 != num_stages(part.parallel):
             letters = part.model.pattern.replace("|", "")
@@ -139,7 +143,7 @@ def smallest_num_ranks(parallel: ParallelConfig) -> int:
 
 def num_stages(parallel: ParallelConfig) -> int:
     """Pipeline stages of the pattern, virtual ones counted."""
-    return parallel.pipeline * getattr(parallel, "virtual_pipeline", 1)
+    return parallel.pipeline * parallel.virtual_pipeline
 
 
 def _degrees(parallel: ParallelConfig) -> list[str]:
@@ -224,6 +228,7 @@ def _shrink_training(config: Config, ranks: int, steps: int) -> None:
     train.global_batch_tokens, train.total_tokens = batch, steps * batch
     train.validation_tokens = batch
     train.validate_every_steps = train.save_every_steps = train.stop_after_steps = 0
+    train.stop_after_minutes = 0.0
     train.log_every_steps, train.threads, train.keep_checkpoints = 1, 1, 2
     quarter = steps // 4 * batch
     optim.warmup_tokens = min(optim.warmup_tokens, quarter)

@@ -48,7 +48,7 @@ def test_what_is_not_as_planned(
 
 
 def test_a_weight_of_another_dtype() -> None:
-    planned = dict.fromkeys(("fprop", "dgrad", "wgrad"), "bf16")
+    planned: dict[str, Any] = {"fprop": "bf16", "dgrad": "bf16", "wgrad": "bf16"}
     assert problem_of("x.linear", planned, [(HELD, {})]) == ""
     wrong = [({"x.linear": "torch.float32"}, {})]
     assert problem_of("x.linear", planned, wrong) == "its weight is torch.float32"
