@@ -167,7 +167,8 @@ Examples:
   nemotron-train pretrain --config runs/first/config.yaml name=again train.seed=7
 
 The run folder is runs/NAME. The same command again continues the run from its last checkpoint.
-Exit codes: 0 done; 2 wrong configuration or input; 3 stopped on request, checkpoint saved.
+Exit codes: 0 done; 2 wrong configuration or input; 3 stopped on request, checkpoint saved;
+4 not begun, since the last three starts crashed at the same step (docs/guard.md); 1 anything else.
 """,
     ),
     "plan": Verb(

@@ -6,7 +6,7 @@ checkpoints, the device) checks itself. No torch.
 """
 
 import re
-from dataclasses import replace
+from dataclasses import fields, replace
 from math import inf
 from operator import attrgetter
 
@@ -15,6 +15,7 @@ from nemotron_train.config.schema import (
     ConfigError,
     DataKind,
     Dtype,
+    GuardConfig,
     ModelConfig,
     ParallelConfig,
 )
@@ -105,14 +106,7 @@ _ZERO_OR_MORE = (
     "train.save_every_steps",
     "train.stop_after_steps",
     "train.stop_after_minutes",
-    "guard.max_skips",
-    "guard.crash_loop_starts",
-    "guard.health_every",
-    "guard.straggler_every",
-    "guard.straggler_ratio",
-    "guard.hang_minutes",
-    "guard.first_step_minutes",
-    "guard.max_roll_backs",
+    *(f"guard.{knob.name}" for knob in fields(GuardConfig) if knob.type in (int, float)),
 )
 _BELOW_ONE = ("optim.beta1", "optim.beta2")
 

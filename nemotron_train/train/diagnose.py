@@ -16,12 +16,12 @@ def gradients_are_finite(chunks: Sequence[DistributedDataParallel]) -> torch.Ten
     """Whether all gradients in this rank's buffers are finite: a boolean on the device. Before the
     reduction over data-parallel ranks they are this rank's own. One pass over the buffers."""
     models: Any = chunks
-    largest = [
-        torch.linalg.vector_norm(buffer.grad_data, torch.inf)
+    norms = [
+        torch.linalg.vector_norm(buffer.grad_data)
         for model in models
         for buffer in (*model.buffers, *model.expert_parallel_buffers)
     ]
-    return torch.isfinite(torch.stack(largest)).all()
+    return torch.isfinite(torch.stack(norms)).all()
 
 
 def place(path: str) -> tuple[int, int]:

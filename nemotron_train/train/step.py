@@ -168,6 +168,7 @@ class Trainer:
         translated.grad_scale_func = optimizer.scale_loss
         self.health = Health(config, chunks, groups, device)
         straggler_every, ratio = config.guard.straggler_every, config.guard.straggler_ratio
+        self.own_gradients_are_finite = torch.tensor(True)
         self.stragglers = Stragglers(straggler_every, ratio, device)
         # UPSTREAM(megatron-core 0.19.2): the scale is the process's, and the shape of an earlier
         # user's (evaluation, another model) refuses ours.
@@ -178,9 +179,10 @@ class Trainer:
         biases, and whether this rank's own gradients are finite."""
         self.routing = self._routing_metrics()
         self.biases = [bias.clone() for bias in self._router_biases()]
-        self.own_gradients_are_finite = gradients_are_finite(self.chunks)
+        if not self.config.parallel.overlap_gradient_reduce:  # else they are mixed already
+            self.own_gradients_are_finite = gradients_are_finite(self.chunks)
         if self.stragglers.is_due(self.step):
-            self.own_gradients_are_finite.item()  # SYNC: this rank's passes are done
+            torch.zeros(1, device=self.device).item()  # SYNC: this rank's passes are done
             self.own_work_ended = time.perf_counter()
         finalize_model_grads(*args, **kwargs)
         self.precision.gradients_ready(self.chunks)
