@@ -308,6 +308,7 @@ class TrainConfig:
     validation_tokens: int = MISSING
     save_every_steps: int = 0  # 0: only at the end
     keep_checkpoints: int = 2
+    async_save: bool = False  # write checkpoints beside the training; costs a host copy of them
     stop_after_steps: int = 0  # end this process early (exit 3), checkpoint saved; 0: never
     stop_after_minutes: float = 0.0  # the same, counted from the process's start; 0: never
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)

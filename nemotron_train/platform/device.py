@@ -93,6 +93,12 @@ def parameter_device(on_cpu: bool) -> int | None:
     return None if on_cpu else torch.cuda.current_device()
 
 
+def wait_for_device() -> None:
+    """SYNC: until all that was asked of a GPU is done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def device_random_state() -> torch.Tensor:
     """State of the device's random generator; the CPU's where there is no other device."""
     return torch.cuda.get_rng_state() if torch.cuda.is_available() else torch.get_rng_state()

@@ -34,14 +34,20 @@ from torch.distributed.checkpoint.api import CheckpointException
 from nemotron_train.config.schema import Config, ConfigError
 from nemotron_train.optim.build import load_optimizer_state
 from nemotron_train.optim.update import gather_parameters
+from nemotron_train.platform.device import wait_for_device
 from nemotron_train.train import integrity, random_states, saved
-from nemotron_train.train.background import Background
+from nemotron_train.train.background import Background, SaveFailed
 from nemotron_train.train.integrity import partial_folder, step_folder
 from nemotron_train.train.loop import Progress
 
 # UPSTREAM(megatron-core 0.19.2): planning a save starts a manager process for a queue that only a
 # writer in a process of its own would need (a second, and its memory, a rank).
 filesystem_async._results_queue = queue.SimpleQueue()  # type: ignore[assignment]
+
+
+# A file to write: its path and name, and what goes into it: objects, and (item, tensor) pairs.
+Bucket = tuple[Any, str, tuple[list[Any], list[tuple[Any, torch.Tensor]]]]
+Buffers = dict[Any, torch.Tensor]  # by torch's index of a tensor in the checkpoint
 
 
 class _Planner(TorchDistSaveShardedStrategy):
@@ -119,6 +125,8 @@ class Checkpoints:
         self._check_held = check_held
         self._rank, self._num_ranks = dist.get_rank(), dist.get_world_size()
         self._background = Background()
+        self._pending: Path | None = None  # the checkpoint in flight
+        self._host_copies: Buffers = {}
         self._verified: set[int] = set()  # steps that this process has read whole, or written
         self._metadata = {
             "distrib_optim_sharding_type": "fully_reshardable",
@@ -142,13 +150,31 @@ class Checkpoints:
             ),
         }
 
+    @property
+    def in_flight(self) -> bool:
+        """Whether a save was started that `poll` has not told the end of."""
+        return self._background.in_flight
+
     def latest(self) -> Path | None:
         """The newest undamaged checkpoint of this run. Raises ConfigError where all are damaged."""
+        self.poll(wait=True)
         return agreed_latest(self._folder, self._say, self._verified)
 
     def save(self, progress: Progress) -> Path:
         """Write the checkpoint of `progress` and drop those past the newest `keep`. Raises
         SaveFailed, on every rank, where it cannot be written."""
+        self.start(progress, is_copied=False)
+        path = self.poll(wait=True)
+        assert path is not None
+        return path
+
+    def start(self, progress: Progress, is_copied: bool = True) -> None:
+        """Begin to write the checkpoint of `progress`: its tensors are copied to host memory (or,
+        unless `is_copied`, nothing may train before `poll` tells the end) and handed to a thread.
+
+        Waits for a save before it, if that is still in flight. Raises SaveFailed.
+        """
+        self.poll(wait=True)
         gather_parameters(self._chunks)
         final = step_folder(self._folder, progress.step)
         partial, problem = partial_folder(final), ""
@@ -168,14 +194,28 @@ class Checkpoints:
             async_sharded_save=True,
             async_strategy="mcore",
         )
+        buckets = planner.writer.write_buckets
+        if is_copied:
+            buckets = _copied(buckets, self._host_copies)
         texts = saved.texts_of(progress, self._config, self._plan, self._data, self._num_ranks)
         states = random_states.capture()
+        self._pending = final
         self._background.start(
-            lambda: (*_write_shards(planner.writer, partial), states),
+            lambda: (*_write_shards(planner.writer, buckets, partial), states),
             lambda results: self._commit(final, planner, texts, results),
         )
-        self._background.poll(wait=True)
-        return final
+
+    def poll(self, *, wait: bool = False) -> Path | None:
+        """The checkpoint in flight, once it is complete; None before that and without one. Raises
+        SaveFailed, on every rank, where it could not be written."""
+        try:
+            if not self._background.poll(wait=wait):
+                return None
+        except SaveFailed:
+            if self._rank == 0 and self._pending is not None:
+                shutil.rmtree(partial_folder(self._pending), ignore_errors=True)
+            raise
+        return self._pending
 
     def _commit(
         self, final: Path, planner: _Planner, texts: dict[str, str], results: Sequence[Any]
@@ -193,7 +233,6 @@ class Checkpoints:
                 integrity.write_durably(partial / name, text)
             integrity.commit(final, sums, self._check_held)
         except OSError as error:
-            shutil.rmtree(partial, ignore_errors=True)
             raise OSError(f"{final}: {error.strerror or error}") from error
         self._verified.add(int(final.name.removeprefix("step_")))
         integrity.drop_old(self._folder, self._keep, self._verified)
@@ -221,16 +260,37 @@ class Checkpoints:
         return saved.progress_of(path)
 
 
-def _write_shards(writer: Any, partial: Path) -> tuple[list[Any], dict[str, str]]:
+def _copied(buckets: Sequence[Bucket], copies: Buffers) -> list[Bucket]:
+    """The buckets of tensors to write, copied into host memory that is kept for the next save:
+    pinned where they come from a GPU. SYNC: waits for the copies."""
+    copied = []
+    for path, name, (objects, tensors) in buckets:
+        pairs = []
+        for item, tensor in tensors:
+            copy = copies.get(item.index)
+            if copy is None or copy.shape != tensor.shape or copy.dtype != tensor.dtype:
+                copy = torch.empty(
+                    tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type != "cpu"
+                )
+                copies[item.index] = copy
+            copy.copy_(tensor, non_blocking=True)
+            pairs.append((item, copy))
+        copied.append((path, name, (objects, pairs)))
+    wait_for_device()
+    return copied
+
+
+def _write_shards(
+    writer: Any, buckets: Sequence[Bucket], partial: Path
+) -> tuple[list[Any], dict[str, str]]:
     """Write what this rank holds; returns where each tensor lies and the files' digests."""
     transforms = [writer.transforms] if hasattr(writer, "transforms") else []
     places: list[Any] = []
-    for number, bucket in enumerate(writer.write_buckets):
+    for number, bucket in enumerate(buckets):
         _, outcome = filesystem_async.FileSystemWriterAsync.write_preloaded_data(  # type: ignore
             transforms, number, bucket, None, None, True
         )
         if isinstance(outcome, Exception):
             raise OSError(f"{partial}: {outcome}") from outcome
         places += outcome
-    names = [name for _, name, _ in writer.write_buckets]
-    return places, integrity.hashed(partial, names)
+    return places, integrity.hashed(partial, [name for _, name, _ in buckets])

@@ -5,7 +5,6 @@ Each says when it is due and does one thing. The last step is due for all of the
 
 import math
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import torch
 
@@ -106,33 +105,55 @@ class TelemetryRecord:
 
 
 class Save:
-    """Saves a checkpoint."""
+    """Saves a checkpoint, beside the training if it `is_async`; COLLECTIVE.
+
+    While a save is in flight the hook is due at every step: it learns there of the end of it, or of
+    the error. Raises SaveFailed.
+    """
 
     def __init__(
         self,
         checkpoints: Checkpoints,
         every_steps: int,
         last_step: int,
+        is_async: bool,
         say: Callable[[str], None],
     ) -> None:
         self._checkpoints, self._every, self._last = checkpoints, every_steps, last_step
-        self._say = say
-        self.saved_step = -1
-        self.saved_path: Path | None = None
+        self._is_async, self._say = is_async, say
+        self._started_step = -1
 
     def due(self, progress: Progress) -> bool:
-        return _due(progress, self._every, self._last)
+        return _due(progress, self._every, self._last) or self._checkpoints.in_flight
 
     def run(self, progress: Progress, result: StepResult) -> None:
-        self.save(progress)
+        self._tell(wait=False)
+        if _due(progress, self._every, self._last):
+            self._start(progress)
 
     def save(self, progress: Progress) -> None:
-        """Save unless this very step was saved already."""
-        if progress.step != self.saved_step:
-            self.saved_path = self._checkpoints.save(progress)
-            self.saved_step = progress.step
-            self._say(f"saved {self.saved_path}")
+        """Save unless this very step was saved already; the checkpoint is there on return."""
+        self._start(progress)
+        self.finish()
+
+    def finish(self) -> None:
+        """Wait for the save in flight, if there is one."""
+        self._tell(wait=True)
 
     def forget(self) -> None:
         """The run went back to an earlier checkpoint: the same step may have to be saved again."""
-        self.saved_step = -1
+        self._started_step = -1
+
+    def _start(self, progress: Progress) -> None:
+        if progress.step == self._started_step:
+            return
+        self._tell(wait=True)  # one at a time
+        self._checkpoints.start(progress, is_copied=self._is_async)
+        self._started_step = progress.step
+        if not self._is_async:
+            self.finish()
+
+    def _tell(self, *, wait: bool) -> None:
+        path = self._checkpoints.poll(wait=wait)
+        if path is not None:
+            self._say(f"saved {path}")

@@ -26,6 +26,7 @@ FREE_KNOBS = (
     "train.validate_every_steps",
     "train.save_every_steps",
     "train.keep_checkpoints",
+    "train.async_save",
     "train.stop_after_steps",
     "train.stop_after_minutes",
     "train.recompute",

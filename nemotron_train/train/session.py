@@ -28,6 +28,7 @@ from nemotron_train.precision.telemetry import Telemetry
 from nemotron_train.train.branch import branch_checkpoint
 from nemotron_train.train.checkpoint import Checkpoints
 from nemotron_train.train.evaluate import validation_losses
+from nemotron_train.train.failure import TrainingFailed
 from nemotron_train.train.guard import Guard
 from nemotron_train.train.hooks import Log, Save, TelemetryRecord, Validate
 from nemotron_train.train.lineage import is_recorded, refusal
@@ -183,17 +184,27 @@ class Session:
             hooks: list[Hook] = [watchdog, validate, watchdog, log]
             if self.telemetry is not None:
                 hooks.append(TelemetryRecord(self.telemetry, writer))
-            save = Save(self.checkpoints, train.save_every_steps, last_step, display.message)
+            save = Save(
+                self.checkpoints,
+                train.save_every_steps,
+                last_step,
+                train.async_save,
+                display.message,
+            )
             step = GuardedStep(
                 self.trainer, self.guard, self.roll_back, save.forget, writer, display.message
             )
-            progress = fit(
-                step,
-                until=train.total_tokens,
-                progress=progress,
-                hooks=[*hooks, save, watchdog],
-                stop=stop,
-            )
+            try:
+                progress = fit(
+                    step,
+                    until=train.total_tokens,
+                    progress=progress,
+                    hooks=[*hooks, save, watchdog],
+                    stop=stop,
+                )
+            except TrainingFailed:  # of all ranks; what they began to save of before is good
+                save.finish()
+                raise
             save.save(progress)
         summary = {
             "step": progress.step,
