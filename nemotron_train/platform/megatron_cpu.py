@@ -217,6 +217,42 @@ def _unless_alone(collective: Callable) -> Callable:
     return collect
 
 
+def _gather_uneven(even: Callable) -> Callable:
+    """`mappings._gather_along_first_dim` for parts of different lengths, which gloo's all-gather
+    refuses: padded to the longest. Experts cut over ranks that get tokens of several
+    expert-parallel ranks need it."""
+
+    def gather(
+        part: torch.Tensor, group: Any, sizes: list[int] | None = None, *more: object
+    ) -> torch.Tensor:
+        if sizes is None or group.size() == 1:
+            return even(part, group, sizes, *more)
+        longest = max(sizes)
+        padded = part.new_zeros(longest, *part.shape[1:])
+        padded[: len(part)] = part
+        parts = [torch.empty_like(padded) for _ in sizes]
+        torch.distributed.all_gather(parts, padded, group=group)
+        return torch.cat([whole[:size] for whole, size in zip(parts, sizes, strict=True)])
+
+    return gather
+
+
+def _reduce_scatter_uneven(even: Callable) -> Callable:
+    """`mappings._reduce_scatter_along_first_dim` for parts of different lengths: every rank sums
+    the whole and keeps its part."""
+
+    def reduce_scatter(
+        whole: torch.Tensor, group: Any, sizes: list[int] | None = None, *more: object
+    ) -> torch.Tensor:
+        if sizes is None or group.size() == 1:
+            return even(whole, group, sizes, *more)
+        total = whole.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(total, group=group)
+        return total.split(sizes)[group.rank()].contiguous()
+
+    return reduce_scatter
+
+
 def _replace_everywhere(name: str, original: Callable, replacement: Callable) -> None:
     """Rebind `name` in every loaded Megatron module that imported `original` by value."""
     import sys
@@ -275,6 +311,12 @@ def install() -> None:
             importlib.import_module(module_name)
     name = "maybe_move_tensor_to_cpu"
     _replace_everywhere(name, getattr(moe_utils, name), _move_to_host)
+    mappings = importlib.import_module("megatron.core.tensor_parallel.mappings")
+    for name, uneven in (
+        ("_gather_along_first_dim", _gather_uneven),
+        ("_reduce_scatter_along_first_dim", _reduce_scatter_uneven),
+    ):
+        _replace_everywhere(name, getattr(mappings, name), uneven(getattr(mappings, name)))
     buffers = importlib.import_module("megatron.core.distributed.param_and_grad_buffer")
     for name in WHOLE_BUFFER_COLLECTIVES:
         setattr(buffers, name, _unless_alone(getattr(buffers, name)))

@@ -118,6 +118,13 @@ def test_whole_buffer_collectives_are_still_called_in_place(name: str) -> None:
     assert len(calls) == 2 and calls[0]["async_op"] is False
 
 
+def test_uneven_parts_still_go_to_collectives_that_gloo_lacks() -> None:
+    """That gloo refuses them is asked of it in tests/distributed/test_uneven.py."""
+    source = (SOURCES / "tensor_parallel/mappings.py").read_text()
+    assert "torch.distributed.all_gather(output_tensor_list, input_, group=group)" in source
+    assert "torch.distributed.reduce_scatter(output, input_tensor_list, group=group)" in source
+
+
 def test_refused_where_a_gpu_is_present(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(megatron_cpu, "_installed", False)
