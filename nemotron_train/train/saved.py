@@ -93,11 +93,15 @@ def progress_of(path: Path) -> Progress:
 
 
 def check_model(path: Path, model: ModelConfig) -> None:
-    """Raises ConfigError when the checkpoint in `path` belongs to another model."""
+    """Raises ConfigError when the checkpoint in `path` belongs to another model. Its name and the
+    cut of its pattern into stages are no part of it."""
     theirs = json.loads((path / PROGRESS).read_text())["model"]
     for name, ours in asdict(model).items():
-        if name != "name" and theirs.get(name) != json.loads(json.dumps(ours)):
+        before = theirs.get(name)
+        if name == "pattern" and isinstance(before, str):
+            before, ours = before.replace("|", ""), ours.replace("|", "")
+        if name != "name" and before != json.loads(json.dumps(ours)):
             raise ConfigError(
-                f"{path} holds another model: model.{name} is {theirs.get(name)} there and {ours} "
+                f"{path} holds another model: model.{name} is {before} there and {ours} "
                 "here; resume with the run's own configuration or choose another name"
             )
