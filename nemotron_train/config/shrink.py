@@ -36,9 +36,11 @@ from nemotron_train.config.schema import (
     TelemetryConfig,
 )
 
+DIMENSIONS = ("tensor", "pipeline", "virtual_pipeline", "context", "expert", "expert_tensor")
 DEGREE = 2  # of every parallel dimension above 1
 WIDTH, HEAD, LATENT, VOCAB, LENGTH = 64, 16, 32, 512, 64
 EXPERTS, CHOSEN, DEPTHS, SOURCES, PHASES = 8, 3, 2, 3, 3
+BUCKET = 20_000  # parameters: where gradients are reduced in buckets, there are several
 BLOCK_OF_HEADS = 32  # Mamba-2 heads a rank under a plan with block formats
 LAYERS = 4  # at least, where the pattern has so many
 MICRO_BATCHES = 4  # a replica's: more than pipeline stages, so that they reach their steady state
@@ -104,10 +106,11 @@ def alone(config: Config, dimensions: tuple[str, ...], data_parallel: int) -> tu
     part = one_rank(config)
     part.parallel = deepcopy(config.parallel)
     kept = {*dimensions, "pipeline"} if "virtual_pipeline" in dimensions else {*dimensions}
-    for name in _degrees(part.parallel):
+    for name in DIMENSIONS:
         if name not in kept:
             setattr(part.parallel, name, 1)
     part.parallel.sequence = config.parallel.sequence and part.parallel.tensor > 1
+    part.parallel.overlap_pipeline &= part.parallel.virtual_pipeline > 1
     if part.parallel.pipeline > 1:
         part.model.pattern = config.model.pattern
         if part.model.pattern.count("|") + 1 != num_stages(part.parallel):
@@ -119,7 +122,7 @@ def alone(config: Config, dimensions: tuple[str, ...], data_parallel: int) -> tu
 def dimensions(config: Config, num_ranks: int) -> list[str]:
     """The parallel dimensions above 1 of a layout on `num_ranks` ranks; "data" only where replicas
     are more than the expert dimensions need."""
-    found = [name for name in _degrees(config.parallel) if getattr(config.parallel, name) > 1]
+    found = [name for name in DIMENSIONS if getattr(config.parallel, name) > 1]
     return found + (["data"] if num_ranks > smallest_num_ranks(config.parallel) else [])
 
 
@@ -146,14 +149,10 @@ def num_stages(parallel: ParallelConfig) -> int:
     return parallel.pipeline * parallel.virtual_pipeline
 
 
-def _degrees(parallel: ParallelConfig) -> list[str]:
-    """Names of the dimensions: every whole-numbered knob of the layout."""
-    return [f.name for f in dataclasses.fields(parallel) if f.type is int or f.type == "int"]
-
-
 def _shrink_parallel(parallel: ParallelConfig, max_ranks: int) -> int:
-    for name in _degrees(parallel):
+    for name in DIMENSIONS:
         setattr(parallel, name, min(getattr(parallel, name), DEGREE))
+    parallel.bucket_parameters = min(parallel.bucket_parameters, BUCKET)
     ranks = smallest_num_ranks(parallel)
     if ranks > max_ranks:
         raise ConfigError(
