@@ -111,8 +111,10 @@ class Guard:
             self._in_a_row = 0
             return Action.update
         if worst == 2:
-            reason = describe(loss, grad_norm, _gather(find()))
-            return self._act(step, "non_finite", reason, self._config.non_finite)
+            found, policy = _gather(find()), self._config.non_finite
+            if policy == NonFinitePolicy.skip and any(each.weights for each in found):
+                policy = NonFinitePolicy.stop  # no other batch heals a weight; saving would keep it
+            return self._act(step, "non_finite", describe(loss, grad_norm, found), policy)
         numbers = [
             f"{name} {values[name]:.4f}, {deviations[name]:.1f} deviations above the mean"
             for name in values

@@ -4,10 +4,12 @@
 
 At the steps that start after so many SAMPLES were taken from the data, on RANK: WHAT is `loss` (the
 loss is NaN), `gradient` (the loss is right, the gradient of one module is infinite), `spike` (loss
-times 100), `weight` (a weight becomes NaN and stays so).
+times 100), `weight` (a weight becomes NaN and stays so). `,slow` after it: at all steps RANK sleeps
+four times as long as each of its forward passes takes.
 """
 
 import sys
+import time
 from typing import Any
 
 from nemotron_train.platform import device
@@ -23,11 +25,14 @@ from nemotron_train.train.loop import Progress, StepResult  # noqa: E402
 what, rank, broken_samples = "", 0, [0]
 forward_step = step._forward_step
 take_step = step.Trainer.__call__
-is_broken = False
+is_broken = is_slow = False
 
 
 def broken_forward_step(iterator: Any, model: Any, **weights: Any) -> Any:
+    started = time.perf_counter()
     output, loss = forward_step(iterator, model, **weights)
+    if is_slow and dist.get_rank() == rank:
+        time.sleep(4 * (time.perf_counter() - started))
     factor = {"loss": float("nan"), "spike": 100.0}.get(what)
     if not is_broken or factor is None:
         return output, loss
@@ -52,7 +57,8 @@ def broken_step(trainer: step.Trainer, progress: Progress) -> StepResult:
 
 
 if __name__ == "__main__":  # a checkpoint's writers import this file again
-    what, rank = sys.argv[1], int(sys.argv[2])
+    what, comma, _ = sys.argv[1].partition(",")
+    is_slow, rank = comma == ",", int(sys.argv[2])
     broken_samples = [int(number) for number in sys.argv[3].split(",")]
     step._forward_step = broken_forward_step
     step.Trainer.__call__ = broken_step

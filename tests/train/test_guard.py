@@ -48,6 +48,14 @@ def test_skips_in_a_row_are_counted_and_limited(groups: object) -> None:
         judge(guard, [NAN, NAN, NAN])
 
 
+def test_a_broken_weight_is_not_skipped_but_rolled_back(groups: object) -> None:
+    broken = Findings(True, True, [], ["decoder.layers.2.mixer.in_proj"])
+    with pytest.raises(TrainingFailed, match="weights not finite before the step: decoder"):
+        Guard(config(non_finite="skip"), "cpu").judge(1, NAN, NAN, False, lambda: broken)
+    guard = Guard(config(non_finite="roll_back"), "cpu")
+    assert guard.judge(1, NAN, NAN, False, lambda: broken) == Action.roll_back
+
+
 def test_roll_backs_are_limited(groups: object) -> None:
     guard = Guard(config(non_finite="roll_back"), "cpu")
     assert judge(guard, [NAN, 3.0, NAN]) == ["roll_back", "update", "roll_back"]
