@@ -177,13 +177,13 @@ class Trainer:
     def _finalize(self, *args: Any, **kwargs: Any) -> None:
         """Read what Megatron's own finalization overwrites, then run it: the routers' counts and
         biases, and whether this rank's own gradients are finite."""
+        if self.stragglers.is_due(self.step):  # before the first collective: ranks wait in it
+            torch.zeros(1, device=self.device).item()  # SYNC: this rank's passes are done
+            self.own_work_ended = time.perf_counter()
         self.routing = self._routing_metrics()
         self.biases = [bias.clone() for bias in self._router_biases()]
         if not self.config.parallel.overlap_gradient_reduce:  # else they are mixed already
             self.own_gradients_are_finite = gradients_are_finite(self.chunks)
-        if self.stragglers.is_due(self.step):
-            torch.zeros(1, device=self.device).item()  # SYNC: this rank's passes are done
-            self.own_work_ended = time.perf_counter()
         finalize_model_grads(*args, **kwargs)
         self.precision.gradients_ready(self.chunks)
 
