@@ -36,7 +36,7 @@ LAYERS = [
     ("metadata", ["config.derive", "config.memory", "config.checks", "optim.schedule"]),
     ("metadata", ["config.activations", "config.operators"]),
     ("metadata", ["model.shape", "precision.plan", "precision.rules", "precision.blocking"]),
-    ("metadata", ["model.stages"]),
+    ("metadata", ["model.stages", "config.layout_checks"]),
     ("metadata", ["precision.transformer_engine", "precision.record", "train.lineage"]),
     ("metadata", ["config.guards", "precision.backend"]),
     ("metadata", ["train.metrics", "train.run_folder", "train.progress_bar", "train.integrity"]),

@@ -6,21 +6,19 @@ checkpoints, the device) checks itself. No torch.
 """
 
 import re
-from dataclasses import fields, replace
+from dataclasses import fields
 from math import inf
 from operator import attrgetter
 
+from nemotron_train.config.layout_checks import check_layout, must_divide
 from nemotron_train.config.schema import (
     Config,
     ConfigError,
     DataKind,
-    Dtype,
     GuardConfig,
     ModelConfig,
-    ParallelConfig,
 )
 from nemotron_train.model.shape import LayerKind, parse_pattern
-from nemotron_train.model.stages import stage_pattern
 from nemotron_train.precision.plan import check_plan
 
 
@@ -35,12 +33,9 @@ def check(config: Config, num_ranks: int) -> None:
         inside_mtp = parse_pattern(config.model.mtp.pattern, "model.mtp.pattern", False)[0]
     kinds = {kind for stage in [*stages, inside_mtp] for kind in stage}
     _check_model(config.model, kinds)
-    _check_split(config, kinds)
-    _check_stages(config, stages)
-    _check_ranks(config, num_ranks)
+    check_layout(config, stages, kinds, num_ranks)
     _check_schedule(config)
     _check_data(config)
-    _check_batch(config, num_ranks)
     check_plan(config)
 
 
@@ -138,14 +133,14 @@ def _check_name(name: str) -> None:
 def _check_model(model: ModelConfig, kinds: set[LayerKind]) -> None:
     attention, mamba, moe = model.attention, model.mamba, model.moe
     if LayerKind.attention in kinds:
-        _must_divide(
+        must_divide(
             "model.attention.heads",
             attention.heads,
             "model.attention.key_value_heads",
             attention.key_value_heads,
         )
     if LayerKind.mamba in kinds:
-        _must_divide("model.mamba.heads", mamba.heads, "model.mamba.groups", mamba.groups)
+        must_divide("model.mamba.heads", mamba.heads, "model.mamba.groups", mamba.groups)
         _check_order("model.mamba.dt_min", mamba.dt_min, "model.mamba.dt_max", mamba.dt_max)
         _check_order(
             "model.mamba.A_init_min", mamba.A_init_min, "model.mamba.A_init_max", mamba.A_init_max
@@ -162,182 +157,6 @@ def _check_model(model: ModelConfig, kinds: set[LayerKind]) -> None:
             "model.moe.experts",
             moe.experts,
         )
-
-
-def _check_split(config: Config, kinds: set[LayerKind]) -> None:
-    """What each parallel dimension must divide."""
-    model, parallel, train = config.model, config.parallel, config.train
-    by_tensor: list[tuple[str, int]] = [("model.vocab_size", model.vocab_size)]
-    if config.model.mtp.depths > 0:
-        by_tensor.append(("model.hidden_size", model.hidden_size))
-    if LayerKind.attention in kinds:
-        by_tensor.append(("model.attention.heads", model.attention.heads))
-    if LayerKind.mamba in kinds:
-        by_tensor.append(("model.mamba.heads", model.mamba.heads))
-        by_tensor.append(("model.mamba.groups", model.mamba.groups))
-    if LayerKind.moe in kinds:
-        shared = model.moe.shared_expert_hidden_size
-        by_tensor.append(("model.moe.shared_expert_hidden_size", shared))
-        _must_divide("model.moe.experts", model.moe.experts, "parallel.expert", parallel.expert)
-        _must_divide(
-            "model.moe.expert_hidden_size",
-            model.moe.expert_hidden_size,
-            "parallel.expert_tensor",
-            parallel.expert_tensor,
-        )
-    for knob, value in by_tensor:
-        _must_divide(knob, value, "parallel.tensor", parallel.tensor)
-    if LayerKind.attention in kinds:
-        _check_key_value_heads(model.attention.key_value_heads, parallel.tensor)
-    if parallel.context > 1:
-        _check_context(config, kinds)
-    if LayerKind.moe in kinds and parallel.tensor > 1 and not parallel.sequence:
-        raise ConfigError(
-            f"parallel.tensor={parallel.tensor} with E layers needs parallel.sequence=true: the "
-            "tensor-parallel ranks share the routed tokens out among themselves"
-        )
-    if parallel.sequence and parallel.tensor == 1:
-        raise ConfigError(
-            "parallel.sequence=true needs parallel.tensor above 1: it shards the sequence over "
-            "the tensor-parallel ranks"
-        )
-    if parallel.sequence:
-        _must_divide(
-            "train.sequence_length",
-            train.sequence_length,
-            "parallel.tensor",
-            parallel.tensor,
-        )
-
-
-def _check_context(config: Config, kinds: set[LayerKind]) -> None:
-    """Each context-parallel rank gets whole heads of its tensor-parallel rank, and what heads
-    share (Mamba-2's groups, key-value heads) whole or with other ranks."""
-    model, parallel = config.model, config.parallel
-    together, size = "parallel.tensor x parallel.context", parallel.tensor * parallel.context
-    shared = []
-    if LayerKind.attention in kinds:
-        _must_divide("model.attention.heads", model.attention.heads, together, size)
-        shared.append(("model.attention.key_value_heads", model.attention.key_value_heads))
-    if LayerKind.mamba in kinds:
-        _must_divide("model.mamba.heads", model.mamba.heads, together, size)
-        shared.append(("model.mamba.groups", model.mamba.groups))
-    for knob, value in shared:
-        here = max(1, value // parallel.tensor)
-        if here % parallel.context and parallel.context % here:
-            raise ConfigError(
-                f"{knob}={value} is {here} a tensor-parallel rank, which must be a multiple or a "
-                f"divisor of parallel.context={parallel.context}"
-            )
-    pieces = parallel.context * (parallel.tensor if parallel.sequence else 1)
-    knobs = "parallel.context" + (" x parallel.tensor" if parallel.sequence else "")
-    _must_divide("train.sequence_length", config.train.sequence_length, knobs, pieces)
-
-
-def _check_key_value_heads(key_value_heads: int, tensor: int) -> None:
-    """Ranks hold whole key-value heads, or several ranks share one."""
-    if key_value_heads % tensor and tensor % key_value_heads:
-        raise ConfigError(
-            f"model.attention.key_value_heads={key_value_heads} must be a multiple or a divisor "
-            f"of parallel.tensor={tensor}"
-        )
-
-
-def _check_stages(config: Config, stages: list[list[LayerKind]]) -> None:
-    """Stages written into the pattern must be as many as the layout has; without any the layers
-    must suffice for them."""
-    parallel, pattern = config.parallel, config.model.pattern
-    wanted, found, num_layers = (
-        parallel.pipeline * parallel.virtual_pipeline,
-        len(stages),
-        sum(map(len, stages)),
-    )
-    knobs = f"parallel.pipeline={parallel.pipeline}"
-    if parallel.virtual_pipeline > 1:
-        if parallel.pipeline == 1:
-            raise ConfigError(
-                f"parallel.virtual_pipeline={parallel.virtual_pipeline} needs parallel.pipeline "
-                "above 1: one rank has nobody to interleave its stages with"
-            )
-        knobs += f" x parallel.virtual_pipeline={parallel.virtual_pipeline}"
-    if wanted > num_layers:
-        raise ConfigError(
-            f"{knobs} is more than the {num_layers} layers of model.pattern={pattern}"
-        )
-    if found not in (1, wanted):
-        model = replace(config.model, pattern=pattern.replace("|", ""))
-        proposal = stage_pattern(replace(config, model=model))
-        raise ConfigError(
-            f"model.pattern={pattern} has {found} pipeline stage(s), separated by |, but {knobs}; "
-            f"without | FLOPs decide: '{proposal}'"
-        )
-
-
-def _check_ranks(config: Config, num_ranks: int) -> None:
-    parallel = config.parallel
-    if num_ranks < 1:
-        raise ConfigError(f"the number of ranks is {num_ranks}: must be 1 or more")
-    grids = {
-        "parallel.tensor x parallel.pipeline x parallel.context": (
-            parallel.tensor * parallel.pipeline * parallel.context
-        ),
-        "parallel.expert x parallel.expert_tensor x parallel.pipeline": (
-            parallel.expert * parallel.expert_tensor * parallel.pipeline
-        ),
-    }
-    for knobs, size in grids.items():
-        if num_ranks % size:
-            raise ConfigError(
-                f"{num_ranks} rank(s) cannot be divided by {knobs} = {size}: launch a multiple "
-                f"of {size} ranks or make a dimension smaller"
-            )
-    _check_overlap(parallel)
-    dtype = config.precision.parameter_dtype
-    if dtype == Dtype.bfloat16 and not parallel.distributed_optimizer:
-        # UPSTREAM(megatron-core 0.19.2): its plain optimizer mixes up BF16 parameters and those
-        # kept in FP32 (A_log, D, dt_bias) when it names its state for a checkpoint.
-        raise ConfigError(
-            "parallel.distributed_optimizer=false with precision.parameter_dtype=bfloat16: such a "
-            "run could not save a checkpoint; leave the optimizer distributed"
-        )
-
-
-def _check_overlap(parallel: ParallelConfig) -> None:
-    if parallel.overlap_parameter_gather and not (
-        parallel.distributed_optimizer and parallel.overlap_gradient_reduce
-    ):
-        raise ConfigError(
-            "parallel.overlap_parameter_gather=true needs parallel.distributed_optimizer=true and "
-            "parallel.overlap_gradient_reduce=true: it gathers what they cut"
-        )
-    if parallel.overlap_pipeline and parallel.virtual_pipeline == 1:
-        raise ConfigError(
-            "parallel.overlap_pipeline=true needs parallel.virtual_pipeline above 1: a rank with "
-            "one stage has nothing else to compute while it sends"
-        )
-
-
-def _check_batch(config: Config, num_ranks: int) -> None:
-    """Both batches are whole sequences, and every data-parallel rank takes an equal number of
-    whole micro batches of them."""
-    train, parallel = config.train, config.parallel
-    data_parallel = num_ranks // (parallel.tensor * parallel.pipeline * parallel.context)
-    length = train.sequence_length
-    together = train.micro_batch_sequences * data_parallel
-    rounds = ""
-    if parallel.virtual_pipeline > 1:  # interleaved stages take micro-batches in whole rounds
-        together *= parallel.pipeline
-        rounds = f"parallel.pipeline={parallel.pipeline} interleaved micro-batches x "
-    for knob in ("global_batch_tokens", "validation_tokens"):
-        value = getattr(train, knob)
-        _must_divide(f"train.{knob}", value, "train.sequence_length", length)
-        if value // length % together:
-            raise ConfigError(
-                f"train.{knob}={value} is {value // length} sequences of {length}, which "
-                f"{data_parallel} data-parallel rank(s) x {rounds}"
-                f"train.micro_batch_sequences={train.micro_batch_sequences} = {together} do not "
-                f"divide; {_nearest(value, together * length)} would do"
-            )
 
 
 def _check_schedule(config: Config) -> None:
@@ -382,16 +201,3 @@ def _check_data(config: Config) -> None:
 def _check_order(low_knob: str, low: float, high_knob: str, high: float) -> None:
     if not low <= high:
         raise ConfigError(f"{low_knob}={low} must not exceed {high_knob}={high}")
-
-
-def _must_divide(knob: str, value: int, divisor_knob: str, divisor: int) -> None:
-    if value % divisor:
-        raise ConfigError(
-            f"{knob}={value} is not a multiple of {divisor_knob}={divisor}; "
-            f"{_nearest(value, divisor)} would be"
-        )
-
-
-def _nearest(value: int, divisor: int) -> str:
-    lower = value // divisor * divisor
-    return f"{lower} or {lower + divisor}" if lower else str(divisor)
