@@ -14,11 +14,13 @@ def run_check_parallel(arguments: argparse.Namespace) -> int:
     config = compose_config(arguments.overrides, arguments.config)
     from nemotron_train.check.launch import Ranks, RanksFailed
     from nemotron_train.check.parallel import ParallelCheck, check_parallel
+    from nemotron_train.data.lock import exclusive
 
     folder, console = Path(config.folder) / "checks" / config.name / "parallel", open_console()
     asked = ParallelCheck(folder, arguments.ranks, arguments.steps, arguments.own_precision)
     try:
-        equal = check_parallel(config, asked, console, Ranks(folder, console))
+        with exclusive(folder, wait=False):
+            equal = check_parallel(config, asked, console, Ranks(folder, console))
     except RanksFailed as error:
         print("nemotron-train:", error, file=sys.stderr)
         return DIFFERS
@@ -29,12 +31,14 @@ def run_check_resume(arguments: argparse.Namespace) -> int:
     config = compose_config(arguments.overrides, arguments.config)
     from nemotron_train.check.launch import Ranks, RanksFailed
     from nemotron_train.check.resume import ResumeCheck, check_resume
+    from nemotron_train.data.lock import exclusive
 
     folder, console = Path(config.folder) / "checks" / config.name / "resume", open_console()
     stamp = Path(config.resume) / "checkpoints" if config.resume else None
     asked = ResumeCheck(folder, arguments.ranks, arguments.steps, stamp)
     try:
-        exact = check_resume(config, asked, console, Ranks(folder, console))
+        with exclusive(folder, wait=False):
+            exact = check_resume(config, asked, console, Ranks(folder, console))
     except RanksFailed as error:
         print("nemotron-train:", error, file=sys.stderr)
         return DIFFERS
@@ -45,10 +49,12 @@ def run_check_precision(arguments: argparse.Namespace) -> int:
     config = compose_config(arguments.overrides, arguments.config)
     from nemotron_train.check.launch import Ranks, RanksFailed
     from nemotron_train.check.precision import check_precision
+    from nemotron_train.data.lock import exclusive
 
     folder, console = Path(config.folder) / "checks" / config.name / "precision", open_console()
     try:
-        kept = check_precision(config, folder, arguments.ranks, console, Ranks(folder, console))
+        with exclusive(folder, wait=False):
+            kept = check_precision(config, folder, arguments.ranks, console, Ranks(folder, console))
     except RanksFailed as error:
         print("nemotron-train:", error, file=sys.stderr)
         return DIFFERS

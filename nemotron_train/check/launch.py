@@ -37,7 +37,7 @@ class Ranks:
         folder: Path,
         console: Console,
         *,
-        limit_seconds: float = 300.0,
+        limit_seconds: float = 600.0,
         worker: Sequence[str] = WORKER,
     ) -> None:
         self.folder, self._console = folder, console

@@ -263,14 +263,18 @@ def read_values(folder: Path) -> list[dict[str, Any]]:
 
 
 def tell_shrunk(shrunk: Shrunk, console: Console) -> None:
-    """What the configuration was shrunk to."""
-    changes = [f"{knob} {_short(was)} -> {now}" for knob, was, now in shrunk.changes]
-    console.print("shrunk: " + ", ".join(changes), highlight=False, soft_wrap=True)
+    """What the configuration was shrunk to, one line a part of it."""
+    parts: dict[str, list[str]] = {}
+    for knob, was, now in shrunk.changes:
+        part, _, name = knob.rpartition(".")
+        parts.setdefault(part or knob, []).append(f"{name} {_short(was)} -> {now}")
+    for part, changes in parts.items():
+        console.print(f"shrunk {part}: " + ", ".join(changes), highlight=False, soft_wrap=True)
 
 
 def _short(value: Any) -> str:
     text = str(value)
-    return text if len(text) <= 24 else f"{text[:20]}... ({len(text)} letters)"
+    return text if len(text) <= 24 else f"{text[:20]}... ({len(text)})"
 
 
 def _label(config: Config, names: list[str], num_ranks: int) -> str:

@@ -24,5 +24,5 @@ def exclusive(folder: Path, *, wait: bool) -> Iterator[None]:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ConfigError(f"{folder}: another process is preparing this folder") from None
+            raise ConfigError(f"{folder}: another process is at work in this folder") from None
         yield

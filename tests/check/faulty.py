@@ -14,31 +14,36 @@ from nemotron_train.check import worker
 from nemotron_train.platform import device
 
 
-def _module(session: Any, path: str) -> Any:
-    chunk = session.chunks[0]
-    return dict(chunk.module.named_modules())[path]
+def _modules(session: Any, path: str) -> list[Any]:
+    """The module at a global path, where this rank holds it."""
+    from nemotron_train.precision.attach import global_modules
+
+    found = [global_modules(chunk.module).get(path) for chunk in session.chunks]
+    return [module for module in found if module is not None]
 
 
 def norm_not_summed(session: Any) -> None:
     """Under sequence parallelism each rank has its own tokens' share of a norm's gradient."""
-    _module(session, "decoder.layers.1.pre_mlp_layernorm").weight.sequence_parallel = False
+    for module in _modules(session, "decoder.layers.1.pre_mlp_layernorm"):
+        module.weight.sequence_parallel = False
 
 
 def router_not_summed(session: Any) -> None:
     """The same for a router."""
-    _module(session, "decoder.layers.1.mlp.router").weight.sequence_parallel = False
+    for module in _modules(session, "decoder.layers.1.mlp.router"):
+        module.weight.sequence_parallel = False
 
 
 def shared_expert_added_twice(session: Any) -> None:
     """Every tensor-parallel rank adds the whole shared expert."""
-    _scale_output(_module(session, "decoder.layers.1.mlp.shared_experts"), 2.0)
+    for module in _modules(session, "decoder.layers.1.mlp.shared_experts"):
+        _scale_output(module, 2.0)
 
 
 def experts_gradient_halved(session: Any) -> None:
     """The experts' gradients are divided by the ranks that they are spread over."""
-    _module(session, "decoder.layers.1.mlp.experts.linear_fc2").weight.register_hook(
-        lambda gradient: gradient / 2
-    )
+    for module in _modules(session, "decoder.layers.1.mlp.experts.linear_fc2"):
+        module.weight.register_hook(lambda gradient: gradient / 2)
 
 
 def moments_lost(session: Any) -> None:
