@@ -34,6 +34,8 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "ETP2": (2, ["parallel=expert_tensor2"]),
     "TP2 EP2": (2, ["parallel=tensor2", "parallel.expert=2"]),
     "TP2 ETP2": (2, ["parallel=tensor2", "parallel.expert_tensor=2"]),
+    "CP2": (2, ["parallel=context2"]),
+    "CP2 EP2": (2, ["parallel=context2", "parallel.expert=2"]),
     "DP4": (4, []),
     "TP2 DP2": (4, ["parallel=tensor2"]),
     "PP2 DP2": (4, ["parallel=pipeline2"]),
@@ -51,6 +53,9 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "PP2 EP2": (4, ["parallel=pipeline2", "parallel.expert=2"]),
     "PP2 VPP2 EP2": (4, ["parallel=interleaved2", "parallel.expert=2"]),
     "PP4": (4, ["parallel.pipeline=4"]),
+    "CP2 DP2": (4, ["parallel=context2"]),
+    "CP2 PP2": (4, ["parallel=context2", "parallel.pipeline=2"]),
+    "CP2 PP2 VPP2": (4, ["parallel=interleaved2", "parallel.context=2"]),
 }
 COMPARED = ("loss", "mtp_loss_1", "mtp_loss_2", "load_balance_loss", "grad_norm")
 

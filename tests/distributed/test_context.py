@@ -2,8 +2,8 @@
 
 Second truth: the run on one rank, in FP32, with every ingredient (Mamba-2, LatentMoE, attention,
 two MTP depths whose targets lie across the cut, documents packed across it); for a resumed run the
-uninterrupted one; for the exchange whole tensors. Products with the other layouts, and more ranks
-than Mamba-2 has groups, are marked `layouts`. Not covered: BF16 losses, GPUs and their kernels.
+uninterrupted one; for the exchange whole tensors. Four ranks, which share Mamba-2's groups, are
+marked `layouts`. Not covered: BF16 losses, GPUs and their kernels.
 """
 
 import json
@@ -18,12 +18,10 @@ Train = Callable[..., list[dict]]
 HERE = Path(__file__).parent
 TIMINGS = {"step_seconds", "tokens_per_second"}
 TENSOR = ["parallel.tensor=2", "parallel.sequence=true"]
+# Those that split groups; the other products are in test_layout_products.py.
 PRODUCTS = {
-    "tensor": [*TENSOR],
-    "tensor_expert": [*TENSOR, "parallel.expert=4"],
-    "expert": ["parallel.expert=2"],
-    "data": [],
-    "pipeline": ["parallel.pipeline=2", "model.pattern=MEM|*EME"],
+    "tensor": ["parallel.context=2", *TENSOR],
+    "tensor_expert": ["parallel.context=2", *TENSOR, "parallel.expert=4"],
     "four": ["parallel.context=4"],
 }
 
@@ -94,10 +92,7 @@ def test_exchange(heads_a_group: int, run_ranks: RunRanks, tmp_path: Path) -> No
 @pytest.mark.parametrize("layout", PRODUCTS)
 def test_products_equal_one_rank(layout: str, one_rank: list[dict], train: Train) -> None:
     """On four ranks. Four context-parallel ones share Mamba-2's two groups in pairs."""
-    words = PRODUCTS[layout]
-    if "parallel.context=4" not in words:
-        words = ["parallel.context=2", *words]
-    assert_equal(train(f"context_{layout}", 4, *words), one_rank)
+    assert_equal(train(f"context_{layout}", 4, *PRODUCTS[layout]), one_rank)
 
 
 @pytest.mark.layouts

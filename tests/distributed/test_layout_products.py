@@ -4,8 +4,8 @@ rank, exact resume, and checkpoints that go on under another layout.
 Second truths: the run on one rank, in FP32, with every ingredient; the uninterrupted run. A resumed
 run is another set of processes. Weights are compared whole, put together from all ranks' shards,
 and ranks that hold the same part must hold the same numbers. Not covered: more than four ranks,
-context parallelism (test_context.py), BF16; losses are compared over ten steps, after which
-rounding may send a token to another expert.
+context ranks that share groups of heads (test_context.py), BF16; losses are compared over ten
+steps, after which rounding may send a token to another expert.
 """
 
 from dataclasses import dataclass
@@ -29,6 +29,8 @@ RESHARDED = {
     "PP4 -> EP4": ("PP4", "EP4"),
     "TP2 PP2 ETP2 -> DP4": ("TP2 PP2 ETP2", "DP4"),
     "TP2 EP2 DP2 -> one rank": ("TP2 EP2 DP2", "one rank"),
+    "CP2 EP2 -> TP2 PP2": ("CP2 EP2", "TP2 PP2"),
+    "CP2 PP2 -> one rank": ("CP2 PP2", "one rank"),
     "PP2 VPP2 DP2 -> one rank": ("PP2 VPP2 DP2", "one rank"),
     "one rank -> TP2 ETP2 EP2": ("one rank", "TP2 ETP2 EP2"),
     "one rank -> PP2 VPP2 EP2": ("one rank", "PP2 VPP2 EP2"),
