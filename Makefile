@@ -1,6 +1,6 @@
-# Targets: env, demo, test, test-layouts, test-faults, check, benchmark. They work from any folder (make -C, make -f) and set
-# up .venv first. Choices: EXTRAS=dev,gpu (what is installed beside the library), TEST_PROCESSES=2,
-# ARGS="..." (handed to nemotron-train, pytest or the benchmark).
+# Targets: env, demo, test, test-layouts, test-faults, test-slurm, check, benchmark. They work from
+# any folder (make -C, make -f) and set up .venv first. Choices: EXTRAS=dev,gpu (what is installed
+# beside the library), TEST_PROCESSES=2, ARGS="..." (for nemotron-train, pytest or the benchmark).
 
 root := $(patsubst %/,%,$(dir $(abspath $(lastword $(MAKEFILE_LIST)))))
 venv := $(root)/.venv
@@ -18,7 +18,7 @@ clean_env := env -u PYTHONPATH -u PYTHONHOME -u PIP_CONSTRAINT -u PIP_BUILD_CONS
 	-u PIP_REQUIRE_HASHES -u PIP_IGNORE_INSTALLED
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-layouts test-faults check benchmark
+.PHONY: help env demo test test-layouts test-faults test-slurm check benchmark
 
 help:
 	@sed -n 's/^# //;1,3p' '$(lastword $(MAKEFILE_LIST))'
@@ -63,6 +63,10 @@ test-layouts: $(stamp)
 
 test-faults: $(stamp)
 	cd '$(root)' && '$(python)' -m pytest --quiet -m 'faults or not faults' $(ARGS) tests/faults
+
+# Needs root and the packages that launch/lab.sh names; installs nothing.
+test-slurm: $(stamp)
+	cd '$(root)' && '$(python)' -m pytest --quiet -m slurm $(ARGS) tests/slurm
 
 check: $(stamp)
 	cd '$(root)' && '$(python)' -m ruff check .

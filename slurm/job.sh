@@ -95,6 +95,7 @@ cancel_links() {
 
 # What follows a start that did not finish the run.
 go_on() {
+    [[ ! -e $run_folder/STOP ]] || stop_chain "$1" "asked to stop by $run_folder/STOP"
     if ((chain_links > 1)); then
         note end "$SLURM_JOB_ID" "$start" "$(newest_step)" "$1" "next link"
     elif [[ $requeue == true && -z $ended_by_slurm ]]; then
