@@ -43,10 +43,20 @@ def print_status(folders: Sequence[Path], console: Any) -> None:
         named = ", ".join(map(str, folders))
         raise ConfigError(f"{named}: no run here was submitted with nemotron-train slurm")
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("run", "job", "state", "nodes", "step", "loss", "tokens/s", "training left"):
-        table.add_column(name, overflow="fold")
-    for name in ("job left", "checkpoint", "last start"):
-        table.add_column(name, overflow="fold")
+    for name in (
+        "run",
+        "job",
+        "state",
+        "nodes",
+        "step",
+        "loss",
+        "tokens/s",
+        "to go",
+        "job ends in",
+    ):
+        table.add_column(name, no_wrap=True)
+    table.add_column("checkpoint", no_wrap=True)
+    table.add_column("remark", overflow="fold")  # why it waits, or how its last start ended
     queue = {queued.number: queued for queued in read_queue()}
     for run in runs:
         jobs = [queue[number] for number in _job_numbers(run) if number in queue]
@@ -103,11 +113,13 @@ def _row(run: Path, job: Queued | None) -> list[str]:
     if total and isinstance(seconds, int | float):
         left = _duration(max(0, total - step) * seconds)
     ends = [event for event in read_chain(run) if event[1] == "end"]
-    outcome = f"exit {ends[-1][5]}, {ends[-1][-1]}" if ends else "-"
+    remark = f"exit {ends[-1][5]}, {ends[-1][-1]}" if ends else "-"
+    if job and job.state == "PENDING":
+        remark = job.reason.strip("()")
     return [
         run.name,
         job.number if job else "-",
-        job.state.lower() + (f" {job.reason}" if job.state == "PENDING" else "") if job else "-",
+        job.state.lower() if job else "-",
         job.nodes if job else "-",
         f"{step:,}/{total:,}" if total else f"{step:,}",
         f"{last['loss']:.3f}" if last else "-",
@@ -115,7 +127,7 @@ def _row(run: Path, job: Queued | None) -> list[str]:
         left,
         job.left if job else "-",
         _newest_checkpoint(run),
-        outcome,
+        remark,
     ]
 
 

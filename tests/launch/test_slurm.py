@@ -376,3 +376,37 @@ def test_default_cluster_knobs_are_safe() -> None:
             signal_lead_seconds=0,
         )
     )
+
+
+def test_status_joins_queue_and_run_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A running job, a waiting link of the same run, and a run whose job is over; squeue is a
+    stand-in that prints what Slurm 22.05 does."""
+    for name, links in (("going", "11\n12\n"), ("over", "9\n"), ("fresh", "")):
+        (tmp_path / "runs" / name / "slurm").mkdir(parents=True)
+        (tmp_path / "runs" / name / "slurm/links").write_text(links)
+    going, over = tmp_path / "runs/going", tmp_path / "runs/over"
+    (going / "derived.yaml").write_text("total_steps: 3000\n")
+    rows = ['{"torn', '{"step": 1200, "loss": 2.5, "tokens_per_second": 1234.5, "step_seconds": 2}']
+    (going / "metrics.jsonl").write_text("\n".join(rows) + "\n")
+    (going / "checkpoints/step_00001000").mkdir(parents=True)
+    (going / "checkpoints/step_00001000/manifest.json").touch()
+    (going / "checkpoints/step_00001100").mkdir()  # never finished
+    (over / "slurm/chain.log").write_text("t\tend\t9\t0\t50\t2\tstop: wrong configuration\n")
+    (tmp_path / "squeue").write_text(
+        "#!/bin/sh\necho '11|RUNNING|1:00|2:59:00|4|node[1-4]'\n"
+        "echo '12|PENDING|0:00|4:00:00|4|(Dependency)'\necho '99|RUNNING|1:00|1:00|1|other'\n"
+    )
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.chdir(tmp_path)
+    assert main(["slurm", "status"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    # 1,800 steps of two seconds are an hour.
+    assert "going 11 running 4 1,200/3,000 2.500 1,23" in said and " 1:00 2:59:00 1,000 at" in said
+    assert "going 12 pending 4" in said and " Dependency over" in said
+    assert "over - - - 0 - - - - - exit 2, stop: wrong configuration" in said
+    assert "99" not in said
+    assert main(["slurm", "status", "runs/nothing"]) == 2
+    assert "no run here was submitted" in capsys.readouterr().err

@@ -24,13 +24,13 @@ def test_two_nodes_train_as_two_local_ranks(
     chain = lab.wait_for_end("two_nodes", jobs)
     assert trajectory(lab.run("two_nodes")) == reference
     assert [event[1] for event in chain] == ["begin", "end"]
-    assert chain[-1][5:] == ["0", "stop: finished at step 120"]
+    assert chain[-1][5:] == ["0", "stop: finished at step 60"]
     assert "ExitCode=0:0" in lab.call("scontrol", "show", "job", jobs[0])
     logs = sorted(path.name for path in (lab.run("two_nodes") / "ranks").glob("*.log"))
     assert logs == ["rank_0000.log", "rank_0001.log"]
     status = lab.call(sys.executable, "-m", "nemotron_train", "slurm", "status")
     line = next(line for line in status.splitlines() if line.startswith("two_nodes"))
-    assert "120/120" in line and "120 at" in line
+    assert "60/60" in line and "60 at" in line
     again = [sys.executable, "-m", "nemotron_train", "slurm", "cluster=local_lab", "nodes=2"]
     assert "is finished" in lab.call(*again, *lab.common, "name=two_nodes")
 
@@ -51,14 +51,14 @@ def test_signal_before_the_limit_ends_in_a_requeue(
 
 def test_links_follow_each_other(lab: Any, reference: Trajectory, trajectory: Any) -> None:
     """Jobs submitted at once, each stopped on request; the one that is not needed is cancelled."""
-    links = lab.submit("links", "cluster.chain_links=4", "train.stop_after_steps=50")
+    links = lab.submit("links", "cluster.chain_links=4", "train.stop_after_steps=25")
     chain = lab.wait_for_end("links", links)
     assert trajectory(lab.run("links")) == reference
     ends = [event for event in chain if event[1] == "end"]
     assert [event[2] for event in ends] == links[:3]
-    assert [event[4] for event in ends] == ["50", "100", "120"]
+    assert [event[4] for event in ends] == ["25", "50", "60"]
     assert [event[5:] for event in ends[:-1]] == [["3", "next link"]] * 2
-    assert ends[-1][5:] == ["0", "stop: finished at step 120"]
+    assert ends[-1][5:] == ["0", "stop: finished at step 60"]
     assert "JobState=CANCELLED" in lab.call("scontrol", "show", "job", links[3])
 
 
@@ -81,18 +81,18 @@ def test_time_limit_by_slurms_clock_and_scancel(lab: Any) -> None:
 def test_killed_rank(lab: Any, reference: Trajectory, trajectory: Any) -> None:
     """The other rank does not hang, and the job starts again from the last checkpoint."""
     jobs = lab.submit("killed_rank")
-    lab.wait_for_step("killed_rank", 25)
+    lab.wait_for_step("killed_rank", 15)
     os.kill(lab.rank_process("killed_rank", 1), signal.SIGKILL)
     chain = lab.wait_for_end("killed_rank", jobs)
     assert trajectory(lab.run("killed_rank")) == reference
     assert chain[1][5:] == ["137", "requeue"]
-    assert int(chain[2][4]) >= 20
+    assert int(chain[2][4]) >= 10
 
 
 def test_preemption(lab: Any, reference: Trajectory, trajectory: Any) -> None:
     """A more urgent job takes the nodes; the run saves, and goes on after it."""
     jobs = lab.submit("preempted")
-    lab.wait_for_step("preempted", 25)
+    lab.wait_for_step("preempted", 15)
     urgent = lab.call(
         *("sbatch", "--parsable", "--partition=urgent", "--nodes=2", "--exclusive"),
         *("--output=/dev/null", "--wrap=sleep 3"),
@@ -101,20 +101,20 @@ def test_preemption(lab: Any, reference: Trajectory, trajectory: Any) -> None:
     assert trajectory(lab.run("preempted")) == reference
     begins = [event for event in chain if event[1] == "begin"]
     assert [event[3] for event in begins] == ["0", "1"]
-    assert int(begins[1][4]) >= 25, "it saved when it was told to go"
+    assert int(begins[1][4]) >= 15, "it saved when it was told to go"
 
 
 def test_killed_node(lab: Any, reference: Trajectory, trajectory: Any, request: Any) -> None:
     """Slurm finds a dead node, requeues the job, and the run goes on from its last checkpoint."""
     jobs = lab.submit("killed_node")
-    lab.wait_for_step("killed_node", 25)
+    lab.wait_for_step("killed_node", 15)
     lab.kill_node("node2")
     lab.wait(lambda: lab.states()[jobs[0]] == "PENDING", "the dead node is not noticed")
     lab.call(str(Path(request.config.rootpath) / "launch/lab.sh"), "node", "node2")
     chain = lab.wait_for_end("killed_node", jobs)
     assert trajectory(lab.run("killed_node")) == reference
-    assert chain[-1][3] == "1" and chain[-1][-1] == "stop: finished at step 120"
-    assert int([event for event in chain if event[1] == "begin"][1][4]) >= 20
+    assert chain[-1][3] == "1" and chain[-1][-1] == "stop: finished at step 60"
+    assert int([event for event in chain if event[1] == "begin"][1][4]) >= 10
 
 
 def test_torchrun_on_each_node(lab: Any, reference: Trajectory, trajectory: Any) -> None:
