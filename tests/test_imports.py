@@ -22,7 +22,7 @@ LAYERS = [
     ("entry", ["__main__", "cli"]),
     ("composition", ["verbs"]),
     ("composition", ["run", "compose", "data.commands", "report.*", "launch.*", "generate.*"]),
-    ("composition", ["check", "check.*"]),
+    ("composition", ["check", "check.*", "convert.*"]),
     ("session", ["train.session"]),
     ("whole model, side jobs", ["model.build", "train.evaluate", "train.hooks"]),
     (
@@ -65,7 +65,7 @@ NO_TORCH += ["precision.record", "train.lineage", "precision.backend", "platform
 NO_TORCH += ["precision.telemetry_record", "model.stages"]
 NO_TORCH += ["verbs", "check.commands", "check.launch", "check.compare", "check.data"]
 NO_TORCH += ["check.parallel", "check.resume"]
-NO_TORCH += ["check.precision"]
+NO_TORCH += ["check.precision", "convert.commands", "convert.weights"]
 NO_TORCH += ["train.failure", "train.spikes", "train.starts", "train.watchdog"]
 NO_TORCH += ["train.metrics", "train.run_folder", "train.progress_bar", "train.integrity"]
 NO_TORCH += ["train.run_lock", "train.saved", "train.knobs"]

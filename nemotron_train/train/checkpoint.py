@@ -136,13 +136,15 @@ class Checkpoints:
             "dp_cp_group": groups.dp_cp,
         }
 
-    def _sharded_state(self, is_loading: bool) -> dict:
+    def _sharded_state(self, is_loading: bool, has_optimizer: bool = True) -> dict:
         # A chunk's entries carry global names and numbers: its place here is this rank's alone.
         cores: list[Any] = [chunk.module for chunk in self._chunks]
         model_state = {
             f"chunk_{number}": core.sharded_state_dict(metadata=self._metadata)
             for number, core in enumerate(cores)
         }
+        if not has_optimizer:
+            return {"model": model_state}
         return {
             "model": model_state,
             "optimizer": self._optimizer.sharded_state_dict(
@@ -239,21 +241,26 @@ class Checkpoints:
 
     def load(self, path: Path) -> Progress:
         """Load the checkpoint in `path` into model and optimizer, and the random states where the
-        ranks are as many.
+        ranks are as many. Without an optimizer in it (`convert merge`) the masters are the weights,
+        and moments and step count stay those of a fresh optimizer.
 
         Raises ConfigError when it belongs to another model or does not hold what this one needs.
         """
         saved.check_model(path, self._config.model)
+        has_optimizer = saved.has_optimizer(path)
         try:
             with no_code_runs():
-                state = self._sharded_state(is_loading=True)
+                state = self._sharded_state(is_loading=True, has_optimizer=has_optimizer)
                 loaded: Any = dist_checkpointing.load(state, str(path))
         except CheckpointException as error:  # no subclass of Exception
             reason = str(error).strip().splitlines()[-1]
             raise ConfigError(f"{path}: cannot be loaded: {reason}") from error
         for number, chunk in enumerate(self._chunks):
             chunk.module.load_state_dict(loaded["model"][f"chunk_{number}"])
-        load_optimizer_state(self._optimizer, loaded["optimizer"])
+        if has_optimizer:
+            load_optimizer_state(self._optimizer, loaded["optimizer"])
+        else:
+            self._optimizer.reload_model_params()
         states = saved.random_state_of(path, self._rank, self._num_ranks)
         if states is not None:
             random_states.restore(states)

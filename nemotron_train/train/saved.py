@@ -50,6 +50,11 @@ def texts_of(
     return {name: json.dumps(content, indent=1) for name, content in contents.items()}
 
 
+def has_optimizer(path: Path) -> bool:
+    """Whether the checkpoint in `path` holds the optimizer's state; a merge's does not."""
+    return json.loads((path / ABOUT).read_text()).get("optimizer") is not False
+
+
 def random_text(states: Sequence[Any]) -> str:
     """`random.json`: the states of all ranks, equal ones once."""
     distinct: list[Any] = []

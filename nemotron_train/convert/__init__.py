@@ -1,0 +1,1 @@
+"""Checkpoints to other checkpoints. Imports the core; the core never imports it."""

@@ -1,0 +1,135 @@
+"""`convert merge`: the weighted mean of checkpoints, as a run folder to branch from.
+
+Owns: which checkpoints can be merged, the folder that results. Does not own: the weights of each
+(`weights`), the file format (`tensors`). Streams: one tensor of the mean and one of a checkpoint
+are in memory, whatever the model's size.
+
+The mean is of the FP32 masters where there are any and of every buffer (router biases); it is
+stored in FP32. The optimizer is dropped: its moments belong to a place that nobody was at.
+"""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from nemotron_train.config.schema import ConfigError
+from nemotron_train.convert.tensors import CheckpointReader, CheckpointWriter
+from nemotron_train.convert.weights import MergeConfig, Weights, merge_weights
+from nemotron_train.train import saved
+from nemotron_train.train.branch import branch_checkpoint
+from nemotron_train.train.integrity import commit, partial_folder, step_folder, write_durably
+from nemotron_train.train.lineage import LINEAGE, parse_branch, read_lineage
+from nemotron_train.train.loop import Progress
+from nemotron_train.train.run_folder import write_atomically
+
+FROM_LAST = (saved.PROGRESS, saved.PRECISION, saved.DATA, "metadata.json")
+
+
+def merge(checkpoints: Sequence[str], config: MergeConfig, console: Console) -> Path:
+    """Merge the checkpoints (each RUN@STEP) into the run folder `config.output`; returns the new
+    checkpoint, of the latest one's step and data position.
+
+    Raises ConfigError where one is missing or damaged, where they are not of one model, where two
+    are at the same token count, and where the output exists.
+    """
+    if not config.output:
+        raise ConfigError("output is not set: give output=RUN_FOLDER")
+    output = Path(config.output)
+    if output.exists():
+        raise ConfigError(f"output={output}: is there already; give another")
+    sources = sorted(
+        ((branch_checkpoint(text), text) for text in checkpoints),
+        key=lambda source: saved.progress_of(source[0]).tokens,
+    )
+    progress = [saved.progress_of(path) for path, _ in sources]
+    for before, after, (_, text) in zip(progress, progress[1:], sources[1:], strict=False):
+        if before.tokens == after.tokens:
+            raise ConfigError(f"{text}: another of the checkpoints stands at its token count too")
+    readers = [CheckpointReader(path) for path, _ in sources]
+    _check_same_model(readers)
+    tokens = [place.tokens for place in progress]
+    weights = merge_weights(config.weights, tokens, config.decay_style)
+    for (path, _), place, weight in zip(sources, progress, weights, strict=True):
+        console.print(f"{weight:8.5f}  {path}  {place.tokens:,} tokens", highlight=False)
+    final = step_folder(output / "checkpoints", progress[-1].step)
+    try:
+        _write(final, readers, weights, config, progress[-1])
+        _make_run_folder(output, parse_branch(sources[-1][1])[0], sources, weights)
+    except BaseException:
+        shutil.rmtree(output, ignore_errors=True)
+        raise
+    console.print(
+        f"wrote {final}; go on from it with branch={output}@{progress[-1].step}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return final
+
+
+def _check_same_model(readers: Sequence[CheckpointReader]) -> None:
+    first = readers[0]
+    for other in readers[1:]:
+        names = first.shapes.keys() ^ other.shapes.keys()
+        names |= {n for n, shape in first.shapes.items() if other.shapes.get(n) != shape}
+        if names:
+            name = min(names)
+            raise ConfigError(
+                f"{other.folder} holds another model than {first.folder}: {name} is "
+                f"{other.shapes.get(name, 'missing')} there and {first.shapes.get(name, 'missing')}"
+                " here"
+            )
+
+
+def _write(
+    final: Path,
+    readers: Sequence[CheckpointReader],
+    weights: Sequence[float],
+    config: MergeConfig,
+    progress: Progress,
+) -> None:
+    partial, last = partial_folder(final), readers[-1].folder
+    partial.mkdir(parents=True)
+    writer = CheckpointWriter(partial)
+    for name in readers[0].shapes:
+        writer.write(name, _mean(readers, weights, name))
+    writer.finish()
+    for name in FROM_LAST:
+        shutil.copyfile(last / name, partial / name)
+    about: dict[str, Any] = json.loads((last / saved.ABOUT).read_text())
+    parts = [[str(reader.folder), w] for reader, w in zip(readers, weights, strict=True)]
+    style = config.decay_style.value if config.weights == Weights.wsd else ""
+    about |= {"optimizer": False, "ranks": 0}
+    about |= {"merged": {"weights": config.weights.value, "decay_style": style, "of": parts}}
+    write_durably(partial / saved.ABOUT, json.dumps(about, indent=1))
+    commit(final, {}, lambda: None)
+
+
+def _mean(readers: Sequence[CheckpointReader], weights: Sequence[float], name: str) -> torch.Tensor:
+    """Weighted mean of a tensor in FP32; what does not float is the latest one's."""
+    mean: torch.Tensor | None = None
+    for reader, weight in zip(reversed(readers), reversed(weights), strict=True):
+        tensor = reader.read(name)
+        if not tensor.is_floating_point():
+            return tensor
+        if mean is None:
+            mean = tensor.float().mul_(weight)
+        else:
+            mean.add_(tensor, alpha=weight)
+        del tensor
+    assert mean is not None
+    return mean
+
+
+def _make_run_folder(
+    output: Path, last: Path, sources: Sequence[tuple[Path, str]], weights: Sequence[float]
+) -> None:
+    """What makes it a run to branch from: the latest run's configuration, and where it is from."""
+    write_atomically(output / "config.yaml", (last / "config.yaml").read_text())
+    parts = [{"checkpoint": t, "weight": w} for (_, t), w in zip(sources, weights, strict=True)]
+    lineage = {**read_lineage(last), "merged_from": parts}
+    write_atomically(output / LINEAGE, json.dumps(lineage, indent=2) + "\n")
