@@ -30,6 +30,7 @@ from nemotron_train.model.mtp import depth_mask
 from nemotron_train.optim.build import set_learning_rate
 from nemotron_train.optim.schedule import learning_rate
 from nemotron_train.optim.update import apply_update, gradient_norm
+from nemotron_train.platform.device import wait_for_device
 from nemotron_train.platform.groups import sum_over
 from nemotron_train.precision.attach import PrecisionControl
 from nemotron_train.precision.native import NativePrecision
@@ -75,7 +76,7 @@ def head_weights(config: Config) -> np.ndarray:
 
 
 def _forward_step(
-    iterator: Iterator[Tensors], model: torch.nn.Module, weights_K: torch.Tensor | None = None
+    iterator: Iterator[Tensors], model: Any, weights_K: torch.Tensor | None = None
 ) -> tuple:
     batch = next(iterator)
     output = model(**batch)
@@ -178,7 +179,7 @@ class Trainer:
         """Read what Megatron's own finalization overwrites, then run it: the routers' counts and
         biases, and whether this rank's own gradients are finite."""
         if self.stragglers.is_due(self.step):  # before the first collective: ranks wait in it
-            torch.zeros(1, device=self.device).item()  # SYNC: this rank's passes are done
+            wait_for_device()  # SYNC: this rank's passes are done
             self.own_work_ended = time.perf_counter()
         self.routing = self._routing_metrics()
         self.biases = [bias.clone() for bias in self._router_biases()]

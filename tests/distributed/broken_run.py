@@ -61,5 +61,5 @@ if __name__ == "__main__":  # a checkpoint's writers import this file again
     is_slow, rank = comma == ",", int(sys.argv[2])
     broken_samples = [int(number) for number in sys.argv[3].split(",")]
     step._forward_step = broken_forward_step
-    step.Trainer.__call__ = broken_step
+    step.Trainer.__call__ = broken_step  # type: ignore[method-assign]
     sys.exit(main(sys.argv[4:]))

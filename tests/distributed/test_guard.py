@@ -84,7 +84,8 @@ def test_skip_and_roll_back_agree(small_run: Small, start_ranks: Start) -> None:
     assert codes == [0, 0], outputs
     codes, outputs = train(
         start_ranks, small_run, "gradient 1 16",
-        "name=back", "guard.non_finite=roll_back", "train.save_every_steps=4",
+        "name=back", "guard.non_finite=roll_back",
+        "train.save_every_steps=4", "train.async_save=true",
     )  # fmt: skip
     assert codes == [0, 0], outputs
     assert "rolled back to runs/back/checkpoints/step_00000004, past 4 sequences" in outputs[0]

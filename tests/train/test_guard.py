@@ -24,7 +24,8 @@ def judge(guard: Guard, values: list[float], norm: float = 1.0) -> list[Action]:
 
 
 def config(**knobs: Any) -> GuardConfig:
-    return GuardConfig(**{"spike_window": 4, "max_skips": 2, "max_roll_backs": 2} | knobs)
+    defaults: dict[str, Any] = {"spike_window": 4, "max_skips": 2, "max_roll_backs": 2}
+    return GuardConfig(**(defaults | knobs))
 
 
 FLAT = [3.0, 3.001, 3.0, 3.001]
