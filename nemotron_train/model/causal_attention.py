@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from nemotron_train.platform.bfloat16_products import product_dtype
+
 LONGEST_ROW = 1024
 _BLOCK = 64  # queries a block: fewer waste less of the diagonal, more make longer products
 
@@ -80,7 +82,8 @@ class _CausalAttention(torch.autograd.Function):
 def causal_attention(q_BSHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor) -> Tensor:
     """softmax(Q Kᵀ / √D) V, each token seeing itself and those before: [B,S,H,D], [B,S,G,D] twice
     → [B,S,H,D]. H is a multiple of G; query head h reads key head h G / H. BF16 scores are
-    rounded to BF16 before the softmax, which is computed in FP32."""
+    rounded to BF16 before the softmax, which is computed in FP32; on a processor without BF16
+    instructions nothing is rounded but the result."""
     num_rows, num_tokens, num_heads, width = q_BSHD.shape
     q_BHSD, k_BGSD, v_BGSD = (x.transpose(1, 2) for x in (q_BSHD, k_BSGD, v_BSGD))
     if num_tokens > LONGEST_ROW:
@@ -88,10 +91,12 @@ def causal_attention(q_BSHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor) -> Tensor:
             q_BHSD, k_BGSD, v_BGSD, is_causal=True, enable_gqa=k_BGSD.shape[1] != num_heads
         )
         return long_BHSD.transpose(1, 2)
-    num_products = num_rows * k_BGSD.shape[1]
+    num_products, dtype = num_rows * k_BGSD.shape[1], q_BHSD.dtype
+    q_BHSD, k_BGSD, v_BGSD = (x.to(product_dtype(x)) for x in (q_BHSD, k_BGSD, v_BGSD))
     out_NRSD: Tensor = _CausalAttention.apply(  # pyright: ignore
         q_BHSD.reshape(num_products, -1, num_tokens, width),
         k_BGSD.reshape(num_products, num_tokens, width),
         v_BGSD.reshape(num_products, num_tokens, width),
     )
+    out_NRSD = out_NRSD.to(dtype)
     return out_NRSD.view(num_rows, num_heads, num_tokens, width).transpose(1, 2)

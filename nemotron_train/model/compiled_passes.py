@@ -22,7 +22,8 @@ from torch import Tensor
 from nemotron_train.platform import compiled_c
 
 _FOLDER = Path(__file__).with_name("passes")
-_SOURCES = tuple(_FOLDER / name for name in ("convolution.c", "norms.c", "scan.c"))
+_NAMES = ("convolution", "norms", "scan", "activation", "loss")
+_SOURCES = tuple(_FOLDER / f"{name}.c" for name in _NAMES)
 _FLAGS = ("-O3", "-ffp-contract=fast", "-mprefer-vector-width=512")
 _PORTABLE_FLAGS = ("-O3", "-ffp-contract=fast")
 _BLOCK = 64  # BLOCK in rows.h
@@ -70,6 +71,25 @@ class _Scan(ctypes.Structure):
     _fields_ = tuple(
         (name, ctypes.c_int64)
         for name in ("chunks", "groups", "batch", "length", "heads", "head_dim")
+    )
+
+
+class _Activation(ctypes.Structure):
+    _fields_ = (
+        ("rows", ctypes.c_int64),
+        ("width", ctypes.c_int64),
+        ("hidden", ctypes.c_void_p),
+        ("weight", ctypes.c_void_p),
+        ("is_bfloat16", ctypes.c_int32),
+    )
+
+
+class _Logits(ctypes.Structure):
+    _fields_ = (
+        ("values", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("columns", ctypes.c_int64),
+        ("is_bfloat16", ctypes.c_int32),
     )
 
 
@@ -306,3 +326,51 @@ def scan_states_backward(
         torch.get_num_threads(),
     )
     return ends, dsum
+
+
+def _activation(hidden_TF: Tensor, weight_T: Tensor | None) -> _Activation:
+    assert weight_T is None or weight_T.dtype == torch.float32
+    pointers = (_pointer(hidden_TF), _pointer(weight_T))
+    return _Activation(*hidden_TF.shape, *pointers, hidden_TF.dtype == torch.bfloat16)
+
+
+def squared_relu(hidden_TF: Tensor, weight_T: Tensor | None) -> Tensor:
+    """weight relu(hidden)^2; contiguous rows of at most MAX_WIDTH, weight FP32."""
+    out_TF, threads = torch.empty_like(hidden_TF), torch.get_num_threads()
+    _call("squared_relu", _activation(hidden_TF, weight_T), _pointer(out_TF), threads)
+    return out_TF
+
+
+def squared_relu_backward_(
+    grad_TF: Tensor, hidden_TF: Tensor, weight_T: Tensor | None, with_weight: bool
+) -> Tensor | None:
+    """The result's gradient, contiguous, becomes the hidden's; the weight's is returned."""
+    assert grad_TF.dtype == hidden_TF.dtype and grad_TF.shape == hidden_TF.shape
+    dweight_T = torch.empty(len(hidden_TF)) if with_weight else None
+    pointers = (_pointer(grad_TF), _pointer(dweight_T))
+    activation, threads = _activation(hidden_TF, weight_T), torch.get_num_threads()
+    _call("squared_relu_backward", activation, *pointers, threads)
+    return dweight_T
+
+
+def _logits(logits_NV: Tensor) -> _Logits:
+    pointer = _pointer(logits_NV)
+    return _Logits(pointer, *logits_NV.shape, logits_NV.dtype == torch.bfloat16)
+
+
+def cross_entropy_sums(logits_NV: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row's largest logit and its sum of e^(logit - largest), FP32 [N]; contiguous logits."""
+    largest_N, sum_N = torch.empty(2, len(logits_NV)).unbind()
+    threads = torch.get_num_threads()
+    _call("cross_entropy_sums", _logits(logits_NV), *_numbers(largest_N, sum_N), threads)
+    return largest_N, sum_N
+
+
+def cross_entropy_gradient_(
+    logits_NV: Tensor, largest_N: Tensor, factor_N: Tensor, labels_N: Tensor, onehot_N: Tensor
+) -> None:
+    """Logits become e^(logit - largest) factor, plus onehot at the label (int64)."""
+    numbers = _numbers(largest_N, factor_N.contiguous())
+    labels, onehot = labels_N.contiguous(), onehot_N.contiguous()
+    rest = (_pointer(labels), *_numbers(onehot), torch.get_num_threads())
+    _call("cross_entropy_gradient", _logits(logits_NV), *numbers, *rest)

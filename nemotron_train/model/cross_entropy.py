@@ -1,6 +1,7 @@
 """Cross entropy over logits whose vocabulary is split across the tensor-parallel ranks.
 
-Owns: the loss of each token and its gradient. Does not own: the loss mask, its normalization or
+Owns: the loss of each token and its gradient, by torch operators or one compiled pass each way on
+a CPU (passes/loss.c). Does not own: the loss mask, its normalization or
 the output layer. A form that never holds all logits (output layer and loss chunk by chunk) was
 measured and not kept: on a CPU its products take all the time, so it was no faster.
 
@@ -13,6 +14,8 @@ import torch
 import torch.distributed
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from nemotron_train.model import compiled_passes
 
 # Elements of logits worked on at a time on a CPU: their FP32 copy stays in the cache. A whole one
 # is the largest tensor of a step, and touching fresh memory costs more than the exponentials.
@@ -57,13 +60,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         labels_N = labels_N.where(owned_N, 0)
         label_logit_N = logits_NV.gather(1, labels_N.unsqueeze(1)).squeeze(1).to(wide)
         label_logit_N = label_logit_N.where(owned_N, 0)
-        largest_N = logits_NV.amax(-1).to(wide)
-        sum_N = torch.empty_like(largest_N)
-        scratch_NV = _scratch(logits_NV, wide)
-        for rows in _chunks(logits_NV):
-            shift_N1 = largest_N[rows].unsqueeze(1)
-            part_NV = torch.sub(logits_NV[rows], shift_N1, out=scratch_NV[: len(shift_N1)])
-            torch.sum(part_NV.exp_(), -1, out=sum_N[rows])
+        largest_N, sum_N = _sums(logits_NV, wide)
         lse_N = sum_N.log().add_(largest_N)
         # exp(logit - largest) times this is the softmax: subtracting lse itself would cost the
         # digits that its rounding lost.
@@ -86,17 +83,43 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         logits_NV, labels_N, owned_N, largest_N, scale_N = ctx.saved_tensors
         grad_N = grads[0].to(largest_N.dtype)
-        factor_N1 = (grad_N * scale_N).unsqueeze(1)
-        onehot_N1 = (-grad_N).where(owned_N, 0).unsqueeze(1)
-        scratch_NV = _scratch(logits_NV, largest_N.dtype)
-        for rows in _chunks(logits_NV):
-            shift_N1 = largest_N[rows].unsqueeze(1)
-            part_NV = torch.sub(logits_NV[rows], shift_N1, out=scratch_NV[: len(shift_N1)])
-            part_NV.exp_().mul_(factor_N1[rows])
-            part_NV.scatter_add_(1, labels_N[rows].unsqueeze(1), onehot_N1[rows])
-            # In place: a second backward through the same graph raises instead of being wrong.
-            logits_NV[rows] = part_NV
+        # In place: a second backward through the same graph raises instead of being wrong.
+        onehot_N = (-grad_N).where(owned_N, 0)
+        _gradient_(logits_NV, largest_N, grad_N * scale_N, labels_N, onehot_N)
         return logits_NV, None, None
+
+
+def _sums(logits_NV: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Each row's largest logit, and its sum of e^(logit - largest)."""
+    if compiled_passes.take(logits_NV) and logits_NV.is_contiguous():
+        return compiled_passes.cross_entropy_sums(logits_NV)
+    largest_N = logits_NV.amax(-1).to(wide)
+    sum_N = torch.empty_like(largest_N)
+    scratch_NV = _scratch(logits_NV, wide)
+    for rows in _chunks(logits_NV):
+        shift_N1 = largest_N[rows].unsqueeze(1)
+        part_NV = torch.sub(logits_NV[rows], shift_N1, out=scratch_NV[: len(shift_N1)])
+        torch.sum(part_NV.exp_(), -1, out=sum_N[rows])
+    return largest_N, sum_N
+
+
+def _gradient_(
+    logits_NV: Tensor, largest_N: Tensor, factor_N: Tensor, labels_N: Tensor, onehot_N: Tensor
+) -> None:
+    """Logits become e^(logit - largest) factor, plus onehot at the label."""
+    if compiled_passes.take(logits_NV) and logits_NV.is_contiguous():
+        # Counted as the change it is: autograd must see it.
+        torch.autograd.graph.increment_version(logits_NV)
+        compiled_passes.cross_entropy_gradient_(logits_NV, largest_N, factor_N, labels_N, onehot_N)
+        return
+    factor_N1, onehot_N1 = factor_N.unsqueeze(1), onehot_N.unsqueeze(1)
+    scratch_NV = _scratch(logits_NV, largest_N.dtype)
+    for rows in _chunks(logits_NV):
+        shift_N1 = largest_N[rows].unsqueeze(1)
+        part_NV = torch.sub(logits_NV[rows], shift_N1, out=scratch_NV[: len(shift_N1)])
+        part_NV.exp_().mul_(factor_N1[rows])
+        part_NV.scatter_add_(1, labels_N[rows].unsqueeze(1), onehot_N1[rows])
+        logits_NV[rows] = part_NV
 
 
 def vocab_parallel_cross_entropy(

@@ -22,6 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from nemotron_train.model import compiled_passes
+from nemotron_train.platform.bfloat16_products import product_dtype
+
 # Work that padding may waste, in FLOPs an expert and product: about the cost of starting one more
 # product on two Zen 4 cores (benchmarks/moe.py; oneDNN's BF16 products start slower than FP32's).
 _PADDING_FLOPS = {torch.float32: 2_000_000, torch.bfloat16: 12_000_000}
@@ -193,8 +196,18 @@ def _block_ends(rows_per_expert: list[int], device: torch.device) -> Tensor:
     return torch.tensor(rows_per_expert, device=device).cumsum(0, dtype=torch.int32)
 
 
+def _compiled(hidden_TF: Tensor, probabilities_T: Tensor | None) -> bool:
+    weights = () if probabilities_T is None else (probabilities_T,)
+    is_wide = all(weight.dtype == torch.float32 for weight in weights)
+    fits = hidden_TF.shape[1] <= compiled_passes.MAX_WIDTH and is_wide
+    return fits and compiled_passes.take(hidden_TF, *weights)
+
+
 def _activate(hidden_TF: Tensor, probabilities_T: Tensor | None) -> tuple[Tensor, Tensor]:
-    """h → r = relu(h), in place, and p r²."""
+    """h → r = relu(h), in place, and p r². A compiled pass leaves h as it is: the gradient takes
+    either."""
+    if _compiled(hidden_TF, probabilities_T):
+        return hidden_TF, compiled_passes.squared_relu(hidden_TF, probabilities_T)
     relu_TF = hidden_TF.clamp_min_(0)
     activation_TF = torch.empty_like(relu_TF)
     chunks, scratch_TF = _row_chunks(relu_TF)
@@ -216,6 +229,10 @@ def _activate_backward(
 ) -> tuple[Tensor, Tensor | None]:
     """∂a → ∂h, over ∂a's memory, and ∂p. With a = p r²: ∂p = Σ_F r² ∂a and ∂h = 2 p r ∂a share
     r ∂a."""
+    if _compiled(relu_TF, probabilities_T):
+        return grad_activation_TF, compiled_passes.squared_relu_backward_(
+            grad_activation_TF, relu_TF, probabilities_T, with_probabilities
+        )
     grad_probabilities_T = None
     if probabilities_T is not None and with_probabilities:
         grad_probabilities_T = torch.empty_like(probabilities_T)
@@ -303,6 +320,11 @@ class _GroupedMlp(torch.autograd.Function):
         return grad_x_TD, grad_weight1_EFD, grad_weight2_EDF, grad_probabilities_T, None
 
 
+def _as_multiplied(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """FP32 copies on a CPU that multiplies BF16 no other way: cast once, not at each product."""
+    return tuple(t.to(product_dtype(t)) for t in tensors)
+
+
 def grouped_mlp(
     x_TD: Tensor,
     tokens_per_expert_E: list[int] | Tensor,
@@ -321,6 +343,8 @@ def grouped_mlp(
     rows_per_expert: list[int] = tokens_per_expert_E
     assert len(rows_per_expert) == weight1_EFD.shape[0], (len(rows_per_expert), weight1_EFD.shape)
     assert sum(rows_per_expert) == x_TD.shape[0], (sum(rows_per_expert), x_TD.shape)
+    dtype = x_TD.dtype
+    x_TD, weight1_EFD, weight2_EDF = _as_multiplied(x_TD, weight1_EFD, weight2_EDF)
     num_experts, fullest = len(rows_per_expert), _block_rows(rows_per_expert)
     num_padding = fullest * num_experts - x_TD.shape[0]
     if 0 < num_padding <= affordable_padding(weight1_EFD) * num_experts:
@@ -333,10 +357,11 @@ def grouped_mlp(
         rows_y_TD = _GroupedMlp.apply(
             rows_x_TD, weight1_EFD, weight2_EDF, probabilities_T, permutation.rows_per_expert
         )
-        return unpermute(rows_y_TD, permutation)  # pyright: ignore[reportArgumentType]
-    return _GroupedMlp.apply(  # pyright: ignore[reportReturnType]
+        return unpermute(rows_y_TD, permutation).to(dtype)  # pyright: ignore[reportArgumentType]
+    y_TD: Tensor = _GroupedMlp.apply(  # pyright: ignore
         x_TD.contiguous(), weight1_EFD, weight2_EDF, probabilities_T, rows_per_expert
     )
+    return y_TD.to(dtype)
 
 
 def routed_mlp(
@@ -351,7 +376,8 @@ def routed_mlp(
     `experts_SK` are the router's choices (any integer dtype), `probabilities_SK` their weights.
     → y [S, D] and the tokens each expert received, int64 [E]. SYNC: the host reads the counts.
     """
-    num_experts = weight1_EFD.shape[0]
+    num_experts, dtype = weight1_EFD.shape[0], x_SD.dtype
+    x_SD, weight1_EFD, weight2_EDF = _as_multiplied(x_SD, weight1_EFD, weight2_EDF)
     permutation = plan_permutation(experts_SK, num_experts, affordable_padding(weight1_EFD))
     rows_y_TD = _GroupedMlp.apply(
         permute(x_SD, permutation),
@@ -361,4 +387,4 @@ def routed_mlp(
         permutation.rows_per_expert,
     )
     y_SD = unpermute(rows_y_TD, permutation)  # pyright: ignore[reportArgumentType]
-    return y_SD, permutation.tokens_per_expert_E
+    return y_SD.to(dtype), permutation.tokens_per_expert_E

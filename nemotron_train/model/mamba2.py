@@ -35,6 +35,7 @@ from nemotron_train.model.gated_norm import gated_rms_norm
 from nemotron_train.model.sharding import mark_sharded, split_components
 from nemotron_train.model.split import split_to_batch_first
 from nemotron_train.model.ssd import ssd
+from nemotron_train.platform.bfloat16_products import product_dtype
 from nemotron_train.platform.device import parameter_device
 
 
@@ -198,6 +199,8 @@ class Mamba2Mixer(MegatronModule):
             own(self.conv_bias, [0, 1, 2]),
             document_ids_BS=documents_BS,
         )
+        dtype = xbc_BSC.dtype
+        xbc_BSC = xbc_BSC.to(product_dtype(xbc_BSC))
         x_BSI, B_BSK, C_BSK = torch.split(xbc_BSC, components, dim=-1)
         dt_BSH = F.softplus(dt_BSH.float() + own(self.dt_bias, [3]))
         if mamba.dt_limit_min > 0.0 or mamba.dt_limit_max < float("inf"):
@@ -213,7 +216,7 @@ class Mamba2Mixer(MegatronModule):
             chunk_size=mamba.chunk_size,
             document_ids_BS=documents_BS,
         )
-        return y_BSHP.flatten(2)
+        return y_BSHP.flatten(2).to(dtype)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

@@ -9,6 +9,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from nemotron_train.config.schema import Config, Dtype
+from nemotron_train.model import compiled_passes
 from nemotron_train.platform.device import Platform
 
 TORCH_DTYPES = {Dtype.float32: torch.float32, Dtype.bfloat16: torch.bfloat16}
@@ -16,7 +17,26 @@ TORCH_DTYPES = {Dtype.float32: torch.float32, Dtype.bfloat16: torch.bfloat16}
 
 def squared_relu(x: torch.Tensor) -> torch.Tensor:
     """relu(x)^2 (arXiv 2109.08668), Nemotron's activation in every MLP."""
+    if x.shape[-1] <= compiled_passes.MAX_WIDTH and compiled_passes.take(x):
+        return _CompiledSquaredRelu.apply(x)  # pyright: ignore[reportReturnType]
     return torch.square(torch.relu(x))
+
+
+class _CompiledSquaredRelu(torch.autograd.Function):
+    """One pass forward and one backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        rows_TF = x.reshape(-1, x.shape[-1]).contiguous()
+        ctx.save_for_backward(rows_TF)
+        return compiled_passes.squared_relu(rows_TF, None).view(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        (rows_TF,) = ctx.saved_tensors
+        grad_TF = gradients[0].reshape(rows_TF.shape).clone(memory_format=torch.contiguous_format)
+        compiled_passes.squared_relu_backward_(grad_TF, rows_TF, None, False)
+        return grad_TF.view(gradients[0].shape)
 
 
 def transformer_config(

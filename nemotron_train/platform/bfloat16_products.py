@@ -19,11 +19,19 @@ _OPERATORS = {"mm": False, "bmm": False, "addmm": False, "baddbmm": False}
 _OPERATORS |= {"addmm_": True, "baddbmm_": True}
 
 
+@functools.cache
 def needed() -> bool:
     """x86-64 without BF16 instructions. Other processors are left alone: torch cannot tell."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return False
     return not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def product_dtype(t: Tensor) -> torch.dtype:
+    """What a chain of products on `t` is best computed in: FP32 where each product of BF16 would
+    widen its operands and round its result, t's own type everywhere else."""
+    widens = t.dtype == torch.bfloat16 and t.device.type == "cpu" and needed()
+    return torch.float32 if widens else t.dtype
 
 
 def _are_bfloat16(arguments: tuple[Any, ...]) -> bool:
