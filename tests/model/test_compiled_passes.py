@@ -20,9 +20,12 @@ from torch import Tensor
 
 from nemotron_train.model import compiled_passes
 from nemotron_train.model.causal_conv import causal_conv
+from nemotron_train.model.cross_entropy import vocab_parallel_cross_entropy
 from nemotron_train.model.gated_norm import gated_rms_norm
+from nemotron_train.model.grouped_mlp import grouped_mlp
 from nemotron_train.model.norm import rms_norm
 from nemotron_train.model.ssd import ssd
+from nemotron_train.model.translate import squared_relu
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -129,11 +132,40 @@ def test_scan(inputs: dict, chunk_size: int, with_documents: bool, with_steep: b
     _assert_same(partial(ssd, **options), x, dt, A, B, C, D, float32=1e-5)
 
 
+@settings(max_examples=25, deadline=None)
+@given(_inputs([8, 200]), st.booleans())
+def test_activation(inputs: dict, with_weight: bool) -> None:
+    """Of the experts, one for each row of the batch, and of the shared expert."""
+    x = _activations(**inputs)
+    first, second = torch.randn(2, x.shape[0], 24, x.shape[2]).to(x.dtype) / 5
+    weight = torch.rand(x.shape[:2]).flatten()
+    rows, counts = x.flatten(0, 1), [x.shape[1]] * x.shape[0]
+
+    def experts(rows: Tensor, first: Tensor, second: Tensor, weight: Tensor) -> Tensor:
+        routing = weight if with_weight else None
+        return grouped_mlp(rows, counts, first, second.mT, routing) + 0 * weight.sum()
+
+    if rows.dtype == torch.float32:
+        _assert_same(experts, rows, first, second, weight, float32=1e-5)
+    _assert_same(squared_relu, x)
+
+
+@settings(max_examples=25, deadline=None)
+@given(_inputs([8, 200, 2049]))
+def test_cross_entropy(inputs: dict) -> None:
+    """Labels outside the vocabulary too: the other ranks' ones."""
+    logits = _activations(**inputs) * 5
+    labels = torch.randint(-3, logits.shape[2] + 3, logits.shape[:2])
+    # The gradient overwrites the logits: each call gets its own.
+    _assert_same(lambda t: vocab_parallel_cross_entropy(t.clone(), labels), logits)
+
+
 def test_the_number_of_threads_changes_no_bit() -> None:
     x, gate = torch.randn(2, 3, 700, 200).unbind()
     weight, bias = torch.randn(200, 4), torch.randn(200)
     scan = (x.unflatten(-1, (4, 50)), torch.rand(3, 700, 4), -torch.rand(4))
     scan += (*torch.randn(2, 3, 700, 2, 8).unbind(), torch.randn(4))
+    labels = torch.randint(0, 200, (3, 700))
     before, results = torch.get_num_threads(), []
     gated = partial(gated_rms_norm, group_size=50, epsilon=1e-5)
     try:
@@ -144,6 +176,8 @@ def test_the_number_of_threads_changes_no_bit() -> None:
                 (gated, x, gate, bias),
                 (partial(rms_norm, epsilon=1e-5), x, bias),
                 (partial(ssd, chunk_size=64), *scan),
+                (squared_relu, x),
+                (lambda t: vocab_parallel_cross_entropy(t.clone(), labels), x),
             ]
             results.append([t for call in passes for t in _results(*call)])
     finally:
