@@ -14,9 +14,9 @@ import torch
 from nemotron_train.compose import compose_config
 from nemotron_train.config.schema import Config
 from nemotron_train.model.build import build_model, wrap_data_parallel
+from nemotron_train.platform import device
 from nemotron_train.precision.attach import PrecisionControl
 from tests.conftest import SMALL_RUN
-from tests.model.conftest import PLATFORM
 
 KINDS = ("mamba", "attention", "moe")
 MODES = ("selective", "full")
@@ -29,7 +29,7 @@ def configure(overrides: list[str]) -> Config:
 
 
 def built(config: Config, groups: object) -> torch.nn.Module:
-    core = build_model(config, PLATFORM, groups)  # pyright: ignore[reportArgumentType]
+    core = build_model(config, device.prepare(), groups)  # pyright: ignore[reportArgumentType]
     model = wrap_data_parallel(core, config, groups)  # pyright: ignore[reportArgumentType]
     control = PrecisionControl([core], config, groups)  # pyright: ignore[reportArgumentType]
     control.before_step(3, 0)
