@@ -5,9 +5,9 @@
 Whole steps of the proxy (random tokens, its own batch) with the run's own `Checkpoints`. The stall
 of a save beside the training is all the time that the loop spends in it: planning, the copy of the
 tensors to host memory, handing over, and one look a step until the end. Bar: stall without the copy
-at most 5% of a step. On a busy machine `--cpu` counts CPU seconds instead of the clock's, the loop's
-thread only (for the save in line, of all): with train.threads=1 those of an idle one, without
-waits for the disk.
+at most 5% of a step. On a busy machine `--cpu` counts CPU seconds instead of the clock's, of the
+loop's thread only (for the save in line, of all threads): with train.threads=1 the times of an idle
+one, without waits for the disk.
 
 Not measured: a network file system, several ranks (each adds a gathered plan), a GPU (there the
 copy crosses the bus).
@@ -52,7 +52,7 @@ def build(words: list[str], folder: Path) -> tuple[Callable[[], object], Any, An
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--cpu", action="store_true", help="CPU seconds of the loop's thread")
     parser.add_argument("--folder", type=Path, help="where to save (default: a temporary folder)")

@@ -19,6 +19,7 @@ from nemotron_train.platform.device import device_random_state, set_device_rando
 def capture() -> dict[str, Any]:
     """States of Python's, NumPy's and torch's generators, the device's, and Megatron's named ones
     (the device's, one a kind of parallelism)."""
+    tracker: Any = get_cuda_rng_tracker()
     version, words, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     return {
@@ -28,7 +29,7 @@ def capture() -> dict[str, Any]:
         "device": _from_tensor(device_random_state()),
         "megatron": {
             name: _from_tensor(state)
-            for name, state in get_cuda_rng_tracker().get_states().items()
+            for name, state in tracker.get_states().items()
             if isinstance(state, torch.Tensor)
         },
     }
@@ -43,7 +44,7 @@ def restore(states: dict[str, Any]) -> None:
     np.random.set_state((name, words, position, has_gauss, cached))
     torch.set_rng_state(_to_tensor(states["torch"]))
     set_device_random_state(_to_tensor(states["device"]))
-    tracker = get_cuda_rng_tracker()
+    tracker: Any = get_cuda_rng_tracker()
     saved = {name: _to_tensor(text) for name, text in states["megatron"].items()}
     tracker.set_states({**tracker.get_states(), **saved})
 

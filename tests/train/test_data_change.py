@@ -38,8 +38,15 @@ def in_small_run(small_run: Small) -> Iterator[None]:
     before, handlers = Path.cwd(), [(number, signal.getsignal(number)) for number in SIGNALS]
     os.chdir(small_run[0])
     Path("other.txt").write_text("\n\n".join(f"line {n} of other text" * 9 for n in range(99)))
-    knobs = {"input": "other.txt", "output": "other", "tokenizer": "data/tokenizer"}
-    run_prepare(PrepareConfig(**knobs, validation_fraction=0.1, workers=1))
+    run_prepare(
+        PrepareConfig(
+            input="other.txt",
+            output="other",
+            tokenizer="data/tokenizer",
+            validation_fraction=0.1,
+            workers=1,
+        )
+    )
     yield
     os.chdir(before)
     for number, handler in handlers:

@@ -17,9 +17,10 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from nemotron_train.config.schema import ConfigError
 from nemotron_train.train import checkpoint, integrity
@@ -41,7 +42,7 @@ def written(checkpoints: Path, step: int, held: Callable[[], None] = lambda: Non
 
 def _save(state: dict[str, Any], folder: Path) -> None:
     """torch's files of a state, without the path that torch notes in them."""
-    dcp.save(state, storage_writer=FileSystemWriter(folder), no_dist=True)
+    save(state, storage_writer=FileSystemWriter(folder), no_dist=True)
     metadata = FileSystemReader(folder).read_metadata()
     metadata.storage_meta = None
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
@@ -225,9 +226,9 @@ def test_hostile_object_runs_nothing(folder: Path, tmp_path: Path) -> None:
     assert damage(newest) is None  # the hash is right and the metadata harmless
     wanted: dict[str, Any] = {"weight": torch.zeros(3), "common": None}
     with checkpoint.no_code_runs(), pytest.raises(CheckpointException, match=r"GLOBAL \w+\.mkdir"):
-        dcp.load(wanted, storage_reader=FileSystemReader(newest), no_dist=True)
+        load(wanted, storage_reader=FileSystemReader(newest), no_dist=True)
     assert not marker.exists()
-    dcp.load(wanted, storage_reader=FileSystemReader(newest), no_dist=True)
+    load(wanted, storage_reader=FileSystemReader(newest), no_dist=True)
     assert marker.exists(), "the payload is real"
 
 
@@ -257,7 +258,7 @@ def test_loading_is_as_usual_afterwards(folder: Path) -> None:
     with checkpoint.no_code_runs():
         state = {"weight": torch.zeros(600)}
         reader = FileSystemReader(step_folder(folder, 10))
-        dcp.load(state, storage_reader=reader, no_dist=True)
+        load(state, storage_reader=reader, no_dist=True)
     assert torch.equal(state["weight"], torch.arange(600.0) + 10)
     assert torch.load is before
 
