@@ -23,8 +23,8 @@ as_rank() {
     exec >>"$log" 2>&1
     echo "--- job $SLURM_JOB_ID start $start on ${SLURMD_NODENAME-?}, $(date -u +%FT%TZ)"
     [[ -z $scratch ]] || mkdir -p "$TMPDIR"
-    # A signal that torchrun's own process must ignore is none that the rank may ignore.
-    env --default-signal=USR1 "$@" || code=$?
+    # Signals that torchrun's own process ignores are none that a rank may ignore.
+    env --default-signal=USR1,TERM "$@" || code=$?
     echo "--- rank $RANK ended with exit code $code"
     # The first rank that fails says why; those ended because of it do not count.
     ((code == 0)) || (set -o noclobber && echo "$code $RANK" >"$ended") 2>/dev/null || true
@@ -34,7 +34,7 @@ as_rank() {
 
 # One task a node instead of one a rank: torchrun starts the ranks.
 as_torchrun() {
-    trap '' USR1
+    trap '' USR1 TERM # they reach the ranks without its help, which would be a second signal
     export TORCHELASTIC_SIGNALS_TO_HANDLE=SIGQUIT
     exec "$python" -m torch.distributed.run --nnodes "$SLURM_NNODES" \
         --nproc-per-node "$ranks_per_node" --node-rank "$SLURM_NODEID" \
