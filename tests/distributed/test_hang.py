@@ -35,6 +35,6 @@ def test_a_stopped_rank_ends_the_job(small_run: tuple[Path, list[str]], start_ra
     assert last.startswith("nemotron-train: rank 0: no step since step "), output
     assert "runs/hang/ranks/rank_0000.stacks" in last and "guard.hang_minutes" in last
     stacks = (folder / "runs" / "hang" / "ranks" / "rank_0000.stacks").read_text()
-    assert "train/step.py" in stacks and "watchdog" in stacks
+    assert "train/loop.py" in stacks and "watchdog" in stacks
     second.communicate(timeout=150)
     assert second.returncode != 0
