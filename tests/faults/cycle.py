@@ -1,0 +1,51 @@
+"""Saves and loads a run's checkpoint again and again; prints memory and descriptors as JSON lines.
+
+cycle.py CYCLES KNOB=VALUE... trains one step of the run, then cycles: what `test_leaks` starts.
+"""
+
+import gc
+import json
+import os
+import sys
+from pathlib import Path
+
+import psutil
+from rich.console import Console
+
+from nemotron_train.compose import compose_config
+from nemotron_train.config.derive import derive
+from nemotron_train.platform import device
+from nemotron_train.run import open_data
+from nemotron_train.train.run_folder import open_run_folder, run_path
+
+
+def main(cycles: int, overrides: list[str]) -> None:
+    config = compose_config(overrides)
+    derived = derive(config, 1)
+    platform = device.prepare(1)
+    from nemotron_train.platform import groups as process_groups
+    from nemotron_train.train.session import Session
+
+    train_data, validation_data = open_data(config, print)
+    groups = process_groups.start(config.parallel, platform.backend)
+    folder = open_run_folder(config, derived, "")
+    console = Console(quiet=True)
+    data = (train_data, validation_data)
+    session = Session(config, derived, platform, groups, *data, run_path(config), console, folder)
+    progress = session.trainer(session.resume()).progress
+    process = psutil.Process()
+    for cycle in range(1, cycles + 1):
+        path = session.checkpoints.save(progress)
+        again = session.checkpoints.load(Path(path))
+        assert again.step == progress.step
+        if cycle % 25 == 0:
+            gc.collect()
+            numbers = {"cycle": cycle, "rss": process.memory_info().rss}
+            numbers |= {"descriptors": process.num_fds(), "threads": process.num_threads()}
+            numbers |= {"children": len(process.children()), "folder": len(os.listdir(path.parent))}
+            print(json.dumps(numbers), flush=True)
+    process_groups.stop()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2:])

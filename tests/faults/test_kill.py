@@ -1,0 +1,102 @@
+"""Ranks killed with SIGKILL, most of all while they save; what resumes equals the whole run.
+
+Second truth: the same run, uninterrupted. The points are seeded: a number of the write events of
+a save (open, rename, remove, mkdir of Python, which Megatron-Core's writer goes through) and a
+delay after it. Not covered: power loss (the page cache survives a killed process), a file system
+that reorders renames.
+"""
+
+import itertools
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemotron_train.train import integrity
+
+StartJob = Callable[..., Any]
+
+STEP_TOKENS = 256
+
+
+def write_events_of_two_saves(job: StartJob, folder: Path, name: str, words: list[str]) -> int:
+    """How many write events a process has whose run saves twice."""
+    counted = folder / f"{name}.count"
+    ending = [f"name={name}", "train.stop_after_steps=2"]
+    run = job(*words, *ending, faults={0: {"count": str(counted)}})
+    assert run.wait() == [3], run.output()
+    return int(counted.read_text())
+
+
+def chain_of_kills(job: StartJob, folder: Path, name: str, kills: int, seed: int) -> list[int]:
+    """Starts the run again and again, each process killed in its second save; the steps of the
+    newest whole checkpoint after each kill. Each process goes on at least one step."""
+    steps = 2 * kills + 2
+    words = [f"train.total_tokens={steps * STEP_TOKENS}", "train.save_every_steps=1"]
+    events = write_events_of_two_saves(job, folder, f"{name}_counted", words)
+    words += [f"name={name}"]
+    draw = random.Random(seed)
+    reached = []
+    for _ in range(kills):
+        fault = {
+            "event": draw.randint(events // 2 + 1, events),
+            "delay": draw.choice([0, 0, 0.002]),
+        }
+        run = job(*words, faults={0: {"kill": fault}})
+        assert run.wait() == [-signal.SIGKILL], (fault, run.output())
+        said: list[str] = []
+        newest = integrity.latest(folder / "runs" / name / "checkpoints", said.append)
+        assert newest is not None and not said, (fault, said)  # complete or absent, never torn
+        reached.append(int(newest.name.removeprefix("step_")))
+    final = job(*words)
+    assert final.wait() == [0], final.output()
+    assert all(b > a for a, b in itertools.pairwise(reached)), reached
+    leftovers = [p.name for p in (folder / "runs" / name / "checkpoints").glob(".*partial*")]
+    assert not leftovers, leftovers
+    return reached
+
+
+@pytest.mark.parametrize(
+    "kills", [4, pytest.param(50, marks=pytest.mark.faults)], ids=lambda kills: f"{kills}_kills"
+)
+def test_killed_in_saves_equals_uninterrupted(
+    job, small_run, reference, metrics, weights, kills: int
+) -> None:
+    folder, _ = small_run
+    steps = 2 * kills + 2
+    chain_of_kills(job, folder, f"killed_{kills}", kills, seed=kills)
+    whole = reference(steps, "train.save_every_steps=1")
+    killed = folder / "runs" / f"killed_{kills}"
+    assert metrics(killed) == metrics(whole)
+    assert weights(killed, steps) == weights(whole, steps)
+
+
+@pytest.mark.parametrize("when", ["step", "save"])
+@pytest.mark.faults
+def test_one_rank_killed_ends_the_others(
+    job, small_run, reference, metrics, weights, when: str
+) -> None:
+    """Two data-parallel ranks; the second one dies. The first must not wait for it."""
+    folder, _ = small_run
+    common = ["train.save_every_steps=2", "train.micro_batch_sequences=2"]
+    words = [f"name=rank_killed_{when}", *common]
+    if when == "step":
+        run = job(*words, ranks=2)
+        run.wait_for("step 5/")
+        run.signal(signal.SIGKILL, rank=1)
+    else:
+        run = job(*words, ranks=2, faults={1: {"kill": {"event": 3, "delay": 0}}})
+        run.processes[1].wait(300)
+    died = time.monotonic()
+    codes = run.wait(timeout=60)
+    assert codes[0] not in (0, 2, 3) and codes[1] == -signal.SIGKILL, run.output()
+    assert time.monotonic() - died < 60
+    again = job(*words, ranks=2)
+    assert again.wait() == [0, 0], again.output()
+    whole = reference(10, *common, ranks=2)
+    assert metrics(folder / "runs" / f"rank_killed_{when}") == metrics(whole)
+    assert weights(folder / "runs" / f"rank_killed_{when}", 10) == weights(whole, 10)
