@@ -43,6 +43,7 @@ class Background:
         self._group = None
         if self._num_ranks > 1 and dist.get_backend() != "gloo":
             self._group = dist.new_group(backend="gloo")
+        self._submit: Callable[..., Future[Any]] = self._pool.submit
         self._writing: Future[Any] | None = None
         self._committing: Future[None] | None = None
         self._commit: Callable[[Sequence[Any]], None] | None = None
@@ -61,11 +62,21 @@ class Background:
         if message[0]:
             raise SaveFailed(message[0])
 
-    def start(self, write: Callable[[], Any], commit: Callable[[Sequence[Any]], None]) -> None:
-        """Begin to `write` on every rank; the first one gets all results in `commit`."""
+    def start(
+        self,
+        write: Callable[[], Any],
+        commit: Callable[[Sequence[Any]], None],
+        is_waited_for: bool = False,
+    ) -> None:
+        """Begin to `write` on every rank; the first one gets all results in `commit`.
+
+        Where training waits for the end anyway, the caller's own thread does both: the other one
+        steps back for whatever else the machine does, and on a busy one takes seconds for it.
+        """
         assert not self.in_flight, "one save at a time"
         self._problem, self._commit = "", commit
-        self._writing = self._pool.submit(write)
+        self._submit = _run_here if is_waited_for else self._pool.submit
+        self._writing = self._submit(write)
 
     def poll(self, *, wait: bool = False) -> bool:
         """Whether the save has come to its end with this call; with `wait` it has.
@@ -108,7 +119,7 @@ class Background:
             if not problems:
                 assert self._commit is not None
                 payloads = [payload for _, payload in results]
-                self._committing = self._pool.submit(self._commit, payloads)
+                self._committing = self._submit(self._commit, payloads)
         return True
 
     def _agreed_state(self) -> int:
@@ -124,6 +135,16 @@ class Background:
         agreed = torch.tensor([state])
         dist.broadcast(agreed, src=0, group=self._group)
         return int(agreed.item())
+
+
+def _run_here(task: Callable[..., Any], *arguments: Any) -> Future[Any]:
+    """What an executor's `submit` returns, when it is done."""
+    future: Future[Any] = Future()
+    try:
+        future.set_result(task(*arguments))
+    except Exception as error:
+        future.set_exception(error)
+    return future
 
 
 def _words(error: BaseException | None) -> str:

@@ -205,6 +205,7 @@ class Checkpoints:
         self._background.start(
             lambda: (*_write_shards(planner.writer, buckets, partial), states),
             lambda results: self._commit(final, planner, texts, results),
+            is_waited_for=not is_copied,
         )
 
     def poll(self, *, wait: bool = False) -> Path | None:
