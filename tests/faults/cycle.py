@@ -31,7 +31,16 @@ def main(cycles: int, overrides: list[str]) -> None:
     folder = open_run_folder(config, derived, "")
     console = Console(quiet=True)
     data = (train_data, validation_data)
-    session = Session(config, derived, platform, groups, *data, run_path(config), console, folder)
+    session = Session(
+        config,
+        derived,
+        platform,
+        groups,
+        *data,
+        run_path(config),
+        console,
+        check_held=folder.check_held,
+    )
     progress = session.trainer(session.resume()).progress
     process = psutil.Process()
     for cycle in range(1, cycles + 1):
