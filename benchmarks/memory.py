@@ -4,9 +4,9 @@
 
 Measured: bytes of live tensors, from torch's profiler, which sees every allocation and release of
 torch's CPU allocator from before the model is built; the peak is that of the second step (the first
-leaves quantized weights behind). Beside it, from a second run without the profiler, the growth of
-the peak resident set over what the imports left, which holds the C library's and oneDNN's caches
-and what was allocated and freed while building, too.
+leaves quantized weights behind). With --resident: the growth of the peak resident set over what the
+imports left, without the profiler. It holds what was allocated and freed while building and the C
+library's and oneDNN's caches, too; MiB, as everything in the tables.
 
 Rows are packed as the prediction assumes: a short document in front of a long one, so that every
 mask exists and attention still sees (almost) whole rows. The router's load is whatever the initial
@@ -22,6 +22,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -84,6 +85,7 @@ CASES: dict[str, tuple[int, list[str]]] = {
     "expert 2": (2, ["parallel.expert=2"]),
     "data 2, BF16": (2, ["precision=bf16"]),
     "context 2": (2, ["parallel.context=2"]),
+    "pipeline 2, virtual 2": (2, ["parallel.pipeline=2", "parallel.virtual_pipeline=2"]),
 }
 
 
@@ -156,7 +158,7 @@ class Run:
         """Builds the model and takes steps; marks `built`, then `step_1` ... behind each."""
         from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-        from nemotron_train.model.build import build_model, wrap_data_parallel
+        from nemotron_train.model.build import build_chunks, wrap_chunks
         from nemotron_train.optim.build import build_optimizer
         from nemotron_train.precision.attach import PrecisionControl
         from nemotron_train.train.guard import Guard
@@ -165,16 +167,17 @@ class Run:
 
         config, groups = self.config, self.groups
         model_parallel_cuda_manual_seed(config.train.seed)
-        model = wrap_data_parallel(build_model(config, self.platform, groups), config, groups)
+        cores = build_chunks(config, self.platform, groups)
+        chunks = wrap_chunks(cores, config, groups)
         trainer = Trainer(
             config,
             derive(config, int(os.environ.get("WORLD_SIZE", "1"))),
-            model,
-            build_optimizer(config, [model], groups, self.platform),
+            chunks,
+            build_optimizer(config, chunks, groups, self.platform),
             PackedRows(config),  # type: ignore[arg-type]
             groups,
             self.platform.device,
-            PrecisionControl(model.module, config, groups),
+            PrecisionControl(cores, config, groups),
             Guard(config.guard, self.platform.device),
         )
         mark("built")
@@ -198,16 +201,38 @@ class Run:
 
 
 def _timeline(profiler: Any) -> Timeline:
-    changes, spans, marks = [], [], {}
-    for event in profiler.profiler.kineto_results.events():
-        name, start = event.name(), event.start_ns()
+    """From the profiler's tree of events. It watches one thread, not what gloo's threads release.
+    So a block allocated inside an exchange, whose address is handed out again or which is
+    never released, counts as released when that exchange ends."""
+    allocations, spans, marks = [], [], {}
+    stack = [(event, 0) for event in profiler.profiler.kineto_results.experimental_event_tree()]
+    while stack:
+        event, exchange_end = stack.pop()
+        name, start = event.name, event.start_time_ns
         if name == "[memory]":
-            changes.append((start, event.nbytes()))
-        elif name.startswith("mark "):
+            fields = event.extra_fields
+            allocations.append((start, fields.ptr, fields.alloc_size, exchange_end))
+            continue
+        if name.startswith("mark "):
             marks[name.removeprefix("mark ")] = start
-        else:
-            spans.append((start, start + event.duration_ns(), name))
-    changes.sort(key=lambda change: change[0])
+        end = start + event.duration_time_ns
+        spans.append((start, end, name))
+        if name.startswith(("c10d::", "gloo:")):
+            exchange_end = max(exchange_end, end)
+        stack += [(child, exchange_end) for child in event.children]
+
+    changes, held = [], {}  # held: address -> size, end of the exchange it belongs to
+    for time, address, size, exchange_end in sorted(allocations):
+        before = held.pop(address, None)
+        if size > 0:
+            if before is not None:
+                changes.append((before[1] or time, -before[0]))
+            held[address] = (size, exchange_end)
+            changes.append((time, size))
+        elif before is not None:
+            changes.append((time, -before[0]))
+    changes += [(end, -size) for size, end in held.values() if end]
+    changes.sort()
     live = np.cumsum([size for _, size in changes]).tolist()
     return Timeline([time for time, _ in changes], live, sorted(spans), marks)
 
@@ -229,7 +254,7 @@ def measure(config: Config) -> dict[str, Any]:
         "predicted": own.peak_bytes,
         "predicted_lasting": own.lasting_bytes,
         "measured": timeline.peak(start, end),
-        "measured_lasting": timeline.at(timeline.marks["built"]),
+        "measured_built": timeline.at(timeline.marks["built"]),
         "max_vio": run.max_vio,
         "memory": asdict(own),
     }
@@ -267,6 +292,7 @@ def on_ranks(case: str, resident: bool = False) -> list[dict[str, Any]]:
             subprocess.Popen(
                 [*command, "--resident"] if resident else command,
                 env=environment | {"OMP_NUM_THREADS": "1"},
+                cwd=Path(__file__).parents[1],
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -285,7 +311,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("cases", nargs="*", metavar="CASE", help=", ".join(CASES))
     parser.add_argument("--rank", metavar="CASE", help=argparse.SUPPRESS)
-    parser.add_argument("--resident", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--resident", action="store_true", help="the resident set instead")
     arguments = parser.parse_args()
     if arguments.rank:
         config = configuration(arguments.rank)
@@ -293,20 +319,19 @@ def main() -> None:
         from nemotron_train.platform import groups
 
         return groups.stop()
-    print("| configuration | rank | lasting | predicted | measured | ratio | resident | max_vio |")
-    print("|---|---|---|---|---|---|---|---|")
+    columns = ["configuration", "rank"]
+    columns += ["resident"] if arguments.resident else ["predicted", "measured", "ratio", "max_vio"]
+    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     for case in arguments.cases or CASES:
-        for row, beside in zip(on_ranks(case), on_ranks(case, resident=True), strict=True):
-            mib = {
-                name: value / 2**20 for name, value in {**row, **beside}.items() if name != "memory"
-            }
-            print(
-                f"| {case} | {row['rank']} of {CASES[case][0]} | {mib['predicted_lasting']:.1f} "
-                f"| {mib['predicted']:.1f} | {mib['measured']:.1f} "
-                f"| {row['predicted'] / row['measured']:.3f} | {mib['resident']:.0f} "
-                f"| {row['max_vio']:.2f} |",
-                flush=True,
-            )
+        for row in on_ranks(case, arguments.resident):
+            mib = {name: size / 2**20 for name, size in row.items() if isinstance(size, int)}
+            cells = [case, f"{row['rank']} of {CASES[case][0]}"]
+            if arguments.resident:
+                cells.append(f"{mib['resident']:.0f}")
+            else:
+                cells += [f"{mib['predicted']:.1f}", f"{mib['measured']:.1f}"]
+                cells += [f"{row['predicted'] / row['measured']:.3f}", f"{row['max_vio']:.2f}"]
+            print(f"| {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -73,20 +73,22 @@ def _mamba(local: Local, path: str) -> _Layer:
     dt = WIDE * tokens * heads
     stream = local.stream
 
-    reduced = b == 2
     length = min(mamba.chunk_size, _CPU_CHUNK, local.length)
     num_chunks = ceil(local.length / length)
     states = WIDE * local.rows * (num_chunks + 1) * inner * state // parallel.context
     scores = tokens * length * groups * b
     small = WIDE * tokens * groups + 5 * dt + 2 * dt // length + 2 * tokens * b
     scan = 3 * x + states + 2 * bc + scores + small + 8 * tokens * length
-    scan_forward = scan + tokens * inner * (WIDE if b == WIDE else 2 * WIDE + 2 * b)
-    products = 2 * x + states + scores  # dy exp(cum), the states' gradient, d scores, d x W
-    elementwise = tokens * inner * WIDE * (2 + reduced) + states * reduced // 2
-    last = x + 5 * bc + scores  # the products of B's and C's gradients
-    if reduced:
-        copies = local.widened(tokens * inner, states // WIDE, tokens * groups * state)
-        last = tokens * inner * WIDE + states + 5 * bc + scores + copies
+    # Both ends of the scan are products with the states, in the activations' dtype.
+    entering = states * b // WIDE
+    wide = local.widened(tokens * inner, tokens * groups * state, states // WIDE)
+    scan_forward = scan
+    if b < WIDE:
+        scan_forward += entering - x + wide + local.widened(tokens * inner)
+    # dy and dx at the chunks, dx; the states' gradients twice; the scores'; those of B and C.
+    scan_backward = 3 * x + states + entering + 2 * scores + 5 * bc + 5 * dt
+    if b < WIDE:
+        scan_backward += entering + wide
     mix = [
         Op("split", 0, 0, stream + tokens * packed * b, tokens * packed * b),
         Op(
@@ -102,7 +104,7 @@ def _mamba(local: Local, path: str) -> _Layer:
             scan,
             scan_forward,
             stream + 2 * x + 2 * bc + dt,
-            products + max(elementwise, last) + 5 * dt,
+            scan_backward,
         ),
         Op(
             "gated norm",

@@ -135,8 +135,9 @@ def _rank(
     exchanged = 0
     if sharded and dense_replicas > 1:
         exchanged = local.copied(_GRADIENT_BYTES * max(dense, experts))
-    in_flight = _in_flight(config, derived, rank)
-    kept, activation = _activations(tapes, in_flight)
+    parallel, micro_batches = config.parallel, derived.micro_batches_per_step
+    flights = in_flight(parallel.pipeline, parallel.virtual_pipeline, rank, micro_batches)
+    kept, activation = _activations(tapes, flights)
     names = {tensor.name for tensor in tensors}
     own = [linear for linear in linears(config.model) if linear.weight.name in names]
     joins = config.model.mtp.depths > 0 and any(line.path == "mtp.layers.0.eh_proj" for line in own)
@@ -149,7 +150,7 @@ def _rank(
         quantized_bytes=sum(_quantized(local, linear) for linear in own),
         buffer_bytes=local.gathered * (2 if joins else 1) if local.splits_sequence else 0,
         kept_bytes=kept,
-        in_flight=max(in_flight),
+        in_flight=max(flights),
         activation_bytes=activation,
         collective_bytes=exchanged,
     )
@@ -174,28 +175,26 @@ def _operands(formats: LinearFormats) -> int:
 # The order of a step ------------------------------------------------------------------------
 
 
-def _in_flight(config: Config, derived: Derived, rank: int) -> list[int]:
-    """Most micro-batches between forward and backward pass on each of a rank's stages.
+def in_flight(pipeline: int, virtual: int, rank: int, micro_batches: int) -> list[int]:
+    """Most micro-batches between forward and backward pass on each of a pipeline rank's stages.
 
     1F1B (arXiv 2104.04473, section 2.2): as many as stages from here to the end. Interleaved:
     Megatron's warm-up of two for each rank behind and a group of `pipeline` for each further stage,
     and one, dealt to the stages in groups of `pipeline`."""
-    num_ranks, stages = config.parallel.pipeline, config.parallel.virtual_pipeline
-    micro_batches = derived.micro_batches_per_step
-    if stages == 1:
-        return [min(micro_batches, num_ranks - rank)]
-    total = min((num_ranks - rank - 1) * 2 + (stages - 1) * num_ranks + 1, micro_batches * stages)
-    found = [0] * stages
+    if virtual == 1:
+        return [min(micro_batches, pipeline - rank)]
+    total = min((pipeline - rank - 1) * 2 + (virtual - 1) * pipeline + 1, micro_batches * virtual)
+    found = [0] * virtual
     for number in range(total):
-        found[number // num_ranks % stages] += 1
+        found[number // pipeline % virtual] += 1
     return found
 
 
-def _activations(tapes: list[list[Part]], in_flight: list[int]) -> tuple[int, int]:
+def _activations(tapes: list[list[Part]], flights: list[int]) -> tuple[int, int]:
     """Bytes that one micro-batch keeps on all of a rank's stages, and the peak with as many in
     flight as there are."""
     walks = [walk(tape) for tape in tapes]
-    held = sum(kept * count for (kept, _), count in zip(walks, in_flight, strict=True))
+    held = sum(kept * count for (kept, _), count in zip(walks, flights, strict=True))
     return sum(kept for kept, _ in walks), held + max(peak - kept for kept, peak in walks)
 
 

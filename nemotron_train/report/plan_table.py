@@ -40,6 +40,7 @@ from nemotron_train.precision.plan import (
 )
 from nemotron_train.precision.rules import claims
 from nemotron_train.report.plan_memory import MEMORY_COLUMNS, memory_lines, memory_rows
+from nemotron_train.report.plan_ranks import GROUP_COLUMNS, group_rows
 from nemotron_train.report.plan_stages import STAGE_COLUMNS, balance_lines, stage_rows
 from nemotron_train.report.quantities import exact, format_bytes, format_count
 
@@ -66,6 +67,8 @@ def print_plan(config: Config, derived: Derived, console: Console, *, layers: bo
     _print_precision(config, console)
     _print_facts(console, "Training", _training_facts(config, derived))
     _print_facts(console, "Ranks", _rank_facts(config, derived))
+    if derived.num_ranks > 1:
+        _print_table(console, "Groups of ranks", GROUP_COLUMNS, group_rows(config, derived))
     if config.parallel.pipeline > 1:
         _print_table(console, "Pipeline stages", STAGE_COLUMNS, stage_rows(config))
         for line in balance_lines(config):
