@@ -90,7 +90,7 @@ def _check_parallel_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--own-precision",
         action="store_true",
-        help="keep the precision plan, with a wide tolerance; otherwise FP32, which is exact",
+        help="keep the precision plan, with wide limits; otherwise FP32, which is a proof",
     )
 
 

@@ -22,8 +22,8 @@ from rich.table import Table
 from nemotron_train.check.data import write_sources
 from nemotron_train.check.launch import Ranks
 from nemotron_train.check.parallel import (
-    OWN_PRECISION_TOLERANCE,
-    TOLERANCE,
+    LIMITS,
+    OWN_PRECISION_LIMITS,
     read_values,
     tell_shrunk,
 )
@@ -125,7 +125,7 @@ def prove(shrunk: Shrunk, asked: ResumeCheck, ranks: Ranks) -> tuple[list[Field]
     other, other_ranks = another_layout(config, num_ranks)
     again = read_values(run("other_layout", "resharded", other, other_ranks))
     own = config.precision.parameter_dtype == Dtype.bfloat16
-    tolerance = OWN_PRECISION_TOLERANCE if own else TOLERANCE
+    tolerance = (OWN_PRECISION_LIMITS if own else LIMITS)["output"]
     return compare(whole, first, second), _reshard(whole, again, half, other_ranks, tolerance)
 
 
