@@ -64,7 +64,7 @@ class Lab:
         lines = self.call("squeue", "--noheader", "--format=%i %T").splitlines()
         return dict(line.split() for line in lines)
 
-    def wait(self, until: Callable[[], bool], what: str, seconds: float = 400) -> None:
+    def wait(self, until: Callable[[], bool], what: str, seconds: float = 900) -> None:
         deadline = time.monotonic() + seconds
         while not until():
             assert time.monotonic() < deadline, f"{what}: {self.states()}"
@@ -156,7 +156,7 @@ def reference(
         place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 17890, "OMP_NUM_THREADS": 1}
         environment = lab.environment | {name: str(value) for name, value in place.items()}
         processes.append(subprocess.Popen(command, cwd=lab.workdir, env=environment))
-    assert [process.wait(timeout=400) for process in processes] == [0, 0]
+    assert [process.wait(timeout=900) for process in processes] == [0, 0]
     found = trajectory(lab.run("reference"))
     assert [step for step, _, _ in found] == list(range(1, STEPS + 1))
     return found
