@@ -49,6 +49,7 @@ class Lab:
     def submit(self, name: str, *overrides: str) -> list[str]:
         """`nemotron-train slurm` on both nodes; the jobs' numbers."""
         command = [sys.executable, "-m", "nemotron_train", "slurm", "cluster=local_lab", "nodes=2"]
+        command.append("cluster.time_limit_minutes=60")
         self.call(*command, *self.common, f"name={name}", *overrides)
         return (self.run(name) / "slurm/links").read_text().split()
 
