@@ -195,3 +195,16 @@ def test_wandb_that_cannot_start_costs_one_warning(
     sinks = open_sinks(logging, tmp_path, run_name="a", run_id="b", config={}, say=said.append)
     assert sinks == []
     assert len(said) == 1 and "W&B cannot start" in said[0]
+
+
+def test_going_back_drops_the_lines_of_later_steps(tmp_path: Path) -> None:
+    """In the middle of a run: what is written then follows the line of the step gone back to."""
+    with MetricsWriter(tmp_path / "metrics.jsonl") as writer:
+        for step in range(1, 6):
+            writer.write({"step": step, "loss": 3.0})
+        writer.rewind(3)
+        writer.write({"kind": "non_finite", "step": 3, "rolled_back_from": 5})
+        writer.write({"step": 4, "loss": 2.0})
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 3, 4]
+    assert rows[3]["rolled_back_from"] == 5 and rows[4]["loss"] == 2.0
