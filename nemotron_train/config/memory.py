@@ -7,8 +7,9 @@ libraries' own memory, allocator waste, batches of tokens. benchmarks/memory.py 
 against measured peaks. No torch.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from math import ceil, prod
 
 from nemotron_train.config import activations
@@ -46,7 +47,7 @@ class RankMemory:
     quantized_bytes: int  # weights that emulated block formats keep quantized
     buffer_bytes: int  # Megatron's buffer for gathered sequences
     kept_bytes: int  # activations that one micro-batch keeps for its backward pass
-    in_flight: int  # most micro-batches whose activations are kept at once (of one stage)
+    in_flight: int  # most forward passes, of a stage each, whose activations are kept at once
     activation_bytes: int  # the most that activations and their gradients take in a step
     collective_bytes: int  # the most that the exchange of gradients takes, after them
 
@@ -136,8 +137,8 @@ def _rank(
     if sharded and dense_replicas > 1:
         exchanged = local.copied(_GRADIENT_BYTES * max(dense, experts))
     parallel, micro_batches = config.parallel, derived.micro_batches_per_step
-    flights = in_flight(parallel.pipeline, parallel.virtual_pipeline, rank, micro_batches)
-    kept, activation = _activations(tapes, flights)
+    place = (parallel.pipeline, parallel.virtual_pipeline, rank, micro_batches)
+    kept, activation = _activations(tapes, passes(*place))
     names = {tensor.name for tensor in tensors}
     own = [linear for linear in linears(config.model) if linear.weight.name in names]
     joins = config.model.mtp.depths > 0 and any(line.path == "mtp.layers.0.eh_proj" for line in own)
@@ -150,7 +151,7 @@ def _rank(
         quantized_bytes=sum(_quantized(local, linear) for linear in own),
         buffer_bytes=local.gathered * (2 if joins else 1) if local.splits_sequence else 0,
         kept_bytes=kept,
-        in_flight=max(flights),
+        in_flight=in_flight(*place),
         activation_bytes=activation,
         collective_bytes=exchanged,
     )
@@ -175,27 +176,45 @@ def _operands(formats: LinearFormats) -> int:
 # The order of a step ------------------------------------------------------------------------
 
 
-def in_flight(pipeline: int, virtual: int, rank: int, micro_batches: int) -> list[int]:
-    """Most micro-batches between forward and backward pass on each of a pipeline rank's stages.
+def passes(pipeline: int, virtual: int, rank: int, micro_batches: int) -> Iterator[tuple[int, int]]:
+    """A step's passes on a pipeline rank in order: +1 forward or -1 backward, and the chunk.
 
-    1F1B (arXiv 2104.04473, section 2.2): as many as stages from here to the end. Interleaved:
-    Megatron's warm-up of two for each rank behind and a group of `pipeline` for each further stage,
-    and one, dealt to the stages in groups of `pipeline`."""
-    if virtual == 1:
-        return [min(micro_batches, pipeline - rank)]
-    total = min((pipeline - rank - 1) * 2 + (virtual - 1) * pipeline + 1, micro_batches * virtual)
-    found = [0] * virtual
+    1F1B (arXiv 2104.04473, section 2.2) after a warm-up of one forward pass for each rank behind.
+    Interleaved, micro-batches go through the chunks in groups of `pipeline`, after Megatron's
+    warm-up of two for each rank behind and a group for each further chunk."""
+    total = micro_batches * virtual
+    warm_up = pipeline - rank - 1
+    if virtual > 1:
+        warm_up = 2 * warm_up + (virtual - 1) * pipeline
+    warm_up = min(warm_up, total)
+    chunks = [number // pipeline % virtual for number in range(total)]
+    for number in range(warm_up):
+        yield 1, chunks[number]
     for number in range(total):
-        found[number // pipeline % virtual] += 1
-    return found
+        if warm_up + number < total:
+            yield 1, chunks[warm_up + number]
+        yield -1, virtual - 1 - chunks[number]
 
 
-def _activations(tapes: list[list[Part]], flights: list[int]) -> tuple[int, int]:
-    """Bytes that one micro-batch keeps on all of a rank's stages, and the peak with as many in
-    flight as there are."""
+def in_flight(pipeline: int, virtual: int, rank: int, micro_batches: int) -> int:
+    """Most forward passes of a rank's stages that wait for their backward pass."""
+    signs = (sign for sign, _ in passes(pipeline, virtual, rank, micro_batches))
+    return max(accumulate(signs))
+
+
+def _activations(tapes: list[list[Part]], order: Iterable[tuple[int, int]]) -> tuple[int, int]:
+    """Bytes that one micro-batch keeps on all of a rank's stages, and the most in a step. A pass
+    may reach its stage's own peak on top of what the others keep."""
     walks = [walk(tape) for tape in tapes]
-    held = sum(kept * count for (kept, _), count in zip(walks, flights, strict=True))
-    return sum(kept for kept, _ in walks), held + max(peak - kept for kept, peak in walks)
+    held = peak = 0
+    for sign, chunk in order:
+        kept, most = walks[chunk]
+        if sign > 0:
+            held += kept
+        peak = max(peak, held + most - kept)
+        if sign < 0:
+            held -= kept
+    return sum(kept for kept, _ in walks), peak
 
 
 def walk(tape: Sequence[Part]) -> tuple[int, int]:
