@@ -299,6 +299,17 @@ def _write_shards(
             transforms, number, bucket, None, None, True
         )
         if isinstance(outcome, Exception):
-            raise OSError(f"{partial}: {outcome}") from outcome
+            raise OSError(f"{partial}: {_reason(outcome)}") from outcome
         places += outcome
     return places, integrity.hashed(partial, [name for _, name, _ in buckets])
+
+
+def _reason(error: BaseException) -> str:
+    """The system's own words where there are any: a full disk reaches us as torch's complaint about
+    a position in its archive, with the system's error behind it."""
+    behind: BaseException | None = error
+    while behind is not None:
+        if isinstance(behind, OSError) and behind.strerror:
+            return behind.strerror
+        behind = behind.__cause__ or behind.__context__
+    return str(error)

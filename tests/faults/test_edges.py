@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+SMALL = ["train.micro_batch_sequences=2"]  # a batch that two ranks divide
+
 
 @pytest.mark.faults
 def test_resumed_again_and_again(job, small_run, reference, metrics, weights) -> None:
@@ -63,7 +65,7 @@ def test_port_taken(job) -> None:
         other.listen()
         port = other.getsockname()[1]
         started = time.monotonic()
-        run = job("name=port_taken", ranks=1, environment=_place(0, 2, port))
+        run = job("name=port_taken", *SMALL, environment=_place(0, 2, port))
         assert run.wait(timeout=120) == [1], run.output()
         assert time.monotonic() - started < 120
         assert f"127.0.0.1:{port}" in run.output().splitlines()[-1], run.output()
@@ -78,7 +80,9 @@ def test_somebody_never_comes(job, who: str) -> None:
         port = probe.getsockname()[1]
     rank = {"master": 1, "node": 0}[who]
     started = time.monotonic()
-    run = job(f"name=no_{who}", "train.rendezvous_seconds=10", environment=_place(rank, 2, port))
+    run = job(
+        f"name=no_{who}", *SMALL, "train.rendezvous_seconds=10", environment=_place(rank, 2, port)
+    )
     assert run.wait(timeout=120) == [1], run.output()
     assert time.monotonic() - started < 100
     line = run.output().strip().splitlines()[-1]
