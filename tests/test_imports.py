@@ -34,7 +34,7 @@ LAYERS = [
     ("assembly", ["precision.native"]),
     ("metadata", ["config.shrink"]),
     ("metadata", ["config.derive", "config.memory", "config.checks", "optim.schedule"]),
-    ("metadata", ["config.activations", "config.operators"]),
+    ("metadata", ["config.activations", "config.communication", "config.operators"]),
     ("metadata", ["model.shape", "precision.plan", "precision.rules", "precision.blocking"]),
     ("metadata", ["model.stages", "config.layout_checks"]),
     ("metadata", ["precision.transformer_engine", "precision.record", "train.lineage"]),

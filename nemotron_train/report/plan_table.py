@@ -39,6 +39,12 @@ from nemotron_train.precision.plan import (
     share_rows,
 )
 from nemotron_train.precision.rules import claims
+from nemotron_train.report.plan_communication import (
+    TRAFFIC_SIZES,
+    traffic_columns,
+    traffic_lines,
+    traffic_rows,
+)
 from nemotron_train.report.plan_memory import MEMORY_COLUMNS, memory_lines, memory_rows
 from nemotron_train.report.plan_ranks import GROUP_COLUMNS, group_rows
 from nemotron_train.report.plan_stages import STAGE_COLUMNS, balance_lines, stage_rows
@@ -49,7 +55,15 @@ _KIND_NAMES = {
     LayerKind.attention: "attention",
     LayerKind.moe: "mixture of experts",
 }
-NUMERIC = {"parameters", "active", "FLOPs", "share", "count", *MEMORY_COLUMNS[1:]}
+NUMERIC = {
+    "parameters",
+    "active",
+    "FLOPs",
+    "share",
+    "count",
+    *MEMORY_COLUMNS[1:],
+    *TRAFFIC_SIZES,
+}
 _ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
 
 
@@ -76,6 +90,11 @@ def print_plan(config: Config, derived: Derived, console: Console, *, layers: bo
     _print_table(console, "Memory a rank", MEMORY_COLUMNS, memory_rows(config, derived))
     for line in memory_lines(config, derived):
         _print_line(console, f"  {line}")
+    if derived.num_ranks > 1:
+        title, columns = "Bytes a rank hands to collectives in a step", traffic_columns(config)
+        _print_table(console, title, columns, traffic_rows(config, derived))
+        for line in traffic_lines(config, derived):
+            _print_line(console, f"  {line}")
 
 
 # Layers -------------------------------------------------------------------------------------
