@@ -22,7 +22,7 @@ MUTATIONS = {
         "    partial_folder(final).rename(final)\n"
         "    partial, step = final, _step_of(final)\n"
         "    final = partial_folder(final)\n",
-        "test_kill.py::test_killed_in_saves_equals_uninterrupted[4_kills]",
+        "test_kill.py::test_killed_in_saves_equals_uninterrupted[four]",
     ),
     "no_checksum": (
         "train/integrity.py",
