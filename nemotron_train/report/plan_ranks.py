@@ -56,7 +56,7 @@ def group_rows(config: Config, derived: Derived) -> Iterator[Sequence[str]]:
         count = derived.num_ranks // axis.size
         first = zip(range(_SHOWN_GROUPS), axis.groups(derived.num_ranks), strict=False)
         shown = ", ".join(_members(group) for _, group in first)
-        more = ", …" if count > _SHOWN_GROUPS else ""
+        more = ", ..." if count > _SHOWN_GROUPS else ""
         yield axis.name, f"{axis.size:,}", f"{axis.stride:,}", f"{count:,}", shown + more
 
 
@@ -64,4 +64,4 @@ def _members(group: range) -> str:
     """[0 4 8 12], or with the middle left out where a group is long."""
     if len(group) <= _SHOWN_RANKS:
         return f"[{' '.join(map(str, group))}]"
-    return f"[{group[0]} {group[1]} … {group[-1]}]"
+    return f"[{group[0]} {group[1]} .. {group[-1]}]"
