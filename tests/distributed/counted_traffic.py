@@ -79,8 +79,6 @@ class Counter:
                 "bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors),
                 "dtype": str(tensors[0].dtype).removeprefix("torch."),
                 "caller": f"{frame.filename.split('site-packages/')[-1]}:{frame.function}",
-                "line": frame.lineno,
-                "shape": list(tensors[0].shape),
             }
         )
 
