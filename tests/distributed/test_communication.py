@@ -2,8 +2,8 @@
 
 Second truth: counted_traffic.py, which wraps torch's own functions; byte for byte, after a step of
 warm-up, on two ranks over gloo. Who gets the tokens is the router's choice, so the all-to-all of
-experts is compared summed over the ranks. Not covered: quantized tensor-parallel linears, what
-Transformer Engine gathers, the padding of several buckets, sizes on the wire.
+experts is compared summed over the ranks. Not covered: what Transformer Engine gathers, the padding
+of several buckets, experts cut and spread at once, sizes on the wire.
 """
 
 import json
@@ -27,6 +27,8 @@ TENSOR = ["parallel.tensor=2", "parallel.sequence=true"]
 PIPELINE = ["parallel.pipeline=2"]
 OVERLAP = ["parallel.overlap_gradient_reduce=true", "parallel.overlap_parameter_gather=true"]
 MTP = ["model.mtp.depths=2"]
+# Heads that leave a rank whole blocks of 16 rows.
+NVFP4 = ["precision=nvfp4_nemotron3", "model.mamba.heads=32", "model.mamba.head_dim=16"]
 
 
 def _recompute(mode: str) -> list[str]:
@@ -38,6 +40,7 @@ QUICK = "tensor 2 + sequence, MTP"
 CASES = {
     QUICK: (2, [*TENSOR, *MTP]),
     "tensor 2 + sequence, full recomputation": (2, [*TENSOR, *_recompute("full")]),
+    "tensor 2 + sequence, NVFP4 emulated": (2, [*TENSOR, *NVFP4]),
     "tensor 2 without sequence": (2, ["parallel.tensor=2", "model.pattern=MM*M"]),
     "expert tensor 2": (2, [*TENSOR, "parallel.expert_tensor=2"]),
     "pipeline 2, MTP": (2, [*PIPELINE, *MTP]),
