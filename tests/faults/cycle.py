@@ -3,6 +3,7 @@
 cycle.py CYCLES KNOB=VALUE... trains one step of the run, then cycles: what `test_leaks` starts.
 """
 
+import ctypes
 import gc
 import json
 import os
@@ -17,6 +18,27 @@ from nemotron_train.config.derive import derive
 from nemotron_train.platform import device
 from nemotron_train.run import open_data
 from nemotron_train.train.run_folder import open_run_folder, run_path
+
+
+class _Mallinfo2(ctypes.Structure):
+    """glibc's: ten size_t, of which these two are looked at."""
+
+    _fields_ = [
+        *((f"before_{number}", ctypes.c_size_t) for number in range(4)),
+        ("hblkhd", ctypes.c_size_t),  # in mapped blocks
+        *((f"between_{number}", ctypes.c_size_t) for number in range(2)),
+        ("uordblks", ctypes.c_size_t),  # in use
+        *((f"after_{number}", ctypes.c_size_t) for number in range(2)),
+    ]
+
+
+def heap_in_use() -> int:
+    """Bytes that are allocated and not freed, of all arenas and mapped blocks; not what the
+    allocator keeps for later, which grows by itself with the pattern of use."""
+    mallinfo2 = ctypes.CDLL(None).mallinfo2
+    mallinfo2.restype = _Mallinfo2
+    info = mallinfo2()
+    return info.uordblks + info.hblkhd
 
 
 def main(cycles: int, overrides: list[str]) -> None:
@@ -50,6 +72,7 @@ def main(cycles: int, overrides: list[str]) -> None:
         if cycle % 25 == 0:
             gc.collect()
             numbers = {"cycle": cycle, "rss": process.memory_info().rss}
+            numbers |= {"heap": heap_in_use()}
             numbers |= {"descriptors": process.num_fds(), "threads": process.num_threads()}
             numbers |= {"children": len(process.children()), "folder": len(os.listdir(path.parent))}
             print(json.dumps(numbers), flush=True)
