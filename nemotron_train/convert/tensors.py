@@ -77,7 +77,7 @@ class CheckpointReader:
     def _read_chunk(self, name: str, chunk: Any) -> torch.Tensor:
         place = self._places[MetadataIndex(name, chunk.offsets)]
         with open(self.folder / place.relative_path, "rb") as file:
-            part = _create_file_view(file, place.offset, place.length)
+            part: Any = _create_file_view(file, place.offset, place.length)
             return torch.load(part, weights_only=True)
 
 

@@ -131,6 +131,7 @@ def wrap_data_parallel(
         pg_collection=groups,
         full_param_layout=layout,
     )
+    parameter: Any
     for parameter in model.parameters():
         parameter.shows_gradient = parallel.overlap_gradient_reduce  # see `model.hybrid`
     if parallel.overlap_parameter_gather:

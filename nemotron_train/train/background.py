@@ -40,7 +40,7 @@ class Background:
         self._is_first = dist.get_rank() == 0
         self._num_ranks = dist.get_world_size()
         # Gloo, on the host: a number that the device need not be waited for.
-        self._group = None
+        self._group: Any = None
         if self._num_ranks > 1 and dist.get_backend() != "gloo":
             self._group = dist.new_group(backend="gloo")
         self._submit: Callable[..., Future[Any]] = self._pool.submit
