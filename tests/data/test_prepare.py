@@ -342,7 +342,7 @@ def test_two_at_once_are_refused(tmp_path: Path, tokenizer_folder: Path) -> None
     config = settings(tmp_path, tokenizer_folder)
 
     def again(progress: Progress) -> None:
-        with pytest.raises(ConfigError, match="another process is preparing"):
+        with pytest.raises(ConfigError, match="another process is at work"):
             prepare(config)
 
     prepare(config, again)
