@@ -101,9 +101,10 @@ def _weights(folder: Path, step: int) -> dict[str, object]:
     return saved
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def groups() -> Iterator[object]:
-    """Megatron's process groups over this one process."""
+    """Megatron's process groups over this one process; anew in each module, since a run in this
+    process ends them."""
     from nemotron_train.platform import device
 
     platform = device.prepare()

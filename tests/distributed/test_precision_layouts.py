@@ -115,7 +115,10 @@ def test_codes_of_linears_do_not_depend_on_the_context_ranks(operands) -> None:
         products = whole["products"]
         for name in ("y", "dx"):
             ours = torch.cat([part["products"][name] for part in parts])
-            assert torch.equal(ours, products[name]), (path, name)
+            # Half the rows: on a processor without BF16 instructions the product goes through
+            # FP32, whose library sums in another order for another shape. One step of BF16, then.
+            floor = 1e-5 * products[name].abs().max().item()
+            torch.testing.assert_close(ours, products[name], rtol=2.0**-7, atol=floor)
         ours = sum(part["products"]["dw"].float() for part in parts)
         step = products["dw"].float().abs().max() * 2.0**-7  # BF16 a rank, and of the whole
         assert (ours - products["dw"].float()).abs().max() < 1.5 * step, path

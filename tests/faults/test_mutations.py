@@ -32,7 +32,7 @@ MUTATIONS = {
     ),
     "no_agreement": (
         "train/stop.py",
-        "        dist.all_reduce(flag, op=dist.ReduceOp.MAX)\n",
+        "            dist.all_reduce(wanteds, op=dist.ReduceOp.MAX)\n",
         "",
         "test_signals.py::test_one_rank_is_asked[1]",
     ),
@@ -50,10 +50,11 @@ def test_a_mutation_turns_a_test_red(tmp_path: Path, name: str) -> None:
     assert text.count(passage) == 1, f"{file} has changed: rewrite the mutation"
     path.write_text(text.replace(passage, replacement))
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    command += ["-c", f"{ROOT / 'pyproject.toml'}", "--rootdir", f"{ROOT}"]
     command += ["-m", "faults or not faults", f"{FAULTS / test}"]
     done = subprocess.run(
         command,
-        cwd=ROOT,
+        cwd=tmp_path,  # first on the path of python -m
         env=os.environ | {"PYTHONPATH": str(tmp_path)},
         capture_output=True,
         text=True,

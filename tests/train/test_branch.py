@@ -226,8 +226,7 @@ def test_switch_is_asked_for_and_recorded(
 def test_checkpoint_of_another_plan_than_its_folder_says(
     parent: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The checkpoint itself knows: a folder whose config.yaml was edited is refused too; and one
-    of before checkpoints knew their plan asks for the knob."""
+    """The checkpoint itself knows: a folder whose config.yaml was edited is refused too."""
     run = shutil.copytree(parent, tmp_path / "edited")
     config = yaml.safe_load((run / "config.yaml").read_text())
     config["precision"]["default"]["hadamard"] = False
@@ -235,14 +234,6 @@ def test_checkpoint_of_another_plan_than_its_folder_says(
     assert train(f"resume={run}") == 2
     message = capsys.readouterr().err
     assert "step_00000010" in message and "switch_precision=true" in message
-    (run / "checkpoints" / "step_00000010" / "precision.json").unlink()
-    manifest = run / "checkpoints" / "step_00000010" / "manifest.json"
-    listed = json.loads(manifest.read_text())
-    del listed["sha256"]["precision.json"]
-    manifest.write_text(json.dumps(listed))
-    assert train(f"resume={run}") == 2
-    message = capsys.readouterr().err
-    assert "plan unknown" in message and "switch_precision=true" in message
 
 
 @pytest.mark.parametrize(
@@ -254,7 +245,7 @@ def test_checkpoint_of_another_plan_than_its_folder_says(
         ([f"branch=runs/{PLAN}@last"], ["@STEP"]),
         ([f"branch=runs/{PLAN}@5", f"name={PLAN}"], [f"name={PLAN}", "another name"]),
         ([f"branch=runs/{PLAN}@5", "model.moe.expert_hidden_size=64"], ["expert_hidden_size"]),
-        ([f"branch=runs/{PLAN}@5", "train.seed=9"], ["train.seed=9"]),
+        ([f"branch=runs/{PLAN}@5", "train.seed=9"], ["train.seed was 1234, now 9"]),
         ([f"branch=runs/{PLAN}@5", "data.phases.0.blend=[]"], ["data.phases"]),
         ([f"branch=runs/{PLAN}@10"], ["train.total_tokens=2560", "nothing is left"]),
         (

@@ -173,7 +173,7 @@ def test_run_folder_and_numbers_of_a_real_run(small_run: tuple[Path, list[str]])
     run = folder / "runs" / "contract"
     assert {path.name for path in run.iterdir() if not path.name.startswith(".")} == {
         "config.yaml", "derived.yaml", "precision.txt", "environment.json", "metrics.jsonl",
-        "summary.json", "loss.png", "checkpoints",
+        "summary.json", "loss.png", "checkpoints", "checkpoints.jsonl",
     }  # fmt: skip
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     always = {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "step_seconds"}
