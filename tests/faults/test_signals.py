@@ -75,7 +75,7 @@ def test_one_rank_is_asked(job, small_run, newest, metrics, rank: int) -> None:
         ranks=2,
         faults={rank: {"at": {"function": TAKE, "call": 4, "signal": signal.SIGTERM}}},
     )
-    assert run.wait() == [3, 3], run.output()
+    assert run.wait(timeout=90) == [3, 3], run.output()
     folder: Path = small_run[0] / "runs" / name
     found, said = newest(folder)
     assert found is not None and not said
