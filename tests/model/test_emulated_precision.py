@@ -129,6 +129,13 @@ EXPERT_OPERANDS = {
 }
 
 
+def same(ours: torch.Tensor, one: torch.Tensor) -> None:
+    """Equal to one step of BF16: on a processor without BF16 instructions products go through
+    FP32, whose library may sum a group and a matrix alone in another order. A wrong block scale is
+    off by a factor of 2 or more."""
+    torch.testing.assert_close(ours, one, rtol=2.0**-7, atol=1e-5 * one.abs().max().item())
+
+
 @pytest.mark.parametrize("plan", EXPERT_OPERANDS)
 @pytest.mark.parametrize("width, hidden_width", [(64, 128), (24, 40)])
 def test_experts_equal_one_linear_each(plan: str, width: int, hidden_width: int, groups) -> None:
@@ -160,11 +167,11 @@ def test_experts_equal_one_linear_each(plan: str, width: int, hidden_width: int,
         )
         hidden = block_scaled_matmul(rows(x.detach()[part]), weight(w1)).requires_grad_()
         active = (torch.relu(hidden).float().square() * p[part, None]).bfloat16()
-        assert torch.equal(y[part], block_scaled_matmul(rows(active.detach()), weight(w2))), expert
+        same(y[part], block_scaled_matmul(rows(active.detach()), weight(w2)))
         grad_active = block_scaled_matmul(rows(dy[part]), weight_dgrad(w2))
         (grad_hidden,) = torch.autograd.grad(active, hidden, grad_active)
         grad = block_scaled_matmul(rows(grad_hidden), weight_dgrad(w1))
-        assert torch.equal(dx[part], grad), expert
+        same(dx[part], grad)
 
 
 def test_phase_begins_with_its_step(groups) -> None:
