@@ -65,6 +65,8 @@ def runs(small_run: tuple[Path, list[str]]) -> Runs:
     common = [*overrides, "train.micro_batch_sequences=1", "train.total_tokens=3840"]
     common.append("model.pattern=MEM*EME")
     emulated = [*common, "precision=nvfp4_all", "precision.parameter_dtype=float32"]
+    # Mamba's input projection 352 wide, so that half of it is whole blocks.
+    emulated += ["model.mamba.heads=32", "model.mamba.head_dim=4"]
     layouts = {"one rank": (1, []), **LAYOUTS}
 
     def job(name: str, layout: str, steps: int, base: list[str], **more: object) -> Job:
