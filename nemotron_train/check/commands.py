@@ -2,63 +2,64 @@
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from nemotron_train.compose import compose_config
+from nemotron_train.config.schema import Config
 from nemotron_train.verbs import Verb, open_console, run_arguments
 
 EQUAL, DIFFERS = 0, 1
 
 
-def run_check_parallel(arguments: argparse.Namespace) -> int:
-    config = compose_config(arguments.overrides, arguments.config)
+def _exit_code(
+    name: str, arguments: argparse.Namespace, check: Callable[[Config, Path, Any, Any], bool]
+) -> int:
+    """Of `check` (configuration, folder, console, ranks), which tells whether all is equal; run in
+    a folder that no other check works in."""
     from nemotron_train.check.launch import Ranks, RanksFailed
-    from nemotron_train.check.parallel import ParallelCheck, check_parallel
     from nemotron_train.data.lock import exclusive
 
-    folder, console = Path(config.folder) / "checks" / config.name / "parallel", open_console()
-    asked = ParallelCheck(folder, arguments.ranks, arguments.steps, arguments.own_precision)
+    config = compose_config(arguments.overrides, arguments.config)
+    folder, console = Path(config.folder) / "checks" / config.name / name, open_console()
     try:
         with exclusive(folder, wait=False):
-            equal = check_parallel(config, asked, console, Ranks(folder, console))
+            equal = check(config, folder, console, Ranks(folder, console))
     except RanksFailed as error:
         print("nemotron-train:", error, file=sys.stderr)
         return DIFFERS
     return EQUAL if equal else DIFFERS
 
 
-def run_check_resume(arguments: argparse.Namespace) -> int:
-    config = compose_config(arguments.overrides, arguments.config)
-    from nemotron_train.check.launch import Ranks, RanksFailed
-    from nemotron_train.check.resume import ResumeCheck, check_resume
-    from nemotron_train.data.lock import exclusive
+def run_check_parallel(arguments: argparse.Namespace) -> int:
+    from nemotron_train.check.parallel import ParallelCheck, check_parallel
 
-    folder, console = Path(config.folder) / "checks" / config.name / "resume", open_console()
-    stamp = Path(config.resume) / "checkpoints" if config.resume else None
-    asked = ResumeCheck(folder, arguments.ranks, arguments.steps, stamp)
-    try:
-        with exclusive(folder, wait=False):
-            exact = check_resume(config, asked, console, Ranks(folder, console))
-    except RanksFailed as error:
-        print("nemotron-train:", error, file=sys.stderr)
-        return DIFFERS
-    return EQUAL if exact else DIFFERS
+    def check(config: Config, folder: Path, console: Any, ranks: Any) -> bool:
+        asked = ParallelCheck(folder, arguments.ranks, arguments.steps, arguments.own_precision)
+        return check_parallel(config, asked, console, ranks)
+
+    return _exit_code("parallel", arguments, check)
+
+
+def run_check_resume(arguments: argparse.Namespace) -> int:
+    from nemotron_train.check.resume import ResumeCheck, check_resume
+
+    def check(config: Config, folder: Path, console: Any, ranks: Any) -> bool:
+        stamp = Path(config.resume) / "checkpoints" if config.resume else None
+        asked = ResumeCheck(folder, arguments.ranks, arguments.steps, stamp)
+        return check_resume(config, asked, console, ranks)
+
+    return _exit_code("resume", arguments, check)
 
 
 def run_check_precision(arguments: argparse.Namespace) -> int:
-    config = compose_config(arguments.overrides, arguments.config)
-    from nemotron_train.check.launch import Ranks, RanksFailed
     from nemotron_train.check.precision import check_precision
-    from nemotron_train.data.lock import exclusive
 
-    folder, console = Path(config.folder) / "checks" / config.name / "precision", open_console()
-    try:
-        with exclusive(folder, wait=False):
-            kept = check_precision(config, folder, arguments.ranks, console, Ranks(folder, console))
-    except RanksFailed as error:
-        print("nemotron-train:", error, file=sys.stderr)
-        return DIFFERS
-    return EQUAL if kept else DIFFERS
+    def check(config: Config, folder: Path, console: Any, ranks: Any) -> bool:
+        return check_precision(config, folder, arguments.ranks, console, ranks)
+
+    return _exit_code("precision", arguments, check)
 
 
 def _whole_number(text: str) -> int:

@@ -51,9 +51,8 @@ class _CompiledGatedRmsNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        y_BSD, gate_BSD, weight_D, scale = (
-            ctx.saved_tensors
-        )  # once: recomputation hands it out once
+        # Read once: recomputation hands it out once.
+        y_BSD, gate_BSD, weight_D, scale = ctx.saved_tensors
         dy_BSD, dgate_BSD, dweight_D = compiled_passes.rms_norm_backward(
             gradients[0], y_BSD, gate_BSD, weight_D, scale
         )
