@@ -302,7 +302,7 @@ class TrainConfig:
     micro_batch_sequences: int = MISSING
     seed: int = 1234
     threads: int = 0  # CPU threads a rank; 0: the machine's cores divided by its ranks
-    rendezvous_seconds: int = 300  # how long a rank waits for the others to start
+    rendezvous_seconds: int = 600  # how long a rank waits for the others to start
     log_every_steps: int = 1
     validate_every_steps: int = 0  # 0: only at the end
     validation_tokens: int = MISSING
