@@ -11,13 +11,13 @@ from typing import Any
 
 from rich.console import Console
 
-from nemotron_train.config.derive import derive
+from nemotron_train.config.derive import Derived, derive
 from nemotron_train.config.guards import Surroundings, enforce
 from nemotron_train.config.schema import Config, ConfigError, DataKind
 from nemotron_train.data.batches import BatchSource
 from nemotron_train.platform import device
 from nemotron_train.platform.hardware import installed_versions
-from nemotron_train.precision.backend import choose
+from nemotron_train.precision.backend import Choice, choose
 from nemotron_train.precision.plan import plan_text
 from nemotron_train.precision.record import label, plan_record
 from nemotron_train.report.plot import plot_loss
@@ -73,7 +73,10 @@ def pretrain(config: Config) -> int:
         if is_first_rank:
             try:
                 parent = check_branch(config, train_data) if config.branch else None
-                folder = open_run_folder(config, derived, plan_text(config), say=console.print)
+                machine = machine_record(platform, derived, backend)
+                folder = open_run_folder(
+                    config, derived, plan_text(config), machine=machine, say=console.print
+                )
                 if parent is not None:
                     folder.record_branch(parent)
                 crash_loop = starts.begin(folder.path, config.guard.crash_loop_starts)
@@ -105,6 +108,19 @@ def pretrain(config: Config) -> int:
         if folder is not None:
             folder.close()
         process_groups.stop()
+
+
+def machine_record(platform: device.Platform, derived: Derived, backend: Choice) -> dict[str, Any]:
+    """What computes, for environment.json (docs/metrics.md)."""
+    formats = "native" if backend.native else "emulated" if backend.text else "none"
+    return {
+        "device": platform.device,
+        "device_name": platform.device_name,
+        "ranks": derived.num_ranks,
+        "transformer_engine": platform.transformer_engine,
+        "mamba_kernels": platform.mamba_kernels,
+        "block_formats": formats,
+    }
 
 
 def train(

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from nemotron_train.train.metric_groups import is_timing
+
 SMALL_RUN = [
     "model.hidden_size=64",
     "model.vocab_size=512",
@@ -76,8 +78,7 @@ def weights() -> Callable[[Path, int], dict[str, object]]:
 def _metrics(folder: Path) -> list[dict]:
     """All lines but the times."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    timed = ("tokens_per_second", "step_seconds")
-    return [{k: v for k, v in row.items() if k not in timed} for row in rows]
+    return [{k: v for k, v in row.items() if not is_timing(k)} for row in rows]
 
 
 def _weights(folder: Path, step: int) -> dict[str, object]:

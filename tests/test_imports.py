@@ -40,7 +40,7 @@ LAYERS = [
     ("metadata", ["precision.transformer_engine", "precision.record", "train.lineage"]),
     ("metadata", ["config.guards", "precision.backend"]),
     ("metadata", ["train.metrics", "train.run_folder", "train.progress_bar", "train.integrity"]),
-    ("metadata", ["train.run_lock", "train.starts", "train.knobs"]),
+    ("metadata", ["train.run_lock", "train.starts", "train.knobs", "train.metric_groups"]),
     ("ground", ["", "config", "config.schema", "config.cluster", "platform", "platform.*"]),
     ("parts", ["model", "precision", "optim", "train", "data", "report"]),
     ("parts", ["model.*", "precision.*", "optim.*", "train.*", "data.*"]),
@@ -68,7 +68,7 @@ NO_TORCH += ["check.parallel", "check.resume"]
 NO_TORCH += ["check.precision", "convert.commands", "convert.weights"]
 NO_TORCH += ["train.failure", "train.spikes", "train.starts", "train.watchdog"]
 NO_TORCH += ["train.metrics", "train.run_folder", "train.progress_bar", "train.integrity"]
-NO_TORCH += ["train.run_lock", "train.saved", "train.knobs"]
+NO_TORCH += ["train.run_lock", "train.saved", "train.knobs", "train.metric_groups"]
 
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 80
 # Longer on purpose, and not to grow: one algorithm with its hand-derived backward.

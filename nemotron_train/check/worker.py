@@ -27,9 +27,7 @@ from nemotron_train.data.batches import Batch, BatchSource
 from nemotron_train.data.blend import DataState
 from nemotron_train.platform import device
 from nemotron_train.run import open_data
-
-# What metrics.jsonl says of the clock: no two runs agree there.
-TIMES = ("tokens_per_second", "step_seconds", "model_flops_utilization")
+from nemotron_train.train.metric_groups import is_timing
 
 
 def main(task_path: str) -> None:
@@ -171,7 +169,7 @@ class Rows(list[dict[str, Any]]):
     """Takes the lines of metrics.jsonl in the place of its writer."""
 
     def write(self, metrics: Mapping[str, Any]) -> None:
-        self.append({name: value for name, value in metrics.items() if name not in TIMES})
+        self.append({name: value for name, value in metrics.items() if not is_timing(name)})
 
     def rewind(self, step: int) -> None:
         raise RuntimeError(f"the guard went back to step {step} in a check")
@@ -200,9 +198,11 @@ def record_training(session: Any, batches: RecordedBatches, record: Record) -> N
 
 
 def _plain(metrics: dict[str, Any]) -> dict[str, float]:
+    """The metrics that are one number."""
     return {
         name: value.item() if isinstance(value, torch.Tensor) else float(value)
         for name, value in metrics.items()
+        if not (isinstance(value, torch.Tensor) and value.ndim)
     }
 
 

@@ -8,8 +8,10 @@ import functools
 import importlib.util
 import logging
 import os
+import time
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -97,6 +99,24 @@ def wait_for_device() -> None:
     """SYNC: until all that was asked of a GPU is done."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def time_mark() -> Any:
+    """A point in time on the device, for `seconds_between`: an event in a GPU's current stream,
+    which waits for nothing; the clock on a CPU."""
+    if not torch.cuda.is_available():
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_between(start: Any, end: Any) -> float:
+    """Between two marks of `time_mark`. SYNC: waits until a GPU has reached `end`."""
+    if isinstance(start, float):
+        return end - start
+    end.synchronize()
+    return start.elapsed_time(end) / 1000
 
 
 def device_random_state() -> torch.Tensor:

@@ -4,7 +4,9 @@ Each says when it is due and does one thing. The last step is due for all of the
 """
 
 import math
+import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
@@ -14,6 +16,7 @@ from nemotron_train.train.checkpoint import Checkpoints
 from nemotron_train.train.loop import Progress, StepResult
 from nemotron_train.train.metrics import MetricsWriter
 from nemotron_train.train.progress_bar import ProgressDisplay
+from nemotron_train.train.step_clock import StepClock
 
 
 def _due(progress: Progress, every_steps: int, last_step: int) -> bool:
@@ -23,15 +26,24 @@ def _due(progress: Progress, every_steps: int, last_step: int) -> bool:
 class Validate:
     """Adds `validation_loss` (and one a depth) to the step's metrics."""
 
-    def __init__(self, losses: Callable[[], list[float]], every_steps: int, last_step: int) -> None:
+    def __init__(
+        self,
+        losses: Callable[[], list[float]],
+        every_steps: int,
+        last_step: int,
+        clock: StepClock,
+    ) -> None:
         self._losses, self._every, self._last = losses, every_steps, last_step
+        self._clock = clock
         self.latest: float = math.nan
 
     def due(self, progress: Progress) -> bool:
         return _due(progress, self._every, self._last)
 
     def run(self, progress: Progress, result: StepResult) -> None:
+        self._clock.begin()
         main, *depths = self._losses()
+        self._clock.lap("validation")
         self.latest = main
         result.metrics["validation_loss"] = main
         for depth, loss in enumerate(depths, start=1):
@@ -52,13 +64,14 @@ class Log:
         tokens_per_step: int,
         flops_per_token: float,
         peak_flops: float,
+        clock: StepClock,
     ) -> None:
         self._writer, self._display = writer, display
         self._every, self._also_every, self._last = every_steps, also_every_steps, last_step
         self._tokens_per_step = tokens_per_step
         self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
-        self._seconds, self._steps = 0.0, 0
-        self.latest: Mapping[str, float] = {}
+        self._clock, self._seconds, self._steps = clock, 0.0, 0
+        self.latest: Mapping[str, Any] = {}
 
     def due(self, progress: Progress) -> bool:
         return True  # every step's time counts
@@ -71,9 +84,12 @@ class Log:
             self._log(progress, result)
 
     def _log(self, progress: Progress, result: StepResult) -> None:
-        numbers: dict[str, float] = {"step": progress.step, "tokens": progress.tokens}
+        numbers: dict[str, Any] = {"step": progress.step, "tokens": progress.tokens}
+        numbers["time"] = round(time.time(), 3)
         for name, value in result.metrics.items():  # SYNC: the device's numbers are read here
-            numbers[name] = value.item() if isinstance(value, torch.Tensor) else value
+            numbers[name] = value.tolist() if isinstance(value, torch.Tensor) else value
+        for name, seconds in self._clock.take().items():
+            numbers[f"step_time/{name}"] = seconds / self._steps
         seconds = self._seconds / self._steps
         self._seconds, self._steps = 0.0, 0
         numbers["tokens_per_second"] = self._tokens_per_step / seconds
@@ -118,18 +134,21 @@ class Save:
         last_step: int,
         is_async: bool,
         say: Callable[[str], None],
+        clock: StepClock,
     ) -> None:
         self._checkpoints, self._every, self._last = checkpoints, every_steps, last_step
-        self._is_async, self._say = is_async, say
+        self._is_async, self._say, self._clock = is_async, say, clock
         self._started_step = -1
 
     def due(self, progress: Progress) -> bool:
         return _due(progress, self._every, self._last) or self._checkpoints.in_flight
 
     def run(self, progress: Progress, result: StepResult) -> None:
+        self._clock.begin()
         self._tell(wait=False)
         if _due(progress, self._every, self._last):
             self._start(progress)
+        self._clock.lap("save")
 
     def save(self, progress: Progress) -> None:
         """Save unless this very step was saved already; the checkpoint is there on return."""

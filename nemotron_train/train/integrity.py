@@ -4,7 +4,7 @@ Owns: `manifest.json` of a checkpoint, `checkpoints.jsonl` of a run folder, the 
 one pickle in a checkpoint, names and removal of checkpoint folders. Does not own: what the tensors
 are (`checkpoint`), nor when a checkpoint is written. No torch until a `.metadata` is read.
 
-    RUN/checkpoints.jsonl                 step and SHA-256 of the manifest, one line a checkpoint
+    RUN/checkpoints.jsonl                 step, the manifest's SHA-256, time: a line a checkpoint
     RUN/checkpoints/step_00000100/        complete or absent
         manifest.json                     SHA-256 and length of every other file; written last
         .metadata, metadata.json, __R_N.distcp   Megatron-Core's distributed format
@@ -23,6 +23,7 @@ import pickle
 import re
 import shutil
 import stat
+import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -321,6 +322,7 @@ def commit(final: Path, sums: Mapping[str, str], check_held: Callable[[], None])
     _sync_folder(partial)
     check_held()
     record = {"step": step, "manifest": hashlib.sha256(text.encode()).hexdigest()}
+    record["time"] = round(time.time(), 3)
     with open(final.parent.parent / RECORD, "a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
         file.flush()

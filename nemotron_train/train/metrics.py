@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any, Protocol, Self
 
 from nemotron_train.config.schema import LoggingConfig
+from nemotron_train.train.metric_groups import grouped
 
 
 class Sink(Protocol):
-    """A second reader of the numbers."""
+    """A second reader of the numbers, which go there as GROUP/NAME (`metric_groups`)."""
 
     name: str
 
@@ -55,9 +56,9 @@ class MetricsWriter:
         self._file.write(line + "\n")
         self._file.flush()
         numbers = {
-            name: value
+            grouped(name): value
             for name, value in metrics.items()
-            if isinstance(value, int | float) and not isinstance(value, bool)
+            if isinstance(value, int | float) and not isinstance(value, bool) and name != "step"
         }
         for sink in list(self._sinks):
             self._guard(sink, lambda sink=sink: sink.write(step, numbers))
@@ -153,6 +154,7 @@ class WandbSink:
             config=dict(config),
             settings=settings,
         )
+        self._run.define_metric("*", step_metric=grouped("tokens"))
         if online:
             say(f"W&B: {self._run.url}")
 

@@ -124,12 +124,14 @@ def open_run_folder(
     *,
     command: Sequence[str] | None = None,
     hosts: Sequence[str] = (),
+    machine: Mapping[str, Any] | None = None,
     say: Callable[[str], None] = print,
 ) -> RunFolder:
     """Makes the run's folder, or opens it to go on, and writes all that is known at the start.
 
     `derived`: any dataclass of plain values. `command`: the words typed (default: this process's).
-    `hosts`: the machines of all ranks (default: this one). An existing config.yaml stays as it was
+    `hosts`: the machines of all ranks (default: this one). `machine`: what computes, plain values
+    (docs/metrics.md; default: not known). An existing config.yaml stays as it was
     first asked; each start is added to environment.json. `say` hears of a holder that went away.
 
     Raises ConfigError when the folder cannot be made, belongs to another configuration, or another
@@ -144,7 +146,8 @@ def open_run_folder(
         raise ConfigError(f"{asked}={path}: cannot make the run folder ({error})") from error
     with contextlib.ExitStack() as on_error:
         on_error.callback(lock.release)
-        opened = _open(path, asked, config, derived, precision_text, command, hosts)
+        about = {"hosts": list(hosts) or [socket.gethostname()], "machine": dict(machine or {})}
+        opened = _open(path, asked, config, derived, precision_text, command, about)
         on_error.pop_all()
     if lock.took_over:
         say(f"{path}: taken over from {lock.took_over}")
@@ -159,7 +162,7 @@ def _open(
     derived: Any,
     precision_text: str,
     command: Sequence[str] | None,
-    hosts: Sequence[str],
+    about: Mapping[str, Any],
 ) -> RunFolder:
     """`open_run_folder` once the folder is this process's."""
     config_path = path / "config.yaml"
@@ -182,7 +185,7 @@ def _open(
         plan_before = _plan_before(path, stored, config, changed)
     write_atomically(path / "derived.yaml", _to_yaml(to_plain(derived)))
     write_atomically(path / "precision.txt", precision_text.rstrip("\n") + "\n")
-    run_id = _record_start(path / "environment.json", command or sys.argv, hosts, changed)
+    run_id = _record_start(path / "environment.json", command or sys.argv, about, changed)
     return RunFolder(path, run_id, is_new, plan_before, PHASES in changed)
 
 
@@ -268,17 +271,17 @@ def read_config(folder: Path, before_step: int | None = None) -> Config:
 def _record_start(
     path: Path,
     command: Sequence[str],
-    hosts: Sequence[str],
+    about: Mapping[str, Any],
     changed: Mapping[str, Sequence[Any]],
 ) -> str:
-    """Adds this start to environment.json; returns the run's id."""
+    """Adds this start to environment.json, `about` its machines; returns the run's id."""
     earlier = read_json(path)
     run_id = earlier.get("run_id") or uuid.uuid4().hex[:12]
     start = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": [_without_secrets(word) for word in command],
         "changed": {knob: values[1] for knob, values in changed.items()},
-        "hosts": list(hosts) or [socket.gethostname()],
+        **about,
         "git": _git_state(),
         "versions": {"python": platform.python_version()} | package_versions(),
         "platform": platform.platform(),

@@ -170,7 +170,9 @@ class Session:
             watchdog,
             ProgressDisplay(last_step, self.console, start_step=progress.step) as display,
         ):
-            validate = Validate(self.validate, train.validate_every_steps, last_step)
+            validate = Validate(
+                self.validate, train.validate_every_steps, last_step, self.trainer.clock
+            )
             log = Log(
                 writer,
                 display,
@@ -180,6 +182,7 @@ class Session:
                 tokens_per_step=self.derived.tokens_per_step,
                 flops_per_token=self.derived.training_flops_per_token,
                 peak_flops=peak_flops() * self.derived.num_ranks,
+                clock=self.trainer.clock,
             )
             hooks: list[Hook] = [watchdog, validate, watchdog, log]
             if self.telemetry is not None:
@@ -190,6 +193,7 @@ class Session:
                 last_step,
                 train.async_save,
                 display.message,
+                self.trainer.clock,
             )
             step = GuardedStep(
                 self.trainer, self.guard, self.roll_back, save.forget, writer, display.message

@@ -1,13 +1,14 @@
 """The starts of a run: from where each began, how it ended, and when enough is enough. No torch.
 
-Owns the fields `from_step`, `ended` and `reason` of `starts` in environment.json. A start without
-`ended` was killed. Does not own: the other fields (`run_folder`), who starts a run again (a
-person, Slurm, a loop in a shell).
+Owns the fields `from_step`, `ended`, `end_time` and `reason` of `starts` in environment.json. A
+start without `ended` was killed. Does not own: the other fields (`run_folder`), who starts a run
+again (a person, Slurm, a loop in a shell).
 """
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +78,12 @@ def recorded(folder: Path | None) -> Iterator[dict[str, str]]:
     finally:
         if folder is not None:
             record = read_json(folder / ENVIRONMENT)
-            record["starts"][-1] |= end
+            record["starts"][-1] |= end | {"end_time": _now()}
             _write(folder, record)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _write(folder: Path, record: Mapping[str, Any]) -> None:

@@ -38,6 +38,7 @@ from nemotron_train.train.diagnose import gradients_are_finite, non_finite
 from nemotron_train.train.guard import Action, Findings, Guard, RollBack
 from nemotron_train.train.health import Health
 from nemotron_train.train.loop import Progress, StepResult
+from nemotron_train.train.step_clock import StepClock
 from nemotron_train.train.stragglers import Stragglers
 
 Tensors = dict[str, torch.Tensor]
@@ -153,6 +154,7 @@ class Trainer:
         self.chunks, self.optimizer, self.batches = chunks, optimizer, batches
         self.groups, self.device, self.guard = groups, device, guard
         self.weights = head_weights(config)
+        self.clock = StepClock()
         rows = derived.sequences_per_step // derived.data_parallel
         self.rank_rows = (groups.dp.rank() * rows, (groups.dp.rank() + 1) * rows)
         self.routers = [
@@ -178,6 +180,7 @@ class Trainer:
     def _finalize(self, *args: Any, **kwargs: Any) -> None:
         """Read what Megatron's own finalization overwrites, then run it: the routers' counts and
         biases, and whether this rank's own gradients are finite."""
+        self.clock.lap("forward_backward")
         if self.stragglers.is_due(self.step):  # before the first collective: ranks wait in it
             wait_for_device()  # SYNC: this rank's passes are done
             self.own_work_ended = time.perf_counter()
@@ -187,13 +190,16 @@ class Trainer:
             self.own_gradients_are_finite = gradients_are_finite(self.chunks)
         finalize_model_grads(*args, **kwargs)
         self.precision.gradients_ready(self.chunks)
+        self.clock.lap("gradient_reduce")
 
     def _routing_metrics(self) -> dict[str, torch.Tensor]:
         """MaxVio of each MoE layer, fullest expert / mean load (Ultra report, section 2.7), the
-        largest of them, and the mean load-balance loss; the same on every rank. COLLECTIVE."""
+        largest of them, and the mean load-balance loss; on steps that look inside the model each
+        expert's share of the tokens too. The same on every rank. COLLECTIVE."""
         if not self.moe_layers:
             return {}
         stats = torch.zeros(2, len(self.moe_layers), device=self.device)
+        shares_LE = torch.zeros(len(self.moe_layers), self.config.model.moe.experts).to(stats)
         if self.routers:
             loads = torch.stack([router.local_tokens_per_expert for router in self.routers])
             sum_over(loads, self.groups.tp_dp_cp)
@@ -202,6 +208,7 @@ class Trainer:
             own = [self.moe_layers.index(moe_layer_name(router)) for router in self.routers]
             stats[0, own] = loads.amax(1) / loads.mean(1).clamp(min=1e-9)
             stats[1, own] = losses / self.derived.tokens_per_step
+            shares_LE[own] = loads.to(stats) / loads.sum(1, keepdim=True).clamp(min=1)
             for router in self.routers:
                 router.load_balance_loss_sum = torch.zeros(())
         sum_over(stats, self.groups.pp)  # each stage fills in its own layers
@@ -210,11 +217,16 @@ class Trainer:
         }
         metrics["max_vio"] = stats[0].amax()
         metrics["load_balance_loss"] = stats[1].mean()
+        if self.health.is_due(self.step):
+            sum_over(shares_LE, self.groups.pp)
+            loads_by_name = zip(self.moe_layers, shares_LE, strict=True)
+            metrics |= {f"expert_load/{name}": shares_E for name, shares_E in loads_by_name}
         return metrics
 
     def __call__(self, progress: Progress) -> StepResult:
         """Train on the next global batch; COLLECTIVE."""
         started, self.step = time.perf_counter(), progress.step + 1
+        self.clock.begin()
         tokens = progress.tokens + self.derived.tokens_per_step
         rate = learning_rate(tokens, self.config.optim, self.config.train.total_tokens)
         set_learning_rate(self.optimizer, rate, self.config.optim.weight_decay)
@@ -224,6 +236,7 @@ class Trainer:
         targets_K = torch.from_numpy(count_targets(batch, len(self.weights))).to(self.device)
         sum_over(targets_K, self.groups.dp)
         weights_K = torch.from_numpy(self.weights).to(self.device) / targets_K.clamp(min=1)
+        self.clock.lap("data")
 
         self.precision.before_step(progress.step, progress.tokens)
         for chunk in self.chunks:
@@ -247,6 +260,7 @@ class Trainer:
         metrics |= self.routing | inside
         metrics["zero_weight_gradients"] = num_zeros
         metrics["skipped_updates"] = self.guard.skipped
+        self.clock.lap("optimizer")
         after = Progress(self.step, tokens, data)
         return StepResult(after, metrics, time.perf_counter() - started)
 

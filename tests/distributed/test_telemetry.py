@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from nemotron_train.train.metric_groups import is_timing
+
 Small = tuple[Path, list[str]]
 ON = ["precision=nvfp4_all", "precision.telemetry.every=1", "train.total_tokens=512"]
 SHORT = [
@@ -49,8 +51,7 @@ def train(small_run: Small, name: str, overrides: list[str], ranks: int = 1) -> 
     assert [process.returncode for process in processes] == [0] * ranks, "\n".join(outputs)
     text = (folder / "runs" / name / "metrics.jsonl").read_text()
     rows = [json.loads(line) for line in text.splitlines()]
-    timed = ("tokens_per_second", "step_seconds")
-    return [{key: value for key, value in row.items() if key not in timed} for row in rows]
+    return [{key: value for key, value in row.items() if not is_timing(key)} for row in rows]
 
 
 def split(rows: list[dict]) -> tuple[list[dict], list[dict]]:

@@ -18,7 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemotron_train.config.schema import LoggingConfig
+from nemotron_train.train.metric_groups import OTHER, group_of
 from nemotron_train.train.metrics import MetricsWriter, open_sinks
+
+PARTS_OF_A_STEP = [f"step_time/{part}" for part in ("data", "forward_backward")]
+PARTS_OF_A_STEP += [f"step_time/{part}" for part in ("gradient_reduce", "optimizer")]
 
 
 def steps_in(path: Path) -> list[int]:
@@ -129,7 +133,7 @@ def test_tensorboard_holds_the_numbers(tmp_path: Path) -> None:
             for step in range(resume_step + 1, last + 1):
                 writer.write({"step": step, "loss": scale * step, "layer": "text is left out"})
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [(e.step, e.value) for e in events.Scalars("loss")] == [
+    assert [(e.step, e.value) for e in events.Scalars("loss/loss")] == [
         (1, 1.0), (2, 2.0), (3, 30.0), (4, 40.0),
     ]  # fmt: skip
     assert "layer" not in events.Tags()["scalars"]
@@ -167,7 +171,7 @@ def test_run_folder_and_numbers_of_a_real_run(small_run: tuple[Path, list[str]])
     number it writes is explained in docs/metrics.md."""
     folder, overrides = small_run
     command = [sys.executable, "-m", "nemotron_train", "pretrain", "name=contract", *overrides]
-    command += ["train.validate_every_steps=5"]
+    command += ["train.validate_every_steps=5", "guard.health_every=5"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     run = folder / "runs" / "contract"
@@ -177,13 +181,27 @@ def test_run_folder_and_numbers_of_a_real_run(small_run: tuple[Path, list[str]])
     }  # fmt: skip
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     always = {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "step_seconds"}
+    always |= {"time", *PARTS_OF_A_STEP}
     assert all(always <= set(row) for row in rows)
     assert {"validation_loss", "mtp_loss_2", "load_balance_loss", "max_vio"} <= set(rows[-1])
     document = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
     explained = set(re.findall(r"`([^`]+)`", document))
-    names = {re.sub(r"/.*", "/LAYER", re.sub(r"_[2-9]$", "_1", name)) for name in rows[-1]}
+    names = {re.sub(r"_[2-9]$", "_1", name) for name in rows[-1]}
+    names = {re.sub(r"(max_vio|expert_load|residual_rms)/.*", r"\1/LAYER", name) for name in names}
+    names = {re.sub(r"gradient_norm/.*", "gradient_norm/PART", name) for name in names}
     names |= set(json.loads((run / "summary.json").read_text()))
     assert names <= explained
+    assert all(group_of(name) != OTHER for name in rows[-1] if name != "step")
+    for row in rows:  # the parts are the step, but for the time between two clocks
+        assert sum(row[part] for part in PARTS_OF_A_STEP) == pytest.approx(
+            row["step_seconds"], rel=0.01, abs=1e-3
+        )
+    loads = {n: load for n, load in rows[4].items() if n.startswith("expert_load/")}
+    assert len(loads) == 4 and not any(name in rows[3] for name in loads)  # MEM*EME and *E
+    for name, load in loads.items():  # by the definition of MaxVio
+        assert len(load) == 8 and sum(load) == pytest.approx(1)
+        layer = name.removeprefix("expert_load/")
+        assert max(load) * len(load) == pytest.approx(rows[4][f"max_vio/{layer}"])
 
 
 def test_wandb_that_cannot_start_costs_one_warning(

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,10 @@ def test_how_a_start_ended_is_written(tmp_path: Path) -> None:
                 end["ended"] = "stopped"
         except BaseException as raised:
             assert raised is error
-        return json.loads((tmp_path / "environment.json").read_text())["starts"][-1]
+        start = json.loads((tmp_path / "environment.json").read_text())["starts"][-1]
+        ended = datetime.fromisoformat(start.pop("end_time"))
+        assert abs((datetime.now(UTC) - ended).total_seconds()) < 60
+        return start
 
     assert ends(None) == {"ended": "stopped"}
     assert ends(ConfigError("no")) == {"ended": "refused"}
