@@ -58,6 +58,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where to save (default: a temporary folder)")
     parser.add_argument("overrides", nargs="*", metavar="KNOB=VALUE")
     arguments = parser.parse_args()
+    if arguments.folder:
+        arguments.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         measure(Path(folder), arguments.rounds, arguments.overrides, arguments.cpu)
 

@@ -10,6 +10,7 @@ Only one rank opens the folder; it tells the others.
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import platform
@@ -301,8 +302,10 @@ def read_json(path: Path) -> dict[str, Any]:
     return loaded if isinstance(loaded, dict) else {}
 
 
+@functools.cache
 def package_versions() -> dict[str, str]:
-    """Versions of what a result depends on, where it is installed; nothing is imported."""
+    """Versions of what a result depends on, where it is installed; nothing is imported. Read once:
+    every checkpoint names them."""
     found = {}
     for package in PACKAGES:
         try:
