@@ -32,7 +32,8 @@ def compose_config(overrides: Sequence[str], config_file: Path | None = None) ->
     """The configuration of a run.
 
     Starts from `resume=FOLDER`'s own config.yaml, from that of the run in `branch=FOLDER@STEP`,
-    from `config_file`, or from the recipes. A whole config.yaml takes one recipe, `precision`.
+    from `config_file`, or from the recipes. A whole config.yaml takes one recipe, `precision`; a
+    branch also a `run` that sets single knobs and picks no other recipes.
     Raises ConfigError naming the knob, the recipe or the file that is wrong.
     """
     parsed = parse_overrides(overrides)
@@ -49,7 +50,7 @@ def compose_config(overrides: Sequence[str], config_file: Path | None = None) ->
     if not starts:
         return to_typed(Config, _compose_recipes(list(groups.values())), values)
     for group, override in groups.items():
-        if group != "precision":
+        if group != "precision" and not (group == "run" and branch):
             raise ConfigError(
                 f"{group}={override.value()}: a recipe cannot be laid over a whole config.yaml; "
                 f"set single knobs ({group}.KNOB=VALUE) or leave out {starts[0]}"
@@ -62,8 +63,10 @@ def compose_config(overrides: Sequence[str], config_file: Path | None = None) ->
     else:
         assert config_file is not None
         base = _load_yaml(config_file, f"--config {config_file}")
-    if groups:
-        base["precision"] = _compose_recipes(list(groups.values()))["precision"]
+    if "precision" in groups:
+        base["precision"] = _compose_recipes([groups["precision"]])["precision"]
+    if "run" in groups:
+        base = _with_run_recipe(base, groups["run"].value())
     return to_typed(Config, base, values)
 
 
@@ -150,6 +153,30 @@ def _compose_recipes(groups: Sequence[Any]) -> Any:
         for group, recipe in files.items():
             composed[group] = recipe
     return composed
+
+
+def _with_run_recipe(base: Any, choice: str) -> Any:
+    """The knobs of recipes/run/CHOICE.yaml (or a file of the user's own) laid over a parent's
+    configuration."""
+    from omegaconf import OmegaConf
+
+    path = Path(choice)
+    if not choice.endswith(RECIPE_FILE_ENDS):
+        choices = sorted(found.stem for found in (recipes_folder() / "run").glob("*.yaml"))
+        if choice not in choices:
+            raise ConfigError(
+                f"run={choice}: no such recipe{nearest(choice, choices)}; "
+                f"there are {', '.join(choices)}"
+            )
+        path = recipes_folder() / "run" / f"{choice}.yaml"
+    recipe = _load_yaml(path, f"run={choice}")
+    if "defaults" in recipe:
+        raise ConfigError(
+            f"run={choice}: picks other recipes, which cannot be laid over a parent's "
+            "configuration; a branch takes a run recipe of single knobs, such as "
+            "run=context_extension"
+        )
+    return OmegaConf.merge(base, recipe)
 
 
 def _load_recipe_file(group: str, path: Path) -> Any:

@@ -35,6 +35,7 @@ def check(config: Config, num_ranks: int) -> None:
     _check_model(config.model, kinds)
     check_layout(config, stages, kinds, num_ranks)
     _check_schedule(config)
+    _check_rows(config)
     _check_data(config)
     check_plan(config)
 
@@ -99,6 +100,8 @@ _ZERO_OR_MORE = (
     "train.threads",
     "train.validate_every_steps",
     "train.save_every_steps",
+    "train.short_sequence_length",
+    "train.short_share",
     "train.stop_after_steps",
     "train.stop_after_minutes",
     *(f"guard.{knob.name}" for knob in fields(GuardConfig) if knob.type in (int, float)),
@@ -174,8 +177,29 @@ def _check_schedule(config: Config) -> None:
         )
 
 
+def _check_rows(config: Config) -> None:
+    """Short steps: both knobs or none, and whole rows cut into whole ones."""
+    train = config.train
+    short, share = train.short_sequence_length, train.short_share
+    if (short == 0) != (share == 0):
+        raise ConfigError(
+            f"train.short_sequence_length={short} and train.short_share={share}: set both, the "
+            "length of a short step's rows and the share of such steps, or neither"
+        )
+    if share > 1:
+        raise ConfigError(f"train.short_share={share}: is a share of the steps, 1 at most")
+    if short:
+        knob = "train.short_sequence_length"
+        must_divide("train.sequence_length", train.sequence_length, knob, short)
+
+
 def _check_data(config: Config) -> None:
     data = config.data
+    if config.fresh_data and not config.branch:
+        raise ConfigError(
+            "fresh_data=true: is for a branch, which else goes on where its parent's data stood; "
+            "give branch=RUN_FOLDER@STEP"
+        )
     if data.kind == DataKind.prepared and not (data.phases and data.validation):
         empty = "data.validation" if data.phases else "data.phases"
         raise ConfigError(f"{empty} is empty: name the folders `data prepare` wrote")

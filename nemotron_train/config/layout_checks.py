@@ -6,7 +6,13 @@ right. `config.checks` calls them in order, after each knob by itself. No torch.
 
 from dataclasses import replace
 
-from nemotron_train.config.schema import Config, ConfigError, Dtype, ParallelConfig
+from nemotron_train.config.schema import (
+    Config,
+    ConfigError,
+    Dtype,
+    ParallelConfig,
+    TrainConfig,
+)
 from nemotron_train.model.shape import LayerKind
 from nemotron_train.model.stages import stage_pattern
 
@@ -62,12 +68,8 @@ def _check_split(config: Config, kinds: set[LayerKind]) -> None:
             "the tensor-parallel ranks"
         )
     if parallel.sequence:
-        must_divide(
-            "train.sequence_length",
-            train.sequence_length,
-            "parallel.tensor",
-            parallel.tensor,
-        )
+        for knob, length in row_lengths(train).items():
+            must_divide(knob, length, "parallel.tensor", parallel.tensor)
 
 
 def _check_context(config: Config, kinds: set[LayerKind]) -> None:
@@ -91,7 +93,16 @@ def _check_context(config: Config, kinds: set[LayerKind]) -> None:
             )
     pieces = parallel.context * (parallel.tensor if parallel.sequence else 1)
     knobs = "parallel.context" + (" x parallel.tensor" if parallel.sequence else "")
-    must_divide("train.sequence_length", config.train.sequence_length, knobs, pieces)
+    for knob, length in row_lengths(config.train).items():
+        must_divide(knob, length, knobs, pieces)
+
+
+def row_lengths(train: TrainConfig) -> dict[str, int]:
+    """Knob -> tokens of a row, for each length that steps have."""
+    lengths = {"train.sequence_length": train.sequence_length}
+    if train.short_sequence_length:
+        lengths["train.short_sequence_length"] = train.short_sequence_length
+    return lengths
 
 
 def _check_key_value_heads(key_value_heads: int, tensor: int) -> None:

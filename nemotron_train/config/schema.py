@@ -300,6 +300,8 @@ class TrainConfig:
     sequence_length: int = MISSING
     global_batch_tokens: int = MISSING
     micro_batch_sequences: int = MISSING
+    short_sequence_length: int = 0  # rows of the short steps, cut from whole ones; 0: none
+    short_share: float = 0.0  # of the steps that are short, spread evenly; a step is never mixed
     seed: int = 1234
     threads: int = 0  # CPU threads a rank; 0: the machine's cores divided by its ranks
     rendezvous_seconds: int = 600  # how long a rank waits for the others to start
@@ -365,6 +367,7 @@ class Config:
     folder: str = "runs"  # run folders are made in it, relative to where the user stands
     resume: str = ""  # a run folder to continue with its own config.yaml
     branch: str = ""  # RUN_FOLDER@STEP: a new run from that run's checkpoint of that step
+    fresh_data: bool = False  # with `branch`: read the data from its beginning, in other rows too
     switch_precision: bool = False  # let a resumed run go on under another precision plan
     model: ModelConfig = field(default_factory=ModelConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)

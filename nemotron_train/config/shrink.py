@@ -74,6 +74,7 @@ def shrink(
     """
     small = deepcopy(config)
     small.resume, small.branch, small.switch_precision = "", "", False
+    small.fresh_data = False
     small.logging, small.guard = LoggingConfig(), GuardConfig()
     ranks = _shrink_parallel(small.parallel, max_ranks)
     _shrink_model(small.model, small.parallel, config.parallel.tensor * config.parallel.context)
@@ -220,6 +221,8 @@ def _shrink_training(config: Config, ranks: int, steps: int) -> None:
     train, optim, parallel = config.train, config.optim, config.parallel
     replicas = ranks // (parallel.tensor * parallel.pipeline * parallel.context)
     train.sequence_length = min(train.sequence_length, LENGTH)
+    if train.short_sequence_length:
+        train.short_sequence_length, train.short_share = train.sequence_length // 2, 0.5
     train.micro_batch_sequences = min(train.micro_batch_sequences, 2)
     micro_batches = MICRO_BATCHES if parallel.pipeline > 1 else MICRO_BATCHES // 2
     rows = train.micro_batch_sequences * replicas

@@ -43,6 +43,23 @@ class Batch:
     sample_ids_B: np.ndarray  # int64
     origins_B3: np.ndarray  # int64
 
+    def cut(self, length: int) -> "Batch":
+        """The same tokens in rows of `length`, a divisor of S. Rows share their border token with
+        the next already, so these are the windows that a source with that sequence length cuts.
+        A cut row keeps the sample id and origin of the row it is from."""
+        num_rows, whole = self.tokens_BS.shape
+        assert whole % length == 0, f"rows of {whole} cut into {length}"
+        pieces = whole // length
+        documents_BS = self.document_ids_BS.reshape(num_rows * pieces, length)
+        return Batch(
+            tokens_BS=self.tokens_BS.reshape(-1, length),
+            labels_BS=self.labels_BS.reshape(-1, length),
+            loss_mask_BS=self.loss_mask_BS.reshape(-1, length),
+            document_ids_BS=documents_BS - documents_BS[:, :1],
+            sample_ids_B=self.sample_ids_B.repeat(pieces),
+            origins_B3=self.origins_B3.repeat(pieces, axis=0),
+        )
+
 
 class BatchSource:
     """Samples of the configured blend, in an order that depends on nothing but the

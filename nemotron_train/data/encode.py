@@ -54,7 +54,8 @@ def documents(
 
 def _records(batch: RawBatch, text_documents: TextDocuments) -> Iterator[tuple[int, Any]]:
     """(line or row number, 0 for a whole file; the record)."""
-    whole_file = batch.format == InputFormat.text and text_documents == TextDocuments.file
+    by_line = text_documents == TextDocuments.line
+    whole_file = batch.format == InputFormat.text and not by_line
     if isinstance(batch.payload, list):
         yield from enumerate(batch.payload, batch.first_line)
     elif whole_file:

@@ -4,8 +4,10 @@ The reading process only cuts: a batch is bytes or values as they stand in the i
 encode.py makes documents of it in a worker. A position is enough to go on after a kill.
 """
 
+import codecs
 import glob
 import gzip
+import os
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,6 +33,7 @@ class InputFormat(StrEnum):
 
 class TextDocuments(StrEnum):
     file = "file"  # a text file is one document
+    package = "package"  # all text files below one entry of the input folder are one document
     line = "line"  # a line is one document
 
 
@@ -105,6 +108,9 @@ def read_files(
 ) -> Iterator[RawBatch]:
     """All batches of `files` after `start`, in order."""
     before = sum(entry.size for entry in files[: start.file])
+    if text_documents == TextDocuments.package:
+        yield from _read_packages(files, start.file, before)
+        return
     for index in range(start.file, len(files)):
         entry = files[index]
         begin = start if index == start.file else Position(index)
@@ -119,6 +125,34 @@ def read_files(
         else:
             yield from _read_lines(entry, begin, before)
         before += entry.size
+
+
+def _read_packages(files: list[InputFile], first: int, before: int) -> Iterator[RawBatch]:
+    """A batch a package: its files in the order of their paths, a newline between them. Long
+    documents whose parts refer to one another, of texts that are short by themselves.
+
+    Raises ConfigError for a file that is no text: rows have no package.
+    """
+    for entry in files:
+        if entry.format != InputFormat.text:
+            raise ConfigError(
+                f"text_documents=package: {entry.path} is {entry.format.value}, and only text "
+                "files make a package; narrow `input` or give format=text"
+            )
+    root = Path(os.path.commonpath([entry.path.parent for entry in files]))
+    while first < len(files):
+        package = files[first].path.relative_to(root).parts[0]
+        last, parts = first, []
+        while last < len(files) and files[last].path.relative_to(root).parts[0] == package:
+            raw, stream = _open(files[last].path)
+            with raw, stream:
+                part = _read(stream, str(files[last].path), -1).removeprefix(codecs.BOM_UTF8)
+            parts.append(part if part.endswith(b"\n") else part + b"\n")
+            before += files[last].size
+            last += 1
+        after = Position(last)
+        yield RawBatch(InputFormat.text, b"".join(parts), str(root / package), 0, after, before)
+        first = last
 
 
 def _open(path: Path) -> tuple[IO[bytes], IO[bytes]]:

@@ -60,8 +60,9 @@ def check_branch(config: Config, train_data: BatchSource) -> dict[str, Any] | No
             f"saved with {was_sharded} and cannot be loaded otherwise; leave it"
         )
     progress = progress_of(checkpoint)
-    check_data(checkpoint, train_data.description)
-    train_data.take(progress.data, 0)
+    if not config.fresh_data:
+        check_data(checkpoint, train_data.description)
+        train_data.take(progress.data, 0)
     if progress.tokens >= config.train.total_tokens:
         raise ConfigError(
             f"branch={config.branch}: the checkpoint stands at {progress.tokens} tokens and "

@@ -7,6 +7,7 @@ side jobs follow a step. Everything Megatron-Core needs exists when this module 
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,9 @@ class Session:
             path, is_branch = branch_checkpoint(self.config.branch), True
         if path is None:
             return Progress(0, 0, self.train_data.state_at_start())
-        check_data(path, self.train_data.description)
+        is_fresh = is_branch and self.config.fresh_data
+        if not is_fresh:
+            check_data(path, self.train_data.description)
         before = plan_of(path)
         if before["digest"] != self.plan["digest"]:
             step = progress_of(path).step
@@ -121,6 +124,8 @@ class Session:
                 raise ConfigError(refusal(path, before, self.plan, self.run_folder))
             self.plan_before = before
         progress = self.checkpoints.load(path)
+        if is_fresh:
+            progress = replace(progress, data=self.train_data.state_at_start())
         self.precision.weights_changed()
         self.console.print(f"{'branched' if is_branch else 'resumed'} from {path}")
         if is_branch:

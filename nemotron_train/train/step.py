@@ -11,6 +11,7 @@ Shapes: B rows of a micro-batch, S tokens a row, K heads (the main one and a dep
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
 from functools import partial
 from typing import Any
 
@@ -23,7 +24,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
 from nemotron_train.config.derive import Derived
-from nemotron_train.config.schema import Config, ModelConfig
+from nemotron_train.config.schema import Config, ModelConfig, TrainConfig
 from nemotron_train.data.batches import Batch, BatchSource, DataState
 from nemotron_train.model.latent_moe import SigmoidRouter
 from nemotron_train.model.mtp import depth_mask
@@ -101,18 +102,20 @@ def run_micro_batches(
     forward_only: bool,
 ) -> list[torch.Tensor]:
     """This rank's rows through Megatron's schedule (none, 1F1B or interleaved 1F1B), all micro-
-    batches forward and, unless `forward_only`, backward; COLLECTIVE.
+    batches forward and, unless `forward_only`, backward; COLLECTIVE. Micro-batches have as many
+    tokens whatever the length of the rows.
 
     Returns each micro-batch's loss sums on ranks that hold the last stage, else nothing.
     """
-    rows = config.train.micro_batch_sequences
+    length = batch.tokens_BS.shape[1]
+    rows = config.train.micro_batch_sequences * (config.train.sequence_length // length)
     iterators = [micro_batches(batch, rows, device) for _ in chunks]
     return get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=iterators if len(chunks) > 1 else iterators[0],
         model=list(chunks),
         num_microbatches=len(batch.tokens_BS) // rows,
-        seq_length=config.train.sequence_length,
+        seq_length=length,
         micro_batch_size=rows,
         forward_only=forward_only,
     )
@@ -133,6 +136,14 @@ def moe_layer_name(router: SigmoidRouter) -> str:
     block = "mtp.layers.0.mtp_model_layer" if router.is_mtp_layer else "decoder"
     assert router.layer_number is not None
     return f"{block}.layers.{router.layer_number - 1}"
+
+
+def is_short(train: TrainConfig, step: int) -> bool:
+    """Whether step `step`, counted from 1, trains on short rows: `short_share` of the steps, as
+    evenly as whole steps allow. Long and short rows alternate by step, never within one, as in the
+    context extension of Nemotron 3 (Ultra report: 8% of the iterations at 4k, the rest at 1M)."""
+    share = Fraction(str(train.short_share))  # 0.1 means one tenth, not the nearest double
+    return math.floor(step * share) > math.floor((step - 1) * share)
 
 
 class Trainer:
@@ -233,6 +244,8 @@ class Trainer:
         batch, data = self.batches.take(
             progress.data, self.derived.sequences_per_step, self.rank_rows
         )
+        if is_short(self.config.train, self.step):
+            batch = batch.cut(self.config.train.short_sequence_length)
         targets_K = torch.from_numpy(count_targets(batch, len(self.weights))).to(self.device)
         sum_over(targets_K, self.groups.dp)
         weights_K = torch.from_numpy(self.weights).to(self.device) / targets_K.clamp(min=1)
@@ -257,6 +270,8 @@ class Trainer:
         metrics: dict[str, Any] = {"loss": losses_K[0], "lr": rate, "grad_norm": grad_norm}
         for depth, loss in enumerate(losses_K[1:], start=1):
             metrics[f"mtp_loss_{depth}"] = loss
+        if self.config.train.short_sequence_length:
+            metrics["sequence_length"] = batch.tokens_BS.shape[1]
         metrics |= self.routing | inside
         metrics["zero_weight_gradients"] = num_zeros
         metrics["skipped_updates"] = self.guard.skipped

@@ -130,6 +130,26 @@ def tiny(*overrides: str) -> Config:
             2,
             "train.sequence_length=255 is not a multiple of parallel.context=2; 254 or 256",
         ),
+        (["train.short_share=0.5"], 1, "train.short_sequence_length=0 and train.short_share=0.5"),
+        (
+            ["train.short_sequence_length=100", "train.short_share=0.5"],
+            1,
+            "train.sequence_length=256 is not a multiple of train.short_sequence_length=100; "
+            "200 or 300 would be",
+        ),
+        (["train.short_sequence_length=64", "train.short_share=2"], 1, "train.short_share=2"),
+        (
+            [
+                "parallel.context=2",
+                "train.sequence_length=258",
+                "train.global_batch_tokens=2064",
+                "train.short_sequence_length=43",
+                "train.short_share=0.5",
+            ],
+            2,
+            "train.short_sequence_length=43 is not a multiple of parallel.context=2; 42 or 44",
+        ),
+        (["fresh_data=true"], 1, "fresh_data=true: is for a branch"),
         (["model.pattern=MEM|*EME"], 1, "has 2 pipeline stage(s), separated by |, but"),
         (
             ["parallel.pipeline=2", "model.pattern=ME|M|*EME"],

@@ -214,6 +214,27 @@ def test_validation_is_the_files_in_order(blended: DataConfig) -> None:
     assert not set(trained.tokens_BS.ravel()) & set(batch.tokens_BS.ravel())
 
 
+def test_cut_rows_are_the_windows_of_the_shorter_length(blended: DataConfig) -> None:
+    """Second truth: a source that was opened with that length, in file order."""
+    for length, pieces in ((12, 3), (8, 4), (8, 8)):
+        whole = source(blended, length, split="validation")
+        short = source(blended, length // pieces, split="validation")
+        count = min(s.num_windows for s in whole._sources.values())
+        cut = whole.take(whole.state_at_start(), count)[0].cut(length // pieces)
+        # With two sources in turn a long row's pieces come from one of them.
+        for mine, origin in enumerate(cut.origins_B3[::pieces]):
+            number, epoch, window = origin.tolist()
+            reader = short._sources[short._keys[number]]
+            for piece in range(pieces):
+                tokens_T, documents_T = reader.read(epoch, window * pieces + piece)
+                row = mine * pieces + piece
+                assert np.array_equal(cut.tokens_BS[row], tokens_T[:-1])
+                assert np.array_equal(cut.labels_BS[row], tokens_T[1:])
+                assert np.array_equal(cut.document_ids_BS[row], documents_T[:-1])
+                same = documents_T[1:] == documents_T[:-1]
+                assert np.array_equal(cut.loss_mask_BS[row], same)
+
+
 def test_orders_differ_by_epoch_and_seed_but_not_by_place(blended: DataConfig) -> None:
     reader = source(blended)
     batch, _ = reader.take(reader.state_at_start(), 30)

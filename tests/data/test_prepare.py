@@ -5,6 +5,7 @@ import json
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -20,7 +21,13 @@ from nemotron_train.data.encode import is_held_out
 from nemotron_train.data.indexed import ShardReader
 from nemotron_train.data.manifest import Manifest, load_manifest
 from nemotron_train.data.prepare import OnBad, PrepareConfig, Progress, prepare
-from nemotron_train.data.readers import InputFormat, TextDocuments
+from nemotron_train.data.readers import (
+    InputFormat,
+    Position,
+    TextDocuments,
+    list_inputs,
+    read_files,
+)
 from nemotron_train.data.tokenize import load_tokenizer, train_tokenizer
 
 TEXTS = [
@@ -136,6 +143,42 @@ def test_lines_of_text_are_documents_by_a_knob(tmp_path: Path, tokenizer_folder:
     )
     prepare(config)
     assert read_back(tmp_path / "out")["train"] == ["one", "two \u2028 three", "last"]
+
+
+def test_packages_are_documents_by_a_knob(tmp_path: Path, tokenizer_folder: Path) -> None:
+    for name, text in {
+        "one/b.py": "b = 1",
+        "one/a/c.py": "\ufeffc = 2\n",
+        "two.py": "alone\n",
+        "zip/x.py": "x\n",
+        "zip/y.txt": "y",
+    }.items():
+        path = tmp_path / "in" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(text.encode())
+    config = settings(
+        tmp_path,
+        tokenizer_folder,
+        text_documents=TextDocuments.package,
+        validation_fraction=0.0,
+    )
+    prepare(config)
+    expected_texts = ["c = 2\nb = 1\n", "alone\n", "x\ny\n"]
+    assert read_back(tmp_path / "out")["train"] == expected_texts
+    # A pattern: packages lie below the deepest folder that holds all files.
+    pattern = str(tmp_path / "in/**/*.py")
+    prepare(replace(config, input=pattern, output=str(tmp_path / "python"), workers=2))
+    expected_texts[2] = "x\n"
+    assert read_back(tmp_path / "python")["train"] == expected_texts
+    # Cut short after every package, it ends with the same bytes.
+    for count in (1, 2):
+        files = list_inputs(config.input, config.format)
+        partly = list(read_files(files, Position(), "", TextDocuments.package))
+        rest = read_files(files, partly[count - 1].after, "", TextDocuments.package)
+        assert list(rest) == partly[count:]
+    (tmp_path / "in/rows.jsonl").write_text("{}")
+    with pytest.raises(ConfigError, match=r"text_documents=package: .*rows.jsonl is jsonl"):
+        prepare(replace(config, output=str(tmp_path / "bad")))
 
 
 def test_the_number_of_workers_changes_nothing(tmp_path: Path, tokenizer_folder: Path) -> None:
