@@ -8,6 +8,7 @@ context ranks that share groups of heads (test_context.py), BF16; losses are com
 steps, after which rounding may send a token to another expert.
 """
 
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,19 +55,33 @@ class Runs:
     first: dict[str, Outcome]  # by layout: STEPS steps, a checkpoint at SAVE_AT
     resumed: dict[str, Outcome]  # by layout: from that checkpoint to STEPS
     resharded: dict[str, Outcome]  # by name in RESHARDED: from SAVE_AT to LONGER
-    emulated: dict[str, Outcome]  # by layout and "one rank": STEPS steps in NVFP4
     overlapped: dict[str, Outcome]  # by layout: STEPS steps, a checkpoint at SAVE_AT
     overlapped_resumed: dict[str, Outcome]  # by layout: from that checkpoint to STEPS
+
+
+COMMON = ["train.micro_batch_sequences=1", "train.total_tokens=3840", "model.pattern=MEM*EME"]
+NVFP4 = ["precision=nvfp4_all", "precision.parameter_dtype=float32"]
+# Mamba's input projection 352 wide, so that half of it is whole blocks.
+NVFP4 += ["model.mamba.heads=32", "model.mamba.head_dim=4"]
+
+
+@pytest.fixture(scope="module")
+def emulated(small_run: tuple[Path, list[str]]) -> dict[str, Outcome]:
+    """STEPS steps in NVFP4 by layout, "one rank" among them, and on one rank with other random
+    words: those of a rounding depend on the micro-batch."""
+    folder, overrides = small_run
+    base = [*overrides, *COMMON, *NVFP4]
+    jobs = [Job("one rank", base, STEPS)]
+    jobs += [Job(f"{n} rows", [*base, f"train.micro_batch_sequences={n}"], STEPS) for n in (2, 4)]
+    found = {run.name: run for run in run_world(1, jobs, folder, TIMEOUT)}
+    jobs = [Job(name, base + LAYOUTS[name][1], STEPS) for name in EMULATED]
+    return found | {run.name: run for run in run_world(4, jobs, folder, TIMEOUT)}
 
 
 @pytest.fixture(scope="module")
 def runs(small_run: tuple[Path, list[str]]) -> Runs:
     folder, overrides = small_run
-    common = [*overrides, "train.micro_batch_sequences=1", "train.total_tokens=3840"]
-    common.append("model.pattern=MEM*EME")
-    emulated = [*common, "precision=nvfp4_all", "precision.parameter_dtype=float32"]
-    # Mamba's input projection 352 wide, so that half of it is whole blocks.
-    emulated += ["model.mamba.heads=32", "model.mamba.head_dim=4"]
+    common = [*overrides, *COMMON]
     layouts = {"one rank": (1, []), **LAYOUTS}
 
     def job(name: str, layout: str, steps: int, base: list[str], **more: object) -> Job:
@@ -80,11 +95,6 @@ def runs(small_run: tuple[Path, list[str]]) -> Runs:
         names = [name for name, (ranks, _) in layouts.items() if ranks == num_ranks]
         steps = LONGER if num_ranks == 1 else STEPS
         jobs = [job(name, name, steps, common, save_at=SAVE_AT) for name in names]
-        jobs += [
-            job(f"{name} in nvfp4", name, STEPS, emulated)
-            for name in names
-            if name in ("one rank", *EMULATED)
-        ]
         jobs += [
             job(f"{name} overlapped", name, STEPS, [*common, *OVERLAPPED[name]], save_at=SAVE_AT)
             for name in names
@@ -119,7 +129,6 @@ def runs(small_run: tuple[Path, list[str]]) -> Runs:
         {name: found[name] for name in LAYOUTS},
         {name: found[f"{name} resumed"] for name in LAYOUTS},
         {name: found[name] for name in RESHARDED},
-        {name: found[f"{name} in nvfp4"] for name in ("one rank", *EMULATED)},
         {name: found[f"{name} overlapped"] for name in OVERLAPPED},
         {name: found[f"{name} overlapped resumed"] for name in OVERLAPPED},
     )
@@ -163,13 +172,19 @@ def test_goes_on_under_another_layout(change: str, runs: Runs) -> None:
 
 
 @pytest.mark.parametrize("layout", EMULATED)
-def test_emulated_formats_agree(layout: str, runs: Runs) -> None:
+def test_emulated_formats_agree(layout: str, emulated: dict[str, Outcome]) -> None:
     """The first step's losses come from the same codes, summed in another order. From then on a
-    number that crosses the border between two codes moves by a whole step: the runs stay within
-    what other random words do to one rank (test_precision_layouts.py)."""
-    ours, one = runs.emulated[layout], runs.emulated["one rank"]
+    number that crosses the border between two codes moves by a whole step: over the other steps
+    the runs differ on average by no more than twice what other random words do to one rank."""
+    ours, one = emulated[layout], emulated["one rank"]
     assert largest(ours, one, "loss", 0, 1) <= 1e-5
-    assert largest(ours, one, "loss", 0, STEPS) <= 2e-3
+    assert mean_apart(ours, one) <= 2 * max(mean_apart(emulated[f"{n} rows"], one) for n in (2, 4))
+
+
+def mean_apart(ours: Outcome, one: Outcome) -> float:
+    """Mean relative difference of the losses after the first step."""
+    pairs = zip(ours.rows[1:], one.rows[1:], strict=True)
+    return statistics.fmean(abs(a["loss"] - b["loss"]) / b["loss"] for a, b in pairs)
 
 
 @pytest.mark.parametrize("layout", OVERLAPPED)
