@@ -16,6 +16,7 @@ from nemotron_train.check.commands import CHECK_VERBS
 from nemotron_train.compose import compose_config, nearest, parse_overrides, to_typed
 from nemotron_train.config.schema import Config, ConfigError
 from nemotron_train.convert.commands import CONVERT_VERBS
+from nemotron_train.generate.commands import GENERATE_VERBS
 from nemotron_train.launch.slurm_commands import SLURM_VERBS
 from nemotron_train.verbs import OVERRIDES_HELP, Verb, open_console, run_arguments
 
@@ -251,7 +252,7 @@ Examples:
 }
 
 
-VERBS |= CHECK_VERBS | CONVERT_VERBS | SLURM_VERBS
+VERBS |= CHECK_VERBS | CONVERT_VERBS | GENERATE_VERBS | SLURM_VERBS
 
 
 class _Parser(argparse.ArgumentParser):

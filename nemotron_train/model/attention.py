@@ -21,8 +21,10 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from nemotron_train.model.cached_attention import cached_attention
 from nemotron_train.model.causal_attention import causal_attention
 from nemotron_train.model.context import HeadExchange
+from nemotron_train.model.decode_state import KeyValues, NewTokens
 from nemotron_train.model.documents import PackedDocuments
 
 
@@ -61,6 +63,21 @@ def _to_heads(exchange: HeadExchange, *query_key_value: torch.Tensor) -> tuple[t
     return tuple(x.unflatten(-1, (-1, width)) for x in packed_SBF.split(exchange.widths, dim=-1))
 
 
+def _attend_to_cache(
+    layer_number: int,
+    query_T1HD: torch.Tensor,
+    key_T1GD: torch.Tensor,
+    value_T1GD: torch.Tensor,
+    new: NewTokens,
+) -> torch.Tensor:
+    """New tokens over this layer's cache, which begins empty: -> [T,1,H*D]."""
+    caches = new.states.attention
+    if layer_number not in caches:
+        num_heads, width = key_T1GD.shape[2:]
+        caches[layer_number] = KeyValues(len(new.counts), num_heads, width, key_T1GD)
+    return cached_attention(query_T1HD, key_T1GD, value_T1GD, caches[layer_number], new)
+
+
 class CoreAttention(MegatronModule):
     """softmax(Q K^T / sqrt(D)) V per document, by torch's fused kernels.
 
@@ -81,6 +98,7 @@ class CoreAttention(MegatronModule):
         **unused: Any,
     ) -> None:
         super().__init__(config)
+        self.layer_number = layer_number
         assert attention_type == "self" and attn_mask_type == AttnMaskType.causal
         assert not config.attention_dropout, "Nemotron 3 trains without dropout"
         assert pg_collection is not None
@@ -99,6 +117,8 @@ class CoreAttention(MegatronModule):
     ) -> torch.Tensor:
         """query [S,B,H,D], key and value [S,B,G,D] -> [S,B,H*D]; this rank's piece of S under
         context parallelism."""
+        if isinstance(packed_seq_params, NewTokens):
+            return _attend_to_cache(self.layer_number, query, key, value, packed_seq_params)
         whole = _to_heads(self.exchange, query, key, value)
         q_BSHD, k_BSGD, v_BSGD = (x.transpose(0, 1) for x in whole)
         if isinstance(packed_seq_params, PackedDocuments) and packed_seq_params.boundaries:
@@ -136,6 +156,7 @@ class TransformerEngineAttention(MegatronModule):
         from megatron.core.extensions.transformer_engine import TEDotProductAttention
 
         self.exchange = _head_exchange(config, pg_collection)
+        self.layer_number: int = kwargs["layer_number"]
         # The kernel sees whole sequences: its own context parallelism, which cuts them in turns,
         # stays off, and it is told the heads that a rank has after the exchange.
         seen, num_shards = copy.copy(config), pg_collection.tp.size()
@@ -157,6 +178,8 @@ class TransformerEngineAttention(MegatronModule):
     ) -> torch.Tensor:
         """query [S,B,H,D], key and value [S,B,G,D] -> [S,B,H*D]; this rank's piece of S under
         context parallelism."""
+        if isinstance(packed_seq_params, NewTokens):
+            return _attend_to_cache(self.layer_number, query, key, value, packed_seq_params)
         assert attn_mask_type is not None
         whole = _to_heads(self.exchange, query, key, value)
         output_SBI = self._attend(whole, attention_mask, attn_mask_type, packed_seq_params)

@@ -22,6 +22,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 
 from nemotron_train.model.context import piece
 from nemotron_train.model.cross_entropy import vocab_parallel_cross_entropy
+from nemotron_train.model.decode_state import NewTokens
 from nemotron_train.model.documents import PackedDocuments
 from nemotron_train.model.mtp import depth_mask, shift_left
 
@@ -129,6 +130,32 @@ class NemotronModel(HybridModel):
         if self.mtp_process:
             sums += self._mtp_loss_sums(hidden, tokens_BS, labels_BS, loss_mask_BS, documents)
         return torch.stack(sums)
+
+    def decode(self, tokens_T: torch.Tensor, new: NewTokens) -> torch.Tensor:
+        """Hidden states [T,1,hidden], after the final norm, of new tokens whose predecessors the
+        states of `new` have seen. COLLECTIVE under tensor and expert parallelism; one stage."""
+        hidden = self.embedding(tokens_T.unsqueeze(0), None)
+        return self.decoder(hidden, attention_mask=None, packed_seq_params=new)
+
+    def decode_depth(
+        self, hidden_T1D: torch.Tensor, tokens_T: torch.Tensor, new: NewTokens
+    ) -> torch.Tensor:
+        """The multi-token-prediction block at one depth k, with that depth's states: hidden states
+        of depth k-1 at positions i and tokens i+k -> hidden states of depth k, [T,1,hidden]."""
+        block: Any = self.mtp.layers[0]
+        return block.forward_single_position(
+            hidden_states=hidden_T1D,
+            next_token_ids=tokens_T.unsqueeze(0),
+            position_ids=None,
+            embedding=self.embedding,
+            packed_seq_params=new,
+        )
+
+    def logits(self, hidden_T1D: torch.Tensor) -> torch.Tensor:
+        """Logits [T, whole vocabulary] in FP32 of hidden states of any head; COLLECTIVE. They have
+        the precision in which training computes them."""
+        logits_T1V, _ = self.output_layer(hidden_T1D, runtime_gather_output=True)
+        return logits_T1V[:, 0].float()
 
     def _loss_sum(
         self, hidden_SBD: torch.Tensor, labels_BS: torch.Tensor, mask_BS: torch.Tensor

@@ -28,6 +28,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from torch import nn
 
+from nemotron_train.model.few_experts import are_few, few_experts
 from nemotron_train.model.grouped_mlp import grouped_mlp, routed_mlp
 from nemotron_train.model.sharding import mark_sharded
 from nemotron_train.platform.device import parameter_device
@@ -201,13 +202,10 @@ class GroupedExperts(MegatronModule):
         self, tokens_TD: torch.Tensor, experts_TK: torch.Tensor, probabilities_TK: torch.Tensor
     ) -> torch.Tensor:
         """Sum over each token's experts, all of them here: [T,D], without an exchange."""
-        output_TD, _ = routed_mlp(
-            tokens_TD,
-            experts_TK,
-            probabilities_TK,
-            self.linear_fc1.weight,
-            self.linear_fc2.weight,
-        )
+        weights = self.linear_fc1.weight, self.linear_fc2.weight
+        if are_few(tokens_TD, experts_TK):
+            return few_experts(tokens_TD, experts_TK, probabilities_TK, *weights)
+        output_TD, _ = routed_mlp(tokens_TD, experts_TK, probabilities_TK, *weights)
         return output_TD
 
     def sharded_state_dict(

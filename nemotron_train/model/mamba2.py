@@ -30,11 +30,13 @@ from torch import nn
 from nemotron_train.config.schema import MambaConfig
 from nemotron_train.model.causal_conv import causal_conv
 from nemotron_train.model.context import HeadExchange
+from nemotron_train.model.decode_state import MambaState, NewTokens
 from nemotron_train.model.documents import PackedDocuments
 from nemotron_train.model.gated_norm import gated_rms_norm
 from nemotron_train.model.sharding import mark_sharded, split_components
 from nemotron_train.model.split import split_to_batch_first
 from nemotron_train.model.ssd import ssd
+from nemotron_train.model.ssd_steps import MOST_TOKENS, ssd_steps
 from nemotron_train.platform.bfloat16_products import product_dtype
 from nemotron_train.platform.device import parameter_device
 
@@ -147,11 +149,13 @@ class Mamba2Mixer(MegatronModule):
         self,
         hidden_states: torch.Tensor,
         inference_context: object | None = None,
-        packed_seq_params: PackedDocuments | None = None,
+        packed_seq_params: PackedDocuments | NewTokens | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """hidden_states [S,B,hidden] (its shard of S under sequence parallelism) -> the same."""
-        documents_BS = packed_seq_params.ids_or_none if packed_seq_params is not None else None
         zxbcdt_SBF, _ = self.in_proj(hidden_states)
+        if isinstance(packed_seq_params, NewTokens):
+            return self.out_proj(self._mix_new(zxbcdt_SBF, packed_seq_params))
+        documents_BS = packed_seq_params.ids_or_none if packed_seq_params is not None else None
         return self.out_proj(self.mix(zxbcdt_SBF, documents_BS))
 
     def mix(self, zxbcdt_SBF: torch.Tensor, documents_BS: torch.Tensor | None) -> torch.Tensor:
@@ -163,14 +167,16 @@ class Mamba2Mixer(MegatronModule):
             y_BSI = self._mix_tokens(xbc_BSC, dt_BSH, documents_BS)
         else:
             z_BSI, y_BSI = self._mix_over_ranks(zxbcdt_SBF, documents_BS)
-        y_BSI = gated_rms_norm(
+        return self._gated(y_BSI, z_BSI).transpose(0, 1)
+
+    def _gated(self, y_BSI: torch.Tensor, z_BSI: torch.Tensor) -> torch.Tensor:
+        return gated_rms_norm(
             y_BSI,
             z_BSI,
             self.norm.weight,
             group_size=self.inner_width // self.num_groups,
             epsilon=self.config.layernorm_epsilon,
         )
-        return y_BSI.transpose(0, 1)
 
     def _mix_over_ranks(
         self, zxbcdt_SBF: torch.Tensor, documents_BS: torch.Tensor | None
@@ -191,32 +197,84 @@ class Mamba2Mixer(MegatronModule):
         self, xbc_BSC: torch.Tensor, dt_BSH: torch.Tensor, documents_BS: torch.Tensor | None
     ) -> torch.Tensor:
         """Convolution and state over whole sequences, of this context-parallel rank's heads."""
-        mamba, own = self.mamba, self.exchange.own
-        *components, num_heads = self.exchange.widths
+        own = self.exchange.own
         xbc_BSC = causal_conv(
             xbc_BSC,
             own(self.conv_weight, [0, 1, 2]),
             own(self.conv_bias, [0, 1, 2]),
             document_ids_BS=documents_BS,
         )
-        dtype = xbc_BSC.dtype
+        y_BSHP = ssd(
+            *self._operands(xbc_BSC, dt_BSH),
+            chunk_size=self.mamba.chunk_size,
+            document_ids_BS=documents_BS,
+        )
+        return y_BSHP.flatten(2).to(xbc_BSC.dtype)
+
+    def _operands(self, xbc_BSC: torch.Tensor, dt_BSH: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """x, dt, A, B, C and D as `ssd` takes them, from the convolution's output."""
+        mamba, own = self.mamba, self.exchange.own
+        *components, num_heads = self.exchange.widths
         xbc_BSC = xbc_BSC.to(product_dtype(xbc_BSC))
         x_BSI, B_BSK, C_BSK = torch.split(xbc_BSC, components, dim=-1)
         dt_BSH = F.softplus(dt_BSH.float() + own(self.dt_bias, [3]))
         if mamba.dt_limit_min > 0.0 or mamba.dt_limit_max < float("inf"):
             dt_BSH = dt_BSH.clamp(mamba.dt_limit_min, mamba.dt_limit_max)
         num_groups = components[1] // mamba.state_size
-        y_BSHP = ssd(
+        return (
             x_BSI.unflatten(-1, (num_heads, mamba.head_dim)),
             dt_BSH,
             -torch.exp(own(self.A_log, [3])),
             B_BSK.unflatten(-1, (num_groups, mamba.state_size)),
             C_BSK.unflatten(-1, (num_groups, mamba.state_size)),
             own(self.D, [3]),
-            chunk_size=mamba.chunk_size,
-            document_ids_BS=documents_BS,
         )
-        return y_BSHP.flatten(2).to(dtype)
+
+    def _mix_new(self, zxbcdt_T1F: torch.Tensor, new: NewTokens) -> torch.Tensor:
+        """`mix` of new tokens, from the states that the tokens before them left: [T,1,F] ->
+        [T,1,inner width]."""
+        assert self.exchange.num_ranks == 1, "generation cuts no sequence"
+        widths = [self.inner_width, sum(self.conv_components), self.num_heads]
+        z_T1I, xbc_T1C, dt_T1H = zxbcdt_T1F.split(widths, dim=-1)
+        xbc_BnC, dt_BnH = new.to_rows(xbc_T1C), new.to_rows(dt_T1H)
+        state = self._state(xbc_BnC, new)
+        y_BnC = causal_conv(xbc_BnC, self.conv_weight, self.conv_bias, initial_BKC=state.window_BKC)
+        state.take(torch.cat([state.window_BKC, xbc_BnC], dim=1), new)
+        x, dt, A, B, C, D = self._operands(y_BnC, dt_BnH)
+        is_new_Bn1 = new.is_new_Bn1()
+        if is_new_Bn1 is not None:
+            dt = dt * is_new_Bn1  # dt = 0: the state passes through padding untouched
+        if new.most <= MOST_TOKENS or new.may_be_taken_back:
+            before_BHPN = state.ssm_BHPN
+            y_BnHP, steps = ssd_steps(x, dt, A, B, C, D, before_BHPN)
+            state.ssm_BHPN = steps[-1]
+            state.steps = [before_BHPN, *steps] if new.may_be_taken_back else []
+        else:
+            y_BnHP, state.ssm_BHPN = ssd(
+                x,
+                dt,
+                A,
+                B,
+                C,
+                D,
+                chunk_size=self.mamba.chunk_size,
+                initial_state_BHPN=state.ssm_BHPN,
+                return_final_state=True,
+            )
+        y_1TI = new.to_packed(y_BnHP.flatten(2).to(zxbcdt_T1F.dtype)).transpose(0, 1)
+        return self._gated(y_1TI, z_T1I.transpose(0, 1)).transpose(0, 1)
+
+    def _state(self, xbc_BnC: torch.Tensor, new: NewTokens) -> MambaState:
+        """This layer's state; zeros before the first token."""
+        found = new.states.mamba.get(self.layer_number)
+        if found is None:
+            mamba, num_rows = self.mamba, xbc_BnC.shape[0]
+            shape = (num_rows, self.num_heads, mamba.head_dim, mamba.state_size)
+            window = (num_rows, mamba.conv_kernel_size - 1, xbc_BnC.shape[2])
+            ssm = torch.zeros(shape, dtype=torch.float32, device=xbc_BnC.device)
+            found = MambaState(ssm, xbc_BnC.new_zeros(window))
+            new.states.mamba[self.layer_number] = found
+        return found
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

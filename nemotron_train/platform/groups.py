@@ -103,6 +103,14 @@ def sum_over(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     return tensor
 
 
+def from_first_rank(tensor: torch.Tensor) -> torch.Tensor:
+    """The first rank's values of a tensor that all ranks hold alike; COLLECTIVE."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        tensor = tensor.contiguous()
+        dist.broadcast(tensor, src=0)
+    return tensor
+
+
 def raise_together(problem: str, error: type[Exception] = ConfigError) -> None:
     """Raise `error` on every rank if the first rank has a `problem`; COLLECTIVE.
 

@@ -123,6 +123,10 @@ class PrecisionControl:
             attached: Any = slot.module.attached
             attached.observer = observer
 
+    def scale_tokens_apart(self, apart: bool) -> None:
+        """From now on forward products quantize each token by itself (`RoundingClock`)."""
+        self.clock.tokens_apart = apart
+
     def weights_changed(self) -> None:
         """The optimizer stepped or a checkpoint was loaded: quantized weights are stale."""
         self.clock.weights_version += 1

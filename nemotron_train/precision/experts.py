@@ -45,6 +45,8 @@ def _grouped_operand(
     if form == "mxfp8":
         operand = mxfp8_operand(tensor, dim=dim)
         return Operand(operand.values, operand.scale.expand(len(rows_E)), 1.0)
+    if form == "nvfp4" and attached.scales_tokens_apart(role, dim):
+        return attached.operand_of_tokens(tensor)
     if form == "nvfp4":
         return nvfp4.nvfp4_operand(
             tensor,
@@ -71,6 +73,19 @@ def _each_times(a: Operand, b: Operand, b_EIJ: Tensor, rows: list[int], like: Te
     for part, a_PI, b_IJ, factor in parts:
         _scaled_product(part, a_PI, b_IJ, factor)
     return out
+
+
+def _each_row_times(x: Operand, w: Operand, rows: list[int], like: Tensor) -> Tensor:
+    """x_e w_e^T of every expert, [P, N] of like's dtype, where every row of x has a scale of its
+    own: the FP32 sums are multiplied by the row's factor and rounded once."""
+    sums = torch.empty(sum(rows), w.values.shape[1], device=like.device)
+    parts = zip(sums.split(rows), x.values.split(rows), w.values, strict=True)
+    for part, x_PK, w_NK in parts:
+        if len(x_PK):
+            torch.mm(x_PK.float(), w_NK.float().t(), out=part)
+    rows_E = torch.tensor(rows, device=w.scale.device)
+    by_row = replace(w, scale=w.scale.repeat_interleave(rows_E))
+    return sums.mul_(product_factor(x, by_row)[:, None]).to(like.dtype)
 
 
 def _each_outer(a: Operand, b: Operand, rows: list[int], like: Tensor) -> Tensor:
@@ -104,6 +119,8 @@ class _GroupedProducts(torch.autograd.Function):
         ctx.call = attached.next_call()
         if attached.observer is not None:
             attached.observer.forward(attached, x_PK, weight_ENK, rows)
+        if attached.formats.fprop == "nvfp4" and attached.scales_tokens_apart("x", -1):
+            return _each_row_times(x, w, rows, x_PK)
         return _each_times(x, w, w.values.transpose(1, 2), rows, x_PK)
 
     @staticmethod

@@ -51,12 +51,15 @@ class RoundingClock:
     """What the random words of this process depend on, shared by all its linears.
 
     seed: the run's. step: the optimizer step being computed. weights_version: counts changes of
-    the weights; a linear keeps its quantized weight until it moves.
+    the weights; a linear keeps its quantized weight until it moves. tokens_apart: forward products
+    give every token's activations an NVFP4 scale of their own instead of one for all tokens of the
+    pass, so that what a token gets does not depend on which others are there.
     """
 
     seed: int = 0
     step: int = 0
     weights_version: int = 0
+    tokens_apart: bool = False
 
 
 class Observer(Protocol):
@@ -154,6 +157,8 @@ class Attached:
         """`tensor` [rows, columns] in format `form`, blocks along `dim`."""
         if form == "mxfp8":
             return mxfp8_operand(tensor, dim=dim)
+        if form == "nvfp4" and self.scales_tokens_apart(role, dim):
+            return self.operand_of_tokens(tensor)
         if form == "nvfp4":
             return nvfp4.nvfp4_operand(
                 tensor,
@@ -164,6 +169,21 @@ class Attached:
             )
         values = tensor if form == "float32" else tensor.bfloat16()
         return Operand(values, torch.ones((), device=tensor.device), 1.0)
+
+    def scales_tokens_apart(self, role: Role, dim: Dim) -> bool:
+        """Whether NVFP4 treats each row of this operand as a tensor of its own."""
+        return self.clock.tokens_apart and role == "x" and dim == -1
+
+    def operand_of_tokens(self, x_TK: Tensor) -> Operand:
+        """NVFP4 with an amax a token; the operand's scale is [T]. A token's features may be cut
+        over tensor-parallel ranks, never over those that share a sequence."""
+        shards = self.shards if self.cut == "inputs" else None
+        shared = [shards] if shards is not None and shards.size() > 1 else []
+        return nvfp4.nvfp4_operand(
+            x_TK,
+            reduce_amax=partial(_largest_over, shared) if shared else None,
+            rows_per_tensor=torch.ones(x_TK.shape[0], dtype=torch.int64, device=x_TK.device),
+        )
 
 
 def _largest_over(groups: Sequence[dist.ProcessGroup], amax: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint.api import CheckpointException
 
-from nemotron_train.config.schema import Config, ConfigError
+from nemotron_train.config.schema import Config, ConfigError, ModelConfig
 from nemotron_train.optim.build import load_optimizer_state
 from nemotron_train.optim.update import gather_parameters
 from nemotron_train.platform.device import wait_for_device
@@ -252,13 +252,8 @@ class Checkpoints:
         """
         saved.check_model(path, self._config.model)
         has_optimizer = saved.has_optimizer(path)
-        try:
-            with no_code_runs():
-                state = self._sharded_state(is_loading=True, has_optimizer=has_optimizer)
-                loaded: Any = dist_checkpointing.load(state, str(path))
-        except CheckpointException as error:  # no subclass of Exception
-            reason = str(error).strip().splitlines()[-1]
-            raise ConfigError(f"{path}: cannot be loaded: {reason}") from error
+        state = self._sharded_state(is_loading=True, has_optimizer=has_optimizer)
+        loaded = _load(path, state)
         for number, chunk in enumerate(self._chunks):
             chunk.module.load_state_dict(loaded["model"][f"chunk_{number}"])
         if has_optimizer:
@@ -269,6 +264,33 @@ class Checkpoints:
         if states is not None:
             random_states.restore(states)
         return saved.progress_of(path)
+
+
+def load_weights(
+    path: Path, cores: Sequence[Any], groups: ProcessGroupCollection, model: ModelConfig
+) -> None:
+    """Load the weights and buffers of the checkpoint in `path` into bare models, whatever layout it
+    was saved under; COLLECTIVE. Raises ConfigError when it belongs to another model or cannot be
+    loaded."""
+    saved.check_model(path, model)
+    metadata = {"singleton_local_shards": False, "dp_cp_group": groups.dp_cp}
+    states = {
+        f"chunk_{number}": core.sharded_state_dict(metadata=metadata)
+        for number, core in enumerate(cores)
+    }
+    loaded = _load(path, {"model": states})
+    for number, core in enumerate(cores):
+        core.load_state_dict(loaded["model"][f"chunk_{number}"])
+
+
+def _load(path: Path, state: dict[str, Any]) -> Any:
+    """The sharded `state` filled from the checkpoint in `path`. Raises ConfigError."""
+    try:
+        with no_code_runs():
+            return dist_checkpointing.load(state, str(path))
+    except CheckpointException as error:  # no subclass of Exception
+        reason = str(error).strip().splitlines()[-1]
+        raise ConfigError(f"{path}: cannot be loaded: {reason}") from error
 
 
 def _copied(buckets: Sequence[Bucket], copies: Buffers) -> list[Bucket]:

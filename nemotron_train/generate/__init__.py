@@ -1,0 +1,1 @@
+"""Text from a checkpoint. Imports the core; the core never imports it."""

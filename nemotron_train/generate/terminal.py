@@ -1,0 +1,173 @@
+"""`generate` at a terminal: prompts in, text as it grows, and what it cost.
+
+Owns: reading prompts, printing, the JSON lines of `output=`. Does not own: decoding (`engine`),
+what may be shown of a text (`text`).
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from nemotron_train.config.schema import ConfigError
+from nemotron_train.data.tokenize import LoadedTokenizer
+from nemotron_train.generate.engine import Continuation, Costs, Engine
+from nemotron_train.generate.knobs import GenerateConfig, check_decoding, check_sampling
+from nemotron_train.generate.load import Opened, open_tokenizer, opened
+from nemotron_train.generate.speculative import Acceptance
+from nemotron_train.generate.text import GrowingText
+
+
+def generate(run: str, knobs: GenerateConfig) -> None:
+    """Continue the prompts of `knobs` from the checkpoint `run` and print. Raises ConfigError."""
+    prompts = check_and_read(knobs)
+    console = Console(stderr=True, width=None if sys.stderr.isatty() else 120)
+    with opened(run, knobs, console.print) as model:
+        if not model.is_first_rank:
+            console.quiet = True
+        check_speculative(knobs.speculative, model)
+        tokenizer, end_token = open_tokenizer(model, knobs)
+        ids = [_encode(text, tokenizer) for text in prompts for _ in range(knobs.samples)]
+        texts = [GrowingText(tokenizer, knobs.stop) for _ in ids]
+        shown = _Shown(prompts, knobs.samples, len(ids) == 1 and model.is_first_rank)
+
+        def on_token(sequence: Continuation, token: int) -> str:
+            text = texts[sequence.number]
+            is_end = knobs.end_of_document and token == end_token
+            shown.grow("" if is_end else text.add(token))
+            return "stop" if text.is_stopped else ""
+
+        console.print(f"{model.checkpoint} · {model.platform.describe()}", highlight=False)
+        engine = Engine(model.model, end_token, model.platform.device)
+        sequences = engine.generate(ids, knobs, knobs, on_token)
+        for text in texts:
+            shown.grow(text.finish())
+        if not model.is_first_rank:
+            return
+        for sequence in sequences:
+            shown.whole(sequence, texts[sequence.number].text)
+        if knobs.output:
+            _write(Path(knobs.output), prompts, knobs.samples, sequences, texts)
+        for line in summary(engine.costs, engine.acceptance if knobs.speculative else None):
+            console.print(line, highlight=False, soft_wrap=True)
+
+
+def check_and_read(knobs: GenerateConfig) -> list[str]:
+    """The prompts that `knobs` ask for. Raises ConfigError for knobs out of range, a file that
+    cannot be read, and an empty prompt."""
+    check_sampling(knobs)
+    check_decoding(knobs)
+    if knobs.samples < 1:
+        raise ConfigError(f"samples={knobs.samples}: give 1 or more")
+    if knobs.samples > 1 and knobs.temperature == 0:
+        raise ConfigError(f"samples={knobs.samples}: greedy continuations are all the same")
+    if "" in knobs.stop:
+        raise ConfigError("stop=: an empty text ends every sequence before it begins")
+    prompts = [*knobs.prompt, *(_read_prompts(Path(knobs.prompts)) if knobs.prompts else [])]
+    if not prompts:
+        raise ConfigError("no prompt: give prompt=TEXT or prompts=FILE")
+    if "" in prompts:
+        raise ConfigError("prompt=: an empty prompt gives the model nothing to go on from")
+    return prompts
+
+
+def check_speculative(asked: bool, model: Opened) -> None:
+    """Raises ConfigError where there is no block to draft with."""
+    if asked and not model.config.model.mtp.depths:
+        raise ConfigError(
+            "speculative=true: the model has no multi-token-prediction block (model.mtp.depths=0)"
+        )
+
+
+def _read_prompts(path: Path) -> list[str]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"prompts={path}: cannot be read ({error})") from error
+    lines = [line for line in lines if line.strip()]
+    if path.suffix != ".jsonl":
+        return lines
+    prompts = []
+    for number, line in enumerate(lines, 1):
+        try:
+            prompts.append(json.loads(line)["prompt"])
+        except (ValueError, KeyError, TypeError):
+            raise ConfigError(f"prompts={path}: line {number} is no object with a prompt") from None
+        if not isinstance(prompts[-1], str):
+            raise ConfigError(f"prompts={path}: line {number}: the prompt is no text")
+    return prompts
+
+
+def _encode(text: str, tokenizer: LoadedTokenizer) -> list[int]:
+    ids = tokenizer.encode(text).tolist()
+    if not ids:
+        raise ConfigError(f"prompt={text!r}: the tokenizer makes no token of it")
+    return ids
+
+
+class _Shown:
+    """Standard output: a single sequence as it grows, several one after the other."""
+
+    def __init__(self, prompts: Sequence[str], samples: int, is_streaming: bool) -> None:
+        self._prompts, self._samples, self._is_streaming = prompts, samples, is_streaming
+        if is_streaming:
+            self.grow(prompts[0])
+
+    def grow(self, more: str) -> None:
+        if self._is_streaming and more:
+            sys.stdout.write(more)
+            sys.stdout.flush()
+
+    def whole(self, sequence: Continuation, text: str) -> None:
+        if self._is_streaming:
+            sys.stdout.write("\n")
+        else:
+            prompt = self._prompts[sequence.number // self._samples]
+            sys.stdout.write(f"--- {sequence.number} ({sequence.ended_by})\n{prompt}{text}\n")
+        sys.stdout.flush()
+
+
+def _write(
+    path: Path,
+    prompts: Sequence[str],
+    samples: int,
+    sequences: Sequence[Continuation],
+    texts: Sequence[GrowingText],
+) -> None:
+    try:
+        with path.open("w", encoding="utf-8") as file:
+            for sequence in sequences:
+                record = {
+                    "prompt": prompts[sequence.number // samples],
+                    "text": texts[sequence.number].text,
+                    "ended_by": sequence.ended_by,
+                    "prompt_tokens": sequence.prompt,
+                    "tokens": sequence.new,
+                    "log_probabilities": sequence.log_probabilities,
+                }
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise ConfigError(f"output={path}: cannot be written ({error})") from error
+
+
+def summary(costs: Costs, acceptance: Acceptance | None) -> list[str]:
+    """The last lines a person reads."""
+    prefill = costs.prefill_tokens / max(costs.prefill_seconds, 1e-9)
+    decode = costs.new_tokens / max(costs.decode_seconds, 1e-9)
+    lines = [
+        f"prefill {costs.prefill_tokens:,} tokens, {prefill:,.0f} tokens/s; "
+        f"decoding {costs.new_tokens:,} tokens, {decode:,.0f} tokens/s",
+        f"memory a sequence on a rank: {costs.constant_bytes:,} bytes of Mamba-2 state, constant; "
+        f"{costs.bytes_per_token:,} bytes a token of context, of the attention layers alone",
+    ]
+    if acceptance is not None:
+        rates = ", ".join(
+            f"{rate:.1%} at depth {depth}" for depth, rate in enumerate(acceptance.rates, 1)
+        )
+        lines.append(
+            f"drafts accepted: {rates}; {acceptance.mean_length:.2f} tokens a round; "
+            f"{costs.draft_bytes_per_token:,} bytes more a token of context, of the drafting block"
+        )
+    return lines

@@ -1,0 +1,41 @@
+"""The platform prepared before a test module imports Megatron-Core, and models that tests build."""
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from nemotron_train.platform import device
+
+PLATFORM = device.prepare()
+
+
+@pytest.fixture(scope="session")
+def build() -> Callable[..., Any]:
+    """Builds the small model with these overrides, under its plan, ready to generate: weights large
+    enough that logits differ by nats, and untrained."""
+    return _build
+
+
+@pytest.fixture(scope="session")
+def prompts() -> list[list[int]]:
+    """Ragged: one token, shorter than the depths, longer than a chunk."""
+    draw = random.Random(1)
+    return [[draw.randrange(512) for _ in range(length)] for length in (1, 2, 7, 40, 3)]
+
+
+def _build(groups: Any, *overrides: str, tokens_apart: bool = True) -> Any:
+    from nemotron_train.compose import compose_config
+    from nemotron_train.model.build import build_model
+    from nemotron_train.precision.attach import PrecisionControl
+    from tests.conftest import SMALL_RUN
+
+    model_knobs = [knob for knob in SMALL_RUN if knob.startswith("model.")]
+    config = compose_config([*model_knobs, "model.init_std=0.1", *overrides])
+    model = build_model(config, PLATFORM, groups)
+    control = PrecisionControl([model], config, groups)
+    control.scale_tokens_apart(tokens_apart)
+    model.eval()
+    model.control = control  # type: ignore[assignment]
+    return model

@@ -1,0 +1,188 @@
+"""The engine on an untrained small model: ragged batches, seeds, ends, and speculative decoding
+that changes nothing but the time.
+
+Second truths: each sequence alone; plain decoding; the multi-token-prediction block as training
+runs it over the whole sequence. Not covered here: several ranks (tests/distributed), speed.
+"""
+
+import random
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from nemotron_train.generate.engine import Engine
+from nemotron_train.generate.knobs import DecodingKnobs, Sampling
+from nemotron_train.generate.sampling import distribution
+from nemotron_train.generate.speculative import Drafted, Drafter
+
+GREEDY = Sampling(temperature=0)
+PLAIN = DecodingKnobs(max_new_tokens=12, prefill_chunk=16)
+BOUND = 1e-5
+
+
+@pytest.fixture(scope="module")
+def model(groups: Any, build: Any) -> Any:
+    return build(groups)
+
+
+def test_ragged_batch_equals_each_alone(model: Any, prompts: Any) -> None:
+    together = Engine(model).generate(prompts, GREEDY, PLAIN)
+    for one, prompt in zip(together, prompts, strict=True):
+        (alone,) = Engine(model).generate([prompt], GREEDY, PLAIN)
+        assert one.new == alone.new and one.ended_by == "length"
+        assert one.log_probabilities == pytest.approx(alone.log_probabilities, abs=BOUND)
+        scored = Engine(model).log_probabilities([one.tokens], chunk=5)[0]
+        assert one.log_probabilities == pytest.approx(scored[-12:], abs=BOUND)
+
+
+def test_greedy_takes_the_largest_of_the_full_forward(model: Any, prompts: Any) -> None:
+    (one,) = Engine(model).generate([prompts[2]], GREEDY, PLAIN)
+    with torch.inference_mode():
+        logits = model(torch.tensor([one.tokens]))[0]
+    assert one.new == logits[len(prompts[2]) - 1 : -1].argmax(-1).tolist()
+
+
+def test_draws_belong_to_the_sequence(model: Any, prompts: Any) -> None:
+    """Whatever the batch; another seed gives others, the same prompt twice too."""
+    sampling, twice = Sampling(seed=5), [*prompts, *prompts]
+    found = [
+        [s.new for s in Engine(model).generate(twice, sampling, replace(PLAIN, batch=batch))]
+        for batch in (1, 3, 10)
+    ]
+    assert found[0] == found[1] == found[2]
+    assert found[0][:5] != found[0][5:]
+    other = Engine(model).generate(twice, Sampling(seed=6), PLAIN)
+    assert [s.new for s in other] != found[0]
+
+
+def test_ends(model: Any, prompts: Any) -> None:
+    """At the end-of-document token, where the listener says so, at the length; the others of the
+    batch go on as if nothing had happened."""
+    whole = Engine(model).generate(prompts, GREEDY, PLAIN)
+    end = whole[1].new[4]
+    first = [s.new.index(end) + 1 if end in s.new else 12 for s in whole]
+    ended = Engine(model, end_token=end).generate(prompts, GREEDY, PLAIN)
+    assert [s.new for s in ended] == [
+        s.new[:length] for s, length in zip(whole, first, strict=True)
+    ]
+    assert ended[1].ended_by == "end"
+    unstopped = replace(PLAIN, end_of_document=False)
+    assert Engine(model, end).generate(prompts, GREEDY, unstopped)[1].new == whole[1].new
+
+    def on_token(sequence: Any, token: int) -> str:
+        return "enough" if sequence.number == 2 and len(sequence.new) == 3 else ""
+
+    stopped = Engine(model).generate(prompts, GREEDY, PLAIN, on_token)
+    assert [len(s.new) for s in stopped] == [12, 12, 3, 12, 12]
+    assert stopped[2].ended_by == "enough"
+
+
+@pytest.mark.parametrize("drafts", [1, 2, 4])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_speculative_greedy_is_plain_greedy(
+    model: Any, prompts: Any, drafts: int, seed: int
+) -> None:
+    """Untrained: hardly a draft is accepted."""
+    shuffled = random.Random(seed).sample(prompts, len(prompts))
+    plain = Engine(model).generate(shuffled, GREEDY, PLAIN)
+    knobs = replace(PLAIN, speculative=True, draft_tokens=drafts)
+    speculative = Engine(model).generate(shuffled, GREEDY, knobs)
+    assert [s.new for s in speculative] == [s.new for s in plain]
+    for ours, theirs in zip(speculative, plain, strict=True):
+        assert ours.log_probabilities == pytest.approx(theirs.log_probabilities, abs=BOUND)
+
+
+@pytest.mark.parametrize("pattern", ["*E", "M*E"])
+def test_every_length_is_rolled_back(
+    groups: Any, build: Any, prompts: Any, pattern: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Drafts that know the plain continuation and err at random: every number of accepted drafts
+    occurs, and the text is still the plain one. A block with a Mamba-2 layer too."""
+    model = build(groups, f"model.mtp.pattern={pattern}")
+    plain = Engine(model).generate(prompts, GREEDY, replace(PLAIN, max_new_tokens=40))
+    texts = {tuple(s.prompt): s.tokens for s in plain}
+    draw, counts = random.Random(0), set()
+    really = Drafter.draft
+
+    def knowing(self: Drafter, known: Any, draws: Any) -> Drafted:
+        really(self, known, draws)
+        rows = []
+        for tokens in known:
+            whole = next(t for p, t in texts.items() if tuple(tokens[: len(p)]) == p)
+            right = [*whole, 0, 0, 0][len(tokens) : len(tokens) + 3]
+            rows.append([t if draw.random() < 0.7 else (t + 1) % 512 for t in right])
+        tokens_Bk = torch.tensor(rows)
+        one_hot = torch.nn.functional.one_hot(tokens_Bk, 512).double()
+        return Drafted(tokens_Bk, one_hot)
+
+    judge = Drafter.judge
+
+    def counting(self: Drafter, *arguments: Any) -> Any:
+        verdict = judge(self, *arguments)
+        counts.update(verdict.accepted)
+        return verdict
+
+    monkeypatch.setattr(Drafter, "draft", knowing)
+    monkeypatch.setattr(Drafter, "judge", counting)
+    knobs = replace(PLAIN, max_new_tokens=40, speculative=True, draft_tokens=3)
+    engine = Engine(model)
+    speculative = engine.generate(prompts, GREEDY, knobs)
+    assert [s.new for s in speculative] == [s.new for s in plain]
+    assert counts == {0, 1, 2, 3}
+    assert engine.acceptance.mean_length > 2
+
+
+@pytest.mark.parametrize("pattern", ["*E", "M*E"])
+def test_drafts_come_from_the_block_as_training_runs_it(
+    groups: Any, build: Any, prompts: Any, pattern: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every draft's distribution, after prefill in chunks and rounds of all lengths, equals the one
+    that training's forward gives at that depth over the tokens known and drafted."""
+    model = build(groups, f"model.mtp.pattern={pattern}")
+    drafts, records = 3, []
+    really = Drafter.draft
+
+    def recording(self: Drafter, known: Any, draws: Any) -> Drafted:
+        drafted = really(self, known, draws)
+        records.append(([list(tokens) for tokens in known], drafted))
+        return drafted
+
+    monkeypatch.setattr(Drafter, "draft", recording)
+    # Flat enough that most drafts are accepted, and not all.
+    with torch.no_grad():
+        model.output_layer.weight.mul_(0.3)
+    knobs = replace(PLAIN, speculative=True, draft_tokens=drafts)
+    engine = Engine(model)
+    engine.generate(prompts, Sampling(top_k=0), knobs)
+    lengths = engine.acceptance
+    assert lengths.accepted[-1] > 0 and lengths.accepted[0] < lengths.rounds
+    compared = 0
+    for known, drafted in records[::3]:
+        for row, tokens in enumerate(known):
+            wanted = _training_depths(model, tokens + drafted.tokens_Bk[row].tolist(), drafts)
+            for depth in range(drafts):
+                theirs = distribution(wanted[depth][len(tokens) - 2], Sampling(top_k=0))
+                ours = drafted.probabilities_BkV[row, depth]
+                torch.testing.assert_close(ours.log(), theirs.log(), atol=BOUND, rtol=0)
+                compared += 1
+    assert compared > 20
+
+
+@torch.inference_mode()
+def _training_depths(model: Any, tokens: list[int], depths: int) -> list[torch.Tensor]:
+    """Logits [S,V] of each depth, as `NemotronModel._mtp_loss_sums` comes to them."""
+    tokens_BS = torch.tensor([tokens])
+    hidden = model.decoder(model.embedding(tokens_BS, None), attention_mask=None)
+    found = []
+    for _ in range(depths):
+        hidden, tokens_BS, _, _ = model.mtp.layers[0](
+            input_ids=tokens_BS,
+            position_ids=None,
+            hidden_states=hidden,
+            attention_mask=None,
+            embedding=model.embedding,
+        )
+        found.append(model.logits(hidden))
+    return found
