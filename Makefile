@@ -1,5 +1,5 @@
-# Targets: env, demo, test, test-layouts, test-faults, test-slurm, check, benchmark. They work from
-# any folder (make -C, make -f) and set up .venv first. Choices: EXTRAS=dev,gpu (what is installed
+# Targets: env, demo, test, test-layouts, test-faults, test-slurm, test-browser, check, benchmark. They
+# work from any folder (make -C, make -f) and set up .venv first. Choices: EXTRAS=dev,gpu (installed
 # beside the library), TEST_PROCESSES=2, ARGS="..." (for nemotron-train, pytest or the benchmark).
 
 root := $(patsubst %/,%,$(dir $(abspath $(lastword $(MAKEFILE_LIST)))))
@@ -18,7 +18,7 @@ clean_env := env -u PYTHONPATH -u PYTHONHOME -u PIP_CONSTRAINT -u PIP_BUILD_CONS
 	-u PIP_REQUIRE_HASHES -u PIP_IGNORE_INSTALLED
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-layouts test-faults test-slurm check benchmark
+.PHONY: help env demo test test-layouts test-faults test-slurm test-browser check benchmark
 
 help:
 	@sed -n 's/^# //;1,3p' '$(lastword $(MAKEFILE_LIST))'
@@ -67,6 +67,10 @@ test-faults: $(stamp)
 # Needs root and the packages that launch/lab.sh names; installs nothing.
 test-slurm: $(stamp)
 	cd '$(root)' && '$(python)' -m pytest --quiet -m slurm $(ARGS) tests/slurm
+
+# Needs Chromium (Debian: chromium) and is skipped without it.
+test-browser: $(stamp)
+	cd '$(root)' && '$(python)' -m pytest --quiet -m browser $(ARGS) tests/report/test_browser.py
 
 check: $(stamp)
 	cd '$(root)' && '$(python)' -m ruff check .

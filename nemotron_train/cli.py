@@ -18,6 +18,7 @@ from nemotron_train.config.schema import Config, ConfigError
 from nemotron_train.convert.commands import CONVERT_VERBS
 from nemotron_train.generate.commands import GENERATE_VERBS
 from nemotron_train.launch.slurm_commands import SLURM_VERBS
+from nemotron_train.report.commands import REPORT_VERBS
 from nemotron_train.verbs import OVERRIDES_HELP, Verb, open_console, run_arguments
 
 EXIT_DONE, EXIT_FAILED, EXIT_CONFIG = 0, 1, 2
@@ -33,6 +34,11 @@ def run_pretrain(arguments: argparse.Namespace) -> int:
 def run_plan(arguments: argparse.Namespace) -> int:
     asked = [text for text in arguments.overrides if text.startswith("ranks=")]
     others = [text for text in arguments.overrides if not text.startswith("ranks=")]
+    if arguments.why:
+        from nemotron_train.report.why import explain, print_why
+
+        print_why(explain(arguments.why, others, arguments.config), open_console())
+        return EXIT_DONE
     config = compose_config(others, arguments.config)
     from nemotron_train.config.derive import derive
     from nemotron_train.precision.backend import check_planned
@@ -62,29 +68,9 @@ def run_data_inspect(arguments: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
-def run_report(arguments: argparse.Namespace) -> int:
-    from nemotron_train.report.gap import is_sweep, report_gaps
-    from nemotron_train.report.plot import plot_loss
-    from nemotron_train.report.plot_precision import plot_precision
-    from nemotron_train.report.table import print_runs
-
-    console = open_console()
-    runs = [folder for folder in arguments.runs if not is_sweep(folder)]
-    if runs:
-        print_runs(runs, console)
-    for folder in arguments.runs:
-        if is_sweep(folder):
-            report_gaps(folder, console)
-    for run_folder in runs:
-        for picture in (plot_loss(run_folder), plot_precision(run_folder)):
-            if picture is not None:
-                console.print(f"wrote {picture}", highlight=False, soft_wrap=True)
-    return EXIT_DONE
-
-
 def run_sweep(arguments: argparse.Namespace) -> int:
     from nemotron_train.launch.sweep import is_finished, plan_sweep, run_sweep
-    from nemotron_train.report.gap import report_gaps
+    from nemotron_train.report.write import report
 
     sweep, console = plan_sweep(arguments.overrides), open_console()
     if arguments.dry_run:
@@ -94,7 +80,8 @@ def run_sweep(arguments: argparse.Namespace) -> int:
     failed = run_sweep(sweep, console)
     reference = [cell for cell in sweep.cells if cell.group == sweep.baseline]
     if any(is_finished(sweep.folder / cell.name) for cell in reference):
-        report_gaps(sweep.folder, console)
+        for path in report([sweep.folder], None, console):
+            console.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
     if failed:
         console.print(f"failed: {', '.join(failed)}; the same command tries again", soft_wrap=True)
     return EXIT_FAILED if failed else EXIT_DONE
@@ -128,6 +115,7 @@ def _smallest_num_ranks(config: Config) -> int:
 def _plan_arguments(parser: argparse.ArgumentParser) -> None:
     run_arguments(parser)
     parser.add_argument("--layers", action="store_true", help="one row a layer")
+    parser.add_argument("--why", metavar="KNOB", help="only show what set this knob, in order")
 
 
 def _prepare_arguments(parser: argparse.ArgumentParser) -> None:
@@ -136,12 +124,6 @@ def _prepare_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", type=Path, metavar="PATH", help="a folder of prepared data")
-
-
-def _report_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "runs", nargs="+", type=Path, metavar="RUN", help="a run folder, or a sweep's"
-    )
 
 
 def _sweep_arguments(parser: argparse.ArgumentParser) -> None:
@@ -184,6 +166,7 @@ Examples:
   nemotron-train plan
   nemotron-train plan model=super_120b_a12b --layers
   nemotron-train plan model=nano_30b_a3b parallel.expert=8 ranks=64
+  nemotron-train plan --why optim.peak_learning_rate run=super_120b_a12b
 """,
     ),
     "data prepare": Verb(
@@ -203,17 +186,6 @@ The same command again continues where it stopped.
         run_data_inspect,
         _inspect_arguments,
         "Example:\n  nemotron-train data inspect data/mine\n",
-    ),
-    "report": Verb(
-        "table and loss.png of one or more runs; loss gaps of a sweep",
-        run_report,
-        _report_arguments,
-        """\
-Examples:
-  nemotron-train report runs/tiny
-  nemotron-train report runs/a runs/b
-  nemotron-train report runs/loss_gap        # a sweep's folder, while it is going too
-""",
     ),
     "sweep": Verb(
         "a grid of runs (precision x seed x size) on this machine, and their loss gaps",
@@ -252,7 +224,7 @@ Examples:
 }
 
 
-VERBS |= CHECK_VERBS | CONVERT_VERBS | GENERATE_VERBS | SLURM_VERBS
+VERBS |= REPORT_VERBS | CHECK_VERBS | CONVERT_VERBS | GENERATE_VERBS | SLURM_VERBS
 
 
 class _Parser(argparse.ArgumentParser):

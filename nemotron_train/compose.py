@@ -1,7 +1,8 @@
 """How words on the command line become a typed configuration. The only file that knows Hydra.
 
-Owns: the recipes folder, the grammar of overrides, the merge into dataclasses, the message that
-names a wrong knob. Does not own: what a configuration means (`config.derive`), nor the verbs.
+Owns: the grammar of overrides, the merge into dataclasses and its order (`layers`), the message
+that names a wrong knob. Does not own: files (`recipe_files`), what a configuration means
+(`config.derive`), the verbs.
 
 Hydra composes `recipes/pretrain.yaml` with the chosen groups (`model=tiny`; a path, such as
 `precision=mine.yaml`, is a file of the user's own); every other override is then set on
@@ -10,22 +11,35 @@ resolved last, so they follow an override. Hydra is imported when needed.
 """
 
 import dataclasses
-import difflib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nemotron_train.config.schema import Config, ConfigError
-from nemotron_train.train.lineage import apply_recorded, parse_branch
+from nemotron_train.recipe_files import (
+    RECIPE_FILE_ENDS,
+    load_recipe_file,
+    load_run_recipe,
+    load_yaml,
+    nearest,
+    recipe_chain,
+    recipes_folder,
+    with_run_recipe,
+)
+from nemotron_train.train.knobs import differences
+from nemotron_train.train.lineage import LINEAGE, apply_recorded, parse_branch
 
-RECIPE_FILE_ENDS = (".yaml", ".yml")
 
+@dataclass(frozen=True)
+class Layer:
+    """One thing that sets knobs. source: a file, or words of the command line; tree: what it sets,
+    as plain values with interpolations unresolved; replaces: "" or the part of the configuration
+    of which nothing set before remains."""
 
-def recipes_folder() -> Path:
-    """The folder of recipes: inside an installed package, beside the package in a checkout."""
-    package = Path(__file__).resolve().parent
-    inside = package / "recipes"
-    return inside if inside.is_dir() else package.parent / "recipes"
+    source: str
+    tree: dict[str, Any]
+    replaces: str = ""
 
 
 def compose_config(overrides: Sequence[str], config_file: Path | None = None) -> Config:
@@ -36,6 +50,67 @@ def compose_config(overrides: Sequence[str], config_file: Path | None = None) ->
     branch also a `run` that sets single knobs and picks no other recipes.
     Raises ConfigError naming the knob, the recipe or the file that is wrong.
     """
+    groups, values, resume, branch = _sorted_overrides(overrides, config_file)
+    if not (resume or branch or config_file):
+        return to_typed(Config, _compose_recipes(list(groups.values())), values)
+    if resume:
+        base = _load_run_config(Path(resume))
+    elif branch:
+        base = _load_parent_config(branch)
+        values = [override for override in values if override.key_or_group != "branch"]
+    else:
+        assert config_file is not None
+        base = load_yaml(config_file, f"--config {config_file}")
+    if "precision" in groups:
+        base["precision"] = _compose_recipes([groups["precision"]])["precision"]
+    if "run" in groups:
+        base = with_run_recipe(base, groups["run"].value())
+    return to_typed(Config, base, values)
+
+
+def layers(overrides: Sequence[str], config_file: Path | None = None) -> list[Layer]:
+    """Everything that `compose_config` lays over the schema's defaults, in its order. Raises
+    ConfigError where it does."""
+    from omegaconf import OmegaConf
+
+    groups, values, resume, branch = _sorted_overrides(overrides, config_file)
+    found: list[Layer] = []
+    if resume or branch:
+        folder = Path(resume) if resume else parse_branch(branch)[0]
+        stored = load_yaml(folder / "config.yaml", f"resume={resume}" if resume else branch)
+        loaded = _load_run_config(folder) if resume else _load_parent_config(branch)
+        found.append(Layer(str(folder / "config.yaml"), _raw(stored)))
+        changed = differences(_raw(stored), _raw(loaded))
+        for knob, (_, value) in changed.items():
+            is_recorded = knob.startswith(("precision.", "data.phases"))
+            source = str(folder / LINEAGE) if is_recorded else "what this start is"
+            found.append(Layer(source, _nested(knob, value)))
+    elif config_file is not None:
+        found.append(Layer(str(config_file), _raw(load_yaml(config_file, "--config"))))
+    if not found:
+        found += _recipe_layers(list(groups.values()))
+    else:
+        if "precision" in groups:  # all of it
+            found.append(Layer(f"precision={groups['precision'].value()}", {}, "precision"))
+            found += [
+                layer
+                for layer in _recipe_layers([groups["precision"]])
+                if list(layer.tree) == ["precision"] or layer.replaces == "precision"
+            ]
+        if "run" in groups:
+            path, recipe = load_run_recipe(groups["run"].value())
+            found.append(Layer(str(path), _raw(recipe)))
+    for override in values:
+        plain = OmegaConf.create({"value": override.value()})
+        value = OmegaConf.to_container(plain, resolve=False)["value"]  # type: ignore[index]
+        found.append(Layer(override.input_line, _nested(override.key_or_group, value)))
+    return found
+
+
+def _sorted_overrides(
+    overrides: Sequence[str], config_file: Path | None
+) -> tuple[dict[str, Any], list[Any], str, str]:
+    """Overrides that pick recipes, by group; those that set knobs; `resume=`, `branch=` or ""."""
     parsed = parse_overrides(overrides)
     groups = {override.key_or_group: override for override in parsed if _is_group(override)}
     values = [override for override in parsed if not _is_group(override)]
@@ -47,27 +122,13 @@ def compose_config(overrides: Sequence[str], config_file: Path | None = None) ->
     starts = [name for name, is_given in given.items() if is_given]
     if len(starts) > 1:
         raise ConfigError(f"{' and '.join(starts)} exclude each other: give one of them")
-    if not starts:
-        return to_typed(Config, _compose_recipes(list(groups.values())), values)
-    for group, override in groups.items():
+    for group, override in groups.items() if starts else ():
         if group != "precision" and not (group == "run" and branch):
             raise ConfigError(
                 f"{group}={override.value()}: a recipe cannot be laid over a whole config.yaml; "
                 f"set single knobs ({group}.KNOB=VALUE) or leave out {starts[0]}"
             )
-    if resume:
-        base = _load_run_config(Path(resume))
-    elif branch:
-        base = _load_parent_config(branch)
-        values = [override for override in values if override.key_or_group != "branch"]
-    else:
-        assert config_file is not None
-        base = _load_yaml(config_file, f"--config {config_file}")
-    if "precision" in groups:
-        base["precision"] = _compose_recipes([groups["precision"]])["precision"]
-    if "run" in groups:
-        base = _with_run_recipe(base, groups["run"].value())
-    return to_typed(Config, base, values)
+    return groups, values, resume, branch
 
 
 def to_typed(schema: type, base: Any, overrides: Sequence[Any]) -> Any:
@@ -128,12 +189,26 @@ def _compose_recipes(groups: Sequence[Any]) -> Any:
     from omegaconf import open_dict
     from omegaconf.errors import OmegaConfBaseException
 
+    chosen, files = _chosen(groups)
+    try:
+        with initialize_config_dir(str(recipes_folder()), version_base="1.3"):
+            composed = compose("pretrain", overrides=chosen)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(f"the recipes do not compose: {str(error).splitlines()[0]}") from error
+    with open_dict(composed):
+        for group, path in files.items():
+            composed[group] = load_recipe_file(group, path)
+    return composed
+
+
+def _chosen(groups: Sequence[Any]) -> tuple[list[str], dict[str, Path]]:
+    """The choices among our recipes in Hydra's words, and the files of the user's own by group."""
     chosen, files = [], {}
     fields = {field.name for field in dataclasses.fields(Config)}
     for override in groups:
         group, choice = override.key_or_group, override.value()
         if choice.endswith(RECIPE_FILE_ENDS) and group in fields:
-            files[group] = _load_recipe_file(group, Path(choice))
+            files[group] = Path(choice)
             continue
         choices = sorted(path.stem for path in (recipes_folder() / group).glob("*.yaml"))
         if choice not in choices:
@@ -144,56 +219,50 @@ def _compose_recipes(groups: Sequence[Any]) -> Any:
             )
         # A group of pretrain.yaml's defaults is replaced, any other one is added.
         chosen.append(f"{'' if group in fields else '+'}{group}={choice}")
+    return chosen, files
+
+
+def _recipe_layers(groups: Sequence[Any]) -> list[Layer]:
+    """The files that `_compose_recipes` merges, in its order."""
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from hydra.types import RunMode
+
+    chosen, files = _chosen(groups)
     try:
         with initialize_config_dir(str(recipes_folder()), version_base="1.3"):
-            composed = compose("pretrain", overrides=chosen)
-    except (HydraException, OmegaConfBaseException) as error:
+            loader = GlobalHydra.instance().config_loader()
+            defaults = loader.compute_defaults_list("pretrain", chosen, RunMode.RUN).defaults
+    except HydraException as error:
         raise ConfigError(f"the recipes do not compose: {str(error).splitlines()[0]}") from error
-    with open_dict(composed):
-        for group, recipe in files.items():
-            composed[group] = recipe
-    return composed
+    found = []
+    for default in defaults:
+        name, package = default.config_path or "", default.package or ""
+        if not name.startswith("hydra/"):
+            path = recipes_folder() / f"{name}.yaml"
+            tree = _raw(load_yaml(path, name))
+            tree.pop("defaults", None)
+            found.append(Layer(str(path), _nested(package, tree) if package else tree))
+    for group, path in files.items():
+        found.append(Layer(f"{group}={path}", {}, group))
+        chain = recipe_chain(group, path)
+        found += [Layer(str(file), _nested(group, _raw(tree))) for file, tree in chain]
+    return found
 
 
-def _with_run_recipe(base: Any, choice: str) -> Any:
-    """The knobs of recipes/run/CHOICE.yaml (or a file of the user's own) laid over a parent's
-    configuration."""
+def _raw(config: Any) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
-    path = Path(choice)
-    if not choice.endswith(RECIPE_FILE_ENDS):
-        choices = sorted(found.stem for found in (recipes_folder() / "run").glob("*.yaml"))
-        if choice not in choices:
-            raise ConfigError(
-                f"run={choice}: no such recipe{nearest(choice, choices)}; "
-                f"there are {', '.join(choices)}"
-            )
-        path = recipes_folder() / "run" / f"{choice}.yaml"
-    recipe = _load_yaml(path, f"run={choice}")
-    if "defaults" in recipe:
-        raise ConfigError(
-            f"run={choice}: picks other recipes, which cannot be laid over a parent's "
-            "configuration; a branch takes a run recipe of single knobs, such as "
-            "run=context_extension"
-        )
-    return OmegaConf.merge(base, recipe)
+    plain = OmegaConf.to_container(config, resolve=False)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
 
 
-def _load_recipe_file(group: str, path: Path) -> Any:
-    """A recipe of the user's own. Like ours it may name others of its group under `defaults`, and
-    then says only what differs."""
-    from omegaconf import OmegaConf
-
-    loaded = _load_yaml(path, f"{group}={path}")
-    defaults = list(loaded.pop("defaults", []))
-    merged = OmegaConf.create()
-    for name in defaults if "_self_" in defaults else [*defaults, "_self_"]:
-        if name != "_self_":
-            base = recipes_folder() / group / f"{name}.yaml"
-            merged.merge_with(_load_recipe_file(group, base))
-        else:
-            merged.merge_with(loaded)
-    return merged
+def _nested(knob: str, value: Any) -> dict[str, Any]:
+    for name in reversed(knob.split(".")):
+        value = {name: value}
+    return value
 
 
 def _load_run_config(folder: Path) -> Any:
@@ -220,27 +289,11 @@ def _load_from_run(folder: Path, asked: str, before_step: int | None = None) -> 
 
     if not folder.is_dir():
         raise ConfigError(f"{asked}: no such run folder")
-    base = _load_yaml(folder / "config.yaml", asked)
+    base = load_yaml(folder / "config.yaml", asked)
     apply_recorded(base, folder, before_step)
     # Stopping early, or another plan, was asked of the process of then, not of the run.
     once = {"train": {"stop_after_steps": 0}, "switch_precision": False}
     return OmegaConf.merge(base, once)
-
-
-def _load_yaml(path: Path, asked: str) -> Any:
-    from omegaconf import OmegaConf
-    from yaml import YAMLError
-
-    try:
-        loaded = OmegaConf.load(path)
-    except FileNotFoundError:
-        raise ConfigError(f"{asked}: there is no {path}") from None
-    except (OSError, UnicodeDecodeError, YAMLError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"{asked}: {path} cannot be read ({reason})") from error
-    if not OmegaConf.is_dict(loaded):
-        raise ConfigError(f"{asked}: {path} holds no configuration")
-    return loaded
 
 
 def _set_knob(config: Any, override: Any) -> None:
@@ -281,11 +334,3 @@ def _as_config_error(error: Exception, knobs: Sequence[str]) -> ConfigError:
     if isinstance(error, ConfigAttributeError | ConfigKeyError):
         return ConfigError(f"{knob}: there is no such knob{nearest(knob, knobs)}")
     return ConfigError(f"{knob}: {str(error).splitlines()[0]}")
-
-
-def nearest(name: str, names: Sequence[str]) -> str:
-    """« (did you mean x?)» for the closest known name, or nothing."""
-    leaf = name.rpartition(".")[2]
-    close = [known for known in names if known.rpartition(".")[2] == leaf]
-    close = close or difflib.get_close_matches(name, names, n=1)
-    return f" (did you mean {close[0]}?)" if close else ""

@@ -20,7 +20,7 @@ PACKAGE = ROOT / "nemotron_train"
 # first pattern that fits decides (names without `nemotron_train.`).
 LAYERS = [
     ("entry", ["__main__", "cli"]),
-    ("composition", ["verbs"]),
+    ("composition", ["verbs", "recipe_files"]),
     ("composition", ["run", "compose", "data.commands", "report.*", "launch.*", "generate.*"]),
     ("composition", ["check", "check.*", "convert.*"]),
     ("session", ["train.session"]),
@@ -64,6 +64,7 @@ NO_TORCH += ["precision.transformer_engine", "optim.schedule", "data.*", "report
 NO_TORCH += ["precision.record", "train.lineage", "precision.backend", "platform.hardware"]
 NO_TORCH += ["precision.telemetry_record", "model.stages"]
 NO_TORCH += ["verbs", "check.commands", "check.launch", "check.compare", "check.data"]
+NO_TORCH += ["recipe_files"]
 NO_TORCH += ["check.parallel", "check.resume"]
 NO_TORCH += ["check.precision", "convert.commands", "convert.weights"]
 NO_TORCH += ["generate.commands", "generate.knobs", "generate.text"]

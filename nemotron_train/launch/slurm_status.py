@@ -15,7 +15,7 @@ import yaml
 from rich.table import Table
 
 from nemotron_train.config.schema import ConfigError
-from nemotron_train.report.read import parse_rows
+from nemotron_train.report.columns import parse_rows
 
 # squeue's own columns; its last one may hold any text, the others never a |.
 _COLUMNS = ("number", "state", "used", "left", "nodes", "reason")

@@ -1,44 +1,85 @@
-"""Loss gaps of a sweep: each group of runs held to the baseline, seed by seed. No torch.
+"""Loss gaps: each group of runs held to the baseline, seed by seed. NumPy only.
 
-Owns: the numbers, their table and gap.png. Does not own: running the sweep (`launch.sweep`).
+Owns: the gaps, their curves over tokens, the noise, the trend, the verdict in words. Does not own:
+who is paired with whom (`pairs`), the table (`gap_table`), the pictures.
 
-A pair shares its seed, hence initial weights and data order, so its difference carries none of the
-spread between seeds. The relative gap is (loss - baseline's loss) / baseline's loss, as the
-Nemotron 3 and NVFP4 reports give it; the standard error is that of the mean over pairs.
+The relative gap is (loss - baseline's loss) / baseline's loss, as the Nemotron 3 and NVFP4 reports
+give it. A pair's difference carries none of the spread between seeds; the standard error is that of
+the mean over pairs, and intervals are Student's, for a comparison has few seeds.
 """
 
-import json
 import math
-import os
 import statistics
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
-from nemotron_train.config.schema import ConfigError
-from nemotron_train.report.plot import format_tokens, smoothed
-from nemotron_train.report.read import Run, read_run
+import numpy as np
 
-MAX_BANDS = 3  # more bands of standard errors than this hide one another
+from nemotron_train.report.pairs import Comparison
+from nemotron_train.report.read import Run
+from nemotron_train.report.thin import smoothed
+
 TAIL = 0.1  # share of the steps, at the end, whose mean training loss is compared
+SMOOTH = 16  # the smoothed gap is a mean over an eighth of the steps: 1/SMOOTH to each side
+TREND_BLOCKS = 32  # means of the last half of the tokens through which the trend is laid
+MIN_TREND_BLOCKS = 8
+
+# 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom.
+_STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179)
+_STUDENT += (2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086)
+
+
+@dataclass(frozen=True)
+class Trend:
+    """Change of the gap over the last half of the tokens, percentage points a doubling of the
+    tokens, one slope a seed."""
+
+    slopes: list[float]
+    from_tokens: float
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The gap of the training loss over tokens, percent: [n] each. `raw` and `smooth` are means
+    over seeds, `error` the standard error of `smooth` (NaN for one seed)."""
+
+    tokens: np.ndarray
+    raw: np.ndarray
+    smooth: np.ndarray
+    error: np.ndarray
+    by_seed: dict[int, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Noise:
+    """What a gap must exceed to mean something, percent of the loss. `source`: "sums" (the baseline
+    again, with its sums in another order), "seeds" (the spread of the baseline's own seeds) or
+    "none". tokens, band: the same for the smoothed training loss over tokens: [n]."""
+
+    source: str = "none"
+    validation: float = math.nan
+    training: float = math.nan
+    tokens: np.ndarray = field(default_factory=lambda: np.empty(0))
+    band: np.ndarray = field(default_factory=lambda: np.empty(0))
 
 
 @dataclass(frozen=True)
 class Gap:
-    """A group's relative gaps to the baseline, one a seed that both have finished, by seed.
+    """A group's relative gaps to the baseline, one a seed, by seed; fractions, not percent.
 
-    `validation` compares the last validation losses, `training` the mean training loss over the
-    last tenth of the steps; fractions, not percent.
+    `validation` compares the last validation losses of pairs that are both finished, `training`
+    the mean training loss over the last tenth of the steps that both have.
     """
 
     group: str
     seeds: list[int]
-    loss: float  # mean validation loss, nats a token
+    loss: float  # mean validation loss of finished runs, nats a token; NaN without one
     validation: list[float]
     training: list[float]
+    trend: Trend | None = None
 
 
-def mean_and_error(values: list[float]) -> tuple[float, float]:
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     """Mean and its standard error (NaN for fewer than two values)."""
     if not values:
         return math.nan, math.nan
@@ -47,179 +88,153 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
     return statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
 
 
-def is_sweep(folder: Path) -> bool:
-    """Whether `folder` is a sweep's rather than a run's."""
-    return (folder / "sweep.json").is_file()
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """The 95 % interval of the mean, after Student; NaN for fewer than two values."""
+    mean, error = mean_and_error(values)
+    freedom = len(values) - 1
+    # Beyond the table the quantile is 1.96 + 2.4 / freedom to three digits.
+    known = freedom <= len(_STUDENT)
+    factor = _STUDENT[freedom - 1] if known and freedom > 0 else 1.96 + 2.4 / max(freedom, 1)
+    return mean - factor * error, mean + factor * error
 
 
-def read_sweep(folder: Path) -> tuple[str, dict[str, dict[int, Run]]]:
-    """The baseline's name and the finished runs by group and seed. Raises ConfigError."""
-    try:
-        sweep = json.loads((folder / "sweep.json").read_text())
-        cells, baseline = sweep["cells"], sweep["baseline"]
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"{folder}: no sweep, its sweep.json cannot be read ({error})") from None
-    groups: dict[str, dict[int, Run]] = {}
-    for cell in cells:
-        runs = groups.setdefault(cell["group"], {})
-        path = folder / cell["name"]
-        if (path / "metrics.jsonl").exists():
-            run = read_run(path)
-            if run.summary.get("finished"):
-                runs[cell["seed"]] = run
-    return baseline, groups
-
-
-def gaps(baseline: str, groups: dict[str, dict[int, Run]]) -> list[Gap]:
-    """In the sweep's order, the baseline itself first (its gaps are zero)."""
-    reference = groups.get(baseline, {})
+def gaps(comparison: Comparison) -> list[Gap]:
+    """Of every group that has a pair, the baseline first (its gaps are zero)."""
+    baseline = comparison.baseline
+    ordered = [baseline, *(group for group in comparison.groups if group != baseline)]
     found = []
-    for group, runs in groups.items():
-        seeds = sorted(runs.keys() & reference.keys())
-        if not seeds:
+    for group in ordered:
+        pairs = comparison.pairs(group) if group in comparison.groups else {}
+        if not pairs:
             continue
-        pairs = [(runs[seed], reference[seed]) for seed in seeds]
-        found.append(
-            Gap(
-                group,
-                seeds,
-                statistics.fmean(_validation(run) for run, _ in pairs),
-                [_relative(_validation(run), _validation(twin)) for run, twin in pairs],
-                [_relative(_tail_loss(run), _tail_loss(twin)) for run, twin in pairs],
-            )
-        )
-    return sorted(found, key=lambda gap: gap.group != baseline)
+        losses = [_validation(run) for run, _ in pairs.values()]
+        known = [loss for loss in losses if loss is not None]
+        validation = [
+            (ours - theirs) / theirs
+            for ours, theirs in ((_validation(a), _validation(b)) for a, b in pairs.values())
+            if ours is not None and theirs is not None
+        ]
+        training = [value for a, b in pairs.values() if (value := _tail_gap(a, b)) is not None]
+        loss = statistics.fmean(known) if known else math.nan
+        trend = trend_of(list(pairs.values())) if group != baseline else None
+        found.append(Gap(group, list(pairs), loss, validation, training, trend))
+    return found
 
 
-def report_gaps(folder: Path, console: Any) -> None:
-    """The table on the terminal, gap.md and gap.png in the sweep's folder."""
-    baseline, groups = read_sweep(folder)
-    found = gaps(baseline, groups)
-    if not found:
-        raise ConfigError(f"{folder}: no finished run of the baseline {baseline} to compare with")
-    from rich.table import Table
+def relative(run: Run, twin: Run) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens that both have logged, and the gap of the training loss there, percent."""
+    (tokens, losses), (twin_tokens, twin_losses) = run.series("loss"), twin.series("loss")
+    common, ours, theirs = np.intersect1d(tokens, twin_tokens, return_indices=True)
+    reference = twin_losses[theirs]
+    return common, 100 * (losses[ours] - reference) / reference
 
-    table = Table(header_style="bold")
-    for heading in HEADINGS:
-        table.add_column(heading, justify="left" if heading == HEADINGS[0] else "right")
-    rows = [_row(gap, baseline) for gap in found]
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
-    spread = _seed_spread(groups[baseline])
-    note = (
-        f"Gaps are to {baseline} of the same seed, in percent of its loss: mean ± standard error "
-        f"over seeds. Training loss: mean of the last {TAIL:.0%} of the steps. "
-        f"{baseline}'s own validation loss differs by {spread:.2f} % between seeds (standard "
-        "deviation)."
+
+def curve(pairs: dict[int, tuple[Run, Run]]) -> Curve | None:
+    """Over the tokens that all pairs have; None where there are none."""
+    by_seed = {seed: relative(run, twin) for seed, (run, twin) in pairs.items()}
+    by_seed = {seed: found for seed, found in by_seed.items() if len(found[0])}
+    if not by_seed:
+        return None
+    tokens = _common([tokens for tokens, _ in by_seed.values()])
+    raw = {seed: values[np.isin(where, tokens)] for seed, (where, values) in by_seed.items()}
+    smooth = {seed: smoothed(values, len(tokens) // SMOOTH) for seed, values in raw.items()}
+    stacked = np.array(list(smooth.values()))
+    error = np.full(len(tokens), np.nan)
+    if len(stacked) > 1:
+        error = stacked.std(axis=0, ddof=1) / math.sqrt(len(stacked))
+    means = np.array(list(raw.values())).mean(axis=0)
+    return Curve(tokens, means, stacked.mean(axis=0), error, smooth)
+
+
+def noise(comparison: Comparison) -> Noise:
+    """From the repeats where there are any, else from the baseline's seeds."""
+    pairs = [pair for group in comparison.repeats for pair in comparison.pairs(group).values()]
+    curves = [relative(run, twin) for run, twin in pairs]
+    if curves and len(tokens := _common([where for where, _ in curves])):
+        # The mean is known to be zero, so the root of the mean square is the deviation.
+        rows = [values[np.isin(where, tokens)] for where, values in curves]
+        band = np.sqrt(np.mean([smoothed(row, len(tokens) // SMOOTH) ** 2 for row in rows], axis=0))
+        losses = [(_validation(a), _validation(b)) for a, b in pairs]
+        ends = [(a - b) / b for a, b in losses if a is not None and b is not None]
+        tails = [value for a, b in pairs if (value := _tail_gap(a, b)) is not None]
+        return Noise("sums", _root_mean_square(ends), _root_mean_square(tails), tokens, band)
+    runs = list(comparison.groups.get(comparison.baseline, {}).values())
+    series = [run.series("loss") for run in runs]
+    tokens = _common([where for where, _ in series]) if len(runs) > 1 else np.empty(0)
+    if not len(tokens):
+        return Noise()
+    losses = np.array(
+        [smoothed(v[np.isin(where, tokens)], len(tokens) // SMOOTH) for where, v in series]
     )
-    console.print(note, style="dim", soft_wrap=True)
-    (folder / "gap.md").write_text(_markdown(rows, note))
-    picture = plot_gaps(folder, baseline, groups)
-    console.print(f"wrote {folder / 'gap.md'} and {picture}", highlight=False, soft_wrap=True)
+    band = 100 * losses.std(axis=0, ddof=1) / losses.mean(axis=0)
+    ends = [loss for run in runs if (loss := _validation(run)) is not None]
+    tails = [float(values[-_tail_length(values) :].mean()) for _, values in series]
+    return Noise("seeds", _spread(ends), _spread(tails), tokens, band)
 
 
-HEADINGS = ("runs", "seeds", "validation loss", "validation gap %", "training gap %")
-
-
-def _row(gap: Gap, baseline: str) -> list[str]:
-    cells = [gap.group, str(len(gap.seeds)), f"{gap.loss:.4f}"]
-    if gap.group == baseline:
-        return [*cells, "(baseline)", "(baseline)"]
-    return cells + [_percent(values) for values in (gap.validation, gap.training)]
-
-
-def _percent(values: list[float]) -> str:
-    mean, error = mean_and_error([100 * value for value in values])
-    return f"{mean:+.3f}" if math.isnan(error) else f"{mean:+.3f} ± {error:.3f}"
-
-
-def _markdown(rows: list[list[str]], note: str) -> str:
-    lines = ["| " + " | ".join(HEADINGS) + " |", "|---" + "|---:" * (len(HEADINGS) - 1) + "|"]
-    lines += ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join(lines) + f"\n\n{note}\n"
-
-
-def plot_gaps(folder: Path, baseline: str, groups: dict[str, dict[int, Run]]) -> Path:
-    """gap.png: on the left the relative gap of the smoothed training loss over tokens, mean of the
-    seeds, with a band of one standard error where there are few groups; on the right the
-    validation gaps at the end, a dot a seed, mean and standard error."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    others = [gap for gap in gaps(baseline, groups) if gap.group != baseline]
-    figure = Figure(figsize=(11, 5.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    curves, ends = figure.subplots(1, 2, width_ratios=[3, 2])
-    for index, gap in enumerate(others):
-        color = f"C{index % 10}"
-        pairs = [(groups[gap.group][seed], groups[baseline][seed]) for seed in gap.seeds]
-        _draw_curve(curves, pairs, color, with_band=len(others) <= MAX_BANDS)
-        mean, error = mean_and_error([100 * value for value in gap.validation])
-        height = len(others) - index
-        ends.plot(
-            [100 * value for value in gap.validation],
-            [height] * len(gap.validation),
-            "o",
-            color=color,
-            alpha=0.45,
-            markersize=5,
-        )
-        ends.errorbar(mean, height, xerr=error, fmt="|", color=color, markersize=14, capsize=3)
-    ends.set_yticks(range(len(others), 0, -1), [gap.group for gap in others])
-    for index, label in enumerate(ends.get_yticklabels()):
-        label.set_color(f"C{index % 10}")  # they are the legend of the curves too
-    ends.set_xlabel("gap of the final validation loss (%)")
-    curves.set_xlabel("tokens")
-    curves.set_ylabel("gap of the smoothed training loss (%)")
-    curves.xaxis.set_major_formatter(lambda value, _: format_tokens(value))
-    for axes in (curves, ends):
-        axes.grid(color="0.9", linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-    curves.axhline(0, color="0.4", linewidth=1)
-    ends.axvline(0, color="0.4", linewidth=1)
-    figure.suptitle(
-        f"{folder.name}: loss relative to {baseline} of the same seed", x=0.01, ha="left"
-    )
-    path = folder / "gap.png"
-    temporary = folder / f".gap.{os.getpid()}.png"
-    figure.savefig(temporary, dpi=150)
-    os.replace(temporary, path)
-    return path
-
-
-def _draw_curve(axes: Any, pairs: list[tuple[Run, Run]], color: str, with_band: bool) -> None:
-    tokens: list[float] = []
-    by_seed, reach = [], 0
+def trend_of(pairs: Sequence[tuple[Run, Run]]) -> Trend | None:
+    """Theil-Sen slopes over the logarithm of the tokens, one a seed; None where a pair has too few
+    steps in its last half."""
+    slopes, start = [], math.nan
     for run, twin in pairs:
-        (tokens, losses), (_, twin_losses) = run.series("loss"), twin.series("loss")
-        length = min(len(losses), len(twin_losses))
-        relative = [100 * _relative(losses[i], twin_losses[i]) for i in range(length)]
-        reach = length // 16
-        by_seed.append(smoothed(relative, reach))
-    points = [mean_and_error(list(values)) for values in zip(*by_seed, strict=False)]
-    inside = slice(reach, len(points) - reach)  # near the ends the window is short and says little
-    tokens, points = tokens[: len(points)][inside], points[inside]
-    axes.plot(tokens, [mean for mean, _ in points], color=color, linewidth=1.6)
-    if with_band and len(pairs) > 1:
-        lower, upper = zip(*((mean - error, mean + error) for mean, error in points), strict=True)
-        axes.fill_between(tokens, lower, upper, color=color, alpha=0.15, linewidth=0)
+        tokens, values = relative(run, twin)
+        late = tokens >= tokens[-1] / 2 if len(tokens) else np.empty(0, bool)
+        tokens, values = tokens[late], values[late]
+        blocks = min(TREND_BLOCKS, len(tokens))
+        if blocks < MIN_TREND_BLOCKS:
+            return None
+        parts = np.array_split(np.arange(len(tokens)), blocks)
+        x = np.array([np.log2(tokens[part]).mean() for part in parts])
+        y = np.array([values[part].mean() for part in parts])
+        slopes.append(theil_sen(x, y))
+        start = float(tokens[0])
+    if not slopes:
+        return None
+    return Trend(slopes, start)
 
 
-def _validation(run: Run) -> float:
-    return float(run.summary["validation_loss"])
+def theil_sen(x: np.ndarray, y: np.ndarray) -> float:
+    """The median slope of all pairs of points: a spike or two do not move it."""
+    first, second = np.triu_indices(len(x), k=1)
+    return float(np.median((y[second] - y[first]) / (x[second] - x[first])))
 
 
-def _tail_loss(run: Run) -> float:
-    _, losses = run.series("loss")
-    return statistics.fmean(losses[-max(1, round(TAIL * len(losses))) :])
+def _validation(run: Run) -> float | None:
+    """The last validation loss of a finished run."""
+    loss = run.summary.get("validation_loss")
+    if not isinstance(loss, int | float) or not math.isfinite(loss):
+        return None
+    return float(loss) if run.summary.get("finished") else None
 
 
-def _relative(loss: float, reference: float) -> float:
-    return (loss - reference) / reference
+def _tail_length(*values: np.ndarray) -> int:
+    return max(1, round(TAIL * max(map(len, values))))
 
 
-def _seed_spread(runs: dict[int, Run]) -> float:
-    losses = [_validation(run) for run in runs.values()]
-    return 100 * statistics.stdev(losses) / statistics.fmean(losses) if len(losses) > 1 else 0.0
+def _tail_gap(run: Run, twin: Run) -> float | None:
+    """Mean loss over the same steps, the last that both have, held to the twin's: a tenth of the
+    longer one's, for a branch is shorter than the run it began from."""
+    (tokens, losses), (twin_tokens, twin_losses) = run.series("loss"), twin.series("loss")
+    _, ours, theirs = np.intersect1d(tokens, twin_tokens, return_indices=True)
+    if not len(ours):
+        return None
+    last = _tail_length(tokens, twin_tokens)
+    mean, reference = losses[ours[-last:]].mean(), twin_losses[theirs[-last:]].mean()
+    return float((mean - reference) / reference)
+
+
+def _common(places: Sequence[np.ndarray]) -> np.ndarray:
+    common = places[0] if places else np.empty(0)
+    for place in places[1:]:
+        common = np.intersect1d(common, place)
+    return common
+
+
+def _root_mean_square(values: Sequence[float]) -> float:
+    return 100 * math.sqrt(statistics.fmean(v * v for v in values)) if values else math.nan
+
+
+def _spread(losses: Sequence[float]) -> float:
+    if len(losses) < 2:
+        return math.nan
+    return 100 * statistics.stdev(losses) / statistics.fmean(losses)

@@ -1,19 +1,22 @@
 """The picture of a run: loss.png. Matplotlib without a display; no torch."""
 
-import itertools
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from nemotron_train.report.read import Run, read_run
+from nemotron_train.report.thin import smoothed, thin
 
+MAX_POINTS = 2000  # more than the picture has columns of pixels
 RAW, SMOOTH, VALIDATION, REFERENCE = "#9ecae1", "#08519c", "#d94801", "#636363"
 
 
-def plot_loss(run_folder: Path) -> Path:
+def plot_loss(run_folder: Path, run: Run | None = None) -> Path:
     """Draws training loss (each step, and smoothed), validation loss and the unigram entropy as a
     line to beat, with the learning rate below, over tokens. Writes and returns
-    `run_folder`/loss.png. Raises ConfigError when the folder holds no run."""
-    run = read_run(run_folder)
+    `run_folder`/loss.png. `run`: the folder's, if it was read already. Raises ConfigError when the
+    folder holds no run."""
+    run = run or read_run(run_folder)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -34,26 +37,43 @@ def plot_loss(run_folder: Path) -> Path:
     return path
 
 
-def smoothed(values: list[float], half_width: int) -> list[float]:
-    """Centred moving mean over 2 x half_width + 1 values. The window shrinks on both sides at once
-    towards the ends, so the curve neither lags a falling loss nor bends at its ends."""
-    sums = [0.0, *itertools.accumulate(values)]
-    out = []
-    for index in range(len(values)):
-        reach = min(half_width, index, len(values) - 1 - index)
-        out.append((sums[index + reach + 1] - sums[index - reach]) / (2 * reach + 1))
-    return out
+def plot_runs(path: Path, labels: Sequence[str], runs: Sequence[Run]) -> Path:
+    """The smoothed training losses of several runs in one picture. Writes and returns `path`."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for number, (label, run) in enumerate(zip(labels, runs, strict=True)):
+        tokens, losses = run.series("loss")
+        curve = thin(tokens, smoothed(losses, len(losses) // 40), MAX_POINTS)
+        style = ("-", "--", ":", "-.")[number // 10 % 4]
+        name = label.replace("$", "\\$").lstrip("_")  # matplotlib hides names with a _ before
+        axes.plot(curve.x, curve.mean, style, color=f"C{number % 10}", linewidth=1.4, label=name)
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("training loss, smoothed (nats a token)")
+    axes.xaxis.set_major_formatter(lambda value, _: format_tokens(value))
+    _tidy(axes)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize=8, loc="upper right")
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.png")
+    figure.savefig(temporary, dpi=130)
+    os.replace(temporary, path)
+    return path
 
 
 def _draw_loss(axes, run: Run) -> None:
     tokens, losses = run.series("loss")
     half_width = len(losses) // 40
-    axes.plot(tokens, losses, color=RAW, linewidth=0.8, label="training, each step")
-    axes.plot(
-        tokens, smoothed(losses, half_width), color=SMOOTH, linewidth=2, label="training, smoothed"
-    )
+    steps = thin(tokens, losses, MAX_POINTS)
+    axes.plot(steps.x, steps.mean, color=RAW, linewidth=0.8, label="training, each step")
+    if steps.size > 1:
+        axes.fill_between(steps.x, steps.low, steps.high, color=RAW, linewidth=0)
+    curve = thin(tokens, smoothed(losses, half_width), MAX_POINTS)
+    axes.plot(curve.x, curve.mean, color=SMOOTH, linewidth=2, label="training, smoothed")
     tokens_seen, validations = run.series("validation_loss")
-    if validations:
+    if len(validations):
         axes.plot(
             tokens_seen,
             validations,
@@ -79,9 +99,9 @@ def _draw_loss(axes, run: Run) -> None:
 
 
 def _draw_learning_rate(axes, run: Run) -> None:
-    tokens, rates = run.series("lr")
-    axes.plot(tokens, rates, color=SMOOTH, linewidth=1.2)
-    axes.set_ylim(0, 1.15 * max(rates, default=0.0) or 1.0)
+    curve = thin(*run.series("lr"), MAX_POINTS)
+    axes.plot(curve.x, curve.mean, color=SMOOTH, linewidth=1.2)
+    axes.set_ylim(0, 1.15 * max(curve.high, default=0.0) or 1.0)
     axes.set_ylabel("learning rate")
     axes.set_xlabel("tokens")
     axes.xaxis.set_major_formatter(lambda value, _: format_tokens(value))
@@ -97,11 +117,10 @@ def _tidy(axes) -> None:
 
 
 def _subtitle(run: Run) -> str:
-    _, validations = run.series("validation_loss")
-    tokens = run.rows[-1].get("tokens")
+    tokens, validation = run.last("tokens"), run.last("validation_loss")
     parts = [f"{format_tokens(tokens)} tokens"] if tokens is not None else []
-    if validations:
-        parts.append(f"validation loss {validations[-1]:.3f}")
+    if validation is not None:
+        parts.append(f"validation loss {validation:.3f}")
     return " · ".join(parts)
 
 

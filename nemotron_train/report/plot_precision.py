@@ -19,7 +19,7 @@ from nemotron_train.report.precision_records import (
     layer_of,
     telemetry_records,
 )
-from nemotron_train.report.read import read_run
+from nemotron_train.report.read import Run, read_run
 
 PANELS = {
     "fprop_activation": "activation in fprop",
@@ -35,11 +35,10 @@ MEASURES = {  # name -> title, factor, range of the colours, colours (dark is ba
 MAX_ROWS_WITH_NUMBERS = 24
 
 
-def plot_precision(run_folder: Path) -> Path | None:
-    """Writes and returns `run_folder`/precision.png; None where the run has no telemetry.
-
-    Raises ConfigError when the folder holds no run."""
-    run = read_run(run_folder)
+def plot_precision(run_folder: Path, run: Run | None = None) -> Path | None:
+    """Writes and returns `run_folder`/precision.png; None where the run has no telemetry. `run`:
+    the folder's, if it was read already. Raises ConfigError when the folder holds no run."""
+    run = run or read_run(run_folder)
     records = telemetry_records(run)
     if not records:
         return None

@@ -43,9 +43,9 @@ class TelemetryRecord:
 def telemetry_records(run: Run) -> list[TelemetryRecord]:
     """By ascending step; empty where telemetry was off, or found nothing quantized."""
     return [
-        TelemetryRecord(row["step"], row.get("tokens", 0), row["precision_telemetry"])
-        for row in run.rows
-        if row.get("precision_telemetry")
+        TelemetryRecord(event["step"], event.get("tokens", 0), event["precision_telemetry"])
+        for event in sorted(run.events, key=lambda event: event["step"])
+        if event.get("precision_telemetry")
     ]
 
 

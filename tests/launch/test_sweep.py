@@ -11,7 +11,8 @@ from nemotron_train.cli import main
 from nemotron_train.compose import compose_config, recipes_folder
 from nemotron_train.config.schema import ConfigError
 from nemotron_train.launch.sweep import is_finished, plan_sweep
-from nemotron_train.report.gap import gaps, read_sweep
+from nemotron_train.report.gap import gaps
+from nemotron_train.report.pairs import read_sweep
 
 Small = tuple[Path, list[str]]
 
@@ -107,12 +108,13 @@ def test_runs_what_is_missing_and_keeps_failures(
     assert main(good) == 0
     names = ["bf16-seed1", "nvfp4_all-seed1"]
     assert all(is_finished(runs / name) for name in names)
-    baseline, groups = read_sweep(runs)
-    found = {gap.group: gap for gap in gaps(baseline, groups)}
+    [comparison] = read_sweep(runs)
+    found = {gap.group: gap for gap in gaps(comparison)}
     assert found["bf16"].validation == [0.0]
     assert 0 < abs(found["nvfp4_all"].validation[0]) < 0.1
     assert (runs / "gap.md").read_text().startswith("| runs |")
     assert (runs / "gap.png").read_bytes().startswith(b"\x89PNG")
+    assert "nvfp4_all-seed1" in (runs / "report.html").read_text()
 
     before = [(runs / name / "metrics.jsonl").stat().st_mtime_ns for name in names]
     assert main(good) == 0

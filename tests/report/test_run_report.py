@@ -11,9 +11,11 @@ from rich.console import Console
 
 from nemotron_train.cli import main
 from nemotron_train.config.schema import ConfigError
-from nemotron_train.report.plot import format_tokens, plot_loss, smoothed
-from nemotron_train.report.read import parse_rows, read_run
+from nemotron_train.report.columns import parse_rows
+from nemotron_train.report.plot import format_tokens, plot_loss
+from nemotron_train.report.read import label_runs, read_run
 from nemotron_train.report.table import print_runs, summarize
+from nemotron_train.report.thin import smoothed
 
 
 def make_run(folder: Path, num_steps: int = 60, **summary: float) -> Path:
@@ -47,7 +49,8 @@ def test_rows_survive_what_a_crash_leaves(tmp_path: Path) -> None:
     (folder / "metrics.jsonl").write_text(text)
     (folder / "summary.json").write_text("{ torn")
     assert read_run(folder).summary == {}
-    assert read_run(folder).series("loss", along="step") == ([1, 2], [9.0, 1.0])
+    steps, losses = read_run(folder).series("loss", along="step")
+    assert (steps.tolist(), losses.tolist()) == ([1, 2], [9.0, 1.0])
 
 
 def test_what_is_no_run_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -85,12 +88,13 @@ def test_table(tmp_path: Path) -> None:
     run = read_run(make_run(tmp_path / "a", unigram_entropy=6.25))
     loss = sum(3 + 5 / step for step in range(41, 61)) / 20
     assert summarize(run) == [
-        "a", "60", "122,880", f"{loss:.4f}", f"{3.1 + 5 / 60:.4f}", "6.2500", "1,030",
+        "a", "60", "122,880", f"{loss:.4f}", f"{3.1 + 5 / 60:.4f}", "6.2500", "1,030", "-", "going",
     ]  # fmt: skip
     bare = read_run(make_run(tmp_path / "b", num_steps=3))
     assert summarize(bare)[4:6] == ["-", "-"]
     console = Console(width=110, record=True)
-    print_runs([tmp_path / "a", tmp_path / "b"], console)
+    runs = [read_run(tmp_path / "a"), read_run(tmp_path / "b")]
+    print_runs(label_runs(runs), runs, console)
     text = console.export_text()
     assert "unigram entropy" in text and "122,880" in text
 
@@ -105,7 +109,7 @@ def test_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         colours = {colour for _, colour in image.convert("RGB").getcolors(maxcolors=1 << 20) or []}
     assert {(0x08, 0x51, 0x9C), (0xD9, 0x48, 0x01), (0x63, 0x63, 0x63)} <= colours
     names = {path.name for path in folder.iterdir()}
-    assert names == {"metrics.jsonl", "summary.json", "loss.png"}
+    assert names == {"metrics.jsonl", "summary.json", "loss.png", "report.html"}
 
 
 def test_picture_of_a_single_step(tmp_path: Path) -> None:

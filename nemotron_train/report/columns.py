@@ -1,0 +1,166 @@
+"""metrics.jsonl as columns: an array a number, whatever a crash left in the file. No torch.
+
+Owns: telling lines of steps from events (lines with a `kind`), the fast way (Arrow's JSON reader)
+and the slow one that defines the result and takes over where a line is torn or strange. Does not
+own: the other files of a run folder (`read`), what is made of the numbers.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+SMALL_BYTES = 1_000_000  # below, importing Arrow takes longer than reading without it
+_BLOCK_BYTES = 1 << 20  # Arrow reads blocks side by side; a line is never as long as that
+
+
+@dataclass(frozen=True)
+class Columns:
+    """numbers: name -> float64 [steps], NaN where a line lacks it; `step` ascends without gaps of
+    order. lists: name -> (rows, values) of the lines that have one, such as `expert_load/LAYER`.
+    events: the lines with a `kind`, as they stand."""
+
+    numbers: dict[str, np.ndarray]
+    lists: dict[str, tuple[list[int], list[list[float]]]]
+    events: list[dict[str, Any]]
+
+
+def parse_columns(content: bytes) -> Columns:
+    """The columns of a whole file. A torn line is left out; of a step that was logged twice the
+    later values hold."""
+    content = content[: content.rfind(b"\n") + 1] if not _ends_whole(content) else content
+    steps, events = _without_events(content)
+    found = _fast(steps) if len(steps) > SMALL_BYTES else None
+    numbers, lists = found or _slow(steps)
+    return Columns(numbers, lists, events)
+
+
+def parse_rows(text: str) -> list[dict[str, Any]]:
+    """The objects of a metrics.jsonl, by ascending step. A torn line is left out; of a step that
+    was logged twice the later values hold."""
+    rows: dict[int, dict[str, Any]] = {}
+    for line in text.splitlines():
+        row = _object(line)
+        if row is not None:
+            rows[row["step"]] = rows.get(row["step"], {}) | row
+    return [rows[step] for step in sorted(rows)]
+
+
+def _object(line: str) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    is_row = isinstance(row, dict) and type(row.get("step")) is int
+    return row if is_row else None
+
+
+def _ends_whole(content: bytes) -> bool:
+    """Whether the last line is whole: a run that is going may be in the middle of one."""
+    last = content[content.rfind(b"\n") + 1 :]
+    return not last.strip() or _object(last.decode("utf-8", "replace")) is not None
+
+
+def _without_events(content: bytes) -> tuple[bytes, list[dict[str, Any]]]:
+    """The file without its events, and these: they are few, long, and of another shape."""
+    kept, events, start = [], [], 0
+    at = content.find(b'"kind"')
+    while at >= 0:
+        begin = content.rfind(b"\n", 0, at) + 1
+        end = content.find(b"\n", at)
+        end = len(content) if end < 0 else end + 1
+        row = _object(content[begin:end].decode("utf-8", "replace"))
+        if row is None or "kind" in row:
+            kept.append(content[start:begin])
+            events += [row] if row is not None else []
+            start = end
+        at = content.find(b'"kind"', end)
+    kept.append(content[start:])
+    return b"".join(kept), events
+
+
+def _slow(content: bytes) -> tuple[dict[str, np.ndarray], dict[str, tuple[list[int], list]]]:
+    rows = parse_rows(content.decode("utf-8", "replace"))
+    numbers: dict[str, np.ndarray] = {}
+    lists: dict[str, tuple[list[int], list]] = {}
+    for index, row in enumerate(rows):
+        for name, value in row.items():
+            if _is_number(value):
+                if name not in numbers:
+                    numbers[name] = np.full(len(rows), np.nan)
+                numbers[name][index] = value
+            elif isinstance(value, list) and value and all(_is_number(entry) for entry in value):
+                places, values = lists.setdefault(name, ([], []))
+                places.append(index)
+                values.append(value)
+    return numbers, lists
+
+
+def _is_number(value: Any) -> bool:
+    # An integer of hundreds of digits is JSON, and no float64.
+    if type(value) is int:
+        return abs(value) < 2**1023
+    return type(value) is float and math.isfinite(value)
+
+
+def _fast(content: bytes) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
+    """The same by Arrow; None where it meets what only the slow way can judge."""
+    import pyarrow
+    import pyarrow.compute
+    import pyarrow.json
+
+    try:
+        table = pyarrow.json.read_json(
+            pyarrow.BufferReader(content),
+            read_options=pyarrow.json.ReadOptions(block_size=_BLOCK_BYTES),
+        )
+        names, types = table.column_names, table.schema.types
+    except (pyarrow.ArrowException, UnicodeDecodeError):
+        return None
+    if len(set(names)) < len(names):
+        return None
+    numbers, lists = {}, {}
+    for name, kind, column in zip(names, types, table.columns, strict=True):
+        if pyarrow.types.is_floating(kind) or pyarrow.types.is_integer(kind):
+            chunks = [_float64(chunk) for chunk in column.chunks]
+            values = np.concatenate(chunks) if chunks else np.empty(0)
+            values[~np.isfinite(values)] = np.nan
+            if not np.isnan(values).all():
+                numbers[name] = values
+        elif pyarrow.types.is_list(kind) and (
+            pyarrow.types.is_floating(kind.value_type) or pyarrow.types.is_integer(kind.value_type)
+        ):
+            rows = np.flatnonzero(~np.asarray(column.is_null())).tolist()
+            found = [(row, column[row].as_py()) for row in rows]
+            found = [(row, value) for row, value in found if value and None not in value]
+            if found:
+                lists[name] = ([row for row, _ in found], [value for _, value in found])
+    steps = numbers.get("step")
+    if steps is None or not (steps == np.floor(steps)).all() or not (np.diff(steps) > 0).all():
+        return None
+    return numbers, lists
+
+
+def _float64(chunk: Any) -> np.ndarray:
+    import pyarrow
+    import pyarrow.compute
+
+    return pyarrow.compute.fill_null(chunk.cast(pyarrow.float64(), safe=False), np.nan).to_numpy(
+        zero_copy_only=False
+    )
+
+
+def finite(*arrays: np.ndarray) -> tuple[np.ndarray, ...]:
+    """The arrays where all of them are finite."""
+    keep = np.logical_and.reduce([np.isfinite(array) for array in arrays])
+    return tuple(array[keep] for array in arrays)
+
+
+def last_of(values: Sequence[float] | np.ndarray) -> float | None:
+    """The last finite value; None without one."""
+    array = np.asarray(values, dtype=np.float64)
+    array = array[np.isfinite(array)]
+    return float(array[-1]) if len(array) else None
