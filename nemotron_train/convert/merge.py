@@ -99,6 +99,8 @@ def _write(
         writer.write(name, _mean(readers, weights, name))
     writer.finish()
     for name in FROM_LAST:
+        if name == saved.DATA and not saved.has_data(last):
+            continue
         shutil.copyfile(last / name, partial / name)
     about: dict[str, Any] = json.loads((last / saved.ABOUT).read_text())
     parts = [[str(reader.folder), w] for reader, w in zip(readers, weights, strict=True)]

@@ -16,7 +16,14 @@ from nemotron_train.train.integrity import MANIFEST, damage, step_folder, steps_
 from nemotron_train.train.knobs import changed_knobs
 from nemotron_train.train.lineage import brief, parse_branch
 from nemotron_train.train.run_folder import read_config, read_json, run_path
-from nemotron_train.train.saved import check_data, check_model, plan_of, progress_of
+from nemotron_train.train.saved import (
+    check_data,
+    check_model,
+    has_data,
+    has_optimizer,
+    plan_of,
+    progress_of,
+)
 
 
 def branch_checkpoint(branch: str) -> Path:
@@ -54,13 +61,13 @@ def check_branch(config: Config, train_data: BatchSource) -> dict[str, Any] | No
     check_model(checkpoint, config.model)
     parent = read_config(run, step)
     sharded, was_sharded = (c.parallel.distributed_optimizer for c in (config, parent))
-    if sharded != was_sharded:
+    if sharded != was_sharded and has_optimizer(checkpoint):
         raise ConfigError(
             f"parallel.distributed_optimizer={sharded}: the optimizer's state in {checkpoint} was "
             f"saved with {was_sharded} and cannot be loaded otherwise; leave it"
         )
     progress = progress_of(checkpoint)
-    if not config.fresh_data:
+    if has_data(checkpoint) and not config.fresh_data:
         check_data(checkpoint, train_data.description)
         train_data.take(progress.data, 0)
     if progress.tokens >= config.train.total_tokens:

@@ -25,6 +25,8 @@ from nemotron_train.train.run_folder import package_versions
 
 PROGRESS, PRECISION = "progress.json", "precision.json"
 ABOUT, RANDOM, DATA = "about.json", "random.json", "data.json"
+# The cursor of weights that were not trained here: whatever data comes, it begins at its start.
+NO_DATA = DataState(split="train", sequence_length=0, seed=0, fingerprint="")
 
 
 def texts_of(
@@ -82,9 +84,21 @@ def plan_of(path: Path) -> dict[str, Any]:
     return json.loads((path / PRECISION).read_text())
 
 
+def has_data(path: Path) -> bool:
+    """Whether the checkpoint in `path` was trained on data here; an imported one was not."""
+    return (path / DATA).exists()
+
+
+def tokenizer_of(path: Path) -> str:
+    """SHA-256 of the tokenizer.json trained with; "" where that is not known."""
+    return json.loads((path / DATA).read_text())["tokenizer"] if has_data(path) else ""
+
+
 def check_data(path: Path, now: Mapping[str, Any]) -> None:
     """Raises ConfigError, naming what changed, where the data up to the checkpoint in `path` is not
     what `now` (`BatchSource.description`) says."""
+    if not has_data(path):
+        return
     before = json.loads((path / DATA).read_text())
     problem = changed_data(before, now, progress_of(path).data.phase)
     if problem:
@@ -92,9 +106,10 @@ def check_data(path: Path, now: Mapping[str, Any]) -> None:
 
 
 def progress_of(path: Path) -> Progress:
-    """Where the run stood at the checkpoint in `path`."""
+    """Where the run stood at the checkpoint in `path`; `NO_DATA` for one that was imported."""
     state = json.loads((path / PROGRESS).read_text())
-    return Progress(state["step"], state["tokens"], DataState.from_dict(state["data"]))
+    data = DataState.from_dict(state["data"]) if has_data(path) else NO_DATA
+    return Progress(state["step"], state["tokens"], data)
 
 
 def check_model(path: Path, model: ModelConfig) -> None:

@@ -37,7 +37,7 @@ from nemotron_train.train.loop import Hook, Progress, fit
 from nemotron_train.train.metrics import MetricsWriter
 from nemotron_train.train.progress_bar import ProgressDisplay
 from nemotron_train.train.roll_back import GuardedStep
-from nemotron_train.train.saved import check_data, plan_of, progress_of
+from nemotron_train.train.saved import check_data, has_data, plan_of, progress_of
 from nemotron_train.train.starts import STOP_FILE
 from nemotron_train.train.step import Trainer
 from nemotron_train.train.stop import StopOnRequest
@@ -123,10 +123,9 @@ class Session:
             if not (is_branch or allowed):
                 raise ConfigError(refusal(path, before, self.plan, self.run_folder))
             self.plan_before = before
-        progress = self.checkpoints.load(path)
+        progress = self._load(path)
         if is_fresh:
             progress = replace(progress, data=self.train_data.state_at_start())
-        self.precision.weights_changed()
         self.console.print(f"{'branched' if is_branch else 'resumed'} from {path}")
         if is_branch:
             # From here on the run needs nothing of its parent, which goes on dropping checkpoints.
@@ -138,9 +137,14 @@ class Session:
         path = self.checkpoints.latest()
         if path is None:
             return None
+        return path, self._load(path)
+
+    def _load(self, path: Path) -> Progress:
         progress = self.checkpoints.load(path)
         self.precision.weights_changed()
-        return path, progress
+        if not has_data(path):
+            progress = replace(progress, data=self.train_data.state_at_start())
+        return progress
 
     def validate(self) -> list[float]:
         """Mean validation loss of the main head and of each depth; COLLECTIVE."""
