@@ -75,37 +75,32 @@ def _mamba(local: Local, path: str) -> _Layer:
 
     length = min(mamba.chunk_size, _CPU_CHUNK, local.length)
     num_chunks = ceil(local.length / length)
+    c = local.chain  # bytes an element inside the scan
+    xc, bcc, xbc = x // b * c, bc // b * c, tokens * width * b
     states = WIDE * local.rows * (num_chunks + 1) * inner * state // parallel.context
-    scores = tokens * length * groups * b
-    small = WIDE * tokens * groups + 5 * dt + 2 * dt // length + 2 * tokens * b
-    scan = 3 * x + states + 2 * bc + scores + small + 8 * tokens * length
-    # Both ends of the scan are products with the states, in the activations' dtype.
-    entering = states * b // WIDE
-    wide = local.widened(tokens * inner, tokens * groups * state, states // WIDE)
-    scan_forward = scan
-    if b < WIDE:
-        scan_forward += entering - x + wide + local.widened(tokens * inner)
+    scores = tokens * length * groups * c
+    small = WIDE * tokens * groups + 5 * dt + 2 * dt // length + 2 * tokens * c
+    scan = 2 * xc + x + states + 2 * bcc + scores + small + 8 * tokens * length
+    # Both ends of the scan are products with the states, in the scan's dtype.
+    entering = states * c // WIDE
+    scan_forward = scan + (xc if local.is_widened else 0)
     # dy and dx at the chunks, dx; the states' gradients twice; the scores'; those of B and C.
-    scan_backward = 3 * x + states + entering + 2 * scores + 5 * bc + 5 * dt
-    if b < WIDE:
-        scan_backward += entering + wide
+    scan_backward = 3 * xc + states + entering + 2 * scores + 5 * bcc + 5 * dt
+    if c < WIDE:
+        scan_forward += entering - x
+        scan_backward += entering
+    if local.is_widened:
+        scan_backward += xc  # dy
+    widen = []
+    if local.is_widened:  # what the scan keeps of the convolution; its gradient is put together
+        wide = xbc // b * c
+        widen.append(Op("widen", wide, wide, stream + x + xbc + dt, wide + xbc))
     mix = [
         Op("split", 0, 0, stream + tokens * packed * b, tokens * packed * b),
-        Op(
-            "convolution",
-            tokens * width * b,
-            tokens * width * b,
-            stream + x + tokens * width * b + dt,
-            tokens * width * b,
-        ),
-        Op("dt", dt, 2 * dt, stream + x + tokens * width * b + dt, tokens * width * b),
-        Op(
-            "scan",
-            scan,
-            scan_forward,
-            stream + 2 * x + 2 * bc + dt,
-            scan_backward,
-        ),
+        Op("convolution", 0 if local.is_widened else xbc, xbc, stream + x + xbc + dt, xbc),
+        Op("dt", dt, 2 * dt, stream + x + xbc + dt, xbc),
+        *widen,
+        Op("scan", scan, scan_forward, stream + x + xc + 2 * bcc + dt, scan_backward),
         Op(
             "gated norm",
             x + WIDE * tokens * groups,
@@ -131,16 +126,20 @@ def _attention(local: Local, path: str) -> _Layer:
     key_heads = max(1, attention.key_value_heads // parallel.tensor)
     query, key = heads * attention.head_dim, key_heads * attention.head_dim
     packed = query + 2 * key
-    q = tokens * query * b
+    c = local.chain  # bytes an element inside the core
+    q, qc = tokens * query * b, tokens * query * c
     if length <= _LONGEST_ROW:
         block = min(_ATTENTION_BLOCK, length)
-        probabilities = tokens * heads * (length + block) // 2 * b
+        probabilities = tokens * heads * (length + block) // 2 * c
         # Documents are attended one by one, so what works at a time is one of a row.
         a_block = tokens * heads * block // local.rows
-        core, working = probabilities, 3 * a_block * b + local.widened(a_block)
+        core, working = probabilities, 3 * a_block * c
+        copies = qc + 2 * tokens * key * c * local.is_widened
     else:
-        core, working = q + WIDE * tokens * heads, 0
-    a_row = (q + 2 * tokens * key * WIDE) // local.rows
+        core, working, copies, qc = q + WIDE * tokens * heads, 0, q, q
+    a_row = (qc + 2 * tokens * key * WIDE) // local.rows
+    if qc > q:  # the result's gradient widened, the query's rounded
+        a_row += (qc + q) // local.rows
     stream = local.stream
     before = [
         norm(local),
@@ -150,13 +149,13 @@ def _attention(local: Local, path: str) -> _Layer:
             (model.hidden_size, packed),
             tokens * packed * b,
         ),
-        Op("queries", q, q, stream + tokens * packed * b, tokens * packed * b),
+        Op("queries", copies, copies, stream + tokens * packed * b, tokens * packed * b),
     ]
     inside = [
         Op(
             "core attention",
             core + q,
-            core + 2 * q + working,
+            core + q + qc + working,
             stream + tokens * packed * b,
             a_row + working,
         )
@@ -235,14 +234,17 @@ def _routed(local: Local, mlp: str, sent: int) -> tuple[list[Op], int]:
     outside = local.stream + (sent or local.stream_tokens * width * b)
     arrived = local.stream_tokens * moe.experts_per_token * parallel.expert_tensor * width * b
     if not quantized:
-        widened = 2 * dw if b == 2 else 0
-        wide = local.widened(rows * width, rows * hidden, dw // b)
+        c = local.chain  # bytes an element inside
+        x, act, weights = x // b * c, act // b * c, 2 * dw // b * c
+        copies = weights * local.is_widened  # of both experts' weights, as long as the layer's
+        rounded = max(2 * dw, x) * local.is_widened
+        widened = 2 * dw if b == 2 and not local.is_widened else 0
         experts = Op(
             "experts",
-            2 * act,
-            2 * act + x + wide,
+            2 * act + copies,
+            2 * act + x + copies,
             outside + x,
-            act + 2 * dw + max(x + wide, widened),
+            act + weights + max(x, widened) + rounded,
         )
         return [Op("permute", x, x, outside, x), experts], arrived
     hadamard = b * rows * (width + hidden) * any(f is not None and f.hadamard for f in formats)

@@ -104,6 +104,16 @@ class Local:
         """FP32 copies of a BF16 product's operands and result."""
         return WIDE * sum(elements) if self.machine.wide_products and self.element == 2 else 0
 
+    @property
+    def chain(self) -> int:
+        """Bytes an element inside chains of products that are widened once, at their beginning:
+        the scan, attention, experts that are not quantized (platform.bfloat16_products)."""
+        return WIDE if self.machine.wide_products else self.element
+
+    @property
+    def is_widened(self) -> bool:
+        return self.chain != self.element
+
     def copied(self, size: int) -> int:
         """What a collective copies of `size` bytes."""
         return size if self.machine.collective_copies else 0
