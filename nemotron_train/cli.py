@@ -16,6 +16,7 @@ from nemotron_train.check.commands import CHECK_VERBS
 from nemotron_train.compose import compose_config, nearest, parse_overrides, to_typed
 from nemotron_train.config.schema import Config, ConfigError
 from nemotron_train.convert.commands import CONVERT_VERBS
+from nemotron_train.evaluate.commands import EVALUATE_VERBS
 from nemotron_train.generate.commands import GENERATE_VERBS
 from nemotron_train.launch.slurm_commands import SLURM_VERBS
 from nemotron_train.report.commands import REPORT_VERBS
@@ -224,7 +225,7 @@ Examples:
 }
 
 
-VERBS |= REPORT_VERBS | CHECK_VERBS | CONVERT_VERBS | GENERATE_VERBS | SLURM_VERBS
+VERBS |= REPORT_VERBS | CHECK_VERBS | CONVERT_VERBS | EVALUATE_VERBS | GENERATE_VERBS | SLURM_VERBS
 
 
 class _Parser(argparse.ArgumentParser):

@@ -21,6 +21,7 @@ PACKAGE = ROOT / "nemotron_train"
 LAYERS = [
     ("entry", ["__main__", "cli"]),
     ("composition", ["verbs", "recipe_files"]),
+    ("composition", ["evaluate", "evaluate.*"]),
     ("composition", ["run", "compose", "data.commands", "report.*", "launch.*", "generate.*"]),
     ("composition", ["check", "check.*", "convert.*"]),
     ("session", ["train.session"]),
@@ -56,7 +57,7 @@ KNOW_MEGATRON += ["train.random_states"]
 OWN_CUDA = ["platform.device", "platform.megatron_cpu"]
 # What the core must do without; run.py composes, cli.py calls.
 AROUND_THE_CORE = ["report.*", "launch.*", "generate.*", "posttrain.*", "convert.*"]
-AROUND_THE_CORE += ["check.*"]
+AROUND_THE_CORE += ["check.*", "evaluate.*"]
 
 # Modules that load no torch, with all that they import.
 NO_TORCH = ["", "cli", "compose", "config.*", "model.shape", "precision.plan", "precision.rules"]
@@ -67,6 +68,7 @@ NO_TORCH += ["verbs", "check.commands", "check.launch", "check.compare", "check.
 NO_TORCH += ["recipe_files"]
 NO_TORCH += ["check.parallel", "check.resume"]
 NO_TORCH += ["check.precision", "convert.commands", "convert.weights"]
+NO_TORCH += ["evaluate.commands", "evaluate.knobs"]
 NO_TORCH += ["generate.commands", "generate.knobs", "generate.text"]
 NO_TORCH += ["convert.huggingface", "convert.huggingface_fields", "convert.huggingface_config"]
 NO_TORCH += ["train.failure", "train.spikes", "train.starts", "train.watchdog"]

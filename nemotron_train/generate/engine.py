@@ -12,6 +12,7 @@ ranks.
 Shapes: B sequences, T tokens of a pass, V vocabulary.
 """
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -95,12 +96,18 @@ class Engine:
             _Batch(self, batch, sampling, knobs, on_token or (lambda sequence, token: "")).run()
         return sequences
 
-    @torch.inference_mode()
     def log_probabilities(
         self, sequences: Sequence[Sequence[int]], chunk: int = 512
     ) -> list[list[float]]:
         """The model's log-probability of every token but the first of each sequence, given those
         before it, by chunked prefill; COLLECTIVE."""
+        return [[value for value, _ in found] for found in self.scores(sequences, chunk)]
+
+    @torch.inference_mode()
+    def scores(
+        self, sequences: Sequence[Sequence[int]], chunk: int = 512
+    ) -> list[list[tuple[float, bool]]]:
+        """The same, and whether the token is the most probable one; COLLECTIVE."""
         self.model.eval()
         states, found = DecodeStates(len(sequences)), [[] for _ in sequences]
         targets = [list(tokens[1:]) for tokens in sequences]
@@ -111,9 +118,12 @@ class Engine:
                 for row, (length, count) in enumerate(zip(states.lengths, counts, strict=True))
                 for token in targets[row][length - count : length]
             ]
-            values = self.log_probabilities_of(self.model.logits(hidden), wanted)
-            for row, part in enumerate(torch.tensor(values).split(list(counts))):
-                found[row] += part.tolist()
+            logits_TV = self.model.logits(hidden)
+            values = self.log_probabilities_of(logits_TV, wanted)
+            largest = (logits_TV.argmax(1).cpu() == torch.tensor(wanted)).tolist()
+            scored = iter(zip(values, largest, strict=True))
+            for row, count in enumerate(counts):
+                found[row] += itertools.islice(scored, count)
         return found
 
     def log_probabilities_of(self, logits_TV: Tensor, tokens: Sequence[int]) -> list[float]:

@@ -1,0 +1,175 @@
+"""`evaluate harness`: our engine as a model of the LM evaluation harness (lm-eval, EleutherAI).
+
+Owns: the model class that the harness calls, the verb. Does not own: tasks, few-shot prompts,
+metrics (the harness), decoding (`generate.engine`).
+
+Task files are the harness's or the user's own, and may name Python functions: give include_path
+only folders that you trust.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from nemotron_train.config.schema import ConfigError
+from nemotron_train.data.tokenize import LoadedTokenizer
+from nemotron_train.evaluate.knobs import HarnessConfig
+from nemotron_train.generate.engine import Continuation, Engine
+from nemotron_train.generate.knobs import DecodingKnobs, Sampling
+from nemotron_train.generate.load import open_tokenizer, opened
+from nemotron_train.generate.text import GrowingText
+
+try:
+    from lm_eval.api.model import TemplateLM
+except ImportError:
+    raise ConfigError(
+        "evaluate harness: lm-eval is not installed; install the extra nemotron-train[evaluate]"
+    ) from None
+
+MAX_NEW_TOKENS = 256  # where a task names no limit
+
+
+class HarnessModel(TemplateLM):
+    """What the harness asks of a model, answered by the engine: log-likelihoods of continuations
+    and of whole texts, and generated text. Empty contexts begin after an end-of-document token."""
+
+    def __init__(self, engine: Engine, tokenizer: LoadedTokenizer, knobs: HarnessConfig) -> None:
+        super().__init__()
+        if engine.end_token is None:
+            raise ConfigError(
+                "evaluate harness: the tokenizer has no end-of-document token to begin a text with"
+            )
+        self._engine, self._loaded, self._knobs = engine, tokenizer, knobs
+        self._end_token = engine.end_token
+
+    @property
+    def eot_token_id(self) -> int:
+        return self._end_token
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
+    ) -> list[int]:
+        return self._loaded.encode(string).tolist()
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        sequences = [context + continuation for _, context, continuation in requests]
+        found = self._scores(sequences)
+        results = []
+        for (_, _, continuation), scores in zip(requests, found, strict=True):
+            own = scores[len(scores) - len(continuation) :]
+            results.append((sum(value for value, _ in own), all(is_best for _, is_best in own)))
+        return results
+
+    def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
+        sequences = [
+            [self.prefix_token_id, *self.tok_encode(text)]
+            for (text,) in (request.args for request in requests)
+        ]
+        return [sum(value for value, _ in scores) for scores in self._scores(sequences)]
+
+    def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
+        texts = []
+        for context, options in (request.args for request in requests):
+            until = options.get("until") or []
+            stops = [until] if isinstance(until, str) else list(until)
+            length = int(options.get("max_gen_toks", MAX_NEW_TOKENS))
+            temperature = (
+                float(options.get("temperature", 0.0)) if options.get("do_sample") else 0.0
+            )
+            grown = GrowingText(self._loaded, stops)
+
+            def on_token(sequence: Continuation, token: int, grown: GrowingText = grown) -> str:
+                grown.add(token)
+                return "stop" if grown.is_stopped else ""
+
+            prompt = self.tok_encode(context) or [self.prefix_token_id]
+            room = self._knobs.max_length - length
+            if self._knobs.max_length:
+                prompt = prompt[-max(room, 1) :]
+            decoding = DecodingKnobs(
+                max_new_tokens=length, prefill_chunk=self._knobs.prefill_chunk, batch=1
+            )
+            sampling = Sampling(temperature=temperature, top_p=float(options.get("top_p", 1.0)))
+            (sequence,) = self._engine.generate([prompt], sampling, decoding, on_token)
+            if sequence.ended_by != "stop":
+                grown.finish()
+            text = grown.text
+            end = self._loaded.decode([self._end_token])
+            texts.append(text.removesuffix(end) if sequence.ended_by == "end" else text)
+        return texts
+
+    def _scores(self, sequences: Sequence[list[int]]) -> list[list[tuple[float, bool]]]:
+        """(log-probability, is the most probable one) of each sequence's tokens but the first; the
+        last `max_length` tokens of a longer one alone."""
+        longest = self._knobs.max_length
+        cut = [tokens[-longest:] if longest else tokens for tokens in sequences]
+        # Sequences of similar length together: a pass is as long as its longest.
+        order = sorted(range(len(cut)), key=lambda number: len(cut[number]))
+        found: list[list[tuple[float, bool]]] = [[] for _ in cut]
+        for start in range(0, len(order), self._knobs.batch):
+            part = order[start : start + self._knobs.batch]
+            scores = self._engine.scores([cut[i] for i in part], self._knobs.prefill_chunk)
+            for number, values in zip(part, scores, strict=True):
+                found[number] = values
+        return found
+
+
+def evaluate_harness(run: str, knobs: HarnessConfig) -> dict[str, Any]:
+    """Run the tasks on the checkpoint `run`; prints and returns the harness's results. Raises
+    ConfigError for a task that is not there and for knobs out of range."""
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    for name in ("limit", "max_length"):
+        if getattr(knobs, name) < 0:
+            raise ConfigError(f"{name}={getattr(knobs, name)}: give 0 (all) or a number above")
+    for name in ("batch", "prefill_chunk"):
+        if getattr(knobs, name) < 1:
+            raise ConfigError(f"{name}={getattr(knobs, name)}: give 1 or more")
+    if knobs.include_path and not Path(knobs.include_path).is_dir():
+        raise ConfigError(f"include_path={knobs.include_path}: no such folder")
+    manager = TaskManager(include_path=knobs.include_path or None)
+    missing = [task for task in knobs.tasks if not manager.match_tasks([task])]
+    if missing or not knobs.tasks:
+        raise ConfigError(
+            f"tasks={','.join(missing or knobs.tasks)}: the harness has no such task; "
+            "`lm-eval ls tasks` lists its own, include_path=FOLDER adds yours"
+        )
+    console = Console(width=120)
+    with opened(run, knobs, console.print) as model:
+        console.quiet = not model.is_first_rank
+        tokenizer, end_token = open_tokenizer(model, knobs)
+        engine = Engine(model.model, end_token, model.platform.device)
+        results: Any = simple_evaluate(
+            HarnessModel(engine, tokenizer, knobs),
+            tasks=list(knobs.tasks),
+            task_manager=manager,
+            num_fewshot=knobs.num_fewshot if knobs.num_fewshot >= 0 else None,
+            limit=knobs.limit or None,
+            log_samples=False,
+        )
+        console.print(f"{model.checkpoint}", highlight=False)
+        console.print(_table(results["results"]))
+        if knobs.output and model.is_first_rank:
+            text = json.dumps({"checkpoint": str(model.checkpoint)} | dict(results), default=str)
+            Path(knobs.output).write_text(text + "\n")
+            console.print(f"wrote {knobs.output}", highlight=False)
+    return results["results"]
+
+
+def _table(results: dict[str, dict[str, Any]]) -> Table:
+    table = Table("task", "metric", "value", "standard error")
+    for task, metrics in results.items():
+        for name, value in metrics.items():
+            metric, _, filtered = name.partition(",")
+            error = metrics.get(f"{metric}_stderr,{filtered}")
+            if isinstance(value, float) and not metric.endswith("_stderr"):
+                shown = f"{error:.4f}" if isinstance(error, float) else "-"
+                table.add_row(task, metric, f"{value:.4f}", shown)
+    return table
