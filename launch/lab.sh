@@ -131,6 +131,7 @@ stop() {
 case ${1-} in
     start) start ;;
     stop) stop ;;
-    node) start_node "$2" ;; # one node again, after it was killed
-    *) echo "usage: launch/lab.sh start|stop|node NAME" >&2 && exit 2 ;;
+    node) start_node "$2" ;;    # one node again, after it was killed
+    controller) slurmctld ;;    # the same
+    *) echo "usage: launch/lab.sh start|stop|node NAME|controller" >&2 && exit 2 ;;
 esac

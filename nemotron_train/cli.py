@@ -19,6 +19,7 @@ from nemotron_train.convert.commands import CONVERT_VERBS
 from nemotron_train.evaluate.commands import EVALUATE_VERBS
 from nemotron_train.generate.commands import GENERATE_VERBS
 from nemotron_train.launch.slurm_commands import SLURM_VERBS
+from nemotron_train.launch.sweep_commands import SWEEP_VERBS
 from nemotron_train.report.commands import REPORT_VERBS
 from nemotron_train.verbs import OVERRIDES_HELP, Verb, open_console, run_arguments
 
@@ -69,25 +70,6 @@ def run_data_inspect(arguments: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
-def run_sweep(arguments: argparse.Namespace) -> int:
-    from nemotron_train.launch.sweep import is_finished, plan_sweep, run_sweep
-    from nemotron_train.report.write import report
-
-    sweep, console = plan_sweep(arguments.overrides), open_console()
-    if arguments.dry_run:
-        for cell in sweep.cells:
-            console.print(" ".join(cell.overrides), highlight=False, soft_wrap=True)
-        return EXIT_DONE
-    failed = run_sweep(sweep, console)
-    reference = [cell for cell in sweep.cells if cell.group == sweep.baseline]
-    if any(is_finished(sweep.folder / cell.name) for cell in reference):
-        for path in report([sweep.folder], None, console):
-            console.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
-    if failed:
-        console.print(f"failed: {', '.join(failed)}; the same command tries again", soft_wrap=True)
-    return EXIT_FAILED if failed else EXIT_DONE
-
-
 def run_propose(arguments: argparse.Namespace) -> int:
     from nemotron_train.report.propose import ProposeConfig, propose
 
@@ -125,11 +107,6 @@ def _prepare_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", type=Path, metavar="PATH", help="a folder of prepared data")
-
-
-def _sweep_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("overrides", nargs="+", metavar="KNOB=VALUE")
-    parser.add_argument("--dry-run", action="store_true", help="print the cells, run nothing")
 
 
 def _propose_arguments(parser: argparse.ArgumentParser) -> None:
@@ -188,25 +165,6 @@ The same command again continues where it stopped.
         _inspect_arguments,
         "Example:\n  nemotron-train data inspect data/mine\n",
     ),
-    "sweep": Verb(
-        "a grid of runs (precision x seed x size) on this machine, and their loss gaps",
-        run_sweep,
-        _sweep_arguments,
-        """\
-Overrides are those of pretrain, with several values where a grid is wanted (Hydra's multirun
-grammar). Knobs of the sweep itself:
-  sweep=RECIPE                   a file under recipes/sweep/
-  name=NAME                      run folders lie in runs/NAME/ (default: the recipe's name)
-  at_once=N                      runs at a time; the cores are divided among them (default 1)
-  baseline=GROUP                 what the others are compared with
-
-Examples:
-  nemotron-train sweep sweep=loss_gap at_once=2
-  nemotron-train sweep precision=bf16,nvfp4_all train.seed=1,2,3 name=mine
-
-The same command again runs what is not finished yet.
-""",
-    ),
     "precision propose": Verb(
         "what to keep above NVFP4 under a budget of FLOPs, from a run's telemetry, as a plan",
         run_propose,
@@ -225,7 +183,8 @@ Examples:
 }
 
 
-VERBS |= REPORT_VERBS | CHECK_VERBS | CONVERT_VERBS | EVALUATE_VERBS | GENERATE_VERBS | SLURM_VERBS
+VERBS |= SWEEP_VERBS | REPORT_VERBS | CHECK_VERBS | CONVERT_VERBS | EVALUATE_VERBS
+VERBS |= GENERATE_VERBS | SLURM_VERBS
 
 
 class _Parser(argparse.ArgumentParser):

@@ -77,7 +77,7 @@ starts_at() {
 
 # The end of this start: $1 the job's exit code, $2 why. The rest of the chain is called off.
 stop_chain() {
-    note end "$SLURM_JOB_ID" "$start" "$(newest_step)" "$1" "stop: $2"
+    note end "$job" "$start" "$(newest_step)" "$1" "stop: $2"
     echo "nemotron-train: $run_folder: $2"
     cancel_links
     exit "$1"
@@ -93,21 +93,34 @@ cancel_links() {
     done <"$run_folder/slurm/links"
 }
 
+# A controller that restarts does not answer for a while; what one refuses that answers is final.
+requeue_job() {
+    local tried answered
+    for ((tried = 0; tried < 40; tried++)); do
+        answered=$(scontrol ping 2>&1) || true
+        if scontrol requeue "$job"; then return 0; fi
+        [[ $answered != *" is UP"* && -z $ended_by_slurm ]] || return 1
+        echo "nemotron-train: the controller does not answer: $job is not requeued yet"
+        sleep 15
+    done
+    return 1
+}
+
 # What follows a start that did not finish the run.
 go_on() {
     [[ ! -e $run_folder/STOP ]] || stop_chain "$1" "asked to stop by $run_folder/STOP"
     if ((chain_links > 1)); then
-        note end "$SLURM_JOB_ID" "$start" "$(newest_step)" "$1" "next link"
+        note end "$job" "$start" "$(newest_step)" "$1" "next link"
     elif [[ $requeue == true && -z $ended_by_slurm ]]; then
-        note end "$SLURM_JOB_ID" "$start" "$(newest_step)" "$1" requeue
-        if scontrol requeue "$SLURM_JOB_ID"; then # Slurm ends this script
+        note end "$job" "$start" "$(newest_step)" "$1" requeue
+        if requeue_job; then # Slurm ends this script
             for ((waited = 0; waited < 60; waited++)); do
                 [[ -z $ended_by_slurm ]] || break
                 sleep 1
             done
         fi
     else
-        note end "$SLURM_JOB_ID" "$start" "$(newest_step)" "$1" -
+        note end "$job" "$start" "$(newest_step)" "$1" -
     fi
     exit "$1"
 }
@@ -117,6 +130,9 @@ cd "$workdir"
 mkdir -p "$run_folder/slurm" "$run_folder/ranks"
 chain_log=$run_folder/slurm/chain.log
 start=${SLURM_RESTART_COUNT:-0}
+job=$SLURM_JOB_ID
+# The last task of an array has the array's own number, by which the whole array would be requeued.
+[[ -z ${SLURM_ARRAY_TASK_ID-} ]] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
 ended=$run_folder/slurm/ended.$SLURM_JOB_ID.$start
 first_step=$(newest_step)
 asked= ended_by_slurm= interrupted=
@@ -125,7 +141,7 @@ if (($(starts_at "$first_step") >= 3)); then
     stop_chain 4 "three starts in a row got no further than step $first_step: read ranks/*.log; \
 to try again all the same, delete $chain_log"
 fi
-note begin "$SLURM_JOB_ID" "$start" "$first_step" "$SLURM_JOB_NODELIST"
+note begin "$job" "$start" "$first_step" "$SLURM_JOB_NODELIST"
 
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 export MASTER_ADDR=${hosts[0]} MASTER_PORT=$((20000 + SLURM_JOB_ID % 12000))
@@ -162,7 +178,7 @@ trap 'asked=1 interrupted=1; [[ -z ${srun_pid-} ]] || kill -USR1 "$srun_pid" || 
 # Cancelled, out of time or preempted: whether the job starts again is Slurm's decision.
 trap 'ended_by_slurm=1 interrupted=1' TERM
 
-echo "job $SLURM_JOB_ID start $start: $SLURM_NNODES node(s) $SLURM_JOB_NODELIST, from step" \
+echo "job $job start $start: $SLURM_NNODES node(s) $SLURM_JOB_NODELIST, from step" \
     "$first_step, $MASTER_ADDR:$MASTER_PORT; logs: $run_folder/ranks"
 srun "${srun_options[@]}" bash -c "$program"$'\n'"$entry"$' "$@"' rank "${command[@]}" &
 srun_pid=$!

@@ -1,1 +1,1 @@
-"""Several processes from one command: sweeps on this machine."""
+"""Runs that are started for the user: sweeps here or on a cluster, multi-node jobs."""

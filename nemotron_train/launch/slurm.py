@@ -1,8 +1,9 @@
 """A multi-node training job: the script from `slurm/job.sh`, and its submission. No torch.
 
-Owns: which `#SBATCH` lines and settings a job gets, quoting, `sbatch`. Does not own: what a script
-does (`slurm/job.sh`, the same text for every job), whether the run fits (`launch.slurm_checks`),
-the cluster's knobs (`config.cluster`).
+Owns: which `#SBATCH` lines and settings a script gets, quoting, `sbatch`. Does not own: what a
+script does (`slurm/*.sh`, the same text for every job), whether the run fits
+(`launch.slurm_checks`), the cluster's knobs (`config.cluster`), which cells an array has
+(`launch.sweep_slurm`).
 
 No user text reaches a shell unquoted: `#SBATCH` lines hold only words that `config.cluster` has
 matched whole, settings are quoted by `shlex`, and line breaks are refused. No secret reaches the
@@ -63,22 +64,47 @@ def plan_job(overrides: Sequence[str], config_file: Path | None = None) -> Job:
     """The job that `cluster=`, `cluster.KNOB=`, `nodes=` and a run's overrides ask for, composed
     and derived on all of its ranks. Raises ConfigError."""
     parsed = parse_overrides(overrides)
-    own = [o for o in parsed if re.fullmatch(r"nodes|cluster(\..*)?", o.key_or_group)]
-    given = [text for text, o in zip(overrides, parsed, strict=True) if o not in own]
-    for text in given:
-        _refuse_secret(text)
-        refuse_control_characters("an override", text)
-    cluster = _compose_cluster(own)
-    nodes = next((o.value() for o in reversed(own) if o.key_or_group == "nodes"), 1)
+    own = [o.input_line for o in parsed if is_job_knob(o.key_or_group)]
+    given = [o.input_line for o in parsed if not is_job_knob(o.key_or_group)]
+    refuse_unsafe(given)
+    cluster, nodes = cluster_asked(own)
+    config = compose_config(given, config_file)
+    words = [*(["--config", str(config_file)] if config_file else []), *given]
+    return job_of(config, cluster, nodes, words)
+
+
+def is_job_knob(knob: str) -> bool:
+    """Whether a knob is the job's rather than the run's."""
+    return re.fullmatch(r"nodes|cluster(\..*)?", knob) is not None
+
+
+def refuse_unsafe(words: Sequence[str]) -> None:
+    """Raises ConfigError for overrides that hold a line break or what looks like a secret."""
+    for word in words:
+        _refuse_secret(word)
+        refuse_control_characters("an override", word)
+
+
+def cluster_asked(words: Sequence[str]) -> tuple[ClusterConfig, int]:
+    """The cluster and the number of nodes that `cluster=`, `cluster.KNOB=` and `nodes=` ask for.
+    Raises ConfigError."""
+    parsed = parse_overrides(words)
+    cluster = _compose_cluster([o for o in parsed if o.key_or_group != "nodes"])
+    nodes = next((o.value() for o in reversed(parsed) if o.key_or_group == "nodes"), 1)
     if not isinstance(nodes, int) or isinstance(nodes, bool) or nodes < 1:
         raise ConfigError(f"nodes={nodes}: give the number of nodes, 1 or more")
     _check_segments(cluster, nodes)
-    config = compose_config(given, config_file)
+    return cluster, nodes
+
+
+def job_of(config: Config, cluster: ClusterConfig, nodes: int, words: list[str]) -> Job:
+    """The job of a run that is composed already; `words` follow `nemotron-train pretrain`. Raises
+    ConfigError where the layout does not divide its ranks, or for a folder that sbatch would
+    misread."""
     check_nodes(config, cluster, nodes)
     derived = derive(config, nodes * cluster.ranks_per_node)
-    words = [*(["--config", str(config_file)] if config_file else []), *given]
     job = Job(config, derived, cluster, nodes, words, Path.cwd())
-    for knob, text in (("--config", str(config_file)), ("the folder", str(job.workdir))):
+    for knob, text in (("--config", " ".join(words)), ("the folder", str(job.workdir))):
         refuse_control_characters(knob, text)
     refuse_control_characters("folder", str(job.run_folder))
     if re.search(r"[%\\]", f"{job.workdir}{job.run_folder}"):
@@ -91,40 +117,78 @@ def plan_job(overrides: Sequence[str], config_file: Path | None = None) -> Job:
 
 def render(job: Job) -> str:
     """The whole job script."""
-    text = (templates_folder() / "job.sh").read_text(encoding="utf-8")
+    options = [f"--job-name={job.config.name}", "--output=slurm-%x-%j.log", *_options(job)]
+    # One start of a run at a time, in the order of submission, however the one before ended.
+    return fill("job.sh", [*options, "--dependency=singleton"], _settings(job))
+
+
+def render_array(name: str, folder: Path, cells: Sequence[str], job: Job) -> str:
+    """The script of an array whose task N runs cell N of the sweep in `folder`; `job` is any
+    cell's."""
+    options = [f"--job-name={name}", "--output=slurm-%x-%A_%a.log", *_options(job)]
+    settings = [
+        f"workdir={shlex.quote(str(job.workdir))}",
+        f"sweep_folder={shlex.quote(str(folder))}",
+        *("cells=(", *(f"    {shlex.quote(cell)}" for cell in cells), ")"),
+    ]
+    return fill("array.sh", options, settings)
+
+
+def fill(template: str, options: Sequence[str], settings: Sequence[str]) -> str:
+    """A script of `slurm/`: its `#SBATCH` lines and its settings put where it has marks for them.
+    Neither is quoted here."""
+    text = (templates_folder() / template).read_text(encoding="utf-8")
     before, mark, after = text.partition("# @SBATCH@\n")
     middle, second_mark, end = after.partition("# @SETTINGS@\n")
-    assert mark and second_mark, "job.sh has both marks"
-    lines = [*(f"#SBATCH {option}" for option in _options(job)), ""]
-    return before + "\n".join(lines) + middle + "\n".join([*_settings(job), ""]) + end
+    assert mark and second_mark, "the script has both marks"
+    lines = [*(f"#SBATCH {option}" for option in options), ""]
+    return before + "\n".join(lines) + middle + "\n".join([*settings, ""]) + end
 
 
-def submit(job: Job, console: Any) -> list[str]:
-    """Write the script into the run folder and hand it to `sbatch`, once a link; the jobs' numbers.
-    Raises ConfigError with Slurm's own words where it refuses."""
+def need_sbatch() -> None:
+    """Raises ConfigError where there is no Slurm, before anything is written."""
     if shutil.which("sbatch") is None:
         raise ConfigError(
             "sbatch is not on this machine's PATH: submit from a login node of the cluster, or "
             "print the script with --dry-run"
         )
+
+
+def sbatch(job: Job, script: Path, log: str, *options: str) -> str:
+    """Hand a script to Slurm; the job's number. `log` is the name of its output in the script's
+    folder. Raises ConfigError with Slurm's own words where it refuses."""
+    output = script.parent.resolve() / log
+    command = ["sbatch", "--parsable", f"--chdir={job.workdir}", f"--output={output}"]
+    done = subprocess.run([*command, *options, str(script)], capture_output=True, text=True)
+    if done.returncode != 0:
+        said = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
+        raise ConfigError(f"cluster={job.cluster.name}: sbatch refused the job: {said}")
+    return done.stdout.strip().partition(";")[0]
+
+
+def write_script(job: Job) -> Path:
+    """The job's script, into its run folder."""
     folder = job.run_folder / SLURM_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     script = folder / "job.sh"
     write_atomically(script, render(job))
-    log = folder.resolve() / "job_%j.log"
-    command = ["sbatch", "--parsable", f"--chdir={job.workdir}", f"--output={log}", str(script)]
+    return script
+
+
+def submit(job: Job, console: Any) -> list[str]:
+    """Write the script into the run folder and hand it to `sbatch`, once a link; the jobs' numbers.
+    Raises ConfigError with Slurm's own words where it refuses."""
+    need_sbatch()
+    script = write_script(job)
     numbers: list[str] = []
     for _ in range(job.cluster.chain_links):
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode != 0:
-            said = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
+        try:
+            numbers.append(sbatch(job, script, "job_%j.log"))
+        except ConfigError as error:
             already = f" (submitted before that: {', '.join(numbers)})" if numbers else ""
-            raise ConfigError(
-                f"cluster={job.cluster.name}: sbatch refused the job: {said}{already}"
-            )
-        numbers.append(done.stdout.strip().partition(";")[0])
+            raise ConfigError(f"{error}{already}") from None
         # The script of a finished run cancels the links that are still waiting.
-        write_atomically(folder / "links", "".join(f"{number}\n" for number in numbers))
+        write_links(job, numbers)
     links = "job" if len(numbers) == 1 else "jobs"
     console.print(
         f"submitted {links} {', '.join(numbers)}: {job.nodes} node(s) of {job.cluster.name}, "
@@ -136,21 +200,23 @@ def submit(job: Job, console: Any) -> list[str]:
     return numbers
 
 
+def write_links(job: Job, numbers: Sequence[str]) -> None:
+    """Notes which jobs are the run's."""
+    path = job.run_folder / SLURM_FOLDER / "links"
+    write_atomically(path, "".join(f"{number}\n" for number in numbers))
+
+
 def _options(job: Job) -> list[str]:
     """`sbatch`'s options; every value is a number or a word that `check_cluster` has matched."""
     cluster, minutes = job.cluster, job.cluster.time_limit_minutes
     tasks = cluster.ranks_per_node
     options = [
-        f"--job-name={job.config.name}",
-        "--output=slurm-%x-%j.log",
         "--open-mode=append",
         f"--nodes={job.nodes}",
         f"--ntasks-per-node={tasks}",
         f"--cpus-per-task={cluster.cpus_per_rank}",
         f"--time={minutes // 1440}-{minutes // 60 % 24:02}:{minutes % 60:02}:00",
         f"--signal=B:USR1@{cluster.signal_lead_seconds}",
-        # One start of a run at a time, in the order of submission, however the one before ended.
-        "--dependency=singleton",
         "--requeue" if cluster.requeue else "--no-requeue",
     ]
     options += [
@@ -252,6 +318,6 @@ def _refuse_secret(override: str) -> None:
     name, _, value = override.partition("=")
     if SECRET_NAME.search(name.rpartition(".")[2]) or SECRET_VALUE.search(value):
         raise ConfigError(
-            f"{name}: the value looks like a secret, and a job script is no place for one: export "
+            f"{name}: the value looks like a secret, and a script is no place for one: export "
             "it in your own environment, which sbatch hands on, or use ~/.netrc"
         )

@@ -14,7 +14,10 @@ from nemotron_train.config.memory import heaviest_rank, rank_memory
 from nemotron_train.config.operators import GPU
 from nemotron_train.config.schema import Config, ConfigError, DataKind
 from nemotron_train.data.manifest import FILE_NAME
-from nemotron_train.train.run_folder import refuse_another_run
+from nemotron_train.train.branch import check_parent
+from nemotron_train.train.integrity import damage, step_folder, steps_in
+from nemotron_train.train.run_folder import refuse_another_run, run_path
+from nemotron_train.train.saved import check_model
 
 _GIB = 2**30
 _MAX_TIMES_NODES = 64  # how far to look for a number of nodes that would do
@@ -85,7 +88,8 @@ def _state_bytes(config: Config, derived: Derived) -> int:
 
 def problems_here(config: Config, cluster: ClusterConfig) -> list[str]:
     """What is wrong around the job, one line each: data that is missing, a run folder that holds
-    another run. A container may see other files: there, only mounted paths are looked at."""
+    another run or a checkpoint of another model. A container may see other files: there, only
+    mounted paths are looked at."""
     found = []
     if config.data.kind == DataKind.prepared:
         sources = [source for phase in config.data.phases for source in phase.blend]
@@ -98,9 +102,32 @@ def problems_here(config: Config, cluster: ClusterConfig) -> list[str]:
                 )
     try:
         refuse_another_run(config)
+        _refuse_another_model(config)
     except ConfigError as error:
         found.append(str(error))
     return found
+
+
+def _refuse_another_model(config: Config) -> None:
+    """The newest checkpoint is what the run would go on from. One that is damaged is left to the
+    run, which reads it whole and may have an older one."""
+    folder = run_path(config) / "checkpoints"
+    for step in steps_in(folder)[-1:]:
+        checkpoint = step_folder(folder, step)
+        if damage(checkpoint, contents=False) is None:
+            check_model(checkpoint, config.model)
+
+
+def branch_problem(config: Config) -> list[str]:
+    """What keeps the run from its parent's checkpoint, so far as can be told without reading
+    tensors: no such step, another model, nothing left to train."""
+    if not config.branch:
+        return []
+    try:
+        check_parent(config, contents=False)
+    except ConfigError as error:
+        return [str(error)]
+    return []
 
 
 def _seen_from_here(path: str, cluster: ClusterConfig) -> Path | None:

@@ -12,14 +12,14 @@ _DONE = 0
 
 def run_slurm(arguments: argparse.Namespace) -> int:
     from nemotron_train.launch.slurm import plan_job, render, submit
-    from nemotron_train.launch.slurm_checks import check_memory, problems_here
+    from nemotron_train.launch.slurm_checks import branch_problem, check_memory, problems_here
     from nemotron_train.launch.sweep import is_finished
 
     job = plan_job(arguments.overrides, arguments.config)
     warning = check_memory(job.config, job.derived, job.cluster, job.nodes)
     if warning:
         print(f"nemotron-train: {warning}", file=sys.stderr)
-    problems = problems_here(job.config, job.cluster)
+    problems = problems_here(job.config, job.cluster) + branch_problem(job.config)
     if arguments.dry_run:
         for problem in problems:
             print(f"nemotron-train: would be refused here: {problem}", file=sys.stderr)

@@ -59,7 +59,7 @@ def print_status(folders: Sequence[Path], console: Any) -> None:
     table.add_column("remark", overflow="fold")  # why it waits, or how its last start ended
     queue = {queued.number: queued for queued in read_queue()}
     for run in runs:
-        jobs = [queue[number] for number in _job_numbers(run) if number in queue]
+        jobs = [queue[number] for number in job_numbers(run) if number in queue]
         for job in jobs or [None]:
             table.add_row(*_row(run, job))
     console.print(table, highlight=False)
@@ -67,7 +67,7 @@ def print_status(folders: Sequence[Path], console: Any) -> None:
 
 def read_queue() -> list[Queued]:
     """One's own jobs, pending ones included. Raises ConfigError without Slurm."""
-    command = ["squeue", "--me", "--noheader", "--all", f"--format={_FORMAT}"]
+    command = ["squeue", "--me", "--noheader", "--all", "--array", f"--format={_FORMAT}"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -90,7 +90,7 @@ def _runs(folders: Sequence[Path]) -> Iterable[Path]:
             yield from sorted(path.parent for path in folder.glob("*/slurm") if path.is_dir())
 
 
-def _job_numbers(run: Path) -> list[str]:
+def job_numbers(run: Path) -> list[str]:
     """Every job of the run, submitted here or by hand, the oldest first."""
     numbers = _read(run / "slurm/links").split()
     return list(dict.fromkeys([event[2] for event in read_chain(run)] + numbers))
@@ -100,6 +100,12 @@ def read_chain(run: Path) -> list[list[str]]:
     """The events of chain.log: time, `begin` or `end`, job, start, step, and what is left."""
     lines = _read(run / "slurm/chain.log").splitlines()
     return [parts for line in lines if len(parts := line.split("\t")) >= 6]
+
+
+def last_end(run: Path) -> str:
+    """How the run's last start ended, "" where none has: `exit 3, requeue`."""
+    ends = [event for event in read_chain(run) if event[1] == "end"]
+    return f"exit {ends[-1][5]}, {ends[-1][-1]}" if ends else ""
 
 
 def _row(run: Path, job: Queued | None) -> list[str]:
@@ -112,8 +118,7 @@ def _row(run: Path, job: Queued | None) -> list[str]:
     seconds = last.get("step_seconds")
     if total and isinstance(seconds, int | float):
         left = _duration(max(0, total - step) * seconds)
-    ends = [event for event in read_chain(run) if event[1] == "end"]
-    remark = f"exit {ends[-1][5]}, {ends[-1][-1]}" if ends else "-"
+    remark = last_end(run) or "-"
     if job and job.state == "PENDING":
         remark = job.reason.strip("()")
     return [

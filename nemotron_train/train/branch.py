@@ -26,9 +26,10 @@ from nemotron_train.train.saved import (
 )
 
 
-def branch_checkpoint(branch: str) -> Path:
+def branch_checkpoint(branch: str, *, contents: bool = True) -> Path:
     """The checkpoint that `branch` names. Raises ConfigError where there is no such run, no such
-    step (with the steps there are) or where the checkpoint is damaged."""
+    step (with the steps there are) or where the checkpoint is damaged, so far as can be told
+    without reading its tensors if not `contents`."""
     run, step = parse_branch(branch)
     if not run.is_dir():
         raise ConfigError(f"branch={branch}: no such run folder {run}")
@@ -37,7 +38,7 @@ def branch_checkpoint(branch: str) -> Path:
         there = f"it has {', '.join(map(str, steps))}" if steps else "it has none"
         raise ConfigError(f"branch={branch}: {run} has no checkpoint of step {step}; {there}")
     path = step_folder(run / "checkpoints", step)
-    problem = damage(path)
+    problem = damage(path, contents=contents)
     if problem is not None:
         raise ConfigError(f"branch={branch}: {path} is damaged: {problem}")
     return path
@@ -51,31 +52,15 @@ def check_branch(config: Config, train_data: BatchSource) -> dict[str, Any] | No
     another model, an optimizer whose state is stored in another way, other data up to here, and
     a run that would end before it begins.
     """
-    path = run_path(config)
-    run, step = parse_branch(config.branch)
-    if path.resolve() == run.resolve():
-        raise ConfigError(f"name={config.name}: is the run to branch from; give another name")
-    if steps_in(path / "checkpoints"):
+    checkpoint = check_parent(config)
+    if checkpoint is None:
         return None
-    checkpoint = branch_checkpoint(config.branch)
-    check_model(checkpoint, config.model)
+    run, step = parse_branch(config.branch)
     parent = read_config(run, step)
-    sharded, was_sharded = (c.parallel.distributed_optimizer for c in (config, parent))
-    if sharded != was_sharded and has_optimizer(checkpoint):
-        raise ConfigError(
-            f"parallel.distributed_optimizer={sharded}: the optimizer's state in {checkpoint} was "
-            f"saved with {was_sharded} and cannot be loaded otherwise; leave it"
-        )
     progress = progress_of(checkpoint)
     if has_data(checkpoint) and not config.fresh_data:
         check_data(checkpoint, train_data.description)
         train_data.take(progress.data, 0)
-    if progress.tokens >= config.train.total_tokens:
-        raise ConfigError(
-            f"branch={config.branch}: the checkpoint stands at {progress.tokens} tokens and "
-            f"train.total_tokens={config.train.total_tokens}, so nothing is left to train; branch "
-            "from an earlier step or give more tokens"
-        )
     return {
         "run": str(run),
         "step": step,
@@ -85,3 +70,31 @@ def check_branch(config: Config, train_data: BatchSource) -> dict[str, Any] | No
         "precision": {"before": brief(plan_of(checkpoint)), "after": brief(plan_record(config))},
         "changed": changed_knobs(parent, config),
     }
+
+
+def check_parent(config: Config, *, contents: bool = True) -> Path | None:
+    """The parent's checkpoint, held against `config` alone: the data is not looked at, nor, if not
+    `contents`, are tensors read. None and ConfigError as `check_branch` has them."""
+    path = run_path(config)
+    run, step = parse_branch(config.branch)
+    if path.resolve() == run.resolve():
+        raise ConfigError(f"name={config.name}: is the run to branch from; give another name")
+    if steps_in(path / "checkpoints"):
+        return None
+    checkpoint = branch_checkpoint(config.branch, contents=contents)
+    check_model(checkpoint, config.model)
+    parent = read_config(run, step)
+    sharded, was_sharded = (c.parallel.distributed_optimizer for c in (config, parent))
+    if sharded != was_sharded and has_optimizer(checkpoint):
+        raise ConfigError(
+            f"parallel.distributed_optimizer={sharded}: the optimizer's state in {checkpoint} was "
+            f"saved with {was_sharded} and cannot be loaded otherwise; leave it"
+        )
+    progress = progress_of(checkpoint)
+    if progress.tokens >= config.train.total_tokens:
+        raise ConfigError(
+            f"branch={config.branch}: the checkpoint stands at {progress.tokens} tokens and "
+            f"train.total_tokens={config.train.total_tokens}, so nothing is left to train; branch "
+            "from an earlier step or give more tokens"
+        )
+    return checkpoint

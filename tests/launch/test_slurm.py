@@ -15,8 +15,13 @@ from hypothesis import strategies as st
 from nemotron_train.cli import main
 from nemotron_train.compose import recipes_folder
 from nemotron_train.config.cluster import ClusterConfig, check_cluster
-from nemotron_train.config.schema import ConfigError
+from nemotron_train.config.schema import Config, ConfigError
+from nemotron_train.data.batches import DataState
 from nemotron_train.launch.slurm import plan_job, render, templates_folder
+from nemotron_train.train.integrity import commit, partial_folder, step_folder
+from nemotron_train.train.loop import Progress
+from nemotron_train.train.run_folder import open_run_folder
+from nemotron_train.train.saved import texts_of
 
 CLUSTERS = sorted(path.stem for path in (recipes_folder() / "cluster").glob("*.yaml"))
 BATCH = ["train.global_batch_tokens=16384", "train.validation_tokens=16384"]
@@ -205,12 +210,59 @@ def test_missing_data_and_another_run_are_refused(
     assert "--dry-run" in capsys.readouterr().err
     folder = tmp_path / "runs/job"
     folder.mkdir(parents=True)
-    from nemotron_train.train.run_folder import open_run_folder
-
     job = plan_job([*BASE, "model.hidden_size=128"])
     open_run_folder(job.config, job.derived, "").close()
     assert main(["slurm", *BASE]) == 2
     assert "model.hidden_size was 128" in capsys.readouterr().err
+
+
+def test_an_old_checkpoint_of_another_model_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the run's own folder, though its config.yaml fits, and in the run to branch from; the
+    tensors are not read. The same checkpoint of the right model is none of it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", "/nonexistent")  # the last thing that is asked for
+    for run, model in (("job", "model.moe.experts=32"), ("parent", "model.pattern=ME*E")):
+        job = plan_job([*BASE[::2], f"name={run}", model])
+        open_run_folder(job.config, job.derived, "").close()
+        write_checkpoint(Path("runs") / run / "checkpoints", 5, job.config)
+    config = tmp_path / "runs/job/config.yaml"
+    assert main(["slurm", *BASE, "model.moe.experts=32"]) == 2
+    assert "sbatch is not on" in capsys.readouterr().err
+    config.write_text(config.read_text().replace("experts: 32", "experts: 16"))
+    assert main(["slurm", *BASE]) == 2
+    said = capsys.readouterr().err
+    assert "holds another model: model.moe" in said and len(said.splitlines()) == 1
+
+    branch = [*BASE[::2], "name=branch"]
+    assert main(["slurm", *branch, "branch=runs/parent@5"]) == 2
+    assert "sbatch is not on" in capsys.readouterr().err
+    for words, expected in (  # the parent stands at 10,240 tokens
+        (
+            ["branch=runs/parent@5", "model.pattern=ME*EME"],
+            "model.pattern is ME*E there and ME*EME here",
+        ),
+        (["branch=runs/parent@6"], "no checkpoint of step 6; it has 5"),
+        (["branch=runs/parent@5", *SHORT, "train.total_tokens=10240"], "nothing is left"),
+    ):
+        assert main(["slurm", *branch, *words]) == 2
+        said = capsys.readouterr().err
+        assert expected in said and len(said.splitlines()) == 1
+    assert not (tmp_path / "runs/branch").exists()
+
+
+SHORT = ["optim.warmup_tokens=0", "optim.decay_tokens=0"]
+
+
+def write_checkpoint(folder: Path, step: int, config: Config) -> None:
+    """The files in words of a checkpoint, and a manifest that vouches for them."""
+    final = step_folder(folder, step)
+    partial_folder(final).mkdir(parents=True)
+    texts = texts_of(Progress(step, 2048 * step, DataState("train", 256, 1, "")), config, {}, {}, 1)
+    for name, text in (texts | {".metadata": ""}).items():
+        (partial_folder(final) / name).write_text(text)
+    commit(final, {}, lambda: None)
 
 
 def test_a_container_sees_its_mounts(tmp_path: Path) -> None:
@@ -230,7 +282,8 @@ def test_a_container_sees_its_mounts(tmp_path: Path) -> None:
 
 def test_the_template_has_no_logic_of_python() -> None:
     """One text for all jobs: what differs is between its two marks alone."""
-    assert sorted(path.name for path in templates_folder().glob("*.sh")) == ["job.sh"]
+    templates = sorted(path.name for path in templates_folder().glob("*.sh"))
+    assert templates == ["array.sh", "job.sh"]
     one, two = (render(plan_job([*BASE, f"nodes={nodes}"])) for nodes in (1, 2))
     different = [a for a, b in zip(one.splitlines(), two.splitlines(), strict=True) if a != b]
     assert different == ["#SBATCH --nodes=1"]
@@ -252,7 +305,8 @@ class Chain:
             # A job that is requeued is ended by Slurm.
             (
                 "scontrol",
-                f'echo "scontrol $*" >>{calls}; [[ $1 == show ]] && echo node1 || kill $PPID',
+                f'case $1 in show) echo node1 ;; ping) echo is UP ;; *) echo "scontrol $*" >>{calls}; '
+                "kill $PPID ;; esac",
             ),
             ("scancel", f'echo "scancel $*" >>{calls}'),
             ("srun", 'while [[ $1 == --* ]]; do shift; done; exec "$@"'),
@@ -287,8 +341,7 @@ class Chain:
     def calls(self) -> list[str]:
         """What was asked of Slurm, but the nodes' names."""
         path = self.folder / "calls"
-        lines = path.read_text().splitlines() if path.exists() else []
-        return [line for line in lines if not line.startswith("scontrol show")]
+        return path.read_text().splitlines() if path.exists() else []
 
     def outcome(self) -> str:
         """The last event's last field."""
@@ -339,6 +392,30 @@ def test_three_starts_at_one_step_end_the_chain(tmp_path: Path) -> None:
     assert (job.run / "ranks/rank_0000.log").read_text().count("--- job 7 start") == 6
     (job.run / "slurm/chain.log").unlink()
     assert job.start(7) == 1 and job.outcome() == "requeue"
+
+
+def test_a_controller_that_restarts_is_asked_again(tmp_path: Path) -> None:
+    """It does not answer twice, then it does. What one refuses that answers is final."""
+    job = Chain(tmp_path, MAKE_STEP.format(5) + "exit 3")
+    calls = tmp_path / "calls"
+    down = "Slurmctld(primary) at head is DOWN"
+    for name, body in (
+        ("sleep", ":"),
+        (
+            "scontrol",
+            f'case $1 in show) echo node1 ;; ping) echo "{down}" ;; *) echo "scontrol $*" >>{calls}; '
+            f"(($(wc -l <{calls}) > 2)) && kill $PPID || exit 1 ;; esac",
+        ),
+    ):
+        (tmp_path / "bin" / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    assert job.start() == 3 and job.outcome() == "requeue"
+    assert job.calls() == ["scontrol requeue 7"] * 3
+    scontrol = tmp_path / "bin/scontrol"
+    scontrol.write_text(scontrol.read_text().replace("DOWN", "UP"))
+    calls.unlink()
+    assert job.start(1) == 3
+    assert job.calls() == ["scontrol requeue 7"]
 
 
 def test_starts_that_left_no_end_count(tmp_path: Path) -> None:

@@ -62,13 +62,16 @@ class Lab:
         return path.read_text().count('"grad_norm"') if path.exists() else 0
 
     def states(self) -> dict[str, str]:
-        lines = self.call("squeue", "--noheader", "--format=%i %T").splitlines()
+        lines = self.call("squeue", "--array", "--noheader", "--format=%i %T").splitlines()
         return dict(line.split() for line in lines)
 
-    def wait(self, until: Callable[[], bool], what: str, seconds: float = 900) -> None:
+    def wait(
+        self, until: Callable[[], bool], what: str, seconds: float = 900, alone: bool = False
+    ) -> None:
+        """`alone`: the controller does not answer."""
         deadline = time.monotonic() + seconds
         while not until():
-            assert time.monotonic() < deadline, f"{what}: {self.states()}"
+            assert time.monotonic() < deadline, f"{what}: {alone or self.states()}"
             time.sleep(0.2)
 
     def wait_for_step(self, name: str, step: int) -> None:
@@ -101,6 +104,29 @@ class Lab:
             ):
                 return int(entry.name)
         raise AssertionError(f"{name} has no rank {rank}")
+
+    def sweep(self, *overrides: str) -> str:
+        """`nemotron-train sweep` as a job array, each cell on one node; what it printed."""
+        command = [sys.executable, "-m", "nemotron_train", "sweep", "launcher=slurm"]
+        command += ["cluster=local_lab", "cluster.time_limit_minutes=60"]
+        return self.call(*command, *self.common, *overrides)
+
+    def batch_shell(self, job: str) -> int:
+        """The process of a job's script."""
+        for entry in Path("/proc").iterdir():
+            try:
+                words = (entry / "cmdline").read_bytes().split(b"\0")
+                environment = (entry / "environ").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            is_script = len(words) > 1 and words[1].endswith(b"/slurm_script")
+            if is_script and f"SLURM_JOB_ID={job}".encode() in environment:
+                return int(entry.name)
+        raise AssertionError(f"job {job} has no batch shell here")
+
+    def kill_controller(self) -> None:
+        folder = Path(self.environment["LAB_FOLDER"])
+        os.kill(int((folder / "run/slurmctld.pid").read_text()), signal.SIGKILL)
 
     def kill_node(self, name: str) -> None:
         """Ends a node's daemon and everything that it started, as if its power failed."""
