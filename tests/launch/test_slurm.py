@@ -305,8 +305,8 @@ class Chain:
             # A job that is requeued is ended by Slurm.
             (
                 "scontrol",
-                f'case $1 in show) echo node1 ;; ping) echo is UP ;; *) echo "scontrol $*" >>{calls}; '
-                "kill $PPID ;; esac",
+                "case $1 in show) echo node1 ;; ping) echo it is UP ;; *) "
+                f'echo "scontrol $*" >>{calls}; kill $PPID ;; esac',
             ),
             ("scancel", f'echo "scancel $*" >>{calls}'),
             ("srun", 'while [[ $1 == --* ]]; do shift; done; exec "$@"'),
@@ -403,7 +403,8 @@ def test_a_controller_that_restarts_is_asked_again(tmp_path: Path) -> None:
         ("sleep", ":"),
         (
             "scontrol",
-            f'case $1 in show) echo node1 ;; ping) echo "{down}" ;; *) echo "scontrol $*" >>{calls}; '
+            f'case $1 in show) echo node1 ;; ping) echo "{down}" ;; *) '
+            f'echo "scontrol $*" >>{calls}; '
             f"(($(wc -l <{calls}) > 2)) && kill $PPID || exit 1 ;; esac",
         ),
     ):
