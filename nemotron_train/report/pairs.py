@@ -50,21 +50,10 @@ def is_sweep(folder: Path) -> bool:
 def read_sweep(folder: Path, read: Callable[[Path], Run] = read_run) -> list[Comparison]:
     """The runs of a sweep that have logged a step, going ones too, each by `read`: a comparison for
     each baseline, for the groups of a sweep may have baselines of their own. Raises ConfigError."""
-    try:
-        sweep = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
-        cells = [
-            (str(c["name"]), str(c["group"]), int(c["seed"]), str(c.get("baseline", "")))
-            for c in sweep["cells"]
-        ]
-        shared = str(sweep.get("baseline", ""))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{folder}: no sweep, its sweep.json cannot be read ({error})") from None
     groups: dict[str, dict[int, Run]] = {}
     baselines: dict[str, list[str]] = {}
-    for name, group, seed, baseline in cells:
-        if name != Path(name).name or name in (".", ".."):
-            raise ConfigError(f"{folder}: sweep.json names {name!r}, which is no run in the folder")
-        members = baselines.setdefault(baseline or shared, [])
+    for name, group, seed, baseline in _cells(folder):
+        members = baselines.setdefault(baseline, [])
         if group not in members:
             members.append(group)
         try:
@@ -77,6 +66,28 @@ def read_sweep(folder: Path, read: Callable[[Path], Run] = read_run) -> list[Com
         present = {group: groups[group] for group in ordered if groups.get(group)}
         found.append(_with_repeats(Comparison(folder.resolve().name, baseline, present)))
     return found
+
+
+def cell_folders(sweep: Path) -> list[Path]:
+    """Where a sweep's runs lie, in the order in which `read_sweep` reads them, begun or not."""
+    return [sweep / name for name, *_ in _cells(sweep)]
+
+
+def _cells(folder: Path) -> list[tuple[str, str, int, str]]:
+    """(name, group, seed, baseline) of each run that sweep.json lists."""
+    try:
+        sweep = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
+        shared = str(sweep.get("baseline", ""))
+        cells = [
+            (str(c["name"]), str(c["group"]), int(c["seed"]), str(c.get("baseline", shared)))
+            for c in sweep["cells"]
+        ]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{folder}: no sweep, its sweep.json cannot be read ({error})") from None
+    for name, *_ in cells:
+        if name != Path(name).name or name in (".", ".."):
+            raise ConfigError(f"{folder}: sweep.json names {name!r}, which is no run in the folder")
+    return cells
 
 
 def find_pairs(runs: Sequence[Run]) -> list[Comparison]:

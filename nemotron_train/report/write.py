@@ -3,7 +3,9 @@
 Owns: which folders are meant and which files are written where. Does not own: any number.
 """
 
+import os
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from rich.console import Console
@@ -12,7 +14,7 @@ from nemotron_train.config.schema import Config, ConfigError
 from nemotron_train.report.gap_table import print_gaps, write_gaps
 from nemotron_train.report.page import Shown, build_page, write_page
 from nemotron_train.report.page_data import PageData
-from nemotron_train.report.pairs import config_of, find_pairs, is_sweep, read_sweep
+from nemotron_train.report.pairs import cell_folders, config_of, find_pairs, is_sweep, read_sweep
 from nemotron_train.report.plot import plot_loss, plot_runs
 from nemotron_train.report.plot_gap import plot_gaps
 from nemotron_train.report.plot_precision import plot_precision
@@ -21,6 +23,8 @@ from nemotron_train.report.run_card import Capability, run_card
 from nemotron_train.report.table import print_runs
 
 PAGE = "report.html"
+READ_AHEAD = min(4, os.cpu_count() or 1)  # runs read while one is worked on
+MAX_PICTURED = 8  # of more runs at once only the pictures that show them together are drawn
 # What comparisons and tables need of a run once its curves are cut down.
 KEPT = ("step", "tokens", "loss", "validation_loss", "tokens_per_second", "time")
 KEPT += ("model_flops_utilization",)
@@ -29,10 +33,13 @@ KEPT += ("model_flops_utilization",)
 def report(folders: Sequence[Path], output: Path | None, console: Console) -> list[Path]:
     """Tables on the terminal, pictures and the page; what was written. Raises ConfigError."""
     plain, sweeps = _sorted(folders)
-    data = PageData(len(plain) + sum(_num_cells(folder) for folder in sweeps))
-    reader = _Reader(data)
-    runs = [reader(folder) for folder in plain]
-    swept = [read_sweep(folder, reader) for folder in sweeps]
+    order = [*plain, *(cell for folder in sweeps for cell in cell_folders(folder))]
+    order = [folder for folder in order if folder in plain or (folder / "metrics.jsonl").exists()]
+    data = PageData(len(order))
+    with ThreadPoolExecutor(READ_AHEAD) as threads:
+        reader = _Reader(data, order, threads, draws=len(order) <= MAX_PICTURED)
+        runs = [reader(folder) for folder in plain]
+        swept = [read_sweep(folder, reader) for folder in sweeps]
     found = find_pairs(runs)
     if not reader.runs:
         raise ConfigError(f"{folders[0]}: no run in it has logged a step yet")
@@ -61,20 +68,25 @@ def report(folders: Sequence[Path], output: Path | None, console: Console) -> li
 
 class _Reader:
     """Reads run folders, once each: their curves go into the page, their pictures are drawn where
-    they are older than the numbers, and what tables and comparisons need is kept."""
+    they are older than the numbers, and what tables and comparisons need is kept. The next ones in
+    `order` are read meanwhile: Arrow, which does most of the work, leaves Python free."""
 
-    def __init__(self, data: PageData) -> None:
-        self._data = data
+    def __init__(
+        self, data: PageData, order: Sequence[Path], threads: ThreadPoolExecutor, *, draws: bool
+    ) -> None:
+        self._data, self._draws = data, draws
+        self._order, self._threads = list(order), threads
+        self._ahead: dict[Path, Future[Run]] = {}
         self.runs: list[Run] = []
         self.configs: list[Config | None] = []
         self.cards: list[list[Capability]] = []
         self.pictures: list[Path] = []
 
     def __call__(self, folder: Path) -> Run:
-        run = read_run(folder)
+        run = self._read(folder)
         self._data.add(run)
         for name, draw in (("loss.png", plot_loss), ("precision.png", plot_precision)):
-            if not _is_fresh(folder / name, run):
+            if self._draws and not _is_fresh(folder / name, run):
                 picture = draw(folder, run)
                 self.pictures += [picture] if picture is not None else []
         config = config_of(run)
@@ -83,6 +95,15 @@ class _Reader:
         slim = run.only(KEPT)
         self.runs.append(slim)
         return slim
+
+    def _read(self, folder: Path) -> Run:
+        if folder in self._order:
+            place = self._order.index(folder)
+            for path in self._order[place : place + READ_AHEAD + 1]:
+                if path not in self._ahead:
+                    self._ahead[path] = self._threads.submit(read_run, path)
+            self._order[place] = Path()  # read once
+        return self._ahead.pop(folder).result() if folder in self._ahead else read_run(folder)
 
 
 def _is_fresh(picture: Path, run: Run) -> bool:
@@ -108,10 +129,6 @@ def _sorted(folders: Sequence[Path]) -> tuple[list[Path], list[Path]]:
     # A sweep's own runs, given beside it, are in it already.
     plain = {path: run for path, run in plain.items() if path.parent not in sweeps}
     return list(plain.values()), list(sweeps.values())
-
-
-def _num_cells(sweep: Path) -> int:
-    return sum(1 for _ in sweep.glob("*/metrics.jsonl"))
 
 
 def _page_path(plain: Sequence[Path], sweeps: Sequence[Path]) -> Path:

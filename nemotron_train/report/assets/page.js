@@ -14,7 +14,8 @@
     [39, 173, 129], [92, 200, 99], [170, 220, 50], [253, 231, 37]];
   const MARKS = {start: "▲", checkpoint: "|", non_finite: "✕", spike: "✕", straggler: "◆"};
   const dark = matchMedia("(prefers-color-scheme: dark)");
-  const state = {hidden: new Set(), range: null, smooth: 3, raw: true};
+  // The raw bands of many runs hide one another: there they wait to be asked for.
+  const state = {hidden: new Set(), range: null, smooth: 3, raw: data.runs.length <= 6};
   const drawn = [];  // {draw, figure, visible}
 
   const css = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
@@ -38,8 +39,8 @@
   function short(value) {  // 512000 as 512K
     const size = Math.abs(value);
     for (const [unit, letter] of [[1e12, "T"], [1e9, "B"], [1e6, "M"], [1e3, "K"]])
-      if (size >= unit) return `${+(value / unit).toPrecision(3)}${letter}`;
-    return size && size < 1e-3 ? value.toExponential(1) : `${+value.toPrecision(3)}`;
+      if (size >= unit) return `${+(value / unit).toPrecision(4)}${letter}`;
+    return size && size < 1e-3 ? value.toExponential(1) : `${+value.toPrecision(4)}`;
   }
   const exact = value => value === null ? "–"
     : Math.abs(value) >= 1e5 || (value && Math.abs(value) < 1e-3) ? short(value) : `${+value.toPrecision(5)}`;
@@ -529,6 +530,7 @@
   for (const figure of document.querySelectorAll("figure[data-heat]"))
     drawn.push({figure, draw: heat(figure, heats[figure.dataset.heat])});
   document.getElementById("smoothing").addEventListener("input", event => { state.smooth = +event.target.value; redraw(); });
+  document.getElementById("raw").checked = state.raw;
   document.getElementById("raw").addEventListener("change", event => { state.raw = event.target.checked; redraw(); });
   document.getElementById("reset").addEventListener("click", () => { state.range = null; redraw(); });
   addEventListener("resize", redraw);
