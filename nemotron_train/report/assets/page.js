@@ -397,14 +397,14 @@
       const place = Math.min(Math.max(t, 0), 1) * (SCALE.length - 1), i = Math.min(Math.floor(place), SCALE.length - 2);
       return SCALE[i].map((v, c) => Math.round(v + (place - i) * (SCALE[i + 1][c] - v)));
     };
-    const column = value => spec.over === "tokens" ? short(value) : `${value}`;
+    const column = value => spec.over === "tokens" ? short(+value.toPrecision(3)) : `${value}`;
 
     function draw() {
       const width = plot.clientWidth, {rows, columns, cells} = spec.options[picked];
       if (!width) return;
       const values = cells.flat().filter(v => v !== null && !(spec.log && v <= 0));
       const size = Math.min(22, Math.max(4, 900 / rows.length)), left = Math.min(150, width * 0.34);
-      const turned = spec.over === "role" && (width - left - 60) / columns.length < 92;
+      const turned = spec.over === "role" && (width - left - 64) / columns.length < 92;
       const bottom = turned ? 96 : 34, height = rows.length * size + bottom + 6;
       const pen = prepare(base, width, height);
       const f = spec.log ? Math.log : v => v;
@@ -412,7 +412,7 @@
       let high = values.length ? values.reduce((a, b) => Math.max(a, b)) : 1;
       if (high <= low) high = low + (Math.abs(low) || 1);
       const at = v => (f(v) - f(low)) / (f(high) - f(low));
-      const right = width - 58, wide = (right - left) / columns.length;
+      const right = width - 64, wide = (right - left) / columns.length;
       frame = {left, right, wide, size, rows, columns, cells};
       cells.forEach((row, r) => row.forEach((v, c) => {
         const known = v !== null && !(spec.log && v <= 0);
@@ -437,8 +437,8 @@
       const foot = 10 + 60 * Math.min(2, (rows.length * size - 20) / 60);
       pen.fillStyle = css("--soft");
       pen.textAlign = "left"; pen.textBaseline = "middle";
-      pen.fillText(short(high), right + 23, 12);
-      pen.fillText(short(low), right + 23, Math.max(foot, 24));
+      pen.fillText(short(+high.toPrecision(3)), right + 23, 12);
+      pen.fillText(short(+low.toPrecision(3)), right + 23, Math.max(foot, 24));
     }
 
     function labels(pen, y, turned, width, height) {
