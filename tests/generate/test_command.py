@@ -1,0 +1,126 @@
+"""`nemotron-train generate` and `evaluate acceptance` on a run that was trained a few steps.
+
+Second truths: the engine called from Python; the run's own validation data. Not covered: colours,
+interrupted streaming.
+"""
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemotron_train.cli import main
+from nemotron_train.data.tokenize import load_tokenizer
+from nemotron_train.train.stop import SIGNALS
+
+Small = tuple[Path, list[str]]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def in_small_run(small_run: Small) -> Iterator[None]:
+    before, handlers = Path.cwd(), [(number, signal.getsignal(number)) for number in SIGNALS]
+    os.chdir(small_run[0])
+    yield
+    os.chdir(before)
+    for number, handler in handlers:
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def run(small_run: Small) -> str:
+    """Trained under NVFP4 in four steps, with a checkpoint at 2 and at 4."""
+    words = ["name=text", "precision=nvfp4_nemotron3", "train.save_every_steps=2"]
+    words += ["train.stop_after_steps=4"]
+    assert main(["pretrain", *small_run[1], *words]) == 3
+    return "runs/text"
+
+
+def generate(*words: str) -> list[dict[str, Any]]:
+    assert main(["generate", *words, "output=out.jsonl", "threads=1"]) == 0
+    return [json.loads(line) for line in Path("out.jsonl").read_text().splitlines()]
+
+
+def test_streams_one_and_tells_what_it_cost(run: str, capsys: pytest.CaptureFixture) -> None:
+    prompt = "def f(x, *, y='a b'): # [1]"
+    words = [f"prompt={prompt}", "max_new_tokens=9", "temperature=0", "end_of_document=false"]
+    (record,) = generate(run, *words)
+    out, said = capsys.readouterr()
+    assert out == prompt + record["text"] + "\n"
+    assert len(record["tokens"]) == len(record["log_probabilities"]) == 9
+    tokenizer = load_tokenizer(Path("data/tokenizer"))
+    assert record["prompt_tokens"] == tokenizer.encode(prompt).tolist()
+    assert tokenizer.decode(record["tokens"]) == record["text"]
+    # Two key/value heads of 16, BF16; one attention layer.
+    assert f"{2 * 2 * 16 * 2} bytes a token of context" in said and "step_00000004" in said
+
+
+def test_checkpoints_by_step_prompts_by_file_samples_by_seed(run: str) -> None:
+    Path("prompts.jsonl").write_text('{"prompt": "import "}\n{"prompt": "return"}\n')
+    words = ["prompts=prompts.jsonl", "samples=2", "max_new_tokens=6", "seed=3"]
+    first = generate(run, *words)
+    assert [r["prompt"] for r in first] == ["import ", "import ", "return", "return"]
+    assert first[0]["tokens"] != first[1]["tokens"]
+    assert generate(run, *words, "batch=1") == first or all(
+        a["tokens"] == b["tokens"] for a, b in zip(generate(run, *words), first, strict=True)
+    )
+    assert [r["tokens"] for r in generate(f"{run}@2", *words)] != [r["tokens"] for r in first]
+
+
+def test_stop_text_ends_before_it(run: str) -> None:
+    words = ["prompt=import json", "max_new_tokens=20", "seed=5", "end_of_document=false"]
+    (whole,) = generate(run, *words)
+    stop = whole["text"][3:5]
+    (ended,) = generate(run, *words, f"stop={stop}")
+    assert ended["text"] == whole["text"][: whole["text"].index(stop)]
+    assert ended["ended_by"] == "stop" and len(ended["tokens"]) < 20
+
+
+def test_speculative_says_how_much_was_accepted(run: str, capsys: pytest.CaptureFixture) -> None:
+    words = ["prompt=import json", "max_new_tokens=12", "temperature=0", "end_of_document=false"]
+    (plain,) = generate(run, *words)
+    (speculative,) = generate(run, *words, "speculative=true")
+    assert speculative["tokens"] == plain["tokens"]
+    said = capsys.readouterr().err
+    assert "at depth 1" in said and "tokens a round" in said
+
+
+def test_evaluate_acceptance(run: str, capsys: pytest.CaptureFixture) -> None:
+    words = ["num_prompts=3", "prompt_tokens=8", "max_new_tokens=8", "threads=1"]
+    assert main(["evaluate", "acceptance", run, "data=data", *words]) == 0
+    said = capsys.readouterr().out
+    assert "depth 2 accepted" in said and "3.45" in said
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["prompt=x"], "one run is needed"),
+        (["runs/text", "runs/other", "prompt=x"], "2 are given"),
+        (["runs/nowhere", "prompt=x"], "no such run folder"),
+        (["runs/text@3", "prompt=x"], "it has 2, 4"),
+        (["runs/text"], "give prompt=TEXT or prompts=FILE"),
+        (["runs/text", "prompt="], "an empty prompt"),
+        (["runs/text", "prompt=x", "temperature=-1"], "temperature=-1.0"),
+        (["runs/text", "prompt=x", "top_p=0"], "top_p=0.0"),
+        (["runs/text", "prompt=x", "top_p=nan"], "top_p=nan"),
+        (["runs/text", "prompt=x", "max_new_tokens=0"], "max_new_tokens=0"),
+        (["runs/text", "prompt=x", "stop="], "stop="),
+        (["runs/text", "prompt=x", "draft_tokens=2"], "needs speculative=true"),
+        (["runs/text", "prompt=x", "samples=2", "temperature=0"], "all the same"),
+        (["runs/text", "prompts=nowhere.txt"], "cannot be read"),
+        (["runs/text", "prompt=x", "tempreature=1"], "did you mean temperature"),
+        (["runs/text", "prompt=x", "tensor=2"], "must divide the 1 ranks"),
+        (["runs/text", "prompt=x", "tokenizer=runs"], "tokenizer.json"),
+    ],
+)
+def test_mistakes_are_one_line(
+    run: str, words: list[str], said: str, capsys: pytest.CaptureFixture
+) -> None:
+    capsys.readouterr()
+    assert main(["generate", *words]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if said in line]
+    assert len(lines) == 1 and lines[0].startswith("nemotron-train: ")
