@@ -31,6 +31,7 @@ def generate(run: str, knobs: GenerateConfig) -> None:
         tokenizer, end_token = open_tokenizer(model, knobs)
         ids = [_encode(text, tokenizer) for text in prompts for _ in range(knobs.samples)]
         texts = [GrowingText(tokenizer, knobs.stop) for _ in ids]
+        console.print(f"{model.checkpoint} · {model.platform.describe()}", highlight=False)
         shown = _Shown(prompts, knobs.samples, len(ids) == 1 and model.is_first_rank)
 
         def on_token(sequence: Continuation, token: int) -> str:
@@ -39,7 +40,6 @@ def generate(run: str, knobs: GenerateConfig) -> None:
             shown.grow("" if is_end else text.add(token))
             return "stop" if text.is_stopped else ""
 
-        console.print(f"{model.checkpoint} · {model.platform.describe()}", highlight=False)
         engine = Engine(model.model, end_token, model.platform.device)
         sequences = engine.generate(ids, knobs, knobs, on_token)
         for text in texts:

@@ -12,7 +12,6 @@ from functools import partial
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.hybrid.hybrid_block import HybridStackSubmodules
 from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
@@ -38,6 +37,7 @@ from nemotron_train.model.latent_moe import (
     SigmoidRouter,
     shared_expert_submodules,
 )
+from nemotron_train.model.linears import ColumnLinear, RowLinear
 from nemotron_train.model.mamba2 import Mamba2Mixer, Mamba2MixerSubmodules
 from nemotron_train.model.mtp import MtpLayer
 from nemotron_train.model.native_experts import NativeExperts
@@ -77,8 +77,8 @@ def parts(transformer_engine: bool, emulated: bool = False, native: bool = False
         )
     if not transformer_engine:
         return Parts(
-            ColumnParallelLinear,
-            RowParallelLinear,
+            ColumnLinear,
+            RowLinear,
             ReplicatedLinear,
             RMSNorm,
             CoreAttention,

@@ -33,7 +33,7 @@ def folder(small_run: tuple[Path, list[str]], run_ranks: Run) -> Path:
 
 
 def generated(folder: Path, run_ranks: Run, plan: str, words: list[str], ranks: int) -> Any:
-    prompts = ["prompt=import json", "prompt=def f(", "prompt=x", "max_new_tokens=10"]
+    prompts = ["prompt=import json", "prompt=def f(", "max_new_tokens=8"]
     arguments = ["-m", "nemotron_train", "generate", f"runs/shared_{plan}", *prompts, *words]
     run_ranks([*arguments, "output=out.jsonl", "threads=1"], folder, ranks)
     return [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]

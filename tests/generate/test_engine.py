@@ -18,7 +18,8 @@ from nemotron_train.generate.sampling import distribution
 from nemotron_train.generate.speculative import Drafted, Drafter
 
 GREEDY = Sampling(temperature=0)
-PLAIN = DecodingKnobs(max_new_tokens=12, prefill_chunk=16)
+NEW = 8
+PLAIN = DecodingKnobs(max_new_tokens=NEW, prefill_chunk=16)
 BOUND = 1e-5
 
 
@@ -34,7 +35,7 @@ def test_ragged_batch_equals_each_alone(model: Any, prompts: Any) -> None:
         assert one.new == alone.new and one.ended_by == "length"
         assert one.log_probabilities == pytest.approx(alone.log_probabilities, abs=BOUND)
         scored = Engine(model).log_probabilities([one.tokens], chunk=5)[0]
-        assert one.log_probabilities == pytest.approx(scored[-12:], abs=BOUND)
+        assert one.log_probabilities == pytest.approx(scored[-NEW:], abs=BOUND)
 
 
 def test_greedy_takes_the_largest_of_the_full_forward(model: Any, prompts: Any) -> None:
@@ -62,7 +63,7 @@ def test_ends(model: Any, prompts: Any) -> None:
     batch go on as if nothing had happened."""
     whole = Engine(model).generate(prompts, GREEDY, PLAIN)
     end = whole[1].new[4]
-    first = [s.new.index(end) + 1 if end in s.new else 12 for s in whole]
+    first = [s.new.index(end) + 1 if end in s.new else NEW for s in whole]
     ended = Engine(model, end_token=end).generate(prompts, GREEDY, PLAIN)
     assert [s.new for s in ended] == [
         s.new[:length] for s, length in zip(whole, first, strict=True)
@@ -75,12 +76,11 @@ def test_ends(model: Any, prompts: Any) -> None:
         return "enough" if sequence.number == 2 and len(sequence.new) == 3 else ""
 
     stopped = Engine(model).generate(prompts, GREEDY, PLAIN, on_token)
-    assert [len(s.new) for s in stopped] == [12, 12, 3, 12, 12]
+    assert [len(s.new) for s in stopped] == [NEW, NEW, 3, NEW, NEW]
     assert stopped[2].ended_by == "enough"
 
 
-@pytest.mark.parametrize("drafts", [1, 2, 4])
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("drafts, seed", [(1, 0), (2, 1), (4, 2)])
 def test_speculative_greedy_is_plain_greedy(
     model: Any, prompts: Any, drafts: int, seed: int
 ) -> None:
@@ -101,7 +101,7 @@ def test_every_length_is_rolled_back(
     """Drafts that know the plain continuation and err at random: every number of accepted drafts
     occurs, and the text is still the plain one. A block with a Mamba-2 layer too."""
     model = build(groups, f"model.mtp.pattern={pattern}")
-    plain = Engine(model).generate(prompts, GREEDY, replace(PLAIN, max_new_tokens=40))
+    plain = Engine(model).generate(prompts, GREEDY, replace(PLAIN, max_new_tokens=24))
     texts = {tuple(s.prompt): s.tokens for s in plain}
     draw, counts = random.Random(0), set()
     really = Drafter.draft
@@ -126,7 +126,7 @@ def test_every_length_is_rolled_back(
 
     monkeypatch.setattr(Drafter, "draft", knowing)
     monkeypatch.setattr(Drafter, "judge", counting)
-    knobs = replace(PLAIN, max_new_tokens=40, speculative=True, draft_tokens=3)
+    knobs = replace(PLAIN, max_new_tokens=24, speculative=True, draft_tokens=3)
     engine = Engine(model)
     speculative = engine.generate(prompts, GREEDY, knobs)
     assert [s.new for s in speculative] == [s.new for s in plain]
@@ -159,7 +159,7 @@ def test_drafts_come_from_the_block_as_training_runs_it(
     lengths = engine.acceptance
     assert lengths.accepted[-1] > 0 and lengths.accepted[0] < lengths.rounds
     compared = 0
-    for known, drafted in records[::3]:
+    for known, drafted in records[::2]:
         for row, tokens in enumerate(known):
             wanted = _training_depths(model, tokens + drafted.tokens_Bk[row].tolist(), drafts)
             for depth in range(drafts):
@@ -167,7 +167,7 @@ def test_drafts_come_from_the_block_as_training_runs_it(
                 ours = drafted.probabilities_BkV[row, depth]
                 torch.testing.assert_close(ours.log(), theirs.log(), atol=BOUND, rtol=0)
                 compared += 1
-    assert compared > 20
+    assert compared > 9
 
 
 @torch.inference_mode()
