@@ -53,7 +53,7 @@ def _status_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         type=Path,
         metavar="FOLDER",
-        help="run folders, or folders of run folders (default: runs)",
+        help="run folders, sweeps, or a folder of them (default: runs)",
     )
 
 
@@ -82,6 +82,10 @@ script stands alone: sbatch takes it by hand, too. docs/cluster.md tells the res
         "your Slurm jobs and their runs: step, loss, tokens/s, time left, last checkpoint",
         run_slurm_status,
         _status_arguments,
-        "Examples:\n  nemotron-train slurm status\n  nemotron-train slurm status runs/first\n",
+        """\
+Examples:
+  nemotron-train slurm status                    # all that was submitted from here, sweeps too
+  nemotron-train slurm status runs/first runs/loss_gap
+""",
     ),
 }

@@ -5,7 +5,7 @@ and `slurm/chain.log` (what has started; `slurm/job.sh` has its format).
 """
 
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -38,7 +38,7 @@ class Queued:
 def print_status(folders: Sequence[Path], console: Any) -> None:
     """One row a job in the queue, then one for each run that has none. Raises ConfigError where
     nothing under `folders` was ever submitted, or without Slurm."""
-    runs = list(_runs(folders))
+    runs = _runs(folders)
     if not runs:
         named = ", ".join(map(str, folders))
         raise ConfigError(f"{named}: no run here was submitted with nemotron-train slurm")
@@ -58,10 +58,12 @@ def print_status(folders: Sequence[Path], console: Any) -> None:
     table.add_column("checkpoint", no_wrap=True)
     table.add_column("remark", overflow="fold")  # why it waits, or how its last start ended
     queue = {queued.number: queued for queued in read_queue()}
-    for run in runs:
+    for name, run in runs.items():
         jobs = [queue[number] for number in job_numbers(run) if number in queue]
         for job in jobs or [None]:
-            table.add_row(*_row(run, job))
+            table.add_row(name, *_row(run, job))
+    if not console.is_terminal:
+        console.width = 200  # a pipe has no width; the numbers would be cut off
     console.print(table, highlight=False)
 
 
@@ -82,12 +84,17 @@ def read_queue() -> list[Queued]:
     return found
 
 
-def _runs(folders: Sequence[Path]) -> Iterable[Path]:
+def _runs(folders: Sequence[Path]) -> dict[str, Path]:
+    """What was submitted in `folders`, by the name that is shown: runs, and a sweep's cells."""
+    found: dict[str, Path] = {}
     for folder in folders:
         if (folder / "slurm").is_dir():
-            yield folder
-        elif folder.is_dir():
-            yield from sorted(path.parent for path in folder.glob("*/slurm") if path.is_dir())
+            found[folder.name] = folder
+        for pattern in ("*/slurm", "*/*/slurm"):
+            for path in sorted(folder.glob(pattern)):
+                if path.is_dir():
+                    found[str(path.parent.relative_to(folder))] = path.parent
+    return found
 
 
 def job_numbers(run: Path) -> list[str]:
@@ -122,7 +129,6 @@ def _row(run: Path, job: Queued | None) -> list[str]:
     if job and job.state == "PENDING":
         remark = job.reason.strip("()")
     return [
-        run.name,
         job.number if job else "-",
         job.state.lower() if job else "-",
         job.nodes if job else "-",

@@ -357,6 +357,8 @@ def _word(value: str) -> str:
 
 def _quoted(value: str) -> str:
     """A value as Hydra's grammar takes it back."""
-    if re.fullmatch(r"[A-Za-z0-9_./@-]+", value):
+    if re.fullmatch(r"[A-Za-z0-9_./@-]+", value) and "/" in value:  # and so is no number
         return value
-    return '"' + re.sub(r'(\\*)"', r'\1\1\\"', value) + '"'
+    # Backslashes stand for themselves but before a quote.
+    escaped = re.sub(r'(\\*)("|$)', lambda m: 2 * m[1] + m[2].replace('"', '\\"'), value)
+    return f'"{escaped}"'

@@ -486,5 +486,17 @@ def test_status_joins_queue_and_run_folders(
     assert "going 12 pending 4" in said and " Dependency over" in said
     assert "over - - - 0 - - - - - exit 2, stop: wrong configuration" in said
     assert "99" not in said
+    cell = tmp_path / "runs/a_sweep_with_a_rather_long_name/nvfp4_nemotron3-seed1/slurm"
+    cell.mkdir(parents=True)
+    (cell / "links").write_text("40_3\n")
+    with open(tmp_path / "squeue", "a") as squeue:
+        squeue.write("echo '40_3|PENDING|0:00|4:00:00|1|(JobArrayTaskLimit)'\n")
+    assert main(["slurm", "status"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    name = "a_sweep_with_a_rather_long_name/nvfp4_nemotron3-seed1"
+    assert f"{name} 40_3 pending 1 0 - - - 4:00:00 - JobArrayTaskLimit" in said
+    assert "1,200/3,000" in said, "nothing is cut off"
+    assert main(["slurm", "status", "runs/a_sweep_with_a_rather_long_name"]) == 0
+    assert "nvfp4_nemotron3-seed1 40_3" in " ".join(capsys.readouterr().out.split())
     assert main(["slurm", "status", "runs/nothing"]) == 2
     assert "no run here was submitted" in capsys.readouterr().err

@@ -9,10 +9,12 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.console import Console
 
 from nemotron_train.cli import main
-from nemotron_train.compose import compose_config, recipes_folder
+from nemotron_train.compose import compose_config, parse_overrides, recipes_folder
 from nemotron_train.config.schema import Config, ConfigError
 from nemotron_train.launch import sweep as sweep_module
 from nemotron_train.launch.sweep import is_finished, plan_sweep
@@ -295,3 +297,14 @@ def test_a_branch_runs_after_its_trunk(
     again = dataclasses.replace(after.config, train=before.config.train)
     assert again == before.config, "but for the threads, which the trunk was told"
     assert after.config.train.threads == 1
+
+
+@given(
+    st.text(
+        st.characters(codec="ascii", exclude_categories=["Cc"], exclude_characters="$"), min_size=1
+    )
+)
+def test_a_quoted_value_comes_back(value: str) -> None:
+    """By Hydra's own parser, whatever quotes and backslashes are in it."""
+    [parsed] = parse_overrides([f"folder={sweep_module._quoted(value)}"])
+    assert parsed.value() == value
