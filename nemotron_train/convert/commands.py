@@ -4,9 +4,9 @@ import argparse
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from nemotron_train.compose import compose_config, parse_overrides, to_typed
+from nemotron_train.config.derive import derive
 from nemotron_train.config.schema import Config, ConfigError, Dtype
 from nemotron_train.verbs import Verb, open_console
 
@@ -64,6 +64,10 @@ def run_convert_from_hf(arguments: argparse.Namespace) -> int:
     name = theirs.model_name(folder)
     read = theirs.read_model(folder, name, frozenset(arguments.ignore))
     recipe = theirs.recipe_text(read.model, folder)
+    output = arguments.out or Path("runs") / name
+    checked = _compose(recipe, [])
+    checked.name = output.name
+    derive(checked)  # its checks: can there be such a model, and a run of that name?
     if arguments.recipe is not None:
         _write_new(arguments.recipe, recipe)
     console.print(theirs.summary(read.model), highlight=False, soft_wrap=True)
@@ -72,10 +76,15 @@ def run_convert_from_hf(arguments: argparse.Namespace) -> int:
         if arguments.recipe is None:
             print(recipe, end="")
         else:
-            console.print(f"wrote {arguments.recipe}", highlight=False, soft_wrap=True)
+            file = arguments.recipe
+            text = f"wrote {file}; `nemotron-train plan model={file}` says what it costs"
+            console.print(text, highlight=False, soft_wrap=True)
         return 0
-    output = arguments.out or Path("runs") / name
-    config = _compose(recipe, read.dtype, output, arguments.overrides)
+    words = list(arguments.overrides)
+    if not any(word.startswith("precision=") for word in words):
+        words.insert(0, f"precision={'fp32' if read.dtype == Dtype.float32 else 'bf16'}")
+    config = _compose(recipe, words)
+    config.name, config.folder = output.name, str(output.parent)
     theirs.check_overrides(read.model, config.model, folder)
     from nemotron_train.convert.from_hf import from_hf
 
@@ -83,17 +92,12 @@ def run_convert_from_hf(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _compose(recipe: str, dtype: str, output: Path, overrides: Sequence[str]) -> Config:
-    """The run's configuration: the recipe, the precision its weights are in, what is asked."""
+def _compose(recipe: str, overrides: Sequence[str]) -> Config:
+    """pretrain's configuration with this recipe of a model."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.yaml"
         file.write_text(recipe, encoding="utf-8")
-        words: list[Any] = [f"model={file}", *overrides]
-        if not any(word.startswith("precision=") for word in overrides):
-            words.insert(1, f"precision={'fp32' if dtype == Dtype.float32 else 'bf16'}")
-        config = compose_config(words)
-    config.name, config.folder = output.name, str(output.parent)
-    return config
+        return compose_config([f"model={file}", *overrides])
 
 
 def _write_new(path: Path, text: str) -> None:
@@ -101,6 +105,8 @@ def _write_new(path: Path, text: str) -> None:
         with open(path, "x", encoding="utf-8") as file:
             file.write(text)
     except FileExistsError:
+        if path.is_file() and path.read_bytes() == text.encode():
+            return  # the same command again
         raise ConfigError(f"--recipe {path}: is there already; give another") from None
     except OSError as error:
         raise ConfigError(f"--recipe {path}: cannot be written ({error.strerror})") from None

@@ -1,14 +1,12 @@
 """The fields of Hugging Face's `config.json`, as tables, and the file for a model of ours.
 
 Owns: the folder's file names, which field says what, which values we cannot represent. Does not
-own: reading a config.json
-(`huggingface_config`), weights (`huggingface`). No torch.
+own: reading a config.json (`huggingface_config`), weights (`huggingface`). No torch.
 
-One field needs care. transformers (5.24; its pull request 48989 is open) clamps dt to
-`time_step_min`, the lower end of the initial draw, instead of to `time_step_limit`: with the
-published 0.001 in it, identical weights give other logits there. We write the limit that was
-trained with into both, and keep the end of the initial draw, which matters only before the first
-step, under `nemotron_train`.
+UPSTREAM(transformers 5.24; pull request 48989): its mixer clamps dt to `time_step_min`, the lower
+end of the initial draw, instead of to `time_step_limit`: with the published 0.001 in it, identical
+weights give other logits there. We write the limit that was trained with into both, and keep the
+end of the initial draw, which matters only before the first step, under `nemotron_train`.
 """
 
 import math

@@ -8,7 +8,6 @@ token's activations by themselves, so that a token's numbers do not depend on th
 (docs/generate.md has what that changes).
 """
 
-import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from typing import Any
 
 from nemotron_train.config.derive import derive
 from nemotron_train.config.guards import Surroundings, enforce
-from nemotron_train.config.schema import Config, ConfigError, ParallelConfig
+from nemotron_train.config.schema import Config, ConfigError, DataKind, ParallelConfig
 from nemotron_train.data.manifest import FILE_NAME as MANIFEST
 from nemotron_train.data.manifest import load_manifest
 from nemotron_train.data.tokenize import END_OF_DOCUMENT, LoadedTokenizer, load_tokenizer
@@ -137,7 +136,8 @@ def _laid_out(config: Config, knobs: ModelKnobs, num_ranks: int) -> Config:
         micro_batch_sequences=1,
     )
     config = replace(config, model=model, parallel=parallel, train=train, resume="", branch="")
-    derive(config, num_ranks)  # its checks: does the model divide?
+    # Its checks: does the model divide? Of data nothing is read, and an imported run has none yet.
+    derive(replace(config, data=replace(config.data, kind=DataKind.embedded)), num_ranks)
     return replace(config, parallel=replace(parallel, sequence=False))
 
 
@@ -151,7 +151,7 @@ def open_tokenizer(opened: Opened, knobs: ModelKnobs) -> tuple[LoadedTokenizer, 
             "tokenizer=FOLDER"
         )
     loaded = load_tokenizer(folder)
-    trained = json.loads((opened.checkpoint / saved.DATA).read_text()).get("tokenizer", "")
+    trained = saved.tokenizer_of(opened.checkpoint)
     if trained and trained != loaded.sha256:
         raise ConfigError(
             f"tokenizer={folder}: is not the one that {opened.checkpoint} was trained with "

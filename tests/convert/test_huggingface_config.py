@@ -185,7 +185,18 @@ def test_the_verb_prints_a_recipe_that_plan_takes(
     assert yaml.safe_load(recipe.read_text())["name"] == "published"
     model = compose_config([f"model={recipe}"]).model
     assert model == read_model(folder, "published").model
+    assert main(["convert", "from-hf", str(folder), "--recipe", str(recipe)]) == 0  # the same again
+    recipe.write_text("another")
     assert main(["convert", "from-hf", str(folder), "--recipe", str(recipe)]) == 2
+    assert recipe.read_text() == "another"
+
+
+def test_sizes_that_do_not_fit_each_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fields = COMMON | PUBLISHED["nano_30b_a3b"] | {"num_key_value_heads": 5}
+    assert main(["convert", "from-hf", str(write(tmp_path, fields))]) == 2
+    assert "model.attention.heads=32" in capsys.readouterr().err
 
 
 CHANGES: list[tuple[str, Any]] = [

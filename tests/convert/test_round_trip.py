@@ -453,6 +453,7 @@ def test_files_that_are_refused(
     torch.save({"lm_head.weight": torch.zeros(1)}, pickled / "pytorch_model.bin")
     refused(["from-hf", str(pickled), *out], "is a pickle", capsys)
     refused(["from-hf", str(tmp_path / "none"), *out], "config.json: missing", capsys)
+    refused(["from-hf", str(both[0]), "--out", "runs/a b"], "name=a b", capsys)
 
 
 @pytest.mark.parametrize(
