@@ -64,6 +64,12 @@ def _recompute(mode: str) -> list[str]:
     return [f"train.recompute.{kind}={mode}" for kind in ("mamba", "attention", "moe")]
 
 
+def _long(length: int) -> list[str]:
+    """One row a micro-batch, two a step."""
+    batch = [f"train.{name}={2 * length}" for name in ("global_batch_tokens", "validation_tokens")]
+    return [f"train.sequence_length={length}", "train.micro_batch_sequences=1", *batch]
+
+
 # Ranks, and what differs from MODEL.
 CASES: dict[str, tuple[int, list[str]]] = {
     "FP32": (1, []),
@@ -86,6 +92,10 @@ CASES: dict[str, tuple[int, list[str]]] = {
     "data 2, BF16": (2, ["precision=bf16"]),
     "context 2": (2, ["parallel.context=2"]),
     "pipeline 2, virtual 2": (2, ["parallel.pipeline=2", "parallel.virtual_pipeline=2"]),
+    "a row of 4,096": (1, _long(4096)),
+    "a row of 16,384, full recomputation": (1, [*_long(16384), *_recompute("full")]),
+    "context 2, a row of 8,192": (2, [*_long(8192), "parallel.context=2"]),
+    "context 4, a row of 16,384": (4, [*_long(16384), "parallel.context=4"]),
 }
 
 

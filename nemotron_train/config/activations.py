@@ -68,6 +68,8 @@ def _mamba(local: Local, path: str) -> _Layer:
     heads, groups = mamba.heads // ranks, max(1, mamba.groups // ranks)
     inner, state = heads * mamba.head_dim, mamba.state_size
     packed = mamba_in_proj_size(model) // ranks
+    norm_groups = groups
+    groups = max(groups, parallel.context)  # each context rank has whole ones, shared with others
     width = inner + 2 * groups * state
     x, bc = tokens * inner * b, tokens * groups * state * b
     dt = WIDE * tokens * heads
@@ -95,16 +97,18 @@ def _mamba(local: Local, path: str) -> _Layer:
     if local.is_widened:  # what the scan keeps of the convolution; its gradient is put together
         wide = xbc // b * c
         widen.append(Op("widen", wide, wide, stream + x + xbc + dt, wide + xbc))
+    # Between context ranks the convolution's input is another tensor than in_proj's output.
+    exchanged = (xbc + tokens * heads * b) * (parallel.context > 1)
     mix = [
-        Op("split", 0, 0, stream + tokens * packed * b, tokens * packed * b),
+        Op("split", exchanged, exchanged, stream + tokens * packed * b, tokens * packed * b),
         Op("convolution", 0 if local.is_widened else xbc, xbc, stream + x + xbc + dt, xbc),
         Op("dt", dt, 2 * dt, stream + x + xbc + dt, xbc),
         *widen,
         Op("scan", scan, scan_forward, stream + x + xc + 2 * bcc + dt, scan_backward),
         Op(
             "gated norm",
-            x + WIDE * tokens * groups,
-            x + WIDE * tokens * groups,
+            x + WIDE * tokens * norm_groups,
+            x + WIDE * tokens * norm_groups,
             stream + 2 * x,
             2 * x,
         ),
@@ -124,8 +128,8 @@ def _attention(local: Local, path: str) -> _Layer:
     attention, tokens, length = model.attention, local.tokens, local.length
     heads = attention.heads // parallel.tensor
     key_heads = max(1, attention.key_value_heads // parallel.tensor)
-    query, key = heads * attention.head_dim, key_heads * attention.head_dim
-    packed = query + 2 * key
+    query, packed = (heads * attention.head_dim, (heads + 2 * key_heads) * attention.head_dim)
+    key = max(key_heads, parallel.context) * attention.head_dim  # whole heads on context ranks
     c = local.chain  # bytes an element inside the core
     q, qc = tokens * query * b, tokens * query * c
     if length <= _LONGEST_ROW:
