@@ -91,5 +91,9 @@ def test_loss_equals_one_rank(
             assert ours[name] == pytest.approx(reference[name], rel=1e-4), (name, step)
         squares = sum(ours[name] ** 2 for name in inside if name.startswith("gradient_norm/"))
         assert math.sqrt(squares) == pytest.approx(ours["grad_norm"], rel=1e-5)
+        loads = [name for name in reference if name.startswith("expert_load/")]
+        assert len(loads) == 4, "three of the decoder's layers, one of the MTP block"
+        for name in loads:
+            assert ours[name] == pytest.approx(reference[name], rel=1e-5), (name, step)
         assert ours["slowest_rank"] in (0, 1) and ours["straggler_ratio"] >= 1
     assert rows[-1]["validation_loss"] == pytest.approx(one_rank[-1]["validation_loss"], rel=1e-5)
