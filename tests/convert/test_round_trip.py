@@ -198,6 +198,7 @@ def test_a_run_goes_on_from_it(
     progress = json.loads(Path("runs/more/checkpoints/step_00000002/progress.json").read_text())
     assert progress["data"]["samples"] == 2 * 4
     assert main(["convert", "merge", "runs/imported@0", "output=runs/merged_import"]) == 0
+    assert main(["generate", "runs/imported@0", "prompt=def f", "max_new_tokens=2"]) == 0
 
 
 # Cut off ------------------------------------------------------------------------------------
