@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nemotron_train.compose import compose_config, parse_overrides, to_typed
-from nemotron_train.config.derive import derive
 from nemotron_train.config.schema import Config, ConfigError, Dtype
 from nemotron_train.verbs import Verb, open_console
 
@@ -57,6 +56,7 @@ def _to_hf_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_convert_from_hf(arguments: argparse.Namespace) -> int:
+    from nemotron_train.config.derive import derive
     from nemotron_train.convert import huggingface_config as theirs
     from nemotron_train.convert.huggingface_fields import has_weights
 
