@@ -60,9 +60,10 @@ newest_step() {
     echo "$newest"
 }
 
-note() {
-    local IFS=$'\t'
-    echo "$(date -u +%FT%TZ)"$'\t'"$*" >>"$chain_log"
+note() { # without a process of its own, which Slurm may be ending just now
+    local IFS=$'\t' now
+    TZ=UTC printf -v now '%(%FT%TZ)T' -1
+    echo "$now"$'\t'"$*" >>"$chain_log"
 }
 
 # How many starts in a row, up to now, began at step $1. Having come further breaks the row, and so

@@ -6,6 +6,7 @@ refusals; the chain's decisions with stand-ins for srun and scontrol. Not covere
 import os
 import shlex
 import subprocess
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -326,6 +327,7 @@ class Chain:
     def start(self, restart: int = 0) -> int:
         environment = os.environ | {
             "PATH": f"{self.folder}/bin:{os.environ['PATH']}",
+            "TZ": "America/New_York",
             "SLURM_JOB_ID": "7",
             "SLURM_JOB_NAME": "job",
             "SLURM_JOB_NODELIST": "node1",
@@ -344,8 +346,11 @@ class Chain:
         return path.read_text().splitlines() if path.exists() else []
 
     def outcome(self) -> str:
-        """The last event's last field."""
-        return (self.run / "slurm/chain.log").read_text().splitlines()[-1].split("\t")[-1]
+        """The last event's last field. Its first one is the time, in UTC wherever the job runs."""
+        event = (self.run / "slurm/chain.log").read_text().splitlines()[-1].split("\t")
+        ago = datetime.now(UTC) - datetime.fromisoformat(event[0])
+        assert event[0].endswith("Z") and abs(ago.total_seconds()) < 600
+        return event[-1]
 
 
 MAKE_STEP = 'f=runs/job/checkpoints/step_0000000{}; mkdir -p "$f"; touch "$f/manifest.json"; '
