@@ -63,6 +63,17 @@ def run_evaluate_acceptance(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def run_evaluate_loss(arguments: argparse.Namespace) -> int:
+    from nemotron_train.generate.knobs import LossConfig
+
+    run, knobs = _knobs(LossConfig, arguments.words)
+    _prepare(knobs)
+    from nemotron_train.generate.loss import evaluate_loss
+
+    evaluate_loss(run, knobs)
+    return 0
+
+
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("words", nargs="+", metavar="RUN | KNOB=VALUE")
 
@@ -105,6 +116,19 @@ prompt_tokens=N, and those of `generate`.
 
 Example:
   nemotron-train evaluate acceptance runs/tiny temperature=0
+""",
+    ),
+    "evaluate loss": Verb(
+        "the loss of every head of a checkpoint on prepared data, folder by folder",
+        run_evaluate_loss,
+        _arguments,
+        """\
+The knobs: data=FOLDER (prepared data; more than once; default: the run's validation data),
+tokens=N (of each folder; default: the run's train.validation_tokens), and those that open a model:
+tokenizer, tensor, expert, expert_tensor, threads.
+
+Example:
+  nemotron-train evaluate loss runs/tiny@256 data=data/code data=data/prose
 """,
     ),
 }

