@@ -5,7 +5,7 @@ and `slurm/chain.log` (what has started; `slurm/job.sh` has its format).
 """
 
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -119,7 +119,7 @@ def _row(run: Path, job: Queued | None) -> list[str]:
     rows = parse_rows(_read_tail(run / "metrics.jsonl"))
     trained = [row for row in rows if isinstance(row.get("loss"), int | float)]
     last = trained[-1] if trained else {}
-    total = _total_steps(run)
+    total = _total_steps(run, last)
     step = last.get("step", 0)
     left = "-"
     seconds = last.get("step_seconds")
@@ -151,10 +151,17 @@ def _newest_checkpoint(run: Path) -> str:
     return f"{int(manifests[-1].parent.name.removeprefix('step_')):,} at {written:%H:%M}"
 
 
-def _total_steps(run: Path) -> int:
+def _total_steps(run: Path, last: Mapping[str, Any]) -> int:
+    """The run's last step, from where it stands: a branch counts its parent's steps too, whose
+    batch may have been another. 0 where the files do not say."""
     try:
-        return int(yaml.safe_load(_read(run / "derived.yaml"))["total_steps"])
-    except (yaml.YAMLError, KeyError, TypeError, ValueError):
+        derived = yaml.safe_load(_read(run / "derived.yaml"))
+        if "tokens" not in last:
+            return int(derived["total_steps"])
+        train = yaml.safe_load(_read(run / "config.yaml"))["train"]
+        left = max(0, int(train["total_tokens"]) - int(last["tokens"]))
+        return int(last["step"]) + -(-left // int(derived["tokens_per_step"]))
+    except (yaml.YAMLError, KeyError, TypeError, ValueError, ZeroDivisionError):
         return 0
 
 

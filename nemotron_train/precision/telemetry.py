@@ -111,7 +111,7 @@ class Telemetry:
     """
 
     def __init__(self, config: Config, last_step: int, device: str) -> None:
-        self._config, self._last_step, self._tokens = config, last_step, 0
+        self._config, self.last_step, self._tokens = config, last_step, 0
         self._every = config.precision.telemetry.every
         self._probe = config.precision.telemetry.probe.value
         self._places = {entry.path: i for i, entry in enumerate(resolve(config))}
@@ -123,7 +123,7 @@ class Telemetry:
 
     def is_due(self, step: int) -> bool:
         """Whether the optimizer step that completes step number `step` (from 1) is measured."""
-        return self._every > 0 and (step % self._every == 0 or step == self._last_step)
+        return self._every > 0 and (step % self._every == 0 or step == self.last_step)
 
     def begin(self, tokens: int) -> None:
         """Forget the last measured step; the one to measure starts after `tokens` tokens."""

@@ -157,12 +157,19 @@ class Session:
             self.platform.device,
         )
 
+    def _last_step(self, progress: Progress) -> int:
+        """Not `derived.total_steps`: a branch counts its parent's steps, maybe of another batch."""
+        left = max(0, self.config.train.total_tokens - progress.tokens)
+        return progress.step + -(-left // self.derived.tokens_per_step)
+
     def fit(
         self, progress: Progress, writer: MetricsWriter | None, process_started: float
     ) -> tuple[Progress, dict[str, Any]]:
         """Train to the end or to a request to stop; returns the progress and the summary.
         process_started: of `time.monotonic`, for the limit of time."""
-        train, last_step = self.config.train, self.derived.total_steps
+        train, last_step = self.config.train, self._last_step(progress)
+        if self.telemetry is not None:
+            self.telemetry.last_step = last_step
         stop = StopOnRequest(
             train.stop_after_steps,
             train.stop_after_minutes,

@@ -503,5 +503,12 @@ def test_status_joins_queue_and_run_folders(
     assert "1,200/3,000" in said, "nothing is cut off"
     assert main(["slurm", "status", "runs/a_sweep_with_a_rather_long_name"]) == 0
     assert "nvfp4_nemotron3-seed1 40_3" in " ".join(capsys.readouterr().out.split())
+    # A branch of step 1,000 in batches four times as large: 800,000 tokens are 200 steps.
+    (going / "derived.yaml").write_text("total_steps: 450\ntokens_per_step: 4000\n")
+    (going / "config.yaml").write_text("train: {total_tokens: 1800000}\n")
+    with open(going / "metrics.jsonl", "a") as lines:
+        lines.write('{"step": 1201, "tokens": 1000000, "loss": 2.5, "step_seconds": 2}\n')
+    assert main(["slurm", "status"]) == 0
+    assert "1,201/1,401" in capsys.readouterr().out
     assert main(["slurm", "status", "runs/nothing"]) == 2
     assert "no run here was submitted" in capsys.readouterr().err

@@ -99,12 +99,19 @@ def test_branch_into_longer_rows(
     extend += ["train.sequence_length=128", "train.short_sequence_length=64"]
     extend += ["train.short_share=0.34", "train.global_batch_tokens=256"]
     extend += ["train.validation_tokens=512", "train.save_every_steps=5"]
+    extend += ["precision.telemetry.every=100", "precision.telemetry.probe=nvfp4"]
     assert train(*extend, "name=whole") == 0
     steps = [row for row in metrics(Path("runs/whole")) if "loss" in row]
     assert [row["step"] for row in steps] == list(range(11, 21))
     assert [row["sequence_length"] for row in steps] == [
         64 if step in (12, 15, 18) else 128 for step in range(11, 21)
     ]
+    # The last step is due for all side jobs, whatever the parent's batch was.
+    assert train(*extend, "name=other_batch", "train.global_batch_tokens=512") == 0
+    last = [row for row in metrics(Path("runs/other_batch")) if "loss" in row][-1]
+    assert last["step"] == 15 and "validation_loss" in last
+    records = (Path("runs/other_batch/metrics.jsonl").read_text()).count('"kind": "precision"')
+    assert records == 1
     parent = compose_config(["resume=runs/parent"])
     assert {row["lr"] for row in steps} == {parent.optim.min_learning_rate}
     assert train(*extend, "name=cut", "train.stop_after_steps=5") == 3
