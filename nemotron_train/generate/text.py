@@ -59,10 +59,12 @@ class GrowingText:
         before = len(self._all)
         self._all += more
         longest = max(map(len, self._stop), default=0)
-        found = [self._all.find(text, max(0, before - longest + 1)) for text in self._stop]
-        places = [place for place in found if place >= 0]
-        if places:
-            self._all, self.is_stopped = self._all[: min(places)], True
+        start = max(0, before - longest + 1)
+        found = [(self._all.find(text, start), len(text)) for text in self._stop]
+        # The one that is complete first, however tokens cut the text.
+        ends = [(place + length, place) for place, length in found if place >= 0]
+        if ends:
+            self._all, self.is_stopped = self._all[: min(ends)[1]], True
 
     def _held_back(self) -> int:
         """Characters at the end in which a stop string may have begun."""

@@ -1,6 +1,7 @@
 """Text that grows: whole characters, and an end before a stop string wherever tokens cut it.
 
-Second truth: decoding everything at once and searching the whole text.
+Second truth: decoding everything at once and searching the whole text for the stop string that is
+complete first.
 """
 
 from pathlib import Path
@@ -53,9 +54,9 @@ def test_ends_before_the_first_stop(tokenizer: LoadedTokenizer, text: str, stop:
         if growing.is_stopped:
             break
     shown += growing.finish()
-    places = [text.find(s) for s in stop if s in text]
-    assert shown == (text[: min(places)] if places else text)
-    assert growing.is_stopped == bool(places)
+    ends = [(text.find(s) + len(s), text.find(s)) for s in stop if s in text]
+    assert shown == (text[: min(ends)[1]] if ends else text)
+    assert growing.is_stopped == bool(ends)
 
 
 def test_a_stop_string_across_tokens_is_never_half_shown(tokenizer: LoadedTokenizer) -> None:
