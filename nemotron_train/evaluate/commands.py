@@ -7,6 +7,7 @@ from typing import Any
 
 from nemotron_train.compose import parse_overrides, to_typed
 from nemotron_train.config.schema import ConfigError
+from nemotron_train.generate.commands import prepare
 from nemotron_train.verbs import Verb
 
 _PATHS = ("data",)  # taken as typed, and more than once
@@ -28,7 +29,9 @@ def _runs_and_knobs(schema: Any, words: Sequence[str], most: int) -> tuple[list[
         asked = "one run is needed" if most == 1 else "name one run or more"
         given = f"{len(runs)} are given: {' '.join(runs)}" if runs else "none is given"
         raise ConfigError(f"{asked}, RUN_FOLDER or RUN_FOLDER@STEP; {given}")
-    return runs, to_typed(schema, paths, parse_overrides(overrides))
+    knobs = to_typed(schema, paths, parse_overrides(overrides))
+    prepare(knobs)
+    return runs, knobs
 
 
 def run_loss(arguments: argparse.Namespace) -> int:

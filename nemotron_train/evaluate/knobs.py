@@ -17,7 +17,6 @@ class LossConfig(ModelKnobs):
     split: str = "validation"
     max_tokens: int = 131_072  # of each folder, whole rows; 0: all
     sequence_length: int = 0  # tokens a row; 0: the run's
-    prefill_chunk: int = 512  # tokens of a sequence a pass
     output: str = ""  # write the figures there too, as JSON
 
 
@@ -52,11 +51,9 @@ def check_reading(knobs: LossConfig | PositionsConfig) -> None:
     """Raises ConfigError for a knob outside its range."""
     if knobs.split not in SPLITS:
         raise ConfigError(f"split={knobs.split}: prepared data has {' and '.join(SPLITS)}")
-    least = {"prefill_chunk": 1}
-    if isinstance(knobs, LossConfig):
-        least |= {"max_tokens": 0, "sequence_length": 0}
-    else:
-        least |= {"documents": 1, "first_position": 1}
+    least = {"max_tokens": 0, "sequence_length": 0}
+    if isinstance(knobs, PositionsConfig):
+        least = {"prefill_chunk": 1, "documents": 1, "first_position": 1}
         least["max_tokens"] = 2 * knobs.first_position
     for name, lowest in least.items():
         value = getattr(knobs, name)

@@ -1,45 +1,44 @@
-"""`evaluate loss`: a checkpoint's loss on prepared data, folder by folder.
+"""`evaluate loss`: the loss of every head of a checkpoint on prepared data, folder by folder.
 
-Owns: which rows are read, the sums, table and JSON. Does not own: the forward pass (`generate.
-engine`), data (`data.batches`).
-
-The same rows and targets as the run's own validation: rows of `sequence_length` tokens in file
-order, each document of a row for itself, the first token of a document not a target. The decoding
-engine computes them, so under emulated NVFP4 activations are scaled token by token
-(docs/generate.md).
+Owns: which rows of each folder are read, the sums, table and JSON. Does not own: the losses
+(`model.hybrid`), the run's own validation (`train.evaluate`), which this repeats for other data:
+the forward pass is training's, one NVFP4 scale for all tokens of a pass included.
 """
 
 import json
 import math
+import os
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from nemotron_train.config.schema import BlendSource, DataPhase
 from nemotron_train.data.batches import Batch, BatchSource
-from nemotron_train.data.tokenize import load_tokenizer
+from nemotron_train.data.tokenize import LoadedTokenizer, load_tokenizer
 from nemotron_train.evaluate.knobs import LossConfig, check_reading
 from nemotron_train.evaluate.positions import check_tokenizer
 from nemotron_train.generate.acceptance import validation_folders
-from nemotron_train.generate.engine import Engine
 from nemotron_train.generate.load import Opened, opened
+from nemotron_train.train.step import count_targets, micro_batches
 
-ROWS_A_PASS = 8
+ROWS_A_PASS = 4
 
 
 @dataclass(frozen=True)
 class FolderLoss:
-    """Mean NLL over `tokens` targets of one folder, which decode to `bytes` of UTF-8."""
+    """Mean losses over one folder. `tokens`: targets of the main head, which decode to `bytes` of
+    UTF-8."""
 
     folder: str
     tokens: int
     bytes: int
-    loss: float  # nats a token
-    standard_error: float  # of the mean, over rows
+    loss: float  # of the main head, nats a token
+    standard_error: float  # of that, over passes of ROWS_A_PASS rows
+    depths: list[float]  # of multi-token prediction
 
     @property
     def bits_a_byte(self) -> float:
@@ -49,83 +48,72 @@ class FolderLoss:
 
 def evaluate_loss(run: str, knobs: LossConfig) -> list[FolderLoss]:
     """Measure and print the checkpoint `run`. Raises ConfigError for knobs out of range and data
-    that cannot be used."""
+    that cannot be used. COLLECTIVE over the ranks of this launch."""
     check_reading(knobs)
     console = Console(width=120)
     with opened(run, knobs, console.print) as model:
         console.quiet = not model.is_first_rank
+        model.precision.scale_tokens_apart(False)
         folders = [Path(path) for path in knobs.data] or validation_folders(model.config)
         check_tokenizer(model, folders)
-        losses = [_folder_loss(model, folder, knobs) for folder in folders]
+        losses = [folder_loss(model, folder, knobs) for folder in folders]
         console.print(f"{model.checkpoint}, {knobs.split} split", highlight=False)
         console.print(_table(losses))
         if knobs.output and model.is_first_rank:
-            content = {
-                "checkpoint": str(model.checkpoint),
-                "split": knobs.split,
-                "folders": [asdict(loss) | {"bits_a_byte": loss.bits_a_byte} for loss in losses],
-            }
-            Path(knobs.output).write_text(json.dumps(content, indent=1) + "\n")
+            _write(Path(knobs.output), str(model.checkpoint), knobs.split, losses)
             console.print(f"wrote {knobs.output}", highlight=False)
     return losses
 
 
-def _folder_loss(model: Opened, folder: Path, knobs: LossConfig) -> FolderLoss:
-    length = knobs.sequence_length or model.config.train.sequence_length
-    blend = [BlendSource(str(folder), 1.0)]
-    data = replace(
-        model.config.data,
-        tokenizer=str(folder / "tokenizer"),
-        phases=[DataPhase(0, blend)],
-        validation=blend,
-    )
+@torch.inference_mode()
+def folder_loss(model: Opened, folder: Path, knobs: LossConfig) -> FolderLoss:
+    """Over the first rows of the folder's split; COLLECTIVE."""
+    train = model.config.train
+    length = knobs.sequence_length or train.sequence_length
+    tokenizer, blend = folder / "tokenizer", [BlendSource(str(folder), 1.0)]
     source = BatchSource(
-        data,
+        replace(
+            model.config.data,
+            tokenizer=str(tokenizer),
+            phases=[DataPhase(0, blend)],
+            validation=blend,
+        ),
         sequence_length=length,
-        seed=model.config.train.seed,
+        seed=train.seed,
         split=knobs.split,
         vocab_size=model.config.model.vocab_size,
     )
-    num_rows = source.num_samples
+    wanted = source.num_samples
     if knobs.max_tokens:
-        num_rows = max(1, min(num_rows, knobs.max_tokens // length))
-    engine = Engine(model.model, None, model.platform.device)
-    tokenizer = load_tokenizer(folder / "tokenizer")
+        wanted = max(1, min(wanted, knobs.max_tokens // length))
+    loaded, num_heads = load_tokenizer(tokenizer), 1 + model.config.model.mtp.depths
     state, sums, counts, num_bytes = source.state_at_start(), [], [], 0
-    for start in range(0, num_rows, ROWS_A_PASS):
-        batch, state = source.take(state, min(ROWS_A_PASS, num_rows - start))
-        pieces, rows = pieces_of(batch)
-        found = engine.log_probabilities(pieces, knobs.prefill_chunk)
-        for row in range(len(batch.tokens_BS)):
-            own = [i for i, of in enumerate(rows) if of == row]
-            sums.append(-sum(sum(found[i]) for i in own))
-            counts.append(sum(len(found[i]) for i in own))
-        num_bytes += sum(len(tokenizer.decode(piece[1:]).encode()) for piece in pieces)
-    total = sum(counts)
-    loss = sum(sums) / max(total, 1)
-    rest = np.array(sums) - loss * np.array(counts)
-    error = math.sqrt(float((rest**2).sum())) / max(total, 1)
-    return FolderLoss(str(folder), total, num_bytes, loss, error)
+    for start in range(0, wanted, ROWS_A_PASS):
+        batch, state = source.take(state, min(ROWS_A_PASS, wanted - start))
+        (part,) = micro_batches(batch, ROWS_A_PASS, model.platform.device)
+        sums.append(model.model(**part).double().cpu().numpy())
+        counts.append(count_targets(batch, num_heads))
+        num_bytes += target_bytes(batch, loaded)
+    sums_PK, counts_PK = np.array(sums), np.array(counts)
+    means_K = sums_PK.sum(0) / counts_PK.sum(0).clip(1)
+    rest_P = sums_PK[:, 0] - means_K[0] * counts_PK[:, 0]
+    total = int(counts_PK[:, 0].sum())
+    error = math.sqrt(float((rest_P**2).sum())) / max(total, 1)
+    return FolderLoss(str(folder), total, num_bytes, float(means_K[0]), error, means_K[1:].tolist())
 
 
-def pieces_of(batch: Batch) -> tuple[list[list[int]], list[int]]:
-    """The documents of each row with the row's last label, those of one token left out, and the row
-    of each: their tokens after the first are the counted targets."""
-    pieces, rows = [], []
-    for row, (tokens_S, labels_S, mask_S) in enumerate(
-        zip(batch.tokens_BS, batch.labels_BS, batch.loss_mask_BS, strict=True)
-    ):
-        whole = np.append(tokens_S, labels_S[-1])
-        starts = [0, *(np.flatnonzero(mask_S == 0) + 1).tolist(), len(whole)]
-        for begin, end in pairwise(starts):
-            if end - begin > 1:
-                pieces.append(whole[begin:end].tolist())
-                rows.append(row)
-    return pieces, rows
+def target_bytes(batch: Batch, tokenizer: LoadedTokenizer) -> int:
+    """Bytes of the text that a batch's targets are. A character cut by a row's border counts as
+    the replacement character that its halves decode to."""
+    pairs = zip(batch.labels_BS, batch.loss_mask_BS, strict=True)
+    texts = (tokenizer.decode(labels_S[mask_S > 0].tolist()) for labels_S, mask_S in pairs)
+    return sum(len(text.encode()) for text in texts)
 
 
 def _table(losses: list[FolderLoss]) -> Table:
     table = Table("data", "targets", "nats a token", "perplexity", "bits a byte")
+    for depth in range(1, 1 + len(losses[0].depths)):
+        table.add_column(f"depth {depth}")
     for column in table.columns[1:]:
         column.justify = "right"
     for loss in losses:
@@ -135,9 +123,18 @@ def _table(losses: list[FolderLoss]) -> Table:
             f"{loss.loss:.4f} ± {loss.standard_error:.4f}",
             f"{math.exp(loss.loss):.2f}",
             f"{loss.bits_a_byte:.3f}",
+            *(f"{depth:.4f}" for depth in loss.depths),
         )
     if len(losses) > 1:
         tokens = sum(loss.tokens for loss in losses)
         mean = sum(loss.loss * loss.tokens for loss in losses) / tokens
         table.add_row("all targets", f"{tokens:,}", f"{mean:.4f}", f"{math.exp(mean):.2f}", "")
     return table
+
+
+def _write(path: Path, checkpoint: str, split: str, losses: list[FolderLoss]) -> None:
+    folders = [asdict(loss) | {"bits_a_byte": loss.bits_a_byte} for loss in losses]
+    content = {"checkpoint": checkpoint, "split": split, "folders": folders}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(temporary, path)

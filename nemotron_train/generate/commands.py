@@ -32,7 +32,7 @@ def _knobs(schema: Any, words: Sequence[str]) -> tuple[str, Any]:
     return runs[0], to_typed(schema, texts, parse_overrides(overrides))
 
 
-def _prepare(knobs: Any) -> None:
+def prepare(knobs: Any) -> None:
     """Before Megatron-Core is imported."""
     from nemotron_train.generate.knobs import check_model_knobs
     from nemotron_train.platform import device
@@ -45,7 +45,7 @@ def run_generate(arguments: argparse.Namespace) -> int:
     from nemotron_train.generate.knobs import GenerateConfig
 
     run, knobs = _knobs(GenerateConfig, arguments.words)
-    _prepare(knobs)
+    prepare(knobs)
     from nemotron_train.generate.terminal import generate
 
     generate(run, knobs)
@@ -56,21 +56,10 @@ def run_evaluate_acceptance(arguments: argparse.Namespace) -> int:
     from nemotron_train.generate.knobs import AcceptanceConfig
 
     run, knobs = _knobs(AcceptanceConfig, arguments.words)
-    _prepare(knobs)
+    prepare(knobs)
     from nemotron_train.generate.acceptance import evaluate_acceptance
 
     evaluate_acceptance(run, knobs)
-    return 0
-
-
-def run_evaluate_loss(arguments: argparse.Namespace) -> int:
-    from nemotron_train.generate.knobs import LossConfig
-
-    run, knobs = _knobs(LossConfig, arguments.words)
-    _prepare(knobs)
-    from nemotron_train.generate.loss import evaluate_loss
-
-    evaluate_loss(run, knobs)
     return 0
 
 
@@ -116,19 +105,6 @@ prompt_tokens=N, and those of `generate`.
 
 Example:
   nemotron-train evaluate acceptance runs/tiny temperature=0
-""",
-    ),
-    "evaluate loss": Verb(
-        "the loss of every head of a checkpoint on prepared data, folder by folder",
-        run_evaluate_loss,
-        _arguments,
-        """\
-The knobs: data=FOLDER (prepared data; more than once; default: the run's validation data),
-tokens=N (of each folder; default: the run's train.validation_tokens), and those that open a model:
-tokenizer, tensor, expert, expert_tensor, threads.
-
-Example:
-  nemotron-train evaluate loss runs/tiny@256 data=data/code data=data/prose
 """,
     ),
 }

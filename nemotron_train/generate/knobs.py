@@ -61,14 +61,6 @@ class AcceptanceConfig(Sampling, ModelKnobs, DecodingKnobs):
     end_of_document: bool = False
 
 
-@dataclass
-class LossConfig(ModelKnobs):
-    """Knobs of `evaluate loss`."""
-
-    data: list[str] = field(default_factory=list)  # prepared folders; empty: the run's validation
-    tokens: int = 0  # of each folder; 0: the run's train.validation_tokens
-
-
 def check_sampling(knobs: Sampling) -> None:
     """Raises ConfigError for a knob outside its range."""
     if not 0 <= knobs.temperature < float("inf"):

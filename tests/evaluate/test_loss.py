@@ -1,8 +1,6 @@
-"""`evaluate loss`. Second truth: the validation loss that the training logged, computed by the
-training's own forward over packed rows; and the pieces of a row by hand.
+"""`evaluate loss`. Second truth: what the training logged of its own validation, every head.
 
-Not covered: emulated formats, where activations are scaled token by token (test_one_truth.py has
-the bound), several ranks.
+Not covered: several ranks, emulated formats.
 """
 
 import json
@@ -14,14 +12,19 @@ import pytest
 
 from nemotron_train.cli import main
 from nemotron_train.data.batches import Batch
+from nemotron_train.data.tokenize import load_tokenizer
 from nemotron_train.evaluate.knobs import LossConfig
-from nemotron_train.evaluate.loss import evaluate_loss, pieces_of
+from nemotron_train.evaluate.loss import evaluate_loss, target_bytes
 
 
 def test_equals_the_logged_validation_loss(run: Path) -> None:
-    logged = json.loads((run / "summary.json").read_text())["validation_loss"]
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    (logged,) = (row for line in lines if "validation_loss" in (row := json.loads(line)))
     (found,) = evaluate_loss(str(run), LossConfig(max_tokens=512, output="loss.json"))
-    assert found.loss == pytest.approx(logged, rel=1e-5)
+    assert found.loss == pytest.approx(logged["validation_loss"], rel=1e-6)
+    assert found.depths == pytest.approx(
+        [logged["validation_mtp_loss_1"], logged["validation_mtp_loss_2"]], rel=1e-6
+    )
     written = json.loads(Path("loss.json").read_text())["folders"][0]
     assert written["loss"] == found.loss and written["tokens"] == found.tokens
     assert found.bits_a_byte == pytest.approx(found.loss * found.tokens / found.bytes / math.log(2))
@@ -29,7 +32,7 @@ def test_equals_the_logged_validation_loss(run: Path) -> None:
 
 
 def test_all_rows_of_another_length_and_split(run: Path) -> None:
-    knobs = LossConfig(max_tokens=0, sequence_length=32, split="validation", prefill_chunk=7)
+    knobs = LossConfig(max_tokens=0, sequence_length=32, split="validation")
     (short,) = evaluate_loss(str(run), knobs)
     rows = 2715 // 32  # of the small corpus's 2,716 validation tokens
     assert 0.8 * rows * 32 < short.tokens <= rows * 32
@@ -37,15 +40,14 @@ def test_all_rows_of_another_length_and_split(run: Path) -> None:
     assert train.loss != short.loss
 
 
-def test_pieces_are_the_counted_targets() -> None:
-    tokens = np.array([[10, 11, 12, 20, 21, 30, 40, 41]])
-    labels = np.array([[11, 12, 20, 21, 30, 40, 41, 42]])
-    mask = np.array([[1, 1, 0, 1, 0, 0, 1, 1]], dtype=np.float32)
-    documents = np.array([[0, 0, 0, 1, 1, 2, 3, 3]])
-    batch = Batch(tokens, labels, mask, documents, np.array([0]), np.zeros((1, 3)))
-    pieces, rows = pieces_of(batch)
-    assert pieces == [[10, 11, 12], [20, 21], [40, 41, 42]] and rows == [0, 0, 0]
-    assert sum(len(piece) - 1 for piece in pieces) == int(mask.sum())
+def test_bytes_are_those_of_the_targets() -> None:
+    """Labels behind a document's end are no targets."""
+    loaded = load_tokenizer(Path("data/tokenizer"))
+    ids = loaded.encode("def f(x):")
+    labels = np.concatenate([ids, ids])[None]
+    mask = np.array([[1] * len(ids) + [0] * len(ids)], dtype=np.float32)
+    batch = Batch(labels, labels, mask, np.zeros_like(labels), np.array([0]), np.zeros((1, 3)))
+    assert target_bytes(batch, loaded) == len("def f(x):")
 
 
 @pytest.mark.parametrize(

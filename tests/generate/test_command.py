@@ -95,19 +95,6 @@ def test_evaluate_acceptance(run: str, capsys: pytest.CaptureFixture) -> None:
     assert "depth 2 accepted" in said and "3.45" in said
 
 
-def test_evaluate_loss_is_the_runs_own(run: str, capsys: pytest.CaptureFixture) -> None:
-    """The validation loss that the run measured at its end, from its record."""
-    from nemotron_train.generate.knobs import LossConfig
-    from nemotron_train.generate.loss import evaluate_loss
-
-    assert main(["pretrain", f"resume={run}"]) == 0
-    found = evaluate_loss(run, LossConfig(threads=1))
-    rows = [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
-    recorded = next(row["validation_loss"] for row in rows[::-1] if "validation_loss" in row)
-    assert found["data"][0] == pytest.approx(recorded, abs=2e-3)
-    assert len(found["data"]) == 3 and "depth 2" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize(
     "words, said",
     [
