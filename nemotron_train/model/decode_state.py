@@ -69,11 +69,12 @@ class KeyValues:
 
     def write(self, keys_TGD: Tensor, values_TGD: Tensor, new: "NewTokens") -> None:
         """Append the pass's keys and values."""
-        self._make_room(new.longest_after)
+        self.make_room(new.longest_after)
         for room, values in ((self.keys_BGLD, keys_TGD), (self.values_BGLD, values_TGD)):
             room.transpose(1, 2)[new.row_T, new.position_T] = values
 
-    def _make_room(self, length: int) -> None:
+    def make_room(self, length: int) -> None:
+        """Let `length` tokens fit."""
         room = self.keys_BGLD.shape[2]
         if length <= room:
             return

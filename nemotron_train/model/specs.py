@@ -21,14 +21,11 @@ from megatron.core.transformer.multi_token_prediction import (
     MultiTokenPredictionLayerSubmodules,
 )
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_layer import (
-    MoETransformerLayer,
-    TransformerLayer,
-    TransformerLayerSubmodules,
-)
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from nemotron_train.config.schema import Config, RecomputeMode
 from nemotron_train.model.attention import CoreAttention, TransformerEngineAttention
+from nemotron_train.model.blocks import AttentionBlock, MoEBlock
 from nemotron_train.model.latent_moe import (
     GroupedExperts,
     LatentMoELayer,
@@ -120,7 +117,7 @@ def stack_submodules(config: Config, part: Parts, native: bool = False) -> Hybri
         ),
     )
     attention_layer = ModuleSpec(
-        module=again(recompute.attention == full, TransformerLayer),
+        module=again(recompute.attention == full, AttentionBlock),
         submodules=TransformerLayerSubmodules(
             input_layernorm=part.norm,
             self_attention=ModuleSpec(
@@ -176,7 +173,7 @@ def _moe_layer(config: Config, part: Parts, native: bool) -> ModuleSpec:
         ),
     )
     return ModuleSpec(
-        module=_recomputing_if(mode == RecomputeMode.full, MoETransformerLayer, native=native),
+        module=_recomputing_if(mode == RecomputeMode.full, MoEBlock, native=native),
         submodules=TransformerLayerSubmodules(
             pre_mlp_layernorm=part.norm,
             mlp=moe,
