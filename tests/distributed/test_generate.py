@@ -27,7 +27,7 @@ def folder(small_run: tuple[Path, list[str]], run_ranks: Run) -> Path:
     for plan in ("fp32", "nvfp4_nemotron3"):
         words = [f"name=shared_{plan}", f"precision={plan}", "train.stop_after_steps=0"]
         # Widths that two tensor-parallel ranks cut into whole blocks of four-bit numbers.
-        words += ["model.hidden_size=64", "model.mamba.head_dim=32"]
+        words += ["model.mamba.heads=32", "model.mamba.head_dim=4"]
         run_ranks(["-m", "nemotron_train", "pretrain", *SMALL_RUN, *words], folder, 1)
     return folder
 
