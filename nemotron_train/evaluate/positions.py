@@ -30,7 +30,7 @@ from nemotron_train.data.manifest import FILE_NAME, load_manifest
 from nemotron_train.evaluate.knobs import PositionsConfig, check_reading
 from nemotron_train.generate.acceptance import validation_folders
 from nemotron_train.generate.engine import Engine
-from nemotron_train.generate.load import Opened, opened
+from nemotron_train.generate.load import Opened, found, opened
 
 POINTS_AN_OCTAVE = (
     8  # of the cumulative curve, evenly on the log scale, for the fit and the picture
@@ -72,6 +72,8 @@ def evaluate_positions(runs: Sequence[str], knobs: PositionsConfig) -> list[Curv
     """Measure, print and draw the checkpoints `runs` on the same documents. Raises ConfigError for
     knobs out of range, data without documents that long, another tokenizer."""
     check_reading(knobs)
+    for run in runs:  # the last one's mistake shows before the first one's hours
+        found(run, knobs)
     console, curves = Console(width=120), []
     documents: list[list[int]] = []
     for run in runs:
@@ -104,8 +106,8 @@ def measured(
 ) -> list[float]:
     """NLL of every token of a document but the first."""
     console.print(f"  document of {len(tokens):,} tokens", highlight=False)
-    (found,) = engine.log_probabilities([tokens], knobs.prefill_chunk)
-    return [-value for value in found]
+    (values,) = engine.log_probabilities([tokens], knobs.prefill_chunk)
+    return [-value for value in values]
 
 
 def check_tokenizer(model: Opened, folders: Sequence[Path]) -> None:
@@ -123,7 +125,7 @@ def check_tokenizer(model: Opened, folders: Sequence[Path]) -> None:
 def long_documents(folders: Sequence[Path], knobs: PositionsConfig) -> list[list[int]]:
     """The first `knobs.documents` documents of `knobs.max_tokens` or more, by folder, in file
     order, cut to that. Raises ConfigError, naming the longest, where there are fewer."""
-    found: list[list[int]] = []
+    cut: list[list[int]] = []
     lengths: list[int] = []
     for folder in folders:
         split = load_manifest(folder).splits.get(knobs.split)
@@ -133,16 +135,16 @@ def long_documents(folders: Sequence[Path], knobs: PositionsConfig) -> list[list
             reader = ShardReader(folder, shard.name)
             lengths += reader.lengths.tolist()
             for number in (reader.lengths >= knobs.max_tokens).nonzero()[0]:
-                if len(found) < knobs.documents:
-                    found.append(reader.document(int(number))[: knobs.max_tokens].tolist())
-    if len(found) < knobs.documents:
+                if len(cut) < knobs.documents:
+                    cut.append(reader.document(int(number))[: knobs.max_tokens].tolist())
+    if len(cut) < knobs.documents:
         longest = sorted(lengths, reverse=True)[: knobs.documents]
         raise ConfigError(
             f"max_tokens={knobs.max_tokens} documents={knobs.documents}: the {knobs.split} split "
-            f"has {len(found)} documents that long; the longest have "
+            f"has {len(cut)} documents that long; the longest have "
             f"{', '.join(map(str, longest))} tokens"
         )
-    return found
+    return cut
 
 
 def curve_of(run: str, length: int, nll_DT: np.ndarray, first_position: int) -> Curve:

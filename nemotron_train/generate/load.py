@@ -48,17 +48,23 @@ class Opened:
         return os.environ.get("RANK", "0") == "0"
 
 
-@contextmanager
-def opened(run: str, knobs: ModelKnobs, say: Callable[[str], None]) -> Iterator[Opened]:
-    """The model of `RUN` (its newest undamaged checkpoint) or `RUN@STEP`, on the ranks of this
-    launch; COLLECTIVE. Raises ConfigError for a run, a step or a layout that cannot be had."""
+def found(run: str, knobs: ModelKnobs) -> tuple[Path, Path | None, Config]:
+    """The folder that `run` means, the checkpoint where it names a step, and the configuration for
+    the ranks of this launch; nothing is loaded. Raises ConfigError as `opened` does."""
     check_model_knobs(knobs)
     folder, step = parse_branch(run) if "@" in run else (Path(run), None)
     if not folder.is_dir():
         raise ConfigError(f"{run}: no such run folder; give RUN_FOLDER or RUN_FOLDER@STEP")
     checkpoint = branch_checkpoint(run) if step is not None else None
     num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    config = _laid_out(read_config(folder, step), knobs, num_ranks)
+    return folder, checkpoint, _laid_out(read_config(folder, step), knobs, num_ranks)
+
+
+@contextmanager
+def opened(run: str, knobs: ModelKnobs, say: Callable[[str], None]) -> Iterator[Opened]:
+    """The model of `RUN` (its newest undamaged checkpoint) or `RUN@STEP`, on the ranks of this
+    launch; COLLECTIVE. Raises ConfigError for a run, a step or a layout that cannot be had."""
+    folder, checkpoint, config = found(run, knobs)
     platform = device.prepare(knobs.threads)
     surroundings = Surroundings(
         device.hardware(platform), installed_versions(), dict(os.environ), native=False
@@ -135,7 +141,8 @@ def _laid_out(config: Config, knobs: ModelKnobs, num_ranks: int) -> Config:
         global_batch_tokens=config.train.sequence_length * num_ranks,
         micro_batch_sequences=1,
     )
-    config = replace(config, model=model, parallel=parallel, train=train, resume="", branch="")
+    config = replace(config, model=model, parallel=parallel, train=train)
+    config = replace(config, resume="", branch="", fresh_data=False)
     # Its checks: does the model divide? Of data nothing is read, and an imported run has none yet.
     derive(replace(config, data=replace(config.data, kind=DataKind.embedded)), num_ranks)
     return replace(config, parallel=replace(parallel, sequence=False))

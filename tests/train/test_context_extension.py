@@ -21,6 +21,8 @@ from nemotron_train.cli import main
 from nemotron_train.compose import compose_config
 from nemotron_train.config.schema import TrainConfig
 from nemotron_train.data.batches import Batch, BatchSource, DataState
+from nemotron_train.evaluate.knobs import LossConfig
+from nemotron_train.evaluate.loss import evaluate_loss
 from nemotron_train.train.step import is_short
 from nemotron_train.train.stop import SIGNALS
 
@@ -121,6 +123,13 @@ def test_branch_into_longer_rows(
     cut = [row for row in metrics(Path("runs/cut")) if "loss" in row]
     assert cut == steps
     assert weights(Path("runs/cut"), 20) == weights(Path("runs/whole"), 20)
+
+    # A branch of the branch goes on in its data; its checkpoint is opened like any other.
+    assert not compose_config(["branch=runs/whole@20", "train.total_tokens=5632"]).fresh_data
+    assert train("branch=runs/whole@15", "name=same_again") == 0
+    assert [r for r in metrics(Path("runs/same_again")) if "loss" in r] == steps[5:]
+    (loss,) = evaluate_loss("runs/whole", LossConfig(max_tokens=512))
+    assert loss.loss == pytest.approx(steps[-1]["validation_loss"], rel=1e-6)
 
     capsys.readouterr()
     assert train(*extend, "name=same_data", "fresh_data=false") == 2
