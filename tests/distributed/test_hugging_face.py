@@ -23,7 +23,7 @@ def one_rank(
     small_run: tuple[Path, list[str]], run_ranks: Callable[[list[str], Path, int], None]
 ) -> Path:
     folder, overrides = small_run
-    words = ["-m", "nemotron_train", "pretrain", "name=one_rank", *overrides]
+    words = ["-m", "nemotron_train", "pretrain", "name=hf_one_rank", *overrides]
     words += ["precision=bf16", "train.save_every_steps=2", "train.stop_after_steps=2"]
     with pytest.raises(AssertionError, match=r"\[3\]"):  # stopped on request
         run_ranks([*words, "train.threads=1"], folder, 1)
@@ -47,7 +47,14 @@ def test_every_layout_gives_the_same_bytes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run = name.replace(" ", "_")
-    words = ["-m", "nemotron_train", "pretrain", "branch=runs/one_rank@2", f"name={run}", *layout]
+    words = [
+        "-m",
+        "nemotron_train",
+        "pretrain",
+        "branch=runs/hf_one_rank@2",
+        f"name={run}",
+        *layout,
+    ]
     words += ["train.micro_batch_sequences=1", "train.keep_checkpoints=9", "train.threads=1"]
     words += ["train.total_tokens=768", "optim.warmup_tokens=0", "optim.decay_tokens=0"]
     run_ranks(words, one_rank, ranks)
@@ -56,9 +63,9 @@ def test_every_layout_gives_the_same_bytes(
     monkeypatch.chdir(one_rank)
     found = {}
     for kind in ("float32", "bfloat16"):
-        for source in ("one_rank", run):
+        for source in ("hf_one_rank", run):
             out = Path("theirs") / run / source / kind
             words = ["convert", "to-hf", f"runs/{source}@2", "--out", str(out), "--dtype", kind]
             assert main([*words, "--shard-gib", "0.0001"]) == 0
             found[source] = {path.name: path.read_bytes() for path in out.iterdir()}
-        assert len(found[run]) > 6 and found[run] == found["one_rank"], kind
+        assert len(found[run]) > 6 and found[run] == found["hf_one_rank"], kind

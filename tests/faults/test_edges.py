@@ -38,8 +38,10 @@ def test_two_jobs_in_one_folder(job, small_run, reference, metrics) -> None:
     was killed holds nothing."""
     first = job("name=contested", "train.save_every_steps=1")
     first.wait_for("step  1/")
+    first.signal(signal.SIGSTOP)  # or it may end before the second has begun
     second = job("name=contested", "train.save_every_steps=1")
     assert second.wait() == [2], second.output()
+    first.signal(signal.SIGCONT)
     line = second.output().strip().splitlines()[-1]
     assert "contested" in line and str(first.processes[0].pid) in line, line
     assert first.wait() == [0], first.output()

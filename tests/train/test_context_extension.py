@@ -57,7 +57,7 @@ def test_short_rows_train_as_a_source_of_such_rows(
     small_run: Small, metrics: Metrics, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every step short, against a run with that sequence length that is handed the same rows."""
-    assert train(*small_run[1], "name=all_short", *SHORT, "train.short_share=1") == 0
+    assert train(*small_run[1], "name=rows_all_short", *SHORT, "train.short_share=1") == 0
     take = BatchSource.take
 
     def take_long(
@@ -78,10 +78,10 @@ def test_short_rows_train_as_a_source_of_such_rows(
         return batch.cut(16), take(self, state, count, part)[1]
 
     monkeypatch.setattr(BatchSource, "take", take_long)
-    words = ["train.sequence_length=16", "train.micro_batch_sequences=8", "name=given_short"]
+    words = ["train.sequence_length=16", "train.micro_batch_sequences=8", "name=rows_given_short"]
     assert train(*small_run[1], *words) == 0
     compared = ("loss", "mtp_loss_1", "mtp_loss_2", "grad_norm", "load_balance_loss")
-    ours, theirs = metrics(Path("runs/all_short")), metrics(Path("runs/given_short"))
+    ours, theirs = metrics(Path("runs/rows_all_short")), metrics(Path("runs/rows_given_short"))
     assert [row["sequence_length"] for row in ours if "loss" in row] == [16] * 10
     for a, b in zip(
         (row for row in ours if "loss" in row),
@@ -96,45 +96,45 @@ def test_branch_into_longer_rows(
 ) -> None:
     """From rows of 64 to 128, a third of the steps at 64, the rate constant; cut in two by a new
     process, the branch is the uninterrupted one. Its data begin anew."""
-    assert train(*small_run[1], "name=parent", "train.save_every_steps=5") == 0
-    extend = ["branch=runs/parent@10", "run=context_extension", "train.total_tokens=5120"]
+    assert train(*small_run[1], "name=rows_parent", "train.save_every_steps=5") == 0
+    extend = ["branch=runs/rows_parent@10", "run=context_extension", "train.total_tokens=5120"]
     extend += ["train.sequence_length=128", "train.short_sequence_length=64"]
     extend += ["train.short_share=0.34", "train.global_batch_tokens=256"]
     extend += ["train.validation_tokens=512", "train.save_every_steps=5"]
     extend += ["precision.telemetry.every=100", "precision.telemetry.probe=nvfp4"]
-    assert train(*extend, "name=whole") == 0
-    steps = [row for row in metrics(Path("runs/whole")) if "loss" in row]
+    assert train(*extend, "name=rows_whole") == 0
+    steps = [row for row in metrics(Path("runs/rows_whole")) if "loss" in row]
     assert [row["step"] for row in steps] == list(range(11, 21))
     assert [row["sequence_length"] for row in steps] == [
         64 if step in (12, 15, 18) else 128 for step in range(11, 21)
     ]
     # The last step is due for all side jobs, whatever the parent's batch was.
-    assert train(*extend, "name=other_batch", "train.global_batch_tokens=512") == 0
-    last = [row for row in metrics(Path("runs/other_batch")) if "loss" in row][-1]
+    assert train(*extend, "name=rows_other_batch", "train.global_batch_tokens=512") == 0
+    last = [row for row in metrics(Path("runs/rows_other_batch")) if "loss" in row][-1]
     assert last["step"] == 15 and "validation_loss" in last
-    records = (Path("runs/other_batch/metrics.jsonl").read_text()).count('"kind": "precision"')
+    records = (Path("runs/rows_other_batch/metrics.jsonl").read_text()).count('"kind": "precision"')
     assert records == 1
-    parent = compose_config(["resume=runs/parent"])
+    parent = compose_config(["resume=runs/rows_parent"])
     assert {row["lr"] for row in steps} == {parent.optim.min_learning_rate}
-    assert train(*extend, "name=cut", "train.stop_after_steps=5") == 3
-    command = [sys.executable, "-m", "nemotron_train", "pretrain", "resume=runs/cut"]
+    assert train(*extend, "name=rows_cut", "train.stop_after_steps=5") == 3
+    command = [sys.executable, "-m", "nemotron_train", "pretrain", "resume=runs/rows_cut"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    cut = [row for row in metrics(Path("runs/cut")) if "loss" in row]
+    cut = [row for row in metrics(Path("runs/rows_cut")) if "loss" in row]
     assert cut == steps
-    assert weights(Path("runs/cut"), 20) == weights(Path("runs/whole"), 20)
+    assert weights(Path("runs/rows_cut"), 20) == weights(Path("runs/rows_whole"), 20)
 
     # A branch of the branch goes on in its data; its checkpoint is opened like any other.
-    assert not compose_config(["branch=runs/whole@20", "train.total_tokens=5632"]).fresh_data
-    assert train("branch=runs/whole@15", "name=same_again") == 0
-    assert [r for r in metrics(Path("runs/same_again")) if "loss" in r] == steps[5:]
-    (loss,) = evaluate_loss("runs/whole", LossConfig(max_tokens=512))
+    assert not compose_config(["branch=runs/rows_whole@20", "train.total_tokens=5632"]).fresh_data
+    assert train("branch=runs/rows_whole@15", "name=rows_same_again") == 0
+    assert [r for r in metrics(Path("runs/rows_same_again")) if "loss" in r] == steps[5:]
+    (loss,) = evaluate_loss("runs/rows_whole", LossConfig(max_tokens=512))
     assert loss.loss == pytest.approx(steps[-1]["validation_loss"], rel=1e-6)
 
     capsys.readouterr()
-    assert train(*extend, "name=same_data", "fresh_data=false") == 2
+    assert train(*extend, "name=rows_same_data", "fresh_data=false") == 2
     assert "data" in capsys.readouterr().err
-    assert train("branch=runs/parent@10", "run=proxy_10m", "name=other") == 2
+    assert train("branch=runs/rows_parent@10", "run=proxy_10m", "name=rows_other") == 2
     assert "run=proxy_10m: picks other recipes" in capsys.readouterr().err
-    assert train("branch=runs/parent@10", "run=context_extention", "name=other") == 2
+    assert train("branch=runs/rows_parent@10", "run=context_extention", "name=rows_other") == 2
     assert "did you mean context_extension?" in capsys.readouterr().err
