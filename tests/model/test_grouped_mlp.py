@@ -6,7 +6,7 @@ Not covered: the GPU's grouped product, expert-parallel exchange, speed.
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -111,6 +111,8 @@ def _through_grouped_mlp(experts: Tensor, num_experts: int):
     padding_flops=st.sampled_from([0, 10_000, 10**12]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
 )
+# The one routing weight's gradient cancels to a thousandth of what is added.
+@example(num_tokens=1, num_experts=7, num_choices=1, width=7, padding_flops=0, dtype=torch.float32)
 def test_any_shape_agrees_with_one_expert_at_a_time(
     num_tokens: int,
     num_experts: int,
