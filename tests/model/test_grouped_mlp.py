@@ -59,14 +59,6 @@ def _value_and_gradients(function, inputs: tuple[Tensor, ...], grad: Tensor):
     return y.detach(), *torch.autograd.grad(y, inputs, grad)
 
 
-def _added_for_probabilities(experts, inputs, grad) -> Tensor:
-    """Norm over tokens and choices of the terms' absolute values, r² |w2| |∂y| summed."""
-    x, _, weight1, weight2 = (tensor.double() for tensor in inputs)
-    relu_SKF = torch.relu(torch.einsum("sd,skfd->skf", x, weight1[experts]))
-    dy_SKF = torch.einsum("sd,skdf->skf", grad.double().abs(), weight2[experts].abs())
-    return (relu_SKF**2 * dy_SKF).sum(-1).norm()
-
-
 def _assert_agrees(function, experts, grad, inputs, tolerance: float) -> None:
     results = _value_and_gradients(function, inputs, grad)
     truths = _value_and_gradients(
@@ -74,14 +66,17 @@ def _assert_agrees(function, experts, grad, inputs, tolerance: float) -> None:
         tuple(tensor.double() for tensor in inputs),
         grad.double(),
     )
+    # Sums may cancel to nothing where they are all there is (one token, width 1): errors are held
+    # to what is added, the same function of absolute values.
+    added = _value_and_gradients(
+        lambda x, p, w1, w2: _one_expert_at_a_time(x, experts, p, w1, w2),
+        tuple(tensor.double().abs() for tensor in inputs),
+        grad.double().abs(),
+    )
     names = ("y", "x", "probabilities", "weight1", "weight2")
-    # A routing weight's gradient is one long sum, which may cancel: a single token's has no other
-    # numbers beside it, so its error is held to the sum of what is added.
-    added = _added_for_probabilities(experts, inputs, grad)
-    for name, result, truth in zip(names, results, truths, strict=True):
+    for name, result, truth, size in zip(names, results, truths, added, strict=True):
         assert result.dtype == (grad.dtype if name == "y" else inputs[names.index(name) - 1].dtype)
-        size = added if name == "probabilities" else truth.norm()
-        error = (result.double() - truth).norm() / size.clamp_min(1e-12)
+        error = (result.double() - truth).norm() / size.norm().clamp_min(1e-12)
         assert error < tolerance, (name, error)
 
 
@@ -102,7 +97,7 @@ def _through_grouped_mlp(experts: Tensor, num_experts: int):
     return function
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     num_tokens=st.integers(1, 40),
     num_experts=st.integers(1, 9),
@@ -124,8 +119,8 @@ def test_any_shape_agrees_with_one_expert_at_a_time(
     """Packed, sometimes padded and always padded blocks, on one rank and from sorted rows."""
     num_choices = min(num_choices, num_experts)
     experts, grad, inputs = _problem(num_tokens, num_experts, num_choices, width, dtype)
-    # BF16: at most a few roundings of 2^-9 in a row, on random signs.
-    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    # A few roundings in a row, of 2^-24 or 2^-9, on random signs.
+    tolerance = 5e-7 if dtype == torch.float32 else 1e-2
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(module._PADDING_FLOPS, dtype, padding_flops)
 
@@ -179,7 +174,7 @@ def test_no_tokens_at_all_give_no_rows_and_zero_gradients() -> None:
     assert not grad1.any() and not grad2.any()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     num_tokens=st.integers(1, 50),
     num_experts=st.integers(1, 300),
