@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import signal
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -118,3 +120,16 @@ def groups() -> Iterator[object]:
     model_parallel_cuda_manual_seed(1234)
     yield started
     process_groups.stop()
+
+
+@pytest.fixture(scope="module")
+def in_small_run(small_run: tuple[Path, list[str]]) -> Iterator[None]:
+    """Stands in the small run's folder; gives back the handlers that runs in this process set."""
+    from nemotron_train.train.stop import SIGNALS
+
+    before, handlers = Path.cwd(), [(number, signal.getsignal(number)) for number in SIGNALS]
+    os.chdir(small_run[0])
+    yield
+    os.chdir(before)
+    for number, handler in handlers:
+        signal.signal(number, handler)

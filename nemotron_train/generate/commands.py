@@ -10,29 +10,32 @@ from nemotron_train.config.schema import ConfigError
 from nemotron_train.verbs import Verb
 
 # Taken as typed, spaces, quotes and brackets included, and more than once.
-_TEXTS = ("prompt", "stop")
-_PATHS = ("data",)
+_TEXTS = ("prompt", "stop", "data")
 
 
-def _knobs(schema: Any, words: Sequence[str]) -> tuple[str, Any]:
-    """The run that is named and the typed knobs. Raises ConfigError."""
+def runs_and_knobs(schema: Any, words: Sequence[str], most_runs: int = 1) -> tuple[list[str], Any]:
+    """The runs that are named and the typed knobs, checked and the platform prepared for them.
+    Raises ConfigError."""
     texts: dict[str, list[str]] = {}
     runs, overrides = [], []
     for word in words:
         name, equals, value = word.partition("=")
-        if equals and name in (*_TEXTS, *_PATHS) and name in schema.__dataclass_fields__:
+        if equals and name in _TEXTS and name in schema.__dataclass_fields__:
             texts.setdefault(name, []).append(value)
         elif equals:
             overrides.append(word)
         else:
             runs.append(word)
-    if len(runs) != 1:
+    if not 1 <= len(runs) <= most_runs:
+        asked = "one run is needed" if most_runs == 1 else f"name one run or up to {most_runs}"
         given = f"{len(runs)} are given: {' '.join(runs)}" if runs else "none is given"
-        raise ConfigError(f"one run is needed, RUN_FOLDER or RUN_FOLDER@STEP; {given}")
-    return runs[0], to_typed(schema, texts, parse_overrides(overrides))
+        raise ConfigError(f"{asked}, RUN_FOLDER or RUN_FOLDER@STEP; {given}")
+    knobs = to_typed(schema, texts, parse_overrides(overrides))
+    _prepare(knobs)
+    return runs, knobs
 
 
-def prepare(knobs: Any) -> None:
+def _prepare(knobs: Any) -> None:
     """Before Megatron-Core is imported."""
     from nemotron_train.generate.knobs import check_model_knobs
     from nemotron_train.platform import device
@@ -44,8 +47,7 @@ def prepare(knobs: Any) -> None:
 def run_generate(arguments: argparse.Namespace) -> int:
     from nemotron_train.generate.knobs import GenerateConfig
 
-    run, knobs = _knobs(GenerateConfig, arguments.words)
-    prepare(knobs)
+    (run,), knobs = runs_and_knobs(GenerateConfig, arguments.words)
     from nemotron_train.generate.terminal import generate
 
     generate(run, knobs)
@@ -55,15 +57,14 @@ def run_generate(arguments: argparse.Namespace) -> int:
 def run_evaluate_acceptance(arguments: argparse.Namespace) -> int:
     from nemotron_train.generate.knobs import AcceptanceConfig
 
-    run, knobs = _knobs(AcceptanceConfig, arguments.words)
-    prepare(knobs)
+    (run,), knobs = runs_and_knobs(AcceptanceConfig, arguments.words)
     from nemotron_train.generate.acceptance import evaluate_acceptance
 
     evaluate_acceptance(run, knobs)
     return 0
 
 
-def _arguments(parser: argparse.ArgumentParser) -> None:
+def run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("words", nargs="+", metavar="RUN | KNOB=VALUE")
 
 
@@ -71,7 +72,7 @@ GENERATE_VERBS: dict[str, Verb] = {
     "generate": Verb(
         "text from a checkpoint, with the multi-token-prediction block drafting if asked",
         run_generate,
-        _arguments,
+        run_arguments,
         """\
 RUN is a run folder (its newest checkpoint) or RUN_FOLDER@STEP. The knobs are the fields of
 GenerateConfig in nemotron_train/generate/knobs.py:
@@ -97,7 +98,7 @@ Examples:
     "evaluate acceptance": Verb(
         "how many drafted tokens a checkpoint accepts on held-out text, by depth",
         run_evaluate_acceptance,
-        _arguments,
+        run_arguments,
         """\
 Decodes speculatively after prompts cut from held-out documents and counts. The knobs: data=FOLDER
 (prepared data; more than once; default: the run's validation data), num_prompts=N (a folder),

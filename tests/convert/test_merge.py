@@ -6,12 +6,10 @@ then holds. One rank writes; that other layouts can load follows from the format
 
 import io
 import json
-import os
 import pickle
-import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +19,11 @@ import torch
 from nemotron_train.cli import main
 from nemotron_train.convert.tensors import CheckpointReader
 from nemotron_train.train import integrity
-from nemotron_train.train.stop import SIGNALS
+
+pytestmark = pytest.mark.usefixtures("in_small_run")
 
 Small = tuple[Path, list[str]]
 Metrics = Callable[[Path], list[dict]]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def in_small_run(small_run: Small) -> Iterator[None]:
-    before, handlers = Path.cwd(), [(number, signal.getsignal(number)) for number in SIGNALS]
-    os.chdir(small_run[0])
-    yield
-    os.chdir(before)
-    for number, handler in handlers:
-        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")

@@ -6,13 +6,11 @@ That the function is the same is test_hugging_face.py's. Not covered: a machine 
 """
 
 import json
-import os
 import shutil
-import signal
 import struct
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +24,11 @@ from nemotron_train.cli import main
 from nemotron_train.convert import from_hf as from_hf_module
 from nemotron_train.convert import to_hf as to_hf_module
 from nemotron_train.train import integrity
-from nemotron_train.train.stop import SIGNALS
+
+pytestmark = pytest.mark.usefixtures("in_small_run")
 
 Small = tuple[Path, list[str]]
 Tensors = dict[str, torch.Tensor]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def in_small_run(small_run: Small) -> Iterator[None]:
-    before, handlers = Path.cwd(), [(number, signal.getsignal(number)) for number in SIGNALS]
-    os.chdir(small_run[0])
-    yield
-    os.chdir(before)
-    for number, handler in handlers:
-        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,6 @@ interrupted streaming.
 """
 
 import json
-import os
-import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +12,10 @@ import pytest
 
 from nemotron_train.cli import main
 from nemotron_train.data.tokenize import load_tokenizer
-from nemotron_train.train.stop import SIGNALS
+
+pytestmark = pytest.mark.usefixtures("in_small_run")
 
 Small = tuple[Path, list[str]]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def in_small_run(small_run: Small) -> Iterator[None]:
-    before, handlers = Path.cwd(), [(number, signal.getsignal(number)) for number in SIGNALS]
-    os.chdir(small_run[0])
-    yield
-    os.chdir(before)
-    for number, handler in handlers:
-        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")

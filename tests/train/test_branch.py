@@ -8,12 +8,10 @@ layout. Runs share this process where a new one is not the point.
 import hashlib
 import io
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,24 +22,14 @@ from nemotron_train.cli import main
 from nemotron_train.compose import compose_config
 from nemotron_train.precision.plan import formats_at, phase_boundaries
 from nemotron_train.precision.record import plan_record
-from nemotron_train.train.stop import SIGNALS
+
+pytestmark = pytest.mark.usefixtures("in_small_run")
 
 Small = tuple[Path, list[str]]
 Metrics = Callable[[Path], list[dict]]
 Weights = Callable[[Path, int], dict[str, object]]
 PLAN = "nvfp4_bf16_forward"
 MASTER = "optimizer.state.param."
-
-
-@pytest.fixture(autouse=True, scope="module")
-def in_small_run(small_run: Small) -> Iterator[None]:
-    """Stands in the small run's folder; gives back the handlers that runs in this process set."""
-    before, handlers = Path.cwd(), [(number, signal.getsignal(number)) for number in SIGNALS]
-    os.chdir(small_run[0])
-    yield
-    os.chdir(before)
-    for number, handler in handlers:
-        signal.signal(number, handler)
 
 
 def train(*words: str) -> int:

@@ -5,11 +5,9 @@ bit; for layouts, one rank (tests/distributed/test_short_steps.py). Not covered:
 memory matters.
 """
 
-import os
-import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
@@ -24,22 +22,13 @@ from nemotron_train.data.batches import Batch, BatchSource, DataState
 from nemotron_train.evaluate.knobs import LossConfig
 from nemotron_train.evaluate.loss import evaluate_loss
 from nemotron_train.train.step import is_short
-from nemotron_train.train.stop import SIGNALS
+
+pytestmark = pytest.mark.usefixtures("in_small_run")
 
 Small = tuple[Path, list[str]]
 Metrics = Callable[[Path], list[dict]]
 Weights = Callable[[Path, int], dict[str, object]]
 SHORT = ["train.short_sequence_length=16", "train.micro_batch_sequences=2"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def in_small_run(small_run: Small) -> Iterator[None]:
-    before, handlers = Path.cwd(), [(number, signal.getsignal(number)) for number in SIGNALS]
-    os.chdir(small_run[0])
-    yield
-    os.chdir(before)
-    for number, handler in handlers:
-        signal.signal(number, handler)
 
 
 def train(*words: str) -> int:
