@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from nemotron_train.generate.knobs import DecodingKnobs, Sampling
-from nemotron_train.generate.sampling import Draws, distribution, draw
+from nemotron_train.generate.sampling import Draws, choose
 from nemotron_train.generate.speculative import Acceptance, Drafter
 from nemotron_train.model.decode_state import DecodeStates
 from nemotron_train.model.hybrid import NemotronModel
@@ -208,8 +208,8 @@ class _Batch:
 
     def _sample(self, logits_BV: Tensor) -> None:
         """Draw a token for every sequence, and let those go that end with it."""
-        uniform = [row.draws.next() for row in self.rows]
-        tokens_B = from_first_rank(draw(distribution(logits_BV, self.sampling), uniform))
+        draws = [row.draws for row in self.rows]
+        tokens_B = from_first_rank(choose(logits_BV, self.sampling, draws))
         tokens = tokens_B.tolist()
         values = self.engine.log_probabilities_of(logits_BV, tokens)
         for row, token, value in zip(self.rows, tokens, values, strict=True):
@@ -233,11 +233,8 @@ class _Batch:
         self.engine.costs.passes += 1
         hidden_T1D = self.model.decode(tokens_Bn.flatten(), new)
         logits_TV = self.model.logits(hidden_T1D)
-        verdict = drafter.judge(
-            distribution(logits_TV, self.sampling).unflatten(0, (num_rows, each)),
-            drafted,
-            [row.draws for row in self.rows],
-        )
+        logits_BnV = logits_TV.unflatten(0, (num_rows, each))
+        verdict = drafter.judge(logits_BnV, drafted, [row.draws for row in self.rows])
         kept = [count + 1 for count in verdict.accepted]
         self.states.keep(kept)
         drafter.keep(hidden_T1D, kept)

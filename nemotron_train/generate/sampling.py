@@ -61,6 +61,13 @@ def draw(probabilities_BV: Tensor, uniform_B: Sequence[float]) -> Tensor:
     return tokens_B.clamp_(max=probabilities_BV.shape[1] - 1)
 
 
+def choose(logits_BV: Tensor, sampling: Sampling, draws: Sequence[Draws]) -> Tensor:
+    """One token a row, int64 [B]: drawn from `distribution`, or the most probable one."""
+    if sampling.temperature == 0:
+        return logits_BV.argmax(-1)
+    return draw(distribution(logits_BV, sampling), [own.next() for own in draws])
+
+
 @dataclass(frozen=True)
 class Verdict:
     """Of one round: how many drafted tokens each sequence accepts, and the token that follows
@@ -101,3 +108,14 @@ def judge(
         next_BV = torch.where(is_left.unsqueeze(1), left_BV, next_BV)
     following = draw(next_BV, [own.next() for own in draws])
     return Verdict(accepted, following.tolist())
+
+
+def judge_greedily(logits_BnV: Tensor, tokens_Bk: Tensor) -> Verdict:
+    """`judge` where all probability lies on the largest logit: drafts are accepted as long as they
+    are what decoding would have chosen. logits_BnV: after each drafted token too, n = k + 1."""
+    best, drafted = logits_BnV.argmax(-1).tolist(), tokens_Bk.tolist()
+    accepted = [
+        next((i for i, (a, b) in enumerate(zip(own, row, strict=False)) if a != b), len(row))
+        for own, row in zip(best, drafted, strict=True)
+    ]
+    return Verdict(accepted, [own[count] for own, count in zip(best, accepted, strict=True)])

@@ -20,7 +20,14 @@ import torch
 from torch import Tensor
 
 from nemotron_train.generate.knobs import Sampling
-from nemotron_train.generate.sampling import Draws, Verdict, distribution, draw, judge
+from nemotron_train.generate.sampling import (
+    Draws,
+    Verdict,
+    choose,
+    distribution,
+    judge,
+    judge_greedily,
+)
 from nemotron_train.model.decode_state import DecodeStates
 from nemotron_train.model.hybrid import NemotronModel
 from nemotron_train.platform.groups import from_first_rank
@@ -58,10 +65,10 @@ class Acceptance:
 
 @dataclass(frozen=True)
 class Drafted:
-    """Tokens [B,k] and the distributions [B,k,V] they were drawn from."""
+    """Tokens [B,k] and the logits [B,k,V] they were drawn from."""
 
     tokens_Bk: Tensor
-    probabilities_BkV: Tensor
+    logits_BkV: Tensor
 
 
 class Drafter:
@@ -116,7 +123,7 @@ class Drafter:
         extended = [list(tokens) for tokens in known]
         new = self._new or [rows[:0] for rows in self._depths[0].waiting]
         sure_before = [len(tokens) - 1 for tokens in known]  # of the decoder
-        tokens, probabilities = [], []
+        tokens, logits = [], []
         for depth in self._depths:
             inputs, first = depth.inputs(new)
             parts = [
@@ -130,17 +137,22 @@ class Drafter:
             depth.take_back(inputs, first, sure, sure_before)
             sure_before = sure
             last_BD = torch.stack([rows[-1] for rows in new])
-            q_BV = distribution(self._model.logits(last_BD.unsqueeze(1)), self._sampling)
-            drawn_B = from_first_rank(draw(q_BV, [own.next() for own in draws]))
+            logits_BV = self._model.logits(last_BD.unsqueeze(1))
+            drawn_B = from_first_rank(choose(logits_BV, self._sampling, draws))
             for row, token in zip(extended, drawn_B.tolist(), strict=True):
                 row.append(token)
             tokens.append(drawn_B)
-            probabilities.append(q_BV)
-        return Drafted(torch.stack(tokens, dim=1), torch.stack(probabilities, dim=1))
+            logits.append(logits_BV)
+        return Drafted(torch.stack(tokens, dim=1), torch.stack(logits, dim=1))
 
-    def judge(self, model_BnV: Tensor, drafted: Drafted, draws: Sequence[Draws]) -> Verdict:
-        """`sampling.judge`, the same on every rank, counted."""
-        verdict = judge(model_BnV, drafted.probabilities_BkV, drafted.tokens_Bk, draws)
+    def judge(self, logits_BnV: Tensor, drafted: Drafted, draws: Sequence[Draws]) -> Verdict:
+        """`sampling.judge` of what the decoder says after each drafted token, the same on every
+        rank, counted."""
+        if self._sampling.temperature == 0:
+            verdict = judge_greedily(logits_BnV, drafted.tokens_Bk)
+        else:
+            p, q = (distribution(x, self._sampling) for x in (logits_BnV, drafted.logits_BkV))
+            verdict = judge(p, q, drafted.tokens_Bk, draws)
         both = torch.tensor([verdict.accepted, verdict.following], device=self._device)
         accepted, following = from_first_rank(both).tolist()
         self._acceptance.count(accepted, drafted.tokens_Bk.shape[1])

@@ -63,6 +63,14 @@ def _to_heads(exchange: HeadExchange, *query_key_value: torch.Tensor) -> tuple[t
     return tuple(x.unflatten(-1, (-1, width)) for x in packed_SBF.split(exchange.widths, dim=-1))
 
 
+def cache_of(layer_number: int, new: NewTokens, num_heads: int, like: torch.Tensor) -> KeyValues:
+    """A layer's cache, which begins empty; `like` has the head dimension last."""
+    caches = new.states.attention
+    if layer_number not in caches:
+        caches[layer_number] = KeyValues(len(new.counts), num_heads, like.shape[-1], like)
+    return caches[layer_number]
+
+
 def _attend_to_cache(
     layer_number: int,
     query_T1HD: torch.Tensor,
@@ -70,12 +78,9 @@ def _attend_to_cache(
     value_T1GD: torch.Tensor,
     new: NewTokens,
 ) -> torch.Tensor:
-    """New tokens over this layer's cache, which begins empty: -> [T,1,H*D]."""
-    caches = new.states.attention
-    if layer_number not in caches:
-        num_heads, width = key_T1GD.shape[2:]
-        caches[layer_number] = KeyValues(len(new.counts), num_heads, width, key_T1GD)
-    return cached_attention(query_T1HD, key_T1GD, value_T1GD, caches[layer_number], new)
+    """New tokens over this layer's cache: -> [T,1,H*D]."""
+    cache = cache_of(layer_number, new, key_T1GD.shape[2], key_T1GD)
+    return cached_attention(query_T1HD, key_T1GD, value_T1GD, cache, new)
 
 
 class CoreAttention(MegatronModule):

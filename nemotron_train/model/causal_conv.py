@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nemotron_train.model import compiled_passes
+from nemotron_train.model import compiled_calls, compiled_passes
 
 
 def causal_conv(
@@ -55,7 +55,7 @@ def causal_conv(
     fits = x_BSC.dtype != torch.float64 and 2 <= weight_CK.shape[1] <= 4
     if x_BSC.is_cuda and not force_torch and fits and _has_causal_conv1d():
         return _causal_conv1d(x_BSC, weight_CK, bias_C, document_ids_BS)
-    if weight_CK.shape[1] <= compiled_passes.MAX_TAPS and compiled_passes.take(x_BSC):
+    if weight_CK.shape[1] <= compiled_passes.MAX_TAPS and compiled_calls.take(x_BSC):
         return _CompiledCausalConv.apply(x_BSC, weight_CK, bias_C, document_ids_BS)  # pyright: ignore
     return _CausalConv.apply(x_BSC, weight_CK, bias_C, document_ids_BS)
 

@@ -13,33 +13,21 @@ Shape suffixes: B batch, S tokens, C channels, K taps, G groups.
 """
 
 import ctypes
-import functools
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from nemotron_train.platform import compiled_c
+from nemotron_train.model.compiled_calls import (
+    as_numbers,
+    as_pointer,
+    as_rows,
+    call,
+    channels_last,
+)
 
-_FOLDER = Path(__file__).with_name("passes")
-_NAMES = ("convolution", "norms", "scan", "activation", "loss")
-_SOURCES = tuple(_FOLDER / f"{name}.c" for name in _NAMES)
-_FLAGS = ("-O3", "-ffp-contract=fast", "-mprefer-vector-width=512")
-_PORTABLE_FLAGS = ("-O3", "-ffp-contract=fast")
 _BLOCK = 64  # BLOCK in rows.h
-MAX_WIDTH = 8192  # MAX_WIDTH in rows.h
 MAX_TAPS = 4  # MAX_TAPS in convolution.c
 MAX_HEAD = 256  # MAX_HEAD in scan.c
-_TYPES = (torch.bfloat16, torch.float32)
-
-
-class _Rows(ctypes.Structure):
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("batch_stride", ctypes.c_int64),
-        ("token_stride", ctypes.c_int64),
-        ("is_bfloat16", ctypes.c_int32),
-    )
 
 
 class _Convolution(ctypes.Structure):
@@ -93,56 +81,22 @@ class _Logits(ctypes.Structure):
     )
 
 
-@functools.cache
-def _library() -> ctypes.CDLL | None:
-    is_x86 = "avx" in torch.backends.cpu.get_cpu_capability().lower()
-    return compiled_c.library(_SOURCES, _FLAGS if is_x86 else _PORTABLE_FLAGS)
-
-
-def take(*tensors: Tensor) -> bool:
-    """Whether the passes compute on these: on a CPU, BF16 or FP32, and C compiles here."""
-    fit = all(t.device.type == "cpu" and t.dtype in _TYPES for t in tensors)
-    return fit and _library() is not None
-
-
-def _call(name: str, *arguments: object) -> None:
-    library = _library()
-    assert library is not None
-    getattr(library, name)(
-        *(ctypes.byref(a) if isinstance(a, ctypes.Structure) else a for a in arguments)
-    )
-
-
-def _channels_last(t: Tensor) -> Tensor:
-    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
-
-
-def _rows(t_BSC: Tensor) -> _Rows:
-    assert t_BSC.stride(-1) == 1 or t_BSC.shape[-1] == 1, t_BSC.stride()
-    return _Rows(t_BSC.data_ptr(), t_BSC.stride(0), t_BSC.stride(1), t_BSC.dtype == torch.bfloat16)
-
-
-def _pointer(t: Tensor | None) -> ctypes.c_void_p:
-    assert t is None or t.is_contiguous()
-    return ctypes.c_void_p(None if t is None else t.data_ptr())
-
-
 def _blocks(count: int) -> int:
     return -(-count // _BLOCK)
 
 
 def _convolution(x_BSC: Tensor, taps_KC: Tensor, bias_C: Tensor, ids_BS: Tensor | None):
-    pointers = (taps_KC.data_ptr(), bias_C.data_ptr(), _pointer(ids_BS))
+    pointers = (taps_KC.data_ptr(), bias_C.data_ptr(), as_pointer(ids_BS))
     return _Convolution(*x_BSC.shape, len(taps_KC), *pointers)
 
 
 def causal_conv(x_BSC: Tensor, taps_KC: Tensor, bias_C: Tensor, ids_BS: Tensor | None) -> Tensor:
     """SiLU(bias + sum_j taps[j] x_{t-j}); taps and bias FP32, ids int64, all contiguous."""
-    x_BSC = _channels_last(x_BSC)
+    x_BSC = channels_last(x_BSC)
     y_BSC = torch.empty_like(x_BSC)
     y_BSC = y_BSC if y_BSC.stride(-1) == 1 else torch.empty(x_BSC.shape, dtype=x_BSC.dtype)
     conv = _convolution(x_BSC, taps_KC, bias_C, ids_BS)
-    _call("convolution_forward", conv, _rows(x_BSC), _rows(y_BSC), torch.get_num_threads())
+    call("convolution_forward", conv, as_rows(x_BSC), as_rows(y_BSC), torch.get_num_threads())
     return y_BSC
 
 
@@ -150,15 +104,15 @@ def causal_conv_backward(
     dy_BSC: Tensor, x_BSC: Tensor, taps_KC: Tensor, bias_C: Tensor, ids_BS: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x in its type, and of taps and bias in FP32."""
-    dy_BSC, x_BSC = _channels_last(dy_BSC), _channels_last(x_BSC)
+    dy_BSC, x_BSC = channels_last(dy_BSC), channels_last(x_BSC)
     batch, length, channels = x_BSC.shape
     dx_BSC = torch.empty_like(x_BSC)
     parts = torch.empty(batch * _blocks(length), len(taps_KC) + 1, channels)
     out = torch.empty(len(taps_KC) + 1, channels)
     conv = _convolution(x_BSC, taps_KC, bias_C, ids_BS)
-    rows = (_rows(t) for t in (x_BSC, dy_BSC, dx_BSC))
-    pointers = (_pointer(parts), _pointer(out))
-    _call("convolution_backward", conv, *rows, torch.get_num_threads(), *pointers)
+    rows = (as_rows(t) for t in (x_BSC, dy_BSC, dx_BSC))
+    pointers = (as_pointer(parts), as_pointer(out))
+    call("convolution_backward", conv, *rows, torch.get_num_threads(), *pointers)
     return dx_BSC, out[:-1], out[-1]
 
 
@@ -170,9 +124,9 @@ def _norm(y_BSC: Tensor, weight_C: Tensor, width: int, epsilon: float, scale: Te
         channels // width,
         width,
         epsilon,
-        _pointer(weight_C),
+        as_pointer(weight_C),
         weight_C.dtype == torch.bfloat16,
-        _pointer(scale),
+        as_pointer(scale),
     )
 
 
@@ -181,17 +135,17 @@ def rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """weight u / sqrt(mean of u^2 over `width` channels + epsilon), u = y SiLU(gate) or y; and the
     reciprocal roots, FP32 [S x B, G], for the backward pass. width: at most MAX_WIDTH."""
-    y_BSC = _channels_last(y_BSC)
-    gate_BSC = None if gate_BSC is None else _channels_last(gate_BSC)
+    y_BSC = channels_last(y_BSC)
+    gate_BSC = None if gate_BSC is None else channels_last(gate_BSC)
     batch, length, channels = y_BSC.shape
     out_BSC = torch.empty_like(y_BSC)
     scale = torch.empty(batch * length, channels // width)
-    _call(
+    call(
         "norm_forward",
         _norm(y_BSC, weight_C, width, epsilon, scale),
-        _rows(y_BSC),
-        None if gate_BSC is None else _rows(gate_BSC),
-        _rows(out_BSC),
+        as_rows(y_BSC),
+        None if gate_BSC is None else as_rows(gate_BSC),
+        as_rows(out_BSC),
         torch.get_num_threads(),
     )
     return out_BSC, scale
@@ -201,35 +155,30 @@ def rms_norm_backward(
     dout_BSC: Tensor, y_BSC: Tensor, gate_BSC: Tensor | None, weight_C: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Gradients of y and gate in their types, and of the weight in FP32."""
-    dout_BSC, y_BSC = _channels_last(dout_BSC), _channels_last(y_BSC)
-    gate_BSC = None if gate_BSC is None else _channels_last(gate_BSC)
+    dout_BSC, y_BSC = channels_last(dout_BSC), channels_last(y_BSC)
+    gate_BSC = None if gate_BSC is None else channels_last(gate_BSC)
     batch, length, channels = y_BSC.shape
     dy_BSC = torch.empty_like(y_BSC)
     dgate_BSC = None if gate_BSC is None else torch.empty_like(gate_BSC)
     parts, dweight_C = torch.zeros(_blocks(batch * length), channels), torch.empty(channels)
-    _call(
+    call(
         "norm_backward",
         _norm(y_BSC, weight_C, channels // scale.shape[1], 0.0, scale),
-        _rows(y_BSC),
-        None if gate_BSC is None else _rows(gate_BSC),
-        _rows(dout_BSC),
-        _rows(dy_BSC),
-        None if dgate_BSC is None else _rows(dgate_BSC),
+        as_rows(y_BSC),
+        None if gate_BSC is None else as_rows(gate_BSC),
+        as_rows(dout_BSC),
+        as_rows(dy_BSC),
+        None if dgate_BSC is None else as_rows(dgate_BSC),
         torch.get_num_threads(),
-        _pointer(parts),
-        _pointer(dweight_C),
+        as_pointer(parts),
+        as_pointer(dweight_C),
     )
     return dy_BSC, dgate_BSC, dweight_C
 
 
 def _heads(t_BSHP: Tensor) -> Tensor:
     """[B, S, H x P] with contiguous channels, a view where that is possible."""
-    return _channels_last(t_BSHP.flatten(2))
-
-
-def _numbers(*numbers: Tensor) -> list[ctypes.c_void_p]:
-    assert all(t.dtype == torch.float32 for t in numbers)
-    return [_pointer(t) for t in numbers]
+    return channels_last(t_BSHP.flatten(2))
 
 
 def _scan(numbers_KGBLJ: Tensor, head_dim: int) -> _Scan:
@@ -247,7 +196,7 @@ def scan_to_chunks(x_BSHP: Tensor, scale_KGBLJ: Tensor, other_KGBLJ: Tensor | No
     x, numbers = _heads(x_BSHP), [scale_KGBLJ.contiguous()]
     numbers.append(torch.ones_like(numbers[0]) if other_KGBLJ is None else other_KGBLJ.contiguous())
     threads = torch.get_num_threads()
-    _call("scan_to_chunks", scan, _rows(x), *_numbers(*numbers), _pointer(out), threads)
+    call("scan_to_chunks", scan, as_rows(x), *as_numbers(*numbers), as_pointer(out), threads)
     return out
 
 
@@ -258,8 +207,8 @@ def scan_from_chunks(
     x, numbers = _heads(x_BSHP), (own_KGBLJ.contiguous(), scale_KGBLJ.contiguous())
     y, scan = torch.empty_like(x), _scan(scale_KGBLJ, x_BSHP.shape[-1])
     part, threads = part.contiguous(), torch.get_num_threads()
-    arguments = (_rows(x), _pointer(part), *_numbers(*numbers), _rows(y), threads)
-    _call("scan_from_chunks", scan, *arguments)
+    arguments = (as_rows(x), as_pointer(part), *as_numbers(*numbers), as_rows(y), threads)
+    call("scan_from_chunks", scan, *arguments)
     return y.view(x_BSHP.shape)
 
 
@@ -271,8 +220,8 @@ def scan_readers(
     dyr, scan = _operand(read_KGBLJ, x_BSHP), _scan(read_KGBLJ, x_BSHP.shape[-1])
     row, dyx = torch.empty_like(read_KGBLJ), torch.empty_like(read_KGBLJ)
     part, threads = part.contiguous(), torch.get_num_threads()
-    pointers = (_pointer(part), *_numbers(read_KGBLJ), _pointer(dyr), *_numbers(row, dyx))
-    _call("scan_readers", scan, _rows(dy), _rows(x), *pointers, threads)
+    pointers = (as_pointer(part), *as_numbers(read_KGBLJ), as_pointer(dyr), *as_numbers(row, dyx))
+    call("scan_readers", scan, as_rows(dy), as_rows(x), *pointers, threads)
     return dyr, row, dyx
 
 
@@ -289,8 +238,8 @@ def scan_writers(
     numbers = [t.contiguous() for t in (own_KGBLJ, dt_KGBLJ, write_KGBLJ)]
     dx, dxdt = torch.empty_like(x), torch.empty_like(numbers[0])
     scan, threads = _scan(dxdt, x_BSHP.shape[-1]), torch.get_num_threads()
-    pointers = (_pointer(dxw), *_numbers(*numbers), _rows(dx), *_numbers(dxdt))
-    _call("scan_writers", scan, _rows(dy), _rows(x), *pointers, threads)
+    pointers = (as_pointer(dxw), *as_numbers(*numbers), as_rows(dx), *as_numbers(dxdt))
+    call("scan_writers", scan, as_rows(dy), as_rows(x), *pointers, threads)
     return dx.view(x_BSHP.shape), dxdt
 
 
@@ -305,7 +254,7 @@ def scan_states(states: Tensor, end_KGBJ: Tensor, carry_KGBJ: Tensor) -> None:
     threads = torch.get_num_threads()
     scan, state_size = _state_scan(states)
     size = ctypes.c_int64(state_size)
-    _call("scan_states", scan, size, *_numbers(states, *numbers), threads)
+    call("scan_states", scan, size, *as_numbers(states, *numbers), threads)
 
 
 def scan_states_backward(
@@ -316,12 +265,12 @@ def scan_states_backward(
     ends = torch.empty_like(numbers[0])
     dsum = torch.empty(states[1:].shape, dtype=dtype).flatten(-2)
     scan, state_size = _state_scan(states)
-    _call(
+    call(
         "scan_states_backward",
         scan,
         ctypes.c_int64(state_size),
-        *_numbers(dstates, states, *numbers, ends),
-        _pointer(dsum),
+        *as_numbers(dstates, states, *numbers, ends),
+        as_pointer(dsum),
         dtype == torch.bfloat16,
         torch.get_num_threads(),
     )
@@ -330,14 +279,14 @@ def scan_states_backward(
 
 def _activation(hidden_TF: Tensor, weight_T: Tensor | None) -> _Activation:
     assert weight_T is None or weight_T.dtype == torch.float32
-    pointers = (_pointer(hidden_TF), _pointer(weight_T))
+    pointers = (as_pointer(hidden_TF), as_pointer(weight_T))
     return _Activation(*hidden_TF.shape, *pointers, hidden_TF.dtype == torch.bfloat16)
 
 
 def squared_relu(hidden_TF: Tensor, weight_T: Tensor | None) -> Tensor:
     """weight relu(hidden)^2; contiguous rows of at most MAX_WIDTH, weight FP32."""
     out_TF, threads = torch.empty_like(hidden_TF), torch.get_num_threads()
-    _call("squared_relu", _activation(hidden_TF, weight_T), _pointer(out_TF), threads)
+    call("squared_relu", _activation(hidden_TF, weight_T), as_pointer(out_TF), threads)
     return out_TF
 
 
@@ -347,14 +296,14 @@ def squared_relu_backward_(
     """The result's gradient, contiguous, becomes the hidden's; the weight's is returned."""
     assert grad_TF.dtype == hidden_TF.dtype and grad_TF.shape == hidden_TF.shape
     dweight_T = torch.empty(len(hidden_TF)) if with_weight else None
-    pointers = (_pointer(grad_TF), _pointer(dweight_T))
+    pointers = (as_pointer(grad_TF), as_pointer(dweight_T))
     activation, threads = _activation(hidden_TF, weight_T), torch.get_num_threads()
-    _call("squared_relu_backward", activation, *pointers, threads)
+    call("squared_relu_backward", activation, *pointers, threads)
     return dweight_T
 
 
 def _logits(logits_NV: Tensor) -> _Logits:
-    pointer = _pointer(logits_NV)
+    pointer = as_pointer(logits_NV)
     return _Logits(pointer, *logits_NV.shape, logits_NV.dtype == torch.bfloat16)
 
 
@@ -362,7 +311,7 @@ def cross_entropy_sums(logits_NV: Tensor) -> tuple[Tensor, Tensor]:
     """Each row's largest logit and its sum of e^(logit - largest), FP32 [N]; contiguous logits."""
     largest_N, sum_N = torch.empty(2, len(logits_NV)).unbind()
     threads = torch.get_num_threads()
-    _call("cross_entropy_sums", _logits(logits_NV), *_numbers(largest_N, sum_N), threads)
+    call("cross_entropy_sums", _logits(logits_NV), *as_numbers(largest_N, sum_N), threads)
     return largest_N, sum_N
 
 
@@ -370,7 +319,7 @@ def cross_entropy_gradient_(
     logits_NV: Tensor, largest_N: Tensor, factor_N: Tensor, labels_N: Tensor, onehot_N: Tensor
 ) -> None:
     """Logits become e^(logit - largest) factor, plus onehot at the label (int64)."""
-    numbers = _numbers(largest_N, factor_N.contiguous())
+    numbers = as_numbers(largest_N, factor_N.contiguous())
     labels, onehot = labels_N.contiguous(), onehot_N.contiguous()
-    rest = (_pointer(labels), *_numbers(onehot), torch.get_num_threads())
-    _call("cross_entropy_gradient", _logits(logits_NV), *numbers, *rest)
+    rest = (as_pointer(labels), *as_numbers(onehot), torch.get_num_threads())
+    call("cross_entropy_gradient", _logits(logits_NV), *numbers, *rest)

@@ -11,6 +11,8 @@ channels, N state size, K - 1 past inputs of the convolution, C its channels, G 
 head dimension, L room for tokens.
 """
 
+import functools
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -37,6 +39,11 @@ class MambaState:
         """The window after the pass, from the window before it and the pass's inputs."""
         self.window_BKC = _last(inputs_BWC, new.counts, self.window_BKC.shape[1])
         self.inputs_BWC = inputs_BWC if new.may_be_taken_back else None
+
+    def went_through(self, steps_nBHPN: Sequence[Tensor], new: "NewTokens") -> None:
+        """The states after each of the pass's tokens: new tensors, not written again."""
+        self.steps = [self.ssm_BHPN, *steps_nBHPN] if new.may_be_taken_back else []
+        self.ssm_BHPN = steps_nBHPN[-1]
 
     def keep(self, kept: Sequence[int]) -> None:
         """Return to the state after `kept` of the last pass's tokens."""
@@ -171,6 +178,11 @@ class NewTokens(PackedSeqParams):
         self._place_T: Tensor | None = None
         if not self.is_even:
             self._place_T = self.row_T * self.most + self.position_T - self.before_B[self.row_T]
+
+    @functools.cached_property
+    def starts(self) -> Tensor:
+        """Where each sequence's new tokens begin, and after the last: int64 [B + 1], on the CPU."""
+        return torch.tensor([0, *itertools.accumulate(self.counts)])
 
     def to_rows(self, x_T1F: Tensor) -> Tensor:
         """[T,1,F] -> [B,n,F], zeros after a sequence's last new token."""

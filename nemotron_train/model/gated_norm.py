@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nemotron_train.model import compiled_passes
+from nemotron_train.model import compiled_calls, compiled_passes
 
 
 def gated_rms_norm(
@@ -26,7 +26,9 @@ def gated_rms_norm(
     gradients.
     """
     assert y_BSD.shape[-1] % group_size == 0, "groups must divide the channels"
-    if group_size <= compiled_passes.MAX_WIDTH and compiled_passes.take(y_BSD, gate_BSD, weight_D):
+    if group_size <= compiled_calls.MAX_WIDTH and compiled_calls.take(y_BSD, gate_BSD, weight_D):
+        if not torch.is_grad_enabled():
+            return compiled_passes.rms_norm(y_BSD, gate_BSD, weight_D, group_size, epsilon)[0]
         return _CompiledGatedRmsNorm.apply(  # pyright: ignore[reportReturnType]
             y_BSD, gate_BSD, weight_D, group_size, epsilon
         )

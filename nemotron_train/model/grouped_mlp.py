@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nemotron_train.model import compiled_passes
+from nemotron_train.model import compiled_calls, compiled_passes
 from nemotron_train.platform.bfloat16_products import product_dtype
 
 # Work that padding may waste, in FLOPs an expert and product: about the cost of starting one more
@@ -199,8 +199,8 @@ def _block_ends(rows_per_expert: list[int], device: torch.device) -> Tensor:
 def _compiled(hidden_TF: Tensor, probabilities_T: Tensor | None) -> bool:
     weights = () if probabilities_T is None else (probabilities_T,)
     is_wide = all(weight.dtype == torch.float32 for weight in weights)
-    fits = hidden_TF.shape[1] <= compiled_passes.MAX_WIDTH and is_wide
-    return fits and compiled_passes.take(hidden_TF, *weights)
+    fits = hidden_TF.shape[1] <= compiled_calls.MAX_WIDTH and is_wide
+    return fits and compiled_calls.take(hidden_TF, *weights)
 
 
 def _activate(hidden_TF: Tensor, probabilities_T: Tensor | None) -> tuple[Tensor, Tensor]:

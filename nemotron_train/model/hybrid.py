@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.models.hybrid.hybrid_block import HybridStack
 from megatron.core.models.hybrid.hybrid_model import HybridModel
@@ -24,6 +25,7 @@ from nemotron_train.model.context import piece
 from nemotron_train.model.cross_entropy import vocab_parallel_cross_entropy
 from nemotron_train.model.decode_state import NewTokens
 from nemotron_train.model.documents import PackedDocuments
+from nemotron_train.model.linears import linear
 from nemotron_train.model.mtp import depth_mask, shift_left
 
 
@@ -134,6 +136,9 @@ class NemotronModel(HybridModel):
     def decode(self, tokens_T: torch.Tensor, new: NewTokens) -> torch.Tensor:
         """Hidden states [T,1,hidden], after the final norm, of new tokens whose predecessors the
         states of `new` have seen. COLLECTIVE under tensor and expert parallelism; one stage."""
+        if self._goes_straight(tokens_T):
+            hidden = _through_layers(self.decoder, self._embed(tokens_T), new)
+            return self.decoder.final_norm(hidden)
         hidden = self.embedding(tokens_T.unsqueeze(0), None)
         return self.decoder(hidden, attention_mask=None, packed_seq_params=new)
 
@@ -143,6 +148,10 @@ class NemotronModel(HybridModel):
         """The multi-token-prediction block at one depth k, with that depth's states: hidden states
         of depth k-1 at positions i and tokens i+k -> hidden states of depth k, [T,1,hidden]."""
         block: Any = self.mtp.layers[0]
+        if self._goes_straight(tokens_T):
+            both = block.enorm(self._embed(tokens_T)), block.hnorm(hidden_T1D)
+            joined, _ = block.eh_proj(torch.cat(both, dim=-1))
+            return block.final_layernorm(_through_layers(block.mtp_model_layer, joined, new))
         return block.forward_single_position(
             hidden_states=hidden_T1D,
             next_token_ids=tokens_T.unsqueeze(0),
@@ -154,8 +163,20 @@ class NemotronModel(HybridModel):
     def logits(self, hidden_T1D: torch.Tensor) -> torch.Tensor:
         """Logits [T, whole vocabulary] in FP32 of hidden states of any head; COLLECTIVE. They have
         the precision in which training computes them."""
+        if self._goes_straight(hidden_T1D):
+            weight = self.output_layer.weight
+            assert weight is not None
+            return linear(hidden_T1D, weight)[:, 0].float()
         logits_T1V, _ = self.output_layer(hidden_T1D, runtime_gather_output=True)
         return logits_T1V[:, 0].float()
+
+    def _goes_straight(self, tokens: torch.Tensor) -> bool:
+        """Whether a decoding pass may leave out what Megatron looks at between the layers: no other
+        rank has a part of the vocabulary, and no context of Transformer Engine is to be entered."""
+        return self.pg_collection.tp.size() == 1 and not tokens.is_cuda
+
+    def _embed(self, tokens_T: torch.Tensor) -> torch.Tensor:
+        return F.embedding(tokens_T, self.embedding.word_embeddings.weight).unsqueeze(1)
 
     def _loss_sum(
         self, hidden_SBD: torch.Tensor, labels_BS: torch.Tensor, mask_BS: torch.Tensor
@@ -191,6 +212,13 @@ class NemotronModel(HybridModel):
             mask_BS = depth_mask(loss_mask_BS, documents.ids_BS, depth)
             sums.append(self._loss_sum(hidden_SBD, labels_BS, mask_BS))
         return sums
+
+
+def _through_layers(stack: Any, hidden_T1D: torch.Tensor, new: NewTokens) -> torch.Tensor:
+    for layer in stack.layers:
+        found = layer(hidden_states=hidden_T1D, attention_mask=None, packed_seq_params=new)
+        hidden_T1D = found[0] if isinstance(found, tuple) else found
+    return hidden_T1D
 
 
 def stack_spec(submodules: object, final_norm: type) -> ModuleSpec:

@@ -30,6 +30,7 @@ from torch import nn
 
 from nemotron_train.model.few_experts import are_few, few_experts
 from nemotron_train.model.grouped_mlp import grouped_mlp, routed_mlp
+from nemotron_train.model.linears import linear
 from nemotron_train.model.sharding import mark_sharded
 from nemotron_train.platform.device import parameter_device
 
@@ -142,7 +143,7 @@ class ReplicatedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
         """[..., input_size] -> [..., output_size]; no bias, as Megatron's linears answer."""
-        return nn.functional.linear(x, self.weight), None
+        return linear(x, self.weight), None
 
 
 class ExpertWeights(nn.Module):
@@ -163,6 +164,8 @@ class ExpertWeights(nn.Module):
 
 class GroupedExperts(MegatronModule):
     """All local experts as grouped products: y = W2 (p * relu(W1 x)^2), p the routing weight."""
+
+    only_products = True  # their inputs and weights go into the products as they are
 
     def __init__(
         self,

@@ -14,9 +14,25 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor
 
+from nemotron_train.model import compiled_calls
+from nemotron_train.model.compiled_decoding import few_rows
+from nemotron_train.platform.bfloat16_products import product_dtype
 
-def _is_alone(linear: Any) -> bool:
-    return not torch.is_grad_enabled() and linear.tp_group.size() == 1 and linear.bias is None
+_FEW_ROWS = 4
+
+
+def linear(x: Tensor, weight_FD: Tensor) -> Tensor:
+    """x Wᵀ, [..., D] -> [..., F]. Where torch would widen all of a BF16 weight for a row or a few,
+    without gradients, a compiled pass reads it as it is."""
+    is_few = not torch.is_grad_enabled() and x.numel() <= _FEW_ROWS * x.shape[-1]
+    if is_few and product_dtype(x) != x.dtype and compiled_calls.take(x):
+        return few_rows(x.reshape(-1, x.shape[-1]), weight_FD).view(*x.shape[:-1], -1)
+    return F.linear(x, weight_FD)
+
+
+def is_alone(linear: Any) -> bool:
+    """Whether the layer is its weight and no other rank has a part of it."""
+    return linear.tp_group.size() == 1 and linear.bias is None
 
 
 class ColumnLinear(ColumnParallelLinear):
@@ -29,9 +45,9 @@ class ColumnLinear(ColumnParallelLinear):
         runtime_gather_output: bool | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """[..., in] -> [..., out], and no bias."""
-        if not _is_alone(self):
+        if torch.is_grad_enabled() or not is_alone(self):
             return super().forward(input_, weight, runtime_gather_output)
-        return F.linear(input_, self.weight if weight is None else weight), None  # pyright: ignore
+        return linear(input_, self.weight if weight is None else weight), None  # pyright: ignore
 
 
 class RowLinear(RowParallelLinear):
@@ -39,6 +55,6 @@ class RowLinear(RowParallelLinear):
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
         """[..., in] -> [..., out], and no bias."""
-        if not _is_alone(self):
+        if torch.is_grad_enabled() or not is_alone(self):
             return super().forward(input_)
-        return F.linear(input_, self.weight), None
+        return linear(input_, self.weight), None

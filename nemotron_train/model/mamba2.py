@@ -237,7 +237,7 @@ class Mamba2Mixer(MegatronModule):
         widths = [self.inner_width, sum(self.conv_components), self.num_heads]
         z_T1I, xbc_T1C, dt_T1H = zxbcdt_T1F.split(widths, dim=-1)
         xbc_BnC, dt_BnH = new.to_rows(xbc_T1C), new.to_rows(dt_T1H)
-        state = self._state(xbc_BnC, new)
+        state = self.state_of(new, xbc_BnC)
         y_BnC = causal_conv(xbc_BnC, self.conv_weight, self.conv_bias, initial_BKC=state.window_BKC)
         state.take(torch.cat([state.window_BKC, xbc_BnC], dim=1), new)
         x, dt, A, B, C, D = self._operands(y_BnC, dt_BnH)
@@ -245,10 +245,8 @@ class Mamba2Mixer(MegatronModule):
         if is_new_Bn1 is not None:
             dt = dt * is_new_Bn1  # dt = 0: the state passes through padding untouched
         if new.most <= MOST_TOKENS or new.may_be_taken_back:
-            before_BHPN = state.ssm_BHPN
-            y_BnHP, steps = ssd_steps(x, dt, A, B, C, D, before_BHPN)
-            state.ssm_BHPN = steps[-1]
-            state.steps = [before_BHPN, *steps] if new.may_be_taken_back else []
+            y_BnHP, steps = ssd_steps(x, dt, A, B, C, D, state.ssm_BHPN)
+            state.went_through(steps, new)
         else:
             y_BnHP, state.ssm_BHPN = ssd(
                 x,
@@ -264,15 +262,15 @@ class Mamba2Mixer(MegatronModule):
         y_1TI = new.to_packed(y_BnHP.flatten(2).to(zxbcdt_T1F.dtype)).transpose(0, 1)
         return self._gated(y_1TI, z_T1I.transpose(0, 1)).transpose(0, 1)
 
-    def _state(self, xbc_BnC: torch.Tensor, new: NewTokens) -> MambaState:
-        """This layer's state; zeros before the first token."""
+    def state_of(self, new: NewTokens, like: torch.Tensor) -> MambaState:
+        """This layer's state, with a window in the type of `like`; zeros before the first token."""
         found = new.states.mamba.get(self.layer_number)
         if found is None:
-            mamba, num_rows = self.mamba, xbc_BnC.shape[0]
+            mamba, num_rows = self.mamba, len(new.counts)
             shape = (num_rows, self.num_heads, mamba.head_dim, mamba.state_size)
-            window = (num_rows, mamba.conv_kernel_size - 1, xbc_BnC.shape[2])
-            ssm = torch.zeros(shape, dtype=torch.float32, device=xbc_BnC.device)
-            found = MambaState(ssm, xbc_BnC.new_zeros(window))
+            window = (num_rows, mamba.conv_kernel_size - 1, sum(self.conv_components))
+            ssm = torch.zeros(shape, dtype=torch.float32, device=like.device)
+            found = MambaState(ssm, like.new_zeros(window))
             new.states.mamba[self.layer_number] = found
         return found
 

@@ -18,7 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nemotron_train.model import compiled_passes
+from nemotron_train.model import compiled_calls, compiled_decoding, compiled_passes
 from nemotron_train.platform.device import parameter_device
 
 
@@ -85,9 +85,12 @@ def rms_norm(x_ND: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
     """x (mean(x²) + ε)^-½ w over the last dimension of [..., D]; x's dtype, FP32 inside."""
     if x_ND.is_cuda:
         return F.rms_norm(x_ND, (x_ND.shape[-1],), weight_D, epsilon)
-    rows_ND = x_ND.reshape(-1, x_ND.shape[-1])
+    rows_ND, width = x_ND.reshape(-1, x_ND.shape[-1]), x_ND.shape[-1]
+    is_few = len(rows_ND) <= compiled_decoding.MOST_TOKENS and not torch.is_grad_enabled()
     function = _RmsNorm
-    if x_ND.shape[-1] <= compiled_passes.MAX_WIDTH and compiled_passes.take(x_ND, weight_D):
+    if width <= compiled_calls.MAX_WIDTH and compiled_calls.take(x_ND, weight_D):
+        if is_few and x_ND.dtype == weight_D.dtype:
+            return compiled_decoding.norm_rows(x_ND.contiguous(), weight_D, epsilon)
         function = _CompiledRmsNorm
     normed_ND: Tensor = function.apply(rows_ND, weight_D, epsilon)  # pyright: ignore
     return normed_ND.view(x_ND.shape)

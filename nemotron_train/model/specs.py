@@ -11,7 +11,7 @@ from functools import partial
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.hybrid.hybrid_block import HybridStackSubmodules
-from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
+from megatron.core.ssm.mamba_layer import MambaLayerSubmodules
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
@@ -25,7 +25,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 
 from nemotron_train.config.schema import Config, RecomputeMode
 from nemotron_train.model.attention import CoreAttention, TransformerEngineAttention
-from nemotron_train.model.blocks import AttentionBlock, MoEBlock
+from nemotron_train.model.blocks import AttentionBlock, MambaBlock, MoEBlock
 from nemotron_train.model.latent_moe import (
     GroupedExperts,
     LatentMoELayer,
@@ -105,7 +105,7 @@ def stack_submodules(config: Config, part: Parts, native: bool = False) -> Hybri
     full, selective = RecomputeMode.full, RecomputeMode.selective
     again = partial(_recomputing_if, native=native)
     mamba_layer = ModuleSpec(
-        module=again(recompute.mamba == full, MambaLayer),
+        module=again(recompute.mamba == full, MambaBlock),
         submodules=MambaLayerSubmodules(
             norm=part.norm,
             mixer=ModuleSpec(

@@ -11,13 +11,13 @@ of products [K, G, B, L, J x P], contiguous, in x's; tokens [B, K x L, H, P] in 
 import torch
 from torch import Tensor
 
-from nemotron_train.model import compiled_passes
+from nemotron_train.model import compiled_calls, compiled_passes
 
 
 def _compiled(numbers_KGBLJ: Tensor, *tokens_BSHP: Tensor) -> bool:
     widest = max((t.shape[-1] for t in tokens_BSHP), default=0)
     fits = numbers_KGBLJ.dtype == torch.float32 and widest <= compiled_passes.MAX_HEAD
-    return fits and compiled_passes.take(numbers_KGBLJ, *tokens_BSHP)
+    return fits and compiled_calls.take(numbers_KGBLJ, *tokens_BSHP)
 
 
 def to_chunks(x_BSHP: Tensor, scale_KGBLJ: Tensor, other_KGBLJ: Tensor | None = None) -> Tensor:

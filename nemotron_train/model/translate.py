@@ -9,7 +9,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from nemotron_train.config.schema import Config, Dtype
-from nemotron_train.model import compiled_passes
+from nemotron_train.model import compiled_calls, compiled_passes
 from nemotron_train.platform.device import Platform
 
 TORCH_DTYPES = {Dtype.float32: torch.float32, Dtype.bfloat16: torch.bfloat16}
@@ -17,7 +17,10 @@ TORCH_DTYPES = {Dtype.float32: torch.float32, Dtype.bfloat16: torch.bfloat16}
 
 def squared_relu(x: torch.Tensor) -> torch.Tensor:
     """relu(x)^2 (arXiv 2109.08668), Nemotron's activation in every MLP."""
-    if x.shape[-1] <= compiled_passes.MAX_WIDTH and compiled_passes.take(x):
+    if x.shape[-1] <= compiled_calls.MAX_WIDTH and compiled_calls.take(x):
+        if not torch.is_grad_enabled():
+            rows_TF = x.reshape(-1, x.shape[-1]).contiguous()
+            return compiled_passes.squared_relu(rows_TF, None).view(x.shape)
         return _CompiledSquaredRelu.apply(x)  # pyright: ignore[reportReturnType]
     return torch.square(torch.relu(x))
 

@@ -211,6 +211,8 @@ class EmulatedExperts(GroupedExperts):
     """Megatron's experts interface over emulated grouped products, once a plan is attached to
     `linear_fc1` and `linear_fc2`."""
 
+    only_products = False
+
     def _emulates(self) -> bool:
         both = (self.linear_fc1, self.linear_fc2)
         attached = [getattr(weights, "attached", None) for weights in both]

@@ -164,7 +164,7 @@ def test_drafts_come_from_the_block_as_training_runs_it(
             wanted = _training_depths(model, tokens + drafted.tokens_Bk[row].tolist(), drafts)
             for depth in range(drafts):
                 theirs = distribution(wanted[depth][len(tokens) - 2], Sampling(top_k=0))
-                ours = drafted.probabilities_BkV[row, depth]
+                ours = distribution(drafted.logits_BkV[row, depth], Sampling(top_k=0))
                 torch.testing.assert_close(ours.log(), theirs.log(), atol=BOUND, rtol=0)
                 compared += 1
     assert compared > 9

@@ -17,7 +17,14 @@ from hypothesis import strategies as st
 
 from nemotron_train.generate.engine import Engine
 from nemotron_train.generate.knobs import DecodingKnobs, Sampling
-from nemotron_train.generate.sampling import Draws, distribution, draw, judge
+from nemotron_train.generate.sampling import (
+    Draws,
+    choose,
+    distribution,
+    draw,
+    judge,
+    judge_greedily,
+)
 
 
 @settings(max_examples=60, deadline=None)
@@ -166,3 +173,21 @@ def test_log_probabilities_are_the_models(small_vocabulary: Any) -> None:
             logits = small_vocabulary(torch.tensor([one.tokens]))[0].float()
         wanted = torch.log_softmax(logits, -1)[torch.arange(1, 7), torch.tensor(one.new)]
         assert one.log_probabilities == pytest.approx(wanted.tolist(), abs=1e-5)
+
+
+def test_greedy_short_ways_are_the_rule() -> None:
+    """`choose` and `judge_greedily` against drawing and judging by distributions that lie on one
+    token; drafts that agree at every number of places, and logits with equals."""
+    generator = torch.Generator().manual_seed(3)
+    greedy = Sampling(temperature=0)
+    logits_BnV = torch.randint(0, 6, (64, 4, 9), generator=generator).float()
+    drafted_BkV = logits_BnV[:, :3].clone()
+    for row in range(64):
+        drafted_BkV[row, row % 4 :] = torch.randn(9, generator=generator)
+    draws = [Draws(1, row) for row in range(64)]
+    tokens_Bk = choose(drafted_BkV.flatten(0, 1), greedy, []).unflatten(0, (64, 3))
+    p_BnV, q_BkV = distribution(logits_BnV, greedy), distribution(drafted_BkV, greedy)
+    assert tokens_Bk.flatten().tolist() == draw(q_BkV.flatten(0, 1), [0.5] * 192).tolist()
+    verdict = judge_greedily(logits_BnV, tokens_Bk)
+    assert verdict == judge(p_BnV, q_BkV, tokens_Bk, draws)
+    assert set(verdict.accepted) == {0, 1, 2, 3}

@@ -36,10 +36,12 @@ def _value_and_gradients(function, inputs, grad):
 def _assert_agrees(inputs, grad, tolerance: float) -> None:
     results = _value_and_gradients(causal_attention, inputs, grad)
     truths = _value_and_gradients(_torch_attention, [x.double() for x in inputs], grad.double())
-    for result, truth in zip(results, truths, strict=True):
+    # Gradients of query and key are differences (a token that sees itself alone has none): they are
+    # held to what is subtracted, which has the size of the value's gradient.
+    added = [truths[0].norm(), *[max(truth.norm() for truth in truths[1:])] * 3]
+    for result, truth, size in zip(results, truths, added, strict=True):
         assert result.dtype == grad.dtype
-        # One token sees itself alone: the gradients of query and key vanish.
-        error = (result.double() - truth).norm() / truth.norm().clamp_min(1e-3)
+        error = (result.double() - truth).norm() / size
         assert error < tolerance, error
 
 

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nemotron_train.model import compiled_passes
+from nemotron_train.model import compiled_calls
 from nemotron_train.model.causal_conv import causal_conv
 from nemotron_train.model.cross_entropy import vocab_parallel_cross_entropy
 from nemotron_train.model.gated_norm import gated_rms_norm
@@ -30,7 +30,7 @@ from nemotron_train.model.translate import squared_relu
 DTYPES = (torch.float32, torch.bfloat16)
 
 pytestmark = pytest.mark.skipif(
-    not compiled_passes.take(torch.zeros(1)), reason="no C compiler here"
+    not compiled_calls.take(torch.zeros(1)), reason="no C compiler here"
 )
 
 
@@ -44,7 +44,7 @@ def _results(function: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
 
 def _in_torch(function: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compiled_passes, "take", lambda *tensors: False)
+        patch.setattr(compiled_calls, "take", lambda *tensors: False)
         return _results(function, *inputs)
 
 
@@ -52,12 +52,17 @@ def _assert_same(
     function: Callable[..., Tensor],
     *inputs: Tensor,
     float32: float = 2e-6,
+    added: Callable[[list[Tensor]], dict[int, float]] = lambda results: {},
 ) -> None:
-    for ours, theirs in zip(_results(function, *inputs), _in_torch(function, *inputs), strict=True):
+    """`added`: of the torch operators' results, the size of what is added up in those (by their
+    place) whose sums may cancel."""
+    truth = _in_torch(function, *inputs)
+    sizes = added(truth)
+    for place, (ours, theirs) in enumerate(zip(_results(function, *inputs), truth, strict=True)):
         assert ours.dtype == theirs.dtype
         relative = float32 if inputs[0].dtype == torch.float32 else 2.0**-7
         # Gradients of norms are differences of terms of size one.
-        scale = max(1.0, float(theirs.abs().max()))
+        scale = max(1.0, float(theirs.abs().max()), sizes.get(place, 0.0))
         error = float((ours.double() - theirs.double()).abs().max())
         assert error <= relative * scale, (error, scale)
 
@@ -129,7 +134,13 @@ def test_scan(inputs: dict, chunk_size: int, with_documents: bool, with_steep: b
     if with_documents:
         ids = (torch.rand(x.shape[:2], generator=generator) < 0.1).cumsum(1)
     options = {"chunk_size": chunk_size, "document_ids_BS": ids}
-    _assert_same(partial(ssd, **options), x, dt, A, B, C, D, float32=1e-5)
+
+    def added(results: list[Tensor]) -> dict[int, float]:
+        """A's gradient: over all tokens, dt times what reaches dt through dt A."""
+        terms_BSH = dt * results[2] / A
+        return {3: float(terms_BSH.abs().sum((0, 1)).max())}
+
+    _assert_same(partial(ssd, **options), x, dt, A, B, C, D, float32=1e-5, added=added)
 
 
 @settings(max_examples=25, deadline=None)

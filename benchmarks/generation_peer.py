@@ -1,0 +1,158 @@
+"""Text from one checkpoint, greedily: our engine, plain and with its own drafts, against
+transformers' `generate` on the converted checkpoint.
+
+    python -m benchmarks.generation_peer runs/tiny@256 [--threads 2] [--prompt-tokens 64 1024]
+
+The whole call is timed, prefill included: one held-out prompt, `--new-tokens` tokens after it. Both
+sides take turns, `--rounds` times, and the best time counts. transformers runs in a process of its
+own, with torch's own kernels, its default cache and the checkpoint's dtype; its fused Mamba kernels
+need a GPU. The tokens of the two are compared: they are the same model.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+
+def serve(folder: str, threads: int) -> None:
+    """The peer's process: a prompt and a number of tokens a line in, seconds and tokens out."""
+    import torch
+    from transformers import AutoModelForCausalLM  # pyright: ignore[reportMissingImports]
+
+    torch.set_num_threads(threads)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder).eval()
+    for line in sys.stdin:
+        prompt, num_tokens = json.loads(line)
+        inputs = torch.tensor([prompt])
+        start = time.perf_counter()
+        with torch.inference_mode():
+            tokens = model.generate(
+                inputs,
+                attention_mask=torch.ones_like(inputs),
+                do_sample=False,
+                max_new_tokens=num_tokens,
+                eos_token_id=None,
+                pad_token_id=0,
+            )
+        seconds = time.perf_counter() - start
+        print("answer", json.dumps([seconds, tokens[0, len(prompt) :].tolist()]), flush=True)
+
+
+Timed = Callable[[list[int], int], tuple[float, list[int]]]
+
+
+@contextmanager
+def peer(folder: Path, threads: int) -> Iterator[Timed]:
+    """transformers' generate in another process."""
+    command = [sys.executable, "-m", "benchmarks.generation_peer", str(folder)]
+    process = subprocess.Popen(
+        [*command, "--serve", "--threads", str(threads)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert process.stdin is not None and process.stdout is not None
+    asked, answers = process.stdin, process.stdout
+
+    def generate(prompt: list[int], num_tokens: int) -> tuple[float, list[int]]:
+        asked.write(json.dumps([prompt, num_tokens]) + "\n")
+        asked.flush()
+        for line in answers:
+            if line.startswith("answer "):
+                seconds, tokens = json.loads(line.removeprefix("answer "))
+                return seconds, tokens
+        raise RuntimeError("transformers ended without an answer")
+
+    try:
+        yield generate
+    finally:
+        asked.close()
+        process.wait()
+
+
+def measure(run: str, arguments: argparse.Namespace) -> None:
+    """Print tokens a second of each, by prompt length."""
+    from nemotron_train.convert.to_hf import to_hf
+    from nemotron_train.generate.acceptance import held_out_prompts, validation_folders
+    from nemotron_train.generate.engine import Engine
+    from nemotron_train.generate.knobs import DecodingKnobs, ModelKnobs, Sampling
+    from nemotron_train.generate.load import opened
+
+    console = Console(width=120, highlight=False)
+    with tempfile.TemporaryDirectory() as scratch:
+        converted = Path(scratch, "converted")
+        to_hf(run, converted, console=console)
+        with (
+            opened(run, ModelKnobs(threads=arguments.threads), console.print) as model,
+            peer(converted, arguments.threads) as theirs,
+        ):
+
+            def ours(speculative: bool) -> Timed:
+                def generate(prompt: list[int], num_tokens: int) -> tuple[float, list[int]]:
+                    engine = Engine(model.model, None, model.platform.device)
+                    knobs = DecodingKnobs(num_tokens, speculative=speculative)
+                    start = time.perf_counter()
+                    (found,) = engine.generate([prompt], Sampling(temperature=0), knobs)
+                    return time.perf_counter() - start, found.new
+
+                return generate
+
+            sides = {"ours": ours(False), "with drafts": ours(True), "transformers": theirs}
+            folder = validation_folders(model.config)[0]
+            for length in arguments.prompt_tokens:
+                ((prompt,), _) = held_out_prompts(folder, 1, length)
+                _compare(sides, prompt, arguments, console)
+
+
+def _compare(
+    sides: dict[str, Timed], prompt: list[int], arguments: argparse.Namespace, console: Console
+) -> None:
+    best, tokens = dict.fromkeys(sides, float("inf")), {}
+    for _ in range(1 + arguments.rounds):  # the first one warms up
+        for name, generate in sides.items():
+            seconds, tokens[name] = generate(prompt, arguments.new_tokens)
+            best[name] = min(best[name], seconds)
+    same = min(_num_same(found, tokens["transformers"]) for found in tokens.values())
+    rates = {name: arguments.new_tokens / seconds for name, seconds in best.items()}
+    parts = [
+        f"{name} {rate:.0f} tokens/s ({rate / rates['transformers']:.2f}x)"
+        for name, rate in rates.items()
+    ]
+    console.print(
+        f"prompt {len(prompt):,} tokens, {arguments.new_tokens} new: {'; '.join(parts)}; "
+        f"the first {same} tokens are the same"
+    )
+
+
+def _num_same(one: list[int], other: list[int]) -> int:
+    pairs = enumerate(zip(one, other, strict=True))
+    return next((place for place, (a, b) in pairs if a != b), len(one))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("run", help="RUN_FOLDER@STEP, with multi-token prediction")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--prompt-tokens", type=int, nargs="+", default=[64, 1024])
+    parser.add_argument("--new-tokens", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.serve:
+        serve(arguments.run, arguments.threads)
+    else:
+        measure(arguments.run, arguments)
+
+
+if __name__ == "__main__":
+    main()
