@@ -88,13 +88,17 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     return statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
 
 
+def student(freedom: int) -> float:
+    """The 97.5 % quantile of Student's t."""
+    # Beyond the table it is 1.96 + 2.4 / freedom to three digits.
+    known = 0 < freedom <= len(_STUDENT)
+    return _STUDENT[freedom - 1] if known else 1.96 + 2.4 / max(freedom, 1)
+
+
 def interval(values: Sequence[float]) -> tuple[float, float]:
     """The 95 % interval of the mean, after Student; NaN for fewer than two values."""
     mean, error = mean_and_error(values)
-    freedom = len(values) - 1
-    # Beyond the table the quantile is 1.96 + 2.4 / freedom to three digits.
-    known = freedom <= len(_STUDENT)
-    factor = _STUDENT[freedom - 1] if known and freedom > 0 else 1.96 + 2.4 / max(freedom, 1)
+    factor = student(len(values) - 1)
     return mean - factor * error, mean + factor * error
 
 

@@ -11,6 +11,8 @@ from rich.table import Table
 from nemotron_train.report.gap import TAIL, Gap, Noise, gaps, mean_and_error, noise
 from nemotron_train.report.pairs import Comparison, read_sweep
 from nemotron_train.report.plot_gap import plot_gaps
+from nemotron_train.report.plot_sizes import plot_sizes
+from nemotron_train.report.sizes import by_size, sentence
 from nemotron_train.report.verdict import Verdict, judge, trend_words
 from nemotron_train.train.run_folder import write_atomically
 
@@ -19,7 +21,8 @@ HEADINGS += ("trend a doubling", "verdict")
 
 
 def report_gaps(folder: Path, console: Console) -> None:
-    """Table, gap.md and gap.png of a sweep's folder. Raises ConfigError for another folder."""
+    """Table, gap.md, gap.png and, of several sizes, gap_sizes.png of a sweep's folder. Raises
+    ConfigError for another folder."""
     for path in write_gaps(folder, read_sweep(folder), console):
         console.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
 
@@ -32,8 +35,17 @@ def write_gaps(folder: Path, comparisons: Sequence[Comparison], console: Console
         text = f"{folder}: no run of the baseline {names} to compare with yet"
         console.print(text, markup=False, highlight=False, soft_wrap=True)
         return []
+    sizes = by_size(comparisons)
+    for plan, found in sizes.items():
+        if text := sentence(plan, found):
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
+            notes = [*notes, text]
     write_atomically(folder / "gap.md", markdown(rows, notes))
-    return [folder / "gap.md", plot_gaps(folder / "gap.png", comparisons)]
+    written = [folder / "gap.md", plot_gaps(folder / "gap.png", comparisons)]
+    if sizes:
+        title = f"{comparisons[0].name}: gap to the baseline of the same size and seed"
+        written.append(plot_sizes(folder / "gap_sizes.png", sizes, title))
+    return written
 
 
 def print_gaps(

@@ -13,7 +13,7 @@ from pathlib import Path
 from nemotron_train.config.schema import Config
 from nemotron_train.report.diff import as_text, flatten, rows
 from nemotron_train.report.page_data import PageData
-from nemotron_train.report.page_gap import gap_section
+from nemotron_train.report.page_gap import gap_section, size_section
 from nemotron_train.report.page_html import details, element, frame, table
 from nemotron_train.report.pairs import Comparison
 from nemotron_train.report.read import Run
@@ -62,6 +62,7 @@ def build_page(
     runs = [each.run for each in shown]
     _colour(data, runs, comparisons)
     gap_sections = [gap_section(each, data, number) for number, each in enumerate(comparisons)]
+    sizes = size_section(comparisons)
     now = time.strftime("%Y-%m-%d %H:%M", time.localtime())
     going = sum(run.state() == "going" for run in runs)
     words = f"{len(runs)} run{'s' if len(runs) != 1 else ''}"
@@ -73,6 +74,7 @@ def build_page(
         "<main>",
         _runs(shown),
         *(f'<section id="gap-section-{n}">{s}</section>' for n, s in enumerate(gap_sections) if s),
+        f"<section>{sizes}</section>" if sizes else "",
         *(_group(group, title, data) for group, (title, _) in GROUPS.items()),
         _group(OTHER, "Other numbers", data),
         _starts(shown),

@@ -4,14 +4,17 @@ table, the verdicts. No torch.
 Does not own: the numbers (`gap`, `verdict`), how a chart is drawn (page.js).
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from nemotron_train.report.gap import SMOOTH, Curve, curve, gaps, noise
-from nemotron_train.report.gap_table import HEADINGS, gap_rows, verdicts_of
+from nemotron_train.report.gap_table import HEADINGS, gap_rows, percent, verdicts_of
 from nemotron_train.report.page_data import PageData
 from nemotron_train.report.page_html import element, table
 from nemotron_train.report.pairs import Comparison
 from nemotron_train.report.read import Run
+from nemotron_train.report.sizes import by_size, sentence
 from nemotron_train.report.thin import rounded, smoothed, thin
 
 _LEVELS = {"same": "≈", "unclear": "?", "worse": "▲", "better": "▼"}
@@ -44,6 +47,31 @@ def gap_section(comparison: Comparison, data: PageData, number: int) -> str:
         f'<figure data-chart="bands-{number}"></figure></div>'
         f"{table(HEADINGS, rows, numbers=range(1, 6))}{element('p', notes[0], cls='note')}"
     )
+
+
+def size_section(comparisons: Sequence[Comparison]) -> str:
+    """HTML of the gaps against size; "" where the comparisons are of one size."""
+    plans = by_size(comparisons)
+    if not plans:
+        return ""
+    rows = [
+        [plan, f"{size.active:,}", str(len(size.training))]
+        + [_mean(values) for values in (size.validation, size.training)]
+        for plan, sizes in plans.items()
+        for size in sizes
+    ]
+    texts = [text for plan, sizes in plans.items() if (text := sentence(plan, sizes))]
+    headings = ("plan", "active parameters", "seeds", "validation gap %", "training gap %")
+    return (
+        f"<h2>{element('span', 'Gap against size')}</h2>"
+        f"{''.join(element('p', text) for text in texts)}"
+        f"{table(headings, rows, numbers=range(1, 5))}"
+        f"{element('p', 'Its picture is gap_sizes.png, beside the sweep.', cls='note')}"
+    )
+
+
+def _mean(values: list[float]) -> str:
+    return percent([value / 100 for value in values])
 
 
 def _add_gap_chart(comparison: Comparison, data: PageData, number: int) -> None:
