@@ -1,7 +1,8 @@
 """Decoding with a long context: tokens a second, the hybrid against an attention model of the same
 active size, and against Hugging Face's NemotronH with its own cache.
 
-    python -m benchmarks.generation [--threads 2] [--cpu-seconds] [--contexts 1024 ...] [--no-peer]
+    python -m benchmarks.generation [--threads 2] [--dtype bfloat16] [--contexts 1024 ...]
+        [--no-peer] [--cpu-seconds] [--plot FILE.png]
 
 One sequence, greedy choice left out: a pass of one token and its logits, median of 24, models in
 turn. Weights are random, and the context's keys and values are random numbers put into the caches:
@@ -24,17 +25,20 @@ from benchmarks.our_step import configuration
 from nemotron_train.model.shape import parameters
 from nemotron_train.platform import device
 
-CONTEXTS = (1024, 4096, 16_384, 65_536)
+CONTEXTS = tuple(1 << power for power in range(10, 17))
+HYBRID, ATTENTION_ONLY, PEER = "hybrid", "attention", "Hugging Face, hybrid"
 ATTENTION = ["model.pattern=*E*E**E*E*E**E", "model.attention.heads=22"]
 WARM_UP, MEASURED = 4, 24
 
 
-def our_decoding(overrides: list[str], platform: Any, groups: Any) -> tuple[Any, Callable]:
+def our_decoding(
+    dtype: str, overrides: list[str], platform: Any, groups: Any
+) -> tuple[Any, Callable]:
     """The model, and a function that makes a decoding step at a context."""
     from nemotron_train.model.build import build_model
     from nemotron_train.model.decode_state import DecodeStates
 
-    config = configuration("float32", overrides)
+    config = configuration(dtype, overrides)
     model = build_model(config, platform, groups).eval()
 
     def at(context: int) -> tuple[Callable[[], object], int]:
@@ -57,12 +61,12 @@ def our_decoding(overrides: list[str], platform: Any, groups: Any) -> tuple[Any,
     return config.model, at
 
 
-def peer_decoding() -> Callable:
+def peer_decoding(dtype: str) -> Callable:
     """Hugging Face's NemotronH in the same dimensions."""
     from benchmarks.peer_nemotron_h import build_peer
 
     warnings.filterwarnings("ignore")
-    model: Any = build_peer("float32").eval()
+    model: Any = build_peer(dtype).eval()
 
     def at(context: int) -> tuple[Callable[[], object], int]:
         with torch.inference_mode():
@@ -71,7 +75,9 @@ def peer_decoding() -> Callable:
                 keys = getattr(layer, "keys", None)
                 if keys is not None and keys.numel():
                     shape = (*keys.shape[:2], context, keys.shape[3])
-                    layer.keys, layer.values = torch.randn(shape), torch.randn(shape)
+                    layer.keys, layer.values = (
+                        torch.randn(shape, dtype=keys.dtype) for _ in range(2)
+                    )
 
         def step() -> object:
             with torch.inference_mode():
@@ -82,8 +88,10 @@ def peer_decoding() -> Callable:
     return at
 
 
-def measure(makers: dict[str, Callable], context: int, clock: Callable[[], float]) -> None:
-    """Print one line: each model's milliseconds a token, and the memory of its states."""
+def measure(
+    makers: dict[str, Callable], context: int, clock: Callable[[], float]
+) -> dict[str, float]:
+    """Seconds a token of each model; prints a line with them and the memory of the states."""
     steps = {name: at(context) for name, at in makers.items()}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(WARM_UP + MEASURED):
@@ -92,20 +100,56 @@ def measure(makers: dict[str, Callable], context: int, clock: Callable[[], float
             step()
             if number >= WARM_UP:
                 seconds[name].append(clock() - start)
+    middle = {name: statistics.median(values) for name, values in seconds.items()}
     parts = []
     for name, (_, num_bytes) in steps.items():
-        middle = statistics.median(seconds[name])
         memory = f", {num_bytes / 1e6:.1f} MB" if num_bytes else ""
-        parts.append(f"{name} {middle * 1e3:.2f} ms = {1 / middle:.0f} tokens/s{memory}")
+        times = f", the hybrid {middle[name] / middle[HYBRID]:.2f}x" if name != HYBRID else ""
+        parts.append(
+            f"{name} {middle[name] * 1e3:.2f} ms = {1 / middle[name]:.0f} tokens/s{memory}{times}"
+        )
     print(f"context {context:>6,}: " + "; ".join(parts), flush=True)
+    return middle
+
+
+def plot(path: str, found: dict[int, dict[str, float]], subtitle: str) -> None:
+    """Tokens a second, and how many times as many the hybrid decodes, over the context."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    rates, ratios = figure.subplots(1, 2)
+    contexts = list(found)
+    for number, name in enumerate(found[contexts[0]]):
+        seconds = [found[context][name] for context in contexts]
+        rates.plot(contexts, [1 / s for s in seconds], "o-", color=f"C{number}", label=name)
+        if name != HYBRID:
+            times = [s / found[c][HYBRID] for s, c in zip(seconds, contexts, strict=True)]
+            ratios.plot(contexts, times, "o-", color=f"C{number}", label=f"over {name}")
+    rates.set_ylabel("tokens a second")
+    ratios.set_ylabel("times as fast, the hybrid")
+    ratios.axhline(1, color="0.4", linewidth=1)
+    for axes in (rates, ratios):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(contexts, [f"{context // 1024}k" for context in contexts])
+        axes.set_xlabel("tokens of context")
+        axes.set_ylim(bottom=0)
+        axes.grid(color="0.9", linewidth=0.8)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False)
+    figure.suptitle(f"Decoding one sequence: {subtitle}", x=0.01, ha="left")
+    figure.savefig(path, dpi=150)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--cpu-seconds", action="store_true", help="processor time, one thread")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--contexts", type=int, nargs="+", default=CONTEXTS)
     parser.add_argument("--no-peer", action="store_true", help="leave Hugging Face out")
+    parser.add_argument("--plot", default="", metavar="FILE.png")
     arguments = parser.parse_args()
     platform = device.prepare(1 if arguments.cpu_seconds else arguments.threads)
     from nemotron_train.config.schema import ParallelConfig
@@ -113,15 +157,16 @@ def main() -> None:
 
     groups = process_groups.start(ParallelConfig(), platform.backend)
     makers: dict[str, Callable] = {}
-    for name, overrides in (("hybrid", []), ("attention", ATTENTION)):
-        shape, makers[name] = our_decoding(overrides, platform, groups)
+    for name, overrides in ((HYBRID, []), (ATTENTION_ONLY, ATTENTION)):
+        shape, makers[name] = our_decoding(arguments.dtype, overrides, platform, groups)
         print(f"{name}: {shape.pattern}, {parameters(shape).active_with_embeddings:,} active")
     if not arguments.no_peer:
-        makers["Hugging Face, hybrid"] = peer_decoding()
+        makers[PEER] = peer_decoding(arguments.dtype)
     clock = time.thread_time if arguments.cpu_seconds else time.perf_counter
-    for context in arguments.contexts:
-        measure(makers, context, clock)
+    found = {context: measure(makers, context, clock) for context in arguments.contexts}
     process_groups.stop()
+    if arguments.plot:
+        plot(arguments.plot, found, f"{arguments.dtype}, {platform.describe().split(' · ')[0]}")
 
 
 if __name__ == "__main__":

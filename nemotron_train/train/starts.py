@@ -78,8 +78,9 @@ def recorded(folder: Path | None) -> Iterator[dict[str, str]]:
     finally:
         if folder is not None:
             record = read_json(folder / ENVIRONMENT)
-            record["starts"][-1] |= end | {"end_time": _now()}
-            _write(folder, record)
+            if record.get("starts"):  # not where the folder was deleted under the run
+                record["starts"][-1] |= end | {"end_time": _now()}
+                _write(folder, record)
 
 
 def _now() -> str:

@@ -76,6 +76,13 @@ def test_how_a_start_ended_is_written(tmp_path: Path) -> None:
     assert ends(KeyboardInterrupt())["ended"] == "failed"
 
 
+def test_a_folder_deleted_under_the_run_hides_no_error(tmp_path: Path) -> None:
+    """What ended the run is raised, and nothing is written where another may have begun."""
+    with pytest.raises(RuntimeError, match="the reason"), recorded(tmp_path / "gone"):
+        raise RuntimeError("the reason")
+    assert not (tmp_path / "gone").exists()
+
+
 def test_requests_are_heard_and_named(tmp_path: Path, groups: object) -> None:
     before = {number: signal.getsignal(number) for number in SIGNALS}
     progress: Any = Progress(1, 1, None)  # type: ignore[arg-type]
