@@ -39,7 +39,7 @@ class MambaBlock(MambaLayer):
         if not isinstance(new, NewTokens):
             return super().forward(*args, **kwargs)
         layer, hidden = cast(Any, self), kwargs["hidden_states"]
-        if self._compiles and compiled_decoding.takes_tokens(new, hidden):
+        if self._compiles and compiled_decoding.takes_tokens(new, hidden, layer.norm):
             state = layer.mixer.state_of(new, hidden)
             return compiled_decoding.mamba_layer(hidden, layer.norm, layer.mixer, state, new)
         out, _ = layer.mixer(layer.norm(hidden), packed_seq_params=new)
@@ -62,7 +62,7 @@ class AttentionBlock(TransformerLayer):
             return super().forward(*args, **kwargs)  # pyright: ignore[reportReturnType]
         layer, hidden = cast(Any, self), kwargs["hidden_states"]
         norm, attention = layer.input_layernorm, layer.self_attention
-        if self._compiles and compiled_decoding.takes_tokens(new, hidden):
+        if self._compiles and compiled_decoding.takes_tokens(new, hidden, norm):
             groups, width = attention.num_query_groups_per_partition, attention.config.kv_channels
             like = hidden.new_empty(0, width)
             cache = cache_of(attention.core_attention.layer_number, new, groups, like)
@@ -91,7 +91,7 @@ class MoEBlock(MoETransformerLayer):
             return super().forward(*args, **kwargs)  # pyright: ignore[reportReturnType]
         layer, hidden = cast(Any, self), kwargs["hidden_states"]
         norm, moe = layer.pre_mlp_layernorm, layer.mlp
-        if self._compiles and compiled_decoding.takes_tokens(new, hidden):
+        if self._compiles and compiled_decoding.takes_tokens(new, hidden, norm):
             return compiled_decoding.moe_layer(hidden, norm, moe), None
         out, _ = moe(norm(hidden))
         return hidden + out, None

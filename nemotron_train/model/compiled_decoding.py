@@ -69,10 +69,10 @@ class _Attention(ctypes.Structure):
     ]
 
 
-def takes_tokens(new: NewTokens, *like: Tensor) -> bool:
-    """Whether a pass over these tokens is one for the compiled form."""
+def takes_tokens(new: NewTokens, hidden_T1D: Tensor, norm: Any) -> bool:
+    """Whether a pass over these tokens is one for the compiled form, in the weights' type."""
     is_few = sum(new.counts) <= MOST_TOKENS and not torch.is_grad_enabled()
-    return is_few and take(*like)
+    return is_few and hidden_T1D.dtype == norm.weight.dtype and take(hidden_T1D)
 
 
 def takes_weights(weights: Sequence[Tensor]) -> bool:

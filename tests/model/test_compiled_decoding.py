@@ -191,12 +191,15 @@ def test_plans_with_block_formats_go_through_the_modules(
 
 
 def test_many_tokens_and_gradients_are_not_taken() -> None:
+    """Nor a residual stream of another type than the weights."""
     states, where, x = DecodeStates(1), torch.device("cpu"), torch.zeros(1)
     few, many = (states.new_tokens([count], where) for count in (32, 33))
+    norm = torch.nn.RMSNorm(1)
     with torch.no_grad():
-        assert compiled_decoding.takes_tokens(few, x)
-        assert not compiled_decoding.takes_tokens(many, x)
-    assert not compiled_decoding.takes_tokens(few, x)
+        assert compiled_decoding.takes_tokens(few, x, norm)
+        assert not compiled_decoding.takes_tokens(many, x, norm)
+        assert not compiled_decoding.takes_tokens(few, x.bfloat16(), norm)
+    assert not compiled_decoding.takes_tokens(few, x, norm)
 
 
 def test_few_rows_in_bfloat16() -> None:
