@@ -19,9 +19,9 @@ MAX_BANDS = 3  # more bands of standard errors than this hide one another
 def plot_gaps(path: Path, comparisons: Sequence[Comparison]) -> Path:
     """On the left the relative gap of the smoothed training loss over tokens, mean of the seeds,
     with a band of one standard error where there are few groups, raw behind it where there is one,
-    and the noise in grey; on the right the gaps at the end, a dot a seed, mean and standard error:
-    of the validation loss where all runs are finished, else of the training loss. Writes and
-    returns `path`."""
+    and the noise of a single comparison in grey; on the right the gaps at the end, a dot a seed,
+    mean and standard error: of the validation loss where all runs are finished, else of the
+    training loss. Writes and returns `path`."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -30,8 +30,6 @@ def plot_gaps(path: Path, comparisons: Sequence[Comparison]) -> Path:
     figure = Figure(figsize=(11, 5.2), layout="constrained")
     FigureCanvasAgg(figure)
     curves, ends = figure.subplots(1, 2, width_ratios=[3, 2])
-    for comparison in comparisons:
-        _draw_noise(curves, comparison)
     is_final = all(len(gap.validation) == len(gap.seeds) for _, gap in others)
     for index, (comparison, gap) in enumerate(others):
         color = f"C{index % 10}"
@@ -42,6 +40,12 @@ def plot_gaps(path: Path, comparisons: Sequence[Comparison]) -> Path:
         ends.plot(values, [height] * len(values), "o", color=color, alpha=0.45, markersize=5)
         error = 0 if math.isnan(error) else error
         ends.errorbar(mean, height, xerr=error, fmt="|", color=color, markersize=14, capsize=3)
+    # The noise may reach beyond the picture: what is held against it should not lie flat. Of
+    # several comparisons each has its own, and one would hide the other.
+    limits = curves.get_ylim()
+    if len(comparisons) == 1:
+        _draw_noise(curves, comparisons[0])
+    curves.set_ylim(min(limits[0], -0.05), max(limits[1], 0.05))
     ends.set_yticks(range(len(others), 0, -1), [_plain(gap.group) for _, gap in others])
     for index, label in enumerate(ends.get_yticklabels()):
         label.set_color(f"C{index % 10}")  # they are the legend of the curves too
@@ -74,8 +78,16 @@ def _draw_noise(axes: Any, comparison: Comparison) -> None:
     spread = noise(comparison)
     if len(spread.tokens):
         band = thin(spread.tokens, spread.band, MAX_POINTS)
+        what = "noise of the sums' order" if spread.source == "sums" else "noise between seeds"
         axes.fill_between(
-            band.x, -band.mean, band.mean, color="0.5", alpha=0.18, linewidth=0, label="noise"
+            band.x,
+            -band.mean,
+            band.mean,
+            color="0.5",
+            alpha=0.18,
+            linewidth=0,
+            zorder=0.5,
+            label=what,
         )
         axes.legend(frameon=False, loc="upper right")
 

@@ -159,7 +159,8 @@
         line.xs.forEach((x, i) => {
           if (x === null || (range && (x < range[0] || x > range[1]))) return;
           x0 = Math.min(x0, x); x1 = Math.max(x1, x);
-          const spread = line.lo && (line.band || line.noise || state.raw) ? [line.lo[i], line.hi[i]] : [];
+          // The noise may reach beyond the picture: what is held against it should not lie flat.
+          const spread = line.lo && (line.band || (state.raw && !line.noise)) ? [line.lo[i], line.hi[i]] : [];
           const raw = state.raw && !spec.stack && reach(line) ? line.y[i] : null;
           for (const y of [line.ys[i], raw, ...spread])
             if (y !== null && !(spec.log && y <= 0)) ends.push(y);
