@@ -5,7 +5,6 @@ in the files. The record of finished files holds their digests, so that a torn o
 """
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from typing import Any
 
 from nemotron_train.config.schema import ConfigError
 from nemotron_train.data.lock import exclusive
+from nemotron_train.platform.files import flush_to_disk
 from nemotron_train.train.integrity import file_sha256
 from nemotron_train.train.run_folder import write_atomically
 
@@ -46,10 +46,10 @@ class Unfinished:
         """Put the folder in its place."""
         (self.folder / RECORD).unlink()
         for path in self.folder.rglob("*"):
-            _flush(path)
-        _flush(self.folder)
+            flush_to_disk(path)
+        flush_to_disk(self.folder)
         self.folder.rename(self.final)
-        _flush(self.final.parent)
+        flush_to_disk(self.final.parent)
 
     def _begin(self) -> None:
         record = self.folder / RECORD
@@ -90,11 +90,3 @@ def unfinished(final: Path, source: Mapping[str, Any], knob: str) -> Iterator[Un
         making.finish()
         # Whoever opened it meanwhile finds `final` in its place.
         final.with_name(f".{final.name}.lock").unlink(missing_ok=True)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from nemotron_train.config.schema import ConfigError
-from nemotron_train.data.indexed import sync_folder, token_dtype
+from nemotron_train.data.indexed import token_dtype
 from nemotron_train.data.lock import exclusive
 from nemotron_train.data.manifest import (
     FILE_NAME,
@@ -27,6 +27,7 @@ from nemotron_train.data.manifest import (
 )
 from nemotron_train.data.rolling import SplitWriter, remove_working_files
 from nemotron_train.data.tokenize import END_OF_DOCUMENT, end_of_document_id, train_tokenizer
+from nemotron_train.platform.files import flush_to_disk
 
 _KIND = "python_stdlib"
 _RECIPE = 1  # raise it when the choice of files, the split or the tokenizer's training changes
@@ -174,4 +175,4 @@ def _replace(work: Path, folder: Path) -> None:
         shutil.rmtree(old)
     else:
         os.replace(work, folder)
-    sync_folder(folder.parent)
+    flush_to_disk(folder.parent)

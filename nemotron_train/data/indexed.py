@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from nemotron_train.config.schema import ConfigError
+from nemotron_train.platform.files import flush_to_disk
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
@@ -47,15 +48,6 @@ def file_sha256(path: Path) -> str:
     """The SHA-256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class ShardWriter:
@@ -143,7 +135,7 @@ def write_index(path: Path, lengths: np.ndarray, dtype: np.dtype) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(partial, path)
-    sync_folder(path.parent)
+    flush_to_disk(path.parent)
 
 
 def count_tokens(path: Path, dtype: np.dtype, vocab_size: int) -> np.ndarray:

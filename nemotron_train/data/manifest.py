@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from nemotron_train.config.schema import ConfigError
-from nemotron_train.data.indexed import ShardEntry, sync_folder
+from nemotron_train.data.indexed import ShardEntry
+from nemotron_train.platform.files import flush_to_disk
 
 FORMAT_VERSION = 1
 FILE_NAME = "manifest.json"
@@ -115,7 +116,7 @@ def write_json(path: Path, content: Any) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(partial, path)
-    sync_folder(path.parent)
+    flush_to_disk(path.parent)
 
 
 def load_manifest(folder: Path) -> Manifest:

@@ -23,7 +23,7 @@ from omegaconf import MISSING
 
 from nemotron_train.config.schema import ConfigError
 from nemotron_train.data import encode
-from nemotron_train.data.indexed import sync_folder, token_dtype
+from nemotron_train.data.indexed import token_dtype
 from nemotron_train.data.lock import exclusive
 from nemotron_train.data.manifest import (
     FILE_NAME,
@@ -54,6 +54,7 @@ from nemotron_train.data.tokenize import (
     load_tokenizer,
     train_tokenizer,
 )
+from nemotron_train.platform.files import flush_to_disk
 
 _JOURNAL = "journal.json"
 _COMMIT_TOKENS = 1 << 22  # the work a kill costs at most: seconds on one worker
@@ -135,7 +136,7 @@ def prepare(config: PrepareConfig, report: Report = lambda progress: None) -> Ma
         remove_working_files(work)
         (work / _JOURNAL).unlink(missing_ok=True)
         os.replace(work, output)
-        sync_folder(output.parent)
+        flush_to_disk(output.parent)
     return manifest
 
 

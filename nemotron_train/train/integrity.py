@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from nemotron_train.config.schema import ConfigError
+from nemotron_train.platform.files import flush_to_disk
 
 STEP_FOLDER = re.compile(r"step_([0-9]{8})")
 LEFTOVER = re.compile(r"\.step_[0-9]{8}\.(partial|dropped)")
@@ -286,14 +287,6 @@ def write_durably(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def partial_folder(final: Path) -> Path:
     """Where the checkpoint `final` is written until it is complete."""
     return final.with_name(f".{final.name}.partial")
@@ -319,7 +312,7 @@ def commit(final: Path, sums: Mapping[str, str], check_held: Callable[[], None])
     }
     text = json.dumps(manifest, indent=1)
     write_durably(partial / MANIFEST, text)
-    _sync_folder(partial)
+    flush_to_disk(partial)
     check_held()
     record = {"step": step, "manifest": hashlib.sha256(text.encode()).hexdigest()}
     record["time"] = round(time.time(), 3)
@@ -327,13 +320,13 @@ def commit(final: Path, sums: Mapping[str, str], check_held: Callable[[], None])
         file.write(json.dumps(record) + "\n")
         file.flush()
         os.fsync(file.fileno())
-    _sync_folder(final.parent.parent)
+    flush_to_disk(final.parent.parent)
     aside = final.with_name(f".{final.name}.dropped")
     if final.exists():  # of a process that was cut off after this step, or damaged
         shutil.rmtree(aside, ignore_errors=True)
         final.rename(aside)
     partial.rename(final)
-    _sync_folder(final.parent)
+    flush_to_disk(final.parent)
     shutil.rmtree(aside, ignore_errors=True)
 
 
