@@ -5,10 +5,8 @@ so that training has changed every tensor before it is written. One rank; agreem
 is tests/train/test_background.py's.
 """
 
-import os
-import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +15,13 @@ import pytest
 from nemotron_train.cli import main
 from nemotron_train.train import checkpoint
 from nemotron_train.train.integrity import damage, steps_in
-from nemotron_train.train.stop import SIGNALS
 
 Small = tuple[Path, list[str]]
 Weights = Callable[[Path, int], dict[str, object]]
 WORDS = ["train.save_every_steps=2", "train.keep_checkpoints=9", "train.stop_after_steps=5"]
 
 
-@pytest.fixture(autouse=True)
-def in_small_run(small_run: Small) -> Iterator[None]:
-    before, handlers = Path.cwd(), [(number, signal.getsignal(number)) for number in SIGNALS]
-    os.chdir(small_run[0])
-    yield
-    os.chdir(before)
-    for number, handler in handlers:
-        signal.signal(number, handler)
+pytestmark = pytest.mark.usefixtures("in_small_run")
 
 
 def test_what_is_written_is_the_state_of_its_step(

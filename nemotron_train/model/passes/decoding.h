@@ -29,16 +29,11 @@ INLINE void round_row(float *values, int64_t count, int is_bfloat16) {
         for (int64_t i = 0; i < count; i++) values[i] = rounded(values[i], 1);
 }
 
-/* out = weight u / sqrt(mean of u^2 + epsilon); weight: from element `start` on. */
-INLINE void normalize(
+/* `normalize`, rounded. */
+INLINE void normalize_rounded(
     float *u, int64_t width, const void *weight, int64_t start, const struct tokens *of
 ) {
-    float weights[MAX_WIDTH], sum = 0.0f;
-    SIMD_SUM(sum)
-    for (int64_t i = 0; i < width; i++) sum += u[i] * u[i];
-    float scale = 1.0f / sqrtf(sum / (float)width + of->epsilon);
-    load(weight, start, of->is_bfloat16, width, weights);
-    for (int64_t i = 0; i < width; i++) u[i] *= scale * weights[i];
+    normalize(u, width, weight, start, of->is_bfloat16, of->epsilon);
     round_row(u, width, of->is_bfloat16);
 }
 
@@ -48,7 +43,7 @@ INLINE void normed_tokens(const struct tokens *of, float *out) {
     for (int64_t token = 0; token < of->count; token++) {
         float *row = out + token * of->width;
         load(of->x, token * of->width, of->is_bfloat16, of->width, row);
-        normalize(row, of->width, of->norm, 0, of);
+        normalize_rounded(row, of->width, of->norm, 0, of);
     }
 }
 

@@ -143,7 +143,7 @@ INLINE void gate(const struct mamba *of, const float *projected, float *y) {
         const float *z = projected + token * projected_width(of) + channel;
         float *u = y + token * inner + channel;
         for (int64_t i = 0; i < width; i++) u[i] *= z[i] * sigmoid(z[i]);
-        normalize(u, width, of->gated_norm, channel, &of->tokens);
+        normalize_rounded(u, width, of->gated_norm, channel, &of->tokens);
     }
 }
 

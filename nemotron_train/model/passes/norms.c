@@ -17,18 +17,16 @@ INLINE void forward_group(
     const struct norm *norm, const struct rows *y, const struct rows *gate, const struct rows *out,
     int64_t row, int64_t token, int64_t group, float *scale
 ) {
-    float u[MAX_WIDTH], other[MAX_WIDTH], sum = 0.0f;
+    float u[MAX_WIDTH];
     int64_t width = norm->width, channel = group * width;
     load(y->data, place(y, row, token) + channel, y->is_bfloat16, width, u);
     if (gate) {
+        float other[MAX_WIDTH];
         load(gate->data, place(gate, row, token) + channel, gate->is_bfloat16, width, other);
         for (int64_t i = 0; i < width; i++) u[i] *= other[i] * sigmoid(other[i]);
     }
-    SIMD_SUM(sum)
-    for (int64_t i = 0; i < width; i++) sum += u[i] * u[i];
-    *scale = 1.0f / sqrtf(sum / (float)width + norm->epsilon);
-    load(norm->weight, channel, norm->weight_is_bfloat16, width, other);
-    for (int64_t i = 0; i < width; i++) u[i] *= *scale * other[i];
+    int is_bfloat16 = norm->weight_is_bfloat16;
+    *scale = normalize(u, width, norm->weight, channel, is_bfloat16, norm->epsilon);
     store(u, width, out->data, place(out, row, token) + channel, out->is_bfloat16);
 }
 

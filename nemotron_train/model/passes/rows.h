@@ -91,6 +91,20 @@ INLINE float exponential(float x) {
 
 INLINE float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
 
+/* u becomes weight u scale, scale = 1 / sqrt(mean of u^2 + epsilon), which is returned; weight: from
+   element `start` on. width: at most MAX_WIDTH. */
+INLINE float normalize(
+    float *u, int64_t width, const void *weight, int64_t start, int is_bfloat16, float epsilon
+) {
+    float weights[MAX_WIDTH], sum = 0.0f;
+    SIMD_SUM(sum)
+    for (int64_t i = 0; i < width; i++) sum += u[i] * u[i];
+    float scale = 1.0f / sqrtf(sum / (float)width + epsilon);
+    load(weight, start, is_bfloat16, width, weights);
+    for (int64_t i = 0; i < width; i++) u[i] *= scale * weights[i];
+    return scale;
+}
+
 INLINE int64_t num_blocks(int64_t count) { return (count + BLOCK - 1) / BLOCK; }
 
 INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }

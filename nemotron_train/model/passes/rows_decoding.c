@@ -8,7 +8,7 @@ void norm_rows(const struct tokens *of, int max_threads) {
     for (int64_t token = 0; token < of->count; token++) {
         float row[MAX_WIDTH];
         load(of->x, token * of->width, of->is_bfloat16, of->width, row);
-        normalize(row, of->width, of->norm, 0, of);
+        normalize_rounded(row, of->width, of->norm, 0, of);
         store(row, of->width, of->out, token * of->width, of->is_bfloat16);
     }
 }
