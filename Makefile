@@ -70,13 +70,13 @@ test-slurm: $(stamp)
 
 # Needs Chromium (Debian: chromium) and is skipped without it.
 test-browser: $(stamp)
-	cd '$(root)' && '$(python)' -m pytest --quiet -m browser $(ARGS) tests/report/test_browser.py
+	cd '$(root)' && '$(python)' -m pytest --quiet -m browser $(ARGS) tests/report/html/test_browser.py
 
 check: $(stamp)
 	cd '$(root)' && '$(python)' -m ruff check .
 	cd '$(root)' && '$(python)' -m ruff format --check .
 	cd '$(root)' && '$(python)' -m pyright
-	cd '$(root)' && '$(python)' -m pytest --quiet tests/test_imports.py
+	cd '$(root)' && '$(python)' -m pytest --quiet tests/test_architecture.py
 
 benchmark: $(stamp)
 	cd '$(root)' && $(clean_env) '$(python)' -m pip install --quiet --disable-pip-version-check \

@@ -26,9 +26,9 @@ from typing import Any
 def build(words: list[str], folder: Path) -> tuple[Callable[[], object], Any, Any]:
     """A function that takes a step, the run's `Checkpoints`, and a progress to save."""
     from benchmarks.our_step import RandomBatches
-    from nemotron_train.compose import compose_config
-    from nemotron_train.config.derive import derive
+    from nemotron_train.compose.compose import compose_config
     from nemotron_train.data.blend import DataState
+    from nemotron_train.plan.derive import derive
     from nemotron_train.platform import device
 
     config = compose_config(["+run=proxy_10m", "train.keep_checkpoints=1", *words])
@@ -36,8 +36,8 @@ def build(words: list[str], folder: Path) -> tuple[Callable[[], object], Any, An
     from rich.console import Console
 
     from nemotron_train.platform import groups as process_groups
-    from nemotron_train.train.loop import Progress
-    from nemotron_train.train.session import Session
+    from nemotron_train.run_folder.progress import Progress
+    from nemotron_train.train.trainer import Session
 
     groups = process_groups.start(config.parallel, platform.backend)
     batches: Any = RandomBatches(config.model.vocab_size)
@@ -66,8 +66,8 @@ def main() -> None:
 
 def measure(folder: Path, rounds: int, overrides: list[str], is_cpu: bool) -> None:
     step, checkpoints, state = build(overrides, folder)
-    from nemotron_train.train import checkpoint
-    from nemotron_train.train.loop import Progress
+    from nemotron_train.run_folder.progress import Progress
+    from nemotron_train.train.checkpoint import checkpoints as checkpoints_module
 
     clock = time.thread_time if is_cpu else time.perf_counter
 
@@ -77,14 +77,14 @@ def measure(folder: Path, rounds: int, overrides: list[str], is_cpu: bool) -> No
         return clock() - started
 
     copies: list[float] = []
-    copied = checkpoint._copied
+    copied = checkpoints_module._copied
 
     def timed_copy(*given: Any) -> Any:
         results: list[Any] = []
         copies.append(seconds(lambda: results.append(copied(*given))))
         return results[0]
 
-    checkpoint._copied = timed_copy
+    checkpoints_module._copied = timed_copy
     number = iter(range(1, 10**6))
     for _ in range(2):  # first of all: allocations, the host copies, the writer's thread
         step()

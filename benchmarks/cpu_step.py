@@ -16,7 +16,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 
 from benchmarks.our_step import NUM_ROWS, NUM_TOKENS, configuration
-from nemotron_train.model.shape import training_flops
+from nemotron_train.plan.architecture.layers import training_flops
 from nemotron_train.platform.allocator import keep_freed_memory
 
 HALVES = ("ours", "peer")

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from benchmarks.our_step import configuration
-from nemotron_train.model.shape import parameters
+from nemotron_train.plan.architecture.layers import parameters
 from nemotron_train.platform import device
 
 CONTEXTS = tuple(1 << power for power in range(10, 17))
@@ -35,7 +35,7 @@ def our_decoding(
     dtype: str, overrides: list[str], platform: Any, groups: Any
 ) -> tuple[Any, Callable]:
     """The model, and a function that makes a decoding step at a context."""
-    from nemotron_train.model.build import build_model
+    from nemotron_train.assemble.build import build_model
     from nemotron_train.model.decode_state import DecodeStates
 
     config = configuration(dtype, overrides)
@@ -44,16 +44,16 @@ def our_decoding(
     def at(context: int) -> tuple[Callable[[], object], int]:
         states, where = DecodeStates(1), torch.device("cpu")
         with torch.inference_mode():
-            model.decode(torch.arange(8), states.new_tokens([8], where))
+            model.decode(torch.arange(8), states.next_batch([8], where))
             for cache in states.attention.values():
-                cache.make_room(context + WARM_UP + MEASURED)
+                cache.reserve(context + WARM_UP + MEASURED)
                 cache.keys_BGLD.normal_()
                 cache.values_BGLD.normal_()
         states.lengths = [context]
 
         def step() -> object:
             with torch.inference_mode():
-                new = states.new_tokens([1], where)
+                new = states.next_batch([1], where)
                 return model.logits(model.decode(torch.tensor([7]), new))
 
         return step, states.constant_bytes + context * states.bytes_per_token

@@ -82,11 +82,11 @@ def peer(folder: Path, threads: int) -> Iterator[Timed]:
 
 def measure(run: str, arguments: argparse.Namespace) -> None:
     """Print tokens a second of each, by prompt length."""
-    from nemotron_train.convert.to_hf import to_hf
-    from nemotron_train.generate.acceptance import held_out_prompts, validation_folders
+    from nemotron_train.convert.hugging_face.to_hf import to_hf
+    from nemotron_train.evaluate.acceptance import held_out_prompts, validation_folders
+    from nemotron_train.generate.checkpoint import opened
     from nemotron_train.generate.engine import Engine
     from nemotron_train.generate.knobs import DecodingKnobs, ModelKnobs, Sampling
-    from nemotron_train.generate.load import opened
 
     console = Console(width=120, highlight=False)
     with tempfile.TemporaryDirectory() as scratch:

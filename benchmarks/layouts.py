@@ -167,12 +167,12 @@ def _train(job: Job, platform: Any) -> Outcome:
     import torch.distributed as dist
     from rich.console import Console
 
-    from nemotron_train.compose import compose_config
-    from nemotron_train.config.derive import derive
+    from nemotron_train.compose.compose import compose_config
+    from nemotron_train.plan.derive import derive
     from nemotron_train.platform import groups as process_groups
     from nemotron_train.run import open_data
-    from nemotron_train.train.loop import Progress
-    from nemotron_train.train.session import Session
+    from nemotron_train.run_folder.progress import Progress
+    from nemotron_train.train.trainer import Session
 
     config = compose_config(job.overrides)
     derived = derive(config, int(os.environ["WORLD_SIZE"]))

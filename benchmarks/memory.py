@@ -27,11 +27,11 @@ from typing import Any
 
 import numpy as np
 
-from nemotron_train.compose import compose_config
-from nemotron_train.config.derive import derive
-from nemotron_train.config.memory import rank_memory
-from nemotron_train.config.operators import Machine
+from nemotron_train.compose.compose import compose_config
 from nemotron_train.config.schema import Config
+from nemotron_train.plan.cost.memory import rank_memory
+from nemotron_train.plan.cost.operators import Machine
+from nemotron_train.plan.derive import derive
 
 MODEL = (
     "model.name=benchmark",
@@ -160,7 +160,7 @@ class Run:
 
         self.config, self.platform, self.max_vio = config, device.prepare(1), 0.0
         from nemotron_train.platform import groups as process_groups
-        from nemotron_train.train import session  # noqa: F401
+        from nemotron_train.train import trainer  # noqa: F401
 
         self.groups = process_groups.start(config.parallel, self.platform.backend)
 
@@ -168,12 +168,12 @@ class Run:
         """Builds the model and takes steps; marks `built`, then `step_1` ... behind each."""
         from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-        from nemotron_train.model.build import build_chunks, wrap_chunks
+        from nemotron_train.assemble.build import build_chunks, wrap_chunks
         from nemotron_train.optim.build import build_optimizer
         from nemotron_train.precision.attach import PrecisionControl
-        from nemotron_train.train.guard import Guard
-        from nemotron_train.train.loop import Progress
-        from nemotron_train.train.step import Trainer
+        from nemotron_train.run_folder.progress import Progress
+        from nemotron_train.train.guard.guard import Guard
+        from nemotron_train.train.train_step import Trainer
 
         config, groups = self.config, self.groups
         model_parallel_cuda_manual_seed(config.train.seed)

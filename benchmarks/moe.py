@@ -50,7 +50,8 @@ def measure(shape: tuple[int, ...], dtype: torch.dtype, clock: Callable[[], floa
     """One shape's rows: experts packed, experts padded, both with and without permutation."""
     from megatron.core.transformer.moe import moe_utils
 
-    from nemotron_train.model import grouped_mlp as ours
+    from nemotron_train.model.moe import core as ours
+    from nemotron_train.model.moe import permutation as rows_by_expert
 
     num_tokens, num_choices, num_experts, width, hidden = shape
     generator = torch.Generator().manual_seed(0)
@@ -64,18 +65,20 @@ def measure(shape: tuple[int, ...], dtype: torch.dtype, clock: Callable[[], floa
 
     def routed(max_padding: int) -> Callable[[], Tensor]:
         def run() -> Tensor:
-            plan = ours.plan_permutation(experts, num_experts, max_padding)
-            rows = ours.permute(x, plan)
-            weights = ours.permute_probabilities(probabilities, plan)
+            plan = rows_by_expert.plan_permutation(experts, num_experts, max_padding)
+            rows = rows_by_expert.permute(x, plan)
+            weights = rows_by_expert.permute_probabilities(probabilities, plan)
             y = ours._GroupedMlp.apply(rows, weight1, weight2, weights, plan.rows_per_expert)
-            return ours.unpermute(y, plan)  # pyright: ignore[reportArgumentType]
+            return rows_by_expert.unpermute(y, plan)  # pyright: ignore[reportArgumentType]
 
         return run
 
     def move_ours() -> Tensor:
-        plan = ours.plan_permutation(experts, num_experts, num_tokens)
-        weights = ours.permute_probabilities(probabilities, plan)
-        return ours.unpermute(ours.permute(x, plan) * weights.to(dtype).unsqueeze(1), plan)
+        plan = rows_by_expert.plan_permutation(experts, num_experts, num_tokens)
+        weights = rows_by_expert.permute_probabilities(probabilities, plan)
+        return rows_by_expert.unpermute(
+            rows_by_expert.permute(x, plan) * weights.to(dtype).unsqueeze(1), plan
+        )
 
     def move_megatron() -> Tensor:
         empty = torch.zeros(num_tokens, num_experts)

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from nemotron_train.compose import compose_config
-from nemotron_train.config.derive import derive
+from nemotron_train.compose.compose import compose_config
 from nemotron_train.config.schema import Config
+from nemotron_train.plan.derive import derive
 from nemotron_train.platform import device
 
 DIMENSIONS = (
@@ -85,13 +85,13 @@ def build_step(config: Config, num_threads: int = 2) -> Callable[[], float]:
     platform = device.prepare(num_threads)
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-    from nemotron_train.model.build import build_model, wrap_data_parallel
+    from nemotron_train.assemble.build import build_model, wrap_data_parallel
     from nemotron_train.optim.build import build_optimizer
     from nemotron_train.platform import groups as process_groups
     from nemotron_train.precision.attach import PrecisionControl
-    from nemotron_train.train.guard import Guard
-    from nemotron_train.train.loop import Progress
-    from nemotron_train.train.step import Trainer
+    from nemotron_train.run_folder.progress import Progress
+    from nemotron_train.train.guard.guard import Guard
+    from nemotron_train.train.train_step import Trainer
 
     groups = process_groups.start(config.parallel, platform.backend)
     model_parallel_cuda_manual_seed(config.train.seed)

@@ -53,7 +53,7 @@ def _serve(overrides: list[str], num_threads: int, pipe: Connection) -> None:
     keep_freed_memory()
     from benchmarks.our_step import build_step
     from nemotron_train import run  # noqa: F401  everything imported, for the memory before
-    from nemotron_train.compose import compose_config
+    from nemotron_train.compose.compose import compose_config
 
     before = _memory("VmRSS")
     step = build_step(compose_config(overrides), num_threads)

@@ -19,9 +19,9 @@ import transformers  # pyright: ignore[reportMissingImports]
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nemotron_train.model.causal_conv import causal_conv
-from nemotron_train.model.gated_norm import gated_rms_norm
-from nemotron_train.model.ssd import CPU_CHUNKS, ssd
+from nemotron_train.model.mamba.convolution import causal_conv
+from nemotron_train.model.mamba.core import CPU_CHUNKS, ssd
+from nemotron_train.model.mamba.gated_norm import gated_rms_norm
 from nemotron_train.platform.allocator import keep_freed_memory
 
 BATCH, LENGTH, HIDDEN = 4, 512, 256
@@ -32,7 +32,7 @@ TOKENS = BATCH * LENGTH
 
 
 class Mixer(nn.Module):
-    """The mixer's arithmetic with our kernels; initialized as `model.initialize` does."""
+    """The mixer's arithmetic with our kernels; initialized as `assemble.initialize` does."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()

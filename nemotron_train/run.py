@@ -11,24 +11,24 @@ from typing import Any
 
 from rich.console import Console
 
-from nemotron_train.config.derive import Derived, derive
-from nemotron_train.config.guards import Surroundings, enforce
-from nemotron_train.config.schema import Config, ConfigError, DataKind
+from nemotron_train.config.errors import ConfigError, CrashLoop, TrainingFailed
+from nemotron_train.config.schema import Config, DataKind
 from nemotron_train.data.batches import BatchSource
+from nemotron_train.plan.backend import Choice, choose
+from nemotron_train.plan.derive import Derived, derive
+from nemotron_train.plan.guards import Surroundings, enforce
+from nemotron_train.plan.hardware import installed_versions
+from nemotron_train.plan.precision.record import label, plan_record
+from nemotron_train.plan.precision.resolve import plan_text
 from nemotron_train.platform import device
-from nemotron_train.platform.hardware import installed_versions
-from nemotron_train.precision.backend import Choice, choose
-from nemotron_train.precision.plan import plan_text
-from nemotron_train.precision.record import label, plan_record
-from nemotron_train.report.plot import plot_loss
-from nemotron_train.report.plot_precision import plot_precision
-from nemotron_train.train import starts
-from nemotron_train.train.failure import CrashLoop, TrainingFailed
-from nemotron_train.train.lineage import Record, brief
-from nemotron_train.train.loop import Progress
-from nemotron_train.train.metrics import MetricsWriter, open_sinks
-from nemotron_train.train.run_folder import RunFolder, open_run_folder, run_path
-from nemotron_train.train.watchdog import collective_timeout
+from nemotron_train.report.plot.loss import plot_loss
+from nemotron_train.report.plot.precision import plot_precision
+from nemotron_train.run_folder import starts
+from nemotron_train.run_folder.folder import RunFolder, open_run_folder, run_path
+from nemotron_train.run_folder.lineage import Record, brief
+from nemotron_train.run_folder.metrics import MetricsWriter, open_sinks
+from nemotron_train.run_folder.progress import Progress
+from nemotron_train.train.guard.watchdog import collective_timeout
 
 EXIT_DONE, EXIT_FAILED, EXIT_STOPPED = 0, 1, 3
 
@@ -48,8 +48,8 @@ def pretrain(config: Config) -> int:
     os.environ.update(backend.environment)  # before Transformer Engine is imported, which reads it
     # Megatron-Core can be imported only now that the platform is prepared.
     from nemotron_train.platform import groups as process_groups
-    from nemotron_train.train.branch import check_branch
-    from nemotron_train.train.session import Session
+    from nemotron_train.run_folder.branch import check_branch
+    from nemotron_train.train.trainer import Session
 
     is_first_rank = os.environ.get("RANK", "0") == "0"
     console = Console(quiet=not is_first_rank)

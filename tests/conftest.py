@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from nemotron_train.train.metric_groups import is_timing
+from nemotron_train.platform import device
+from nemotron_train.run_folder.metric_groups import is_timing
+
+device.prepare()  # before a test module imports Megatron-Core
 
 SMALL_RUN = [
     "model.hidden_size=64",
@@ -44,7 +47,7 @@ SMALL_RUN = [
 def small_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     """A folder with prepared data, short documents packed several to a row, and the overrides of a
     run there with every ingredient that takes seconds."""
-    from nemotron_train.data.commands import run_prepare
+    from nemotron_train.cli.data import run_prepare
     from nemotron_train.data.prepare import PrepareConfig
 
     folder = tmp_path_factory.mktemp("small_run")

@@ -9,8 +9,8 @@ import json
 import random
 from pathlib import Path
 
-from nemotron_train.config.shrink import VOCAB, source_folder
 from nemotron_train.data.prepare import PrepareConfig, prepare
+from nemotron_train.plan.shrink import VOCAB, source_folder
 
 _DOCUMENTS, _WORDS = 400, 300
 _LETTERS = "etaoinshrdlucmfwypvbgkjqxz"

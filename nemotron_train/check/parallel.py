@@ -1,7 +1,7 @@
 """`check parallel`: one training step of the asked layout against one rank, gradient by gradient.
 
 Owns the order of the proof, its verdict and its text. Does not own: what is shrunk
-(`config.shrink`), ranks (`check.launch`), what they record (`check.worker`), arithmetic
+(`plan.shrink`), ranks (`check.ranks`), what they record (`check.worker`), arithmetic
 (`check.compare`). No torch in this process.
 
 Where the whole layout differs, its dimensions are checked alone, then in pairs, and the smallest
@@ -28,9 +28,9 @@ from nemotron_train.check.compare import (
     differences,
 )
 from nemotron_train.check.data import write_sources
-from nemotron_train.check.launch import Ranks, RanksFailed
+from nemotron_train.check.ranks import Ranks, RanksFailed
 from nemotron_train.config.schema import Config
-from nemotron_train.config.shrink import Shrunk, alone, dimensions, one_rank, shrink
+from nemotron_train.plan.shrink import Shrunk, alone, dimensions, one_rank, shrink
 
 # Relative differences that sums in another order explain, by kind of comparison; "output": of
 # losses and of modules. What a step changed is a quotient of two moments, and steps may cancel.

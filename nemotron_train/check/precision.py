@@ -1,7 +1,7 @@
 """`check precision`: what the linears of the built model carry, against the plan, phase by phase.
 
-Owns the comparison and its text. Does not own: the plan (`precision.plan`), how it is attached
-(`precision.attach`), ranks (`check.launch`). No torch in this process.
+Owns the comparison and its text. Does not own: the plan (`plan.precision.resolve`), how it is
+attached (`precision.attach`), ranks (`check.ranks`). No torch in this process.
 """
 
 from dataclasses import asdict
@@ -13,12 +13,12 @@ from rich.console import Console
 from rich.table import Table
 
 from nemotron_train.check.data import write_sources
-from nemotron_train.check.launch import Ranks
 from nemotron_train.check.parallel import read_values, tell_shrunk
+from nemotron_train.check.ranks import Ranks
 from nemotron_train.config.schema import Config
-from nemotron_train.config.shrink import shrink
-from nemotron_train.precision.blocking import BLOCK
-from nemotron_train.precision.plan import formats_at, phase_boundaries
+from nemotron_train.plan.precision.blocking import BLOCK
+from nemotron_train.plan.precision.resolve import formats_at, phase_boundaries
+from nemotron_train.plan.shrink import shrink
 
 # A format that is a dtype -> that of the weight.
 _DTYPES = {"bf16": "torch.bfloat16", "float32": "torch.float32"}

@@ -1,7 +1,7 @@
 """`check resume`: steps in one go against half of them and a new process for the rest.
 
 Owns which fields must agree, in every bit on the same layout, and the stamp that is left beside
-the checkpoints. Does not own: what is shrunk (`config.shrink`), ranks (`check.launch`), what they
+the checkpoints. Does not own: what is shrunk (`plan.shrink`), ranks (`check.ranks`), what they
 record (`check.worker`). No torch in this process.
 
 A checkpoint of the first half is also loaded under another layout, where sums are taken in another
@@ -20,16 +20,16 @@ from rich.console import Console
 from rich.table import Table
 
 from nemotron_train.check.data import write_sources
-from nemotron_train.check.launch import Ranks
 from nemotron_train.check.parallel import (
     LIMITS,
     OWN_PRECISION_LIMITS,
     read_values,
     tell_shrunk,
 )
+from nemotron_train.check.ranks import Ranks
 from nemotron_train.config.schema import Config, Dtype
-from nemotron_train.config.shrink import Shrunk, another_layout, shrink
-from nemotron_train.platform.hardware import installed_versions
+from nemotron_train.plan.hardware import installed_versions
+from nemotron_train.plan.shrink import Shrunk, another_layout, shrink
 
 STAMP = "check_resume.json"
 _LOSSES = ("loss", "mtp_loss", "validation_loss", "load_balance_loss")

@@ -24,8 +24,8 @@ from nemotron_train.check.compare import Shard
 from nemotron_train.optim.gradients import whole_gradients
 from nemotron_train.optim.update import gather_parameters
 from nemotron_train.precision.attach import global_modules
-from nemotron_train.train import random_states
-from nemotron_train.train.integrity import damage, step_folder
+from nemotron_train.run_folder.integrity import damage, step_folder
+from nemotron_train.train.checkpoint import random_states
 
 # Modules whose output has the full width: each layer, and what a layer adds up.
 TRACED = ("mixer", "self_attention", "mlp", "mlp.shared_experts")

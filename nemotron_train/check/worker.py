@@ -1,6 +1,6 @@
 """One rank of a check: builds the session that `pretrain` builds, trains it, records what it saw.
 
-Run as `python -m nemotron_train.check.worker TASK.json`; `check.launch` starts one process a rank.
+Run as `python -m nemotron_train.check.worker TASK.json`; `check.ranks` starts one process a rank.
 A task names the configuration's file, what to record, and the folder that the record goes to:
 `rank_0.npz` with the arrays, `rank_0.json` with the rest. Does not own any comparison.
 """
@@ -21,13 +21,13 @@ import torch
 from rich.console import Console
 
 from nemotron_train.check.compare import Shard
-from nemotron_train.compose import compose_config
-from nemotron_train.config.derive import derive
+from nemotron_train.compose.compose import compose_config
 from nemotron_train.data.batches import Batch, BatchSource
 from nemotron_train.data.blend import DataState
+from nemotron_train.plan.derive import derive
 from nemotron_train.platform import device
 from nemotron_train.run import open_data
-from nemotron_train.train.metric_groups import is_timing
+from nemotron_train.run_folder.metric_groups import is_timing
 
 
 def main(task_path: str) -> None:
@@ -37,7 +37,7 @@ def main(task_path: str) -> None:
     derived = derive(config, int(os.environ["WORLD_SIZE"]))
     platform = device.prepare(config.train.threads)
     from nemotron_train.platform import groups as process_groups
-    from nemotron_train.train.session import Session
+    from nemotron_train.train.trainer import Session
 
     # Every process of one run starts alike, so that a state which a checkpoint forgot shows.
     random.seed(config.train.seed)

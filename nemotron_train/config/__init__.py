@@ -1,1 +1,1 @@
-"""The configuration: what was asked (`schema`) and what follows from it (`derive`)."""
+"""What a user asks for: every knob, its checks against nothing but itself, and the errors."""

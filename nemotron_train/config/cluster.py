@@ -1,7 +1,7 @@
 """What a Slurm cluster is and how a job uses it: `recipes/cluster/`, as a typed dataclass.
 
 Owns these knobs and the checks on them alone: every value that reaches a job script is validated
-here. Does not own the script (`launch.slurm`), nor whether a run fits (`launch.slurm_checks`).
+here. Does not own the script (`launch.slurm.job`), nor whether a run fits (`launch.slurm.checks`).
 No torch.
 """
 
@@ -11,7 +11,7 @@ from enum import StrEnum
 
 from omegaconf import MISSING
 
-from nemotron_train.config.schema import ConfigError
+from nemotron_train.config.errors import ConfigError
 
 
 class Launcher(StrEnum):

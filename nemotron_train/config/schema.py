@@ -12,11 +12,6 @@ from typing import Any
 from omegaconf import MISSING
 
 
-class ConfigError(ValueError):
-    """The configuration or an input is wrong: one line naming the knob, its value and what
-    would be right. The command line prints it and exits with 2."""
-
-
 class Dtype(StrEnum):
     float32 = "float32"
     bfloat16 = "bfloat16"

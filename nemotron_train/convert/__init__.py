@@ -1,1 +1,1 @@
-"""Checkpoints to other checkpoints. Imports the core; the core never imports it."""
+"""Checkpoints to other checkpoints: merged, and to and from Hugging Face."""

@@ -17,17 +17,22 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from nemotron_train.config.schema import ConfigError
-from nemotron_train.convert.tensors import CheckpointReader, CheckpointWriter
-from nemotron_train.convert.weights import MergeConfig, Weights, merge_weights
-from nemotron_train.train import saved
-from nemotron_train.train.branch import branch_checkpoint
-from nemotron_train.train.integrity import commit, partial_folder, step_folder, write_durably
-from nemotron_train.train.lineage import LINEAGE, parse_branch, read_lineage
-from nemotron_train.train.loop import Progress
-from nemotron_train.train.run_folder import write_atomically
+from nemotron_train.config.errors import ConfigError
+from nemotron_train.convert.checkpoint_tensors import CheckpointReader, CheckpointWriter
+from nemotron_train.convert.merge_weights import MergeConfig, Weights, merge_weights
+from nemotron_train.run_folder import checkpoint_metadata
+from nemotron_train.run_folder.branch import branch_checkpoint
+from nemotron_train.run_folder.folder import write_atomically
+from nemotron_train.run_folder.integrity import commit, partial_folder, step_folder, write_durably
+from nemotron_train.run_folder.lineage import LINEAGE, parse_branch, read_lineage
+from nemotron_train.run_folder.progress import Progress
 
-FROM_LAST = (saved.PROGRESS, saved.PRECISION, saved.DATA, "metadata.json")
+FROM_LAST = (
+    checkpoint_metadata.PROGRESS,
+    checkpoint_metadata.PRECISION,
+    checkpoint_metadata.DATA,
+    "metadata.json",
+)
 
 
 def merge(checkpoints: Sequence[str], config: MergeConfig, console: Console) -> Path:
@@ -44,9 +49,9 @@ def merge(checkpoints: Sequence[str], config: MergeConfig, console: Console) -> 
         raise ConfigError(f"output={output}: is there already; give another")
     sources = sorted(
         ((branch_checkpoint(text), text) for text in checkpoints),
-        key=lambda source: saved.progress_of(source[0]).tokens,
+        key=lambda source: checkpoint_metadata.progress_of(source[0]).tokens,
     )
-    progress = [saved.progress_of(path) for path, _ in sources]
+    progress = [checkpoint_metadata.progress_of(path) for path, _ in sources]
     for before, after, (_, text) in zip(progress, progress[1:], sources[1:], strict=False):
         if before.tokens == after.tokens:
             raise ConfigError(f"{text}: another of the checkpoints stands at its token count too")
@@ -99,15 +104,15 @@ def _write(
         writer.write(name, _mean(readers, weights, name))
     writer.finish()
     for name in FROM_LAST:
-        if name == saved.DATA and not saved.has_data(last):
+        if name == checkpoint_metadata.DATA and not checkpoint_metadata.has_data(last):
             continue
         shutil.copyfile(last / name, partial / name)
-    about: dict[str, Any] = json.loads((last / saved.ABOUT).read_text())
+    about: dict[str, Any] = json.loads((last / checkpoint_metadata.ABOUT).read_text())
     parts = [[str(reader.folder), w] for reader, w in zip(readers, weights, strict=True)]
     style = config.decay_style.value if config.weights == Weights.wsd else ""
     about |= {"optimizer": False, "ranks": 0}
     about |= {"merged": {"weights": config.weights.value, "decay_style": style, "of": parts}}
-    write_durably(partial / saved.ABOUT, json.dumps(about, indent=1))
+    write_durably(partial / checkpoint_metadata.ABOUT, json.dumps(about, indent=1))
     commit(final, {}, lambda: None)
 
 

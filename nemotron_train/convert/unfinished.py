@@ -11,11 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from nemotron_train.config.schema import ConfigError
-from nemotron_train.data.lock import exclusive
+from nemotron_train.config.errors import ConfigError
 from nemotron_train.platform.files import flush_to_disk
-from nemotron_train.train.integrity import file_sha256
-from nemotron_train.train.run_folder import write_atomically
+from nemotron_train.platform.lock import exclusive
+from nemotron_train.run_folder.folder import write_atomically
+from nemotron_train.run_folder.integrity import file_sha256
 
 RECORD = ".conversion.json"
 

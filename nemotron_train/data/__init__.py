@@ -1,4 +1,4 @@
-"""Text to batches: tokenizers, shards, manifests, blends and the resumable batch source.
+"""Text to batches: tokenizers, shards, manifests, blends, the resumable batch source.
 
-Nothing in this package imports torch: batches are numpy arrays.
+No torch: batches are NumPy arrays.
 """

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from nemotron_train.config.schema import BlendSource, ConfigError, DataConfig, DataPhase
+from nemotron_train.config.errors import ConfigError
+from nemotron_train.config.schema import BlendSource, DataConfig, DataPhase
 from nemotron_train.data.blend import (
     DataState,
     Phase,

@@ -13,7 +13,7 @@ from fractions import Fraction
 from math import lcm
 from typing import Any, NamedTuple
 
-from nemotron_train.config.schema import ConfigError
+from nemotron_train.config.errors import ConfigError
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from nemotron_train.config.schema import ConfigError
+from nemotron_train.config.errors import ConfigError
 from nemotron_train.data.indexed import token_dtype
-from nemotron_train.data.lock import exclusive
 from nemotron_train.data.manifest import (
     FILE_NAME,
     SPLITS,
@@ -28,6 +27,7 @@ from nemotron_train.data.manifest import (
 from nemotron_train.data.rolling import SplitWriter, remove_working_files
 from nemotron_train.data.tokenize import END_OF_DOCUMENT, end_of_document_id, train_tokenizer
 from nemotron_train.platform.files import flush_to_disk
+from nemotron_train.platform.lock import exclusive
 
 _KIND = "python_stdlib"
 _RECIPE = 1  # raise it when the choice of files, the split or the tokenizer's training changes

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nemotron_train.config.schema import ConfigError
+from nemotron_train.config.errors import ConfigError
 from nemotron_train.platform.files import flush_to_disk
 
 _MAGIC = b"MMIDIDX\x00\x00"

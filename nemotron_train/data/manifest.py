@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from nemotron_train.config.schema import ConfigError
+from nemotron_train.config.errors import ConfigError
 from nemotron_train.data.indexed import ShardEntry
 from nemotron_train.platform.files import flush_to_disk
 

@@ -21,10 +21,9 @@ from typing import Any
 import numpy as np
 from omegaconf import MISSING
 
-from nemotron_train.config.schema import ConfigError
+from nemotron_train.config.errors import ConfigError
 from nemotron_train.data import encode
 from nemotron_train.data.indexed import token_dtype
-from nemotron_train.data.lock import exclusive
 from nemotron_train.data.manifest import (
     FILE_NAME,
     SPLITS,
@@ -55,6 +54,7 @@ from nemotron_train.data.tokenize import (
     train_tokenizer,
 )
 from nemotron_train.platform.files import flush_to_disk
+from nemotron_train.platform.lock import exclusive
 
 _JOURNAL = "journal.json"
 _COMMIT_TOKENS = 1 << 22  # the work a kill costs at most: seconds on one worker

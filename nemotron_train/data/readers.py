@@ -15,7 +15,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import IO, Any
 
-from nemotron_train.config.schema import ConfigError
+from nemotron_train.config.errors import ConfigError
 
 _BATCH_BYTES = 1 << 20
 _BATCH_ROWS = 512

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nemotron_train.config.schema import ConfigError
+from nemotron_train.config.errors import ConfigError
 from nemotron_train.data.indexed import ShardEntry, ShardReader, file_sha256
 from nemotron_train.data.manifest import FILE_NAME, Manifest, load_manifest, split_fingerprint
 from nemotron_train.data.permutation import key64, permute, shuffled

@@ -15,12 +15,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from nemotron_train.config.schema import ConfigError
+from nemotron_train.config.errors import ConfigError
 from nemotron_train.data.tokenize import LoadedTokenizer
 from nemotron_train.evaluate.knobs import HarnessConfig
+from nemotron_train.generate.checkpoint import open_tokenizer, opened
 from nemotron_train.generate.engine import Continuation, Engine
 from nemotron_train.generate.knobs import DecodingKnobs, Sampling
-from nemotron_train.generate.load import open_tokenizer, opened
 from nemotron_train.generate.text import GrowingText
 
 try:

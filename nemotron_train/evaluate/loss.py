@@ -19,11 +19,11 @@ from rich.table import Table
 from nemotron_train.config.schema import BlendSource, DataPhase
 from nemotron_train.data.batches import Batch, BatchSource
 from nemotron_train.data.tokenize import LoadedTokenizer, load_tokenizer
+from nemotron_train.evaluate.acceptance import validation_folders
 from nemotron_train.evaluate.knobs import LossConfig, check_reading
 from nemotron_train.evaluate.positions import check_tokenizer
-from nemotron_train.generate.acceptance import validation_folders
-from nemotron_train.generate.load import Opened, opened
-from nemotron_train.train.step import count_targets, micro_batches
+from nemotron_train.generate.checkpoint import Opened, opened
+from nemotron_train.train.train_step import count_targets, micro_batches
 
 ROWS_A_PASS = 4
 

@@ -24,13 +24,13 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from nemotron_train.config.schema import ConfigError
+from nemotron_train.config.errors import ConfigError
 from nemotron_train.data.indexed import ShardReader
 from nemotron_train.data.manifest import FILE_NAME, load_manifest
+from nemotron_train.evaluate.acceptance import validation_folders
 from nemotron_train.evaluate.knobs import PositionsConfig, check_reading
-from nemotron_train.generate.acceptance import validation_folders
+from nemotron_train.generate.checkpoint import Opened, found, opened
 from nemotron_train.generate.engine import Engine
-from nemotron_train.generate.load import Opened, found, opened
 
 POINTS_AN_OCTAVE = (
     8  # of the cumulative curve, evenly on the log scale, for the fit and the picture

@@ -1,1 +1,1 @@
-"""Text from a checkpoint. Imports the core; the core never imports it."""
+"""Text from a checkpoint: decoding, sampling, speculative decoding with the MTP block."""

@@ -141,7 +141,7 @@ class Engine:
         while any(d < len(tokens) for d, tokens in zip(done, inputs, strict=True)):
             parts = [list(tokens[d : d + chunk]) for d, tokens in zip(done, inputs, strict=True)]
             counts = [len(part) for part in parts]
-            new = states.new_tokens(counts, self.device)
+            new = states.next_batch(counts, self.device)
             tokens_T = torch.tensor([t for part in parts for t in part], device=self.device)
             self.costs.passes += 1
             done = [d + count for d, count in zip(done, counts, strict=True)]
@@ -218,7 +218,7 @@ class _Batch:
 
     def _step(self) -> None:
         """One token more for every sequence."""
-        new = self.states.new_tokens([1] * len(self.rows), self.engine.device)
+        new = self.states.next_batch([1] * len(self.rows), self.engine.device)
         tokens_T = torch.tensor([row.new[-1] for row in self.rows], device=self.engine.device)
         self.engine.costs.passes += 1
         self._sample(self.model.logits(self.model.decode(tokens_T, new)))
@@ -229,14 +229,14 @@ class _Batch:
         last_B1 = torch.tensor([[row.new[-1]] for row in self.rows], device=self.engine.device)
         tokens_Bn = torch.cat([last_B1, drafted.tokens_Bk], dim=1)
         num_rows, each = tokens_Bn.shape
-        new = self.states.new_tokens([each] * num_rows, self.engine.device, may_be_taken_back=True)
+        new = self.states.next_batch([each] * num_rows, self.engine.device, speculative=True)
         self.engine.costs.passes += 1
         hidden_T1D = self.model.decode(tokens_Bn.flatten(), new)
         logits_TV = self.model.logits(hidden_T1D)
         logits_BnV = logits_TV.unflatten(0, (num_rows, each))
         verdict = drafter.judge(logits_BnV, drafted, [row.draws for row in self.rows])
         kept = [count + 1 for count in verdict.accepted]
-        self.states.keep(kept)
+        self.states.rewind(kept)
         drafter.keep(hidden_T1D, kept)
         proposed = drafted.tokens_Bk.tolist()
         outcome = [

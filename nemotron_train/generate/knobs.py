@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from nemotron_train.config.schema import ConfigError
+from nemotron_train.config.errors import ConfigError
 
 
 @dataclass

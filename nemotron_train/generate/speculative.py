@@ -130,7 +130,7 @@ class Drafter:
                 extended[row][start + depth.number : start + depth.number + len(rows)]
                 for row, (start, rows) in enumerate(zip(first, inputs, strict=True))
             ]
-            new = self._run(depth, inputs, parts, may_be_taken_back=True)
+            new = self._run(depth, inputs, parts, speculative=True)
             sure = [
                 max(start, len(row) - depth.number) for start, row in zip(first, known, strict=True)
             ]
@@ -177,12 +177,12 @@ class Drafter:
         depth: "_Depth",
         inputs: Sequence[Tensor],
         tokens: Sequence[Sequence[int]],
-        may_be_taken_back: bool = False,
+        speculative: bool = False,
     ) -> list[Tensor]:
         """The block at one depth over ragged inputs [rows,D] and their tokens."""
         counts = [len(rows) for rows in inputs]
         assert counts == [len(part) for part in tokens], (counts, tokens)
-        new = depth.states.new_tokens(counts, self._device, may_be_taken_back)
+        new = depth.states.next_batch(counts, self._device, speculative)
         tokens_T = torch.tensor([t for part in tokens for t in part], device=self._device)
         hidden_T1D = torch.cat(list(inputs)).unsqueeze(1)
         output_T1D = self._model.decode_depth(hidden_T1D, tokens_T, new)
@@ -215,7 +215,7 @@ class _Depth:
     ) -> None:
         """Of a pass over `inputs` from positions `first` on, keep the positions below `sure`; what
         lies between them and `sure_before`, to which the depth before is sure, waits."""
-        self.states.keep([end - start for start, end in zip(first, sure, strict=True)])
+        self.states.rewind([end - start for start, end in zip(first, sure, strict=True)])
         self.waiting = [
             rows[end - start : end_before - start]
             for rows, start, end, end_before in zip(inputs, first, sure, sure_before, strict=True)

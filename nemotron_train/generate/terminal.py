@@ -11,11 +11,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from nemotron_train.config.schema import ConfigError
+from nemotron_train.config.errors import ConfigError
 from nemotron_train.data.tokenize import LoadedTokenizer
+from nemotron_train.generate.checkpoint import Opened, open_tokenizer, opened
 from nemotron_train.generate.engine import Continuation, Costs, Engine
 from nemotron_train.generate.knobs import GenerateConfig, check_decoding, check_sampling
-from nemotron_train.generate.load import Opened, open_tokenizer, opened
 from nemotron_train.generate.speculative import Acceptance
 from nemotron_train.generate.text import GrowingText
 

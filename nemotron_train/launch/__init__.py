@@ -1,1 +1,1 @@
-"""Runs that are started for the user: sweeps here or on a cluster, multi-node jobs."""
+"""Starts runs: sweeps on this machine or as a job array, multi-node Slurm jobs. No torch."""

@@ -1,1 +1,1 @@
-"""The model: its shape (no torch), its layers, and how they become a Megatron-Core model."""
+"""The layers of the hybrid model, as modules for the slots of Megatron-Core."""

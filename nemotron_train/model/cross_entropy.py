@@ -15,7 +15,8 @@ import torch.distributed
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nemotron_train.model import compiled_calls, compiled_passes
+from nemotron_train.kernels import training as training_kernels
+from nemotron_train.kernels.library import supports
 
 # Elements of logits worked on at a time on a CPU: their FP32 copy stays in the cache. A whole one
 # is the largest tensor of a step, and touching fresh memory costs more than the exponentials.
@@ -91,8 +92,8 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
 
 def _sums(logits_NV: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor]:
     """Each row's largest logit, and its sum of e^(logit - largest)."""
-    if compiled_calls.take(logits_NV) and logits_NV.is_contiguous():
-        return compiled_passes.cross_entropy_sums(logits_NV)
+    if supports(logits_NV) and logits_NV.is_contiguous():
+        return training_kernels.cross_entropy_sums(logits_NV)
     largest_N = logits_NV.amax(-1).to(wide)
     sum_N = torch.empty_like(largest_N)
     scratch_NV = _scratch(logits_NV, wide)
@@ -107,10 +108,10 @@ def _gradient_(
     logits_NV: Tensor, largest_N: Tensor, factor_N: Tensor, labels_N: Tensor, onehot_N: Tensor
 ) -> None:
     """Logits become e^(logit - largest) factor, plus onehot at the label."""
-    if compiled_calls.take(logits_NV) and logits_NV.is_contiguous():
+    if supports(logits_NV) and logits_NV.is_contiguous():
         # Counted as the change it is: autograd must see it.
         torch.autograd.graph.increment_version(logits_NV)
-        compiled_passes.cross_entropy_gradient_(logits_NV, largest_N, factor_N, labels_N, onehot_N)
+        training_kernels.cross_entropy_gradient_(logits_NV, largest_N, factor_N, labels_N, onehot_N)
         return
     factor_N1, onehot_N1 = factor_N.unsqueeze(1), onehot_N.unsqueeze(1)
     scratch_NV = _scratch(logits_NV, largest_N.dtype)

@@ -8,7 +8,7 @@ padding; only what mixes tokens spreads them to rows. Does not own: the arithmet
 
 Shapes: B sequences, T new tokens of all of them, n the most new tokens of one, H heads of P
 channels, N state size, K - 1 past inputs of the convolution, C its channels, G key/value heads, D
-head dimension, L room for tokens.
+head dimension, L capacity of the KV cache.
 """
 
 import functools
@@ -19,14 +19,14 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-_ROOM_MULTIPLE = 64
+_CAPACITY_MULTIPLE = 64
 
 
 class MambaState:
     """Of one Mamba-2 layer: `ssm_BHPN` in FP32, `window_BKC` in the activations' dtype.
 
     A pass that may be taken back leaves `steps`, the state before it and after each of its tokens,
-    and `inputs`, the window before it and all its inputs; `keep` then returns to any of them
+    and `inputs`, the window before it and all its inputs; `rewind` then returns to any of them
     exactly.
     """
 
@@ -35,17 +35,17 @@ class MambaState:
         self.steps: list[Tensor] = []
         self.inputs_BWC: Tensor | None = None
 
-    def take(self, inputs_BWC: Tensor, new: "NewTokens") -> None:
+    def update_window(self, inputs_BWC: Tensor, batch: "DecodeBatch") -> None:
         """The window after the pass, from the window before it and the pass's inputs."""
-        self.window_BKC = _last(inputs_BWC, new.counts, self.window_BKC.shape[1])
-        self.inputs_BWC = inputs_BWC if new.may_be_taken_back else None
+        self.window_BKC = _last(inputs_BWC, batch.counts, self.window_BKC.shape[1])
+        self.inputs_BWC = inputs_BWC if batch.speculative else None
 
-    def went_through(self, steps_nBHPN: Sequence[Tensor], new: "NewTokens") -> None:
+    def record_states(self, steps_nBHPN: Sequence[Tensor], batch: "DecodeBatch") -> None:
         """The states after each of the pass's tokens: new tensors, not written again."""
-        self.steps = [self.ssm_BHPN, *steps_nBHPN] if new.may_be_taken_back else []
+        self.steps = [self.ssm_BHPN, *steps_nBHPN] if batch.speculative else []
         self.ssm_BHPN = steps_nBHPN[-1]
 
-    def keep(self, kept: Sequence[int]) -> None:
+    def rewind(self, kept: Sequence[int]) -> None:
         """Return to the state after `kept` of the last pass's tokens."""
         assert self.inputs_BWC is not None and self.steps
         self.window_BKC = _last(self.inputs_BWC, kept, self.window_BKC.shape[1])
@@ -66,27 +66,27 @@ class MambaState:
         return self.ssm_BHPN, self.window_BKC
 
 
-class KeyValues:
-    """Of one attention layer: `keys_BGLD` and `values_BGLD`, with room to grow. Zero where nothing
-    was written: a masked key meets a probability of zero, and must be finite."""
+class KVCache:
+    """Of one attention layer: `keys_BGLD` and `values_BGLD`, which grow on demand. Zero where
+    nothing was written: a masked key meets a probability of zero, and must be finite."""
 
     def __init__(self, num_rows: int, num_heads: int, width: int, like: Tensor) -> None:
         shape = (num_rows, num_heads, 0, width)
         self.keys_BGLD, self.values_BGLD = like.new_zeros(shape), like.new_zeros(shape)
 
-    def write(self, keys_TGD: Tensor, values_TGD: Tensor, new: "NewTokens") -> None:
+    def write(self, keys_TGD: Tensor, values_TGD: Tensor, batch: "DecodeBatch") -> None:
         """Append the pass's keys and values."""
-        self.make_room(new.longest_after)
-        for room, values in ((self.keys_BGLD, keys_TGD), (self.values_BGLD, values_TGD)):
-            room.transpose(1, 2)[new.row_T, new.position_T] = values
+        self.reserve(batch.max_length)
+        for cached, values in ((self.keys_BGLD, keys_TGD), (self.values_BGLD, values_TGD)):
+            cached.transpose(1, 2)[batch.row_T, batch.position_T] = values
 
-    def make_room(self, length: int) -> None:
-        """Let `length` tokens fit."""
-        room = self.keys_BGLD.shape[2]
-        if length <= room:
+    def reserve(self, length: int) -> None:
+        """Grow the cache so that `length` tokens fit, by half of it at least."""
+        capacity = self.keys_BGLD.shape[2]
+        if length <= capacity:
             return
-        wanted = max(length, room + room // 2)
-        extra = -(-wanted // _ROOM_MULTIPLE) * _ROOM_MULTIPLE - room
+        wanted = max(length, capacity + capacity // 2)
+        extra = -(-wanted // _CAPACITY_MULTIPLE) * _CAPACITY_MULTIPLE - capacity
         self.keys_BGLD, self.values_BGLD = (
             torch.cat([t, t.new_zeros((*t.shape[:2], extra, t.shape[3]))], dim=2)
             for t in (self.keys_BGLD, self.values_BGLD)
@@ -110,24 +110,24 @@ class DecodeStates:
     def __init__(self, num_rows: int) -> None:
         self.lengths = [0] * num_rows
         self.mamba: dict[int, MambaState] = {}
-        self.attention: dict[int, KeyValues] = {}
+        self.attention: dict[int, KVCache] = {}
         self._before = list(self.lengths)
 
-    def new_tokens(
-        self, counts: Sequence[int], device: torch.device, may_be_taken_back: bool = False
-    ) -> "NewTokens":
+    def next_batch(
+        self, counts: Sequence[int], device: torch.device, speculative: bool = False
+    ) -> "DecodeBatch":
         """Begin a pass of `counts` new tokens a sequence; what each layer is handed."""
         assert len(counts) == len(self.lengths) and sum(counts) > 0
         self._before = self.lengths
         self.lengths = [a + b for a, b in zip(self.lengths, counts, strict=True)]
-        return NewTokens(self, self._before, counts, device, may_be_taken_back)
+        return DecodeBatch(self, self._before, counts, device, speculative)
 
-    def keep(self, kept: Sequence[int]) -> None:
+    def rewind(self, kept: Sequence[int]) -> None:
         """Take back all but the first `kept` tokens of the last pass, which was announced as one
         that may be taken back."""
         self.lengths = [a + b for a, b in zip(self._before, kept, strict=True)]
         for state in self.mamba.values():
-            state.keep(kept)
+            state.rewind(kept)
 
     def select(self, rows: Sequence[int], device: torch.device) -> None:
         """Keep these sequences only, in this order."""
@@ -148,7 +148,7 @@ class DecodeStates:
         return sum(cache.bytes_per_token for cache in self.attention.values())
 
 
-class NewTokens(PackedSeqParams):
+class DecodeBatch(PackedSeqParams):
     """One pass over new tokens; Megatron hands it to every layer where training has
     `PackedDocuments`. `row_T` and `position_T` say where each token lies in its sequence."""
 
@@ -158,14 +158,15 @@ class NewTokens(PackedSeqParams):
         before: Sequence[int],
         counts: Sequence[int],
         device: torch.device,
-        may_be_taken_back: bool,
+        speculative: bool,
     ) -> None:
         super().__init__(qkv_format="sbhd")
-        self.states, self.counts, self.before = states, list(counts), list(before)
-        self.may_be_taken_back = may_be_taken_back
-        self.most = max(counts)
-        self.is_even = min(counts) == self.most
-        self.longest_after = max(states.lengths)
+        self.states, self.counts, self.lengths_before = states, list(counts), list(before)
+        self.speculative = speculative
+        self.num_tokens = sum(counts)
+        self.max_new = max(counts)
+        self.is_rectangular = min(counts) == self.max_new
+        self.max_length = max(states.lengths)
         rows = [row for row, count in enumerate(counts) for _ in range(count)]
         positions = [
             position
@@ -174,38 +175,40 @@ class NewTokens(PackedSeqParams):
         ]
         self.row_T = torch.tensor(rows, device=device)
         self.position_T = torch.tensor(positions, device=device)
-        self.before_B = torch.tensor(self.before, device=device)
+        self.lengths_before_B = torch.tensor(self.lengths_before, device=device)
         self._place_T: Tensor | None = None
-        if not self.is_even:
-            self._place_T = self.row_T * self.most + self.position_T - self.before_B[self.row_T]
+        if not self.is_rectangular:
+            self._place_T = (
+                self.row_T * self.max_new + self.position_T - self.lengths_before_B[self.row_T]
+            )
 
     @functools.cached_property
     def starts(self) -> Tensor:
         """Where each sequence's new tokens begin, and after the last: int64 [B + 1], on the CPU."""
         return torch.tensor([0, *itertools.accumulate(self.counts)])
 
-    def to_rows(self, x_T1F: Tensor) -> Tensor:
+    def to_padded(self, x_T1F: Tensor) -> Tensor:
         """[T,1,F] -> [B,n,F], zeros after a sequence's last new token."""
         num_rows, width = len(self.counts), x_T1F.shape[-1]
         if self._place_T is None:
-            return x_T1F.reshape(num_rows, self.most, width)
-        rows = x_T1F.new_zeros(num_rows * self.most, width)
+            return x_T1F.reshape(num_rows, self.max_new, width)
+        rows = x_T1F.new_zeros(num_rows * self.max_new, width)
         rows.index_copy_(0, self._place_T, x_T1F.flatten(0, 1))
-        return rows.view(num_rows, self.most, width)
+        return rows.view(num_rows, self.max_new, width)
 
     def to_packed(self, y_BnF: Tensor) -> Tensor:
-        """The inverse of `to_rows`: [B,n,F] -> [T,1,F]."""
+        """The inverse of `to_padded`: [B,n,F] -> [T,1,F]."""
         flat = y_BnF.flatten(0, 1)
         if self._place_T is not None:
             flat = flat.index_select(0, self._place_T)
         return flat.unsqueeze(1)
 
-    def is_new_Bn1(self) -> Tensor | None:
+    def is_token_Bn1(self) -> Tensor | None:
         """True for tokens, False for what pads them to rows: [B,n,1]; None without padding."""
-        if self.is_even:
+        if self.is_rectangular:
             return None
         counts_B = torch.tensor(self.counts, device=self.row_T.device)
-        numbers_n = torch.arange(self.most, device=counts_B.device)
+        numbers_n = torch.arange(self.max_new, device=counts_B.device)
         return (numbers_n < counts_B[:, None]).unsqueeze(-1)
 
 

@@ -23,7 +23,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 
 from nemotron_train.model.context import piece
 from nemotron_train.model.cross_entropy import vocab_parallel_cross_entropy
-from nemotron_train.model.decode_state import NewTokens
+from nemotron_train.model.decode_state import DecodeBatch
 from nemotron_train.model.documents import PackedDocuments
 from nemotron_train.model.linears import linear
 from nemotron_train.model.mtp import depth_mask, shift_left
@@ -133,7 +133,7 @@ class NemotronModel(HybridModel):
             sums += self._mtp_loss_sums(hidden, tokens_BS, labels_BS, loss_mask_BS, documents)
         return torch.stack(sums)
 
-    def decode(self, tokens_T: torch.Tensor, new: NewTokens) -> torch.Tensor:
+    def decode(self, tokens_T: torch.Tensor, new: DecodeBatch) -> torch.Tensor:
         """Hidden states [T,1,hidden], after the final norm, of new tokens whose predecessors the
         states of `new` have seen. COLLECTIVE under tensor and expert parallelism; one stage."""
         if self._goes_straight(tokens_T):
@@ -143,7 +143,7 @@ class NemotronModel(HybridModel):
         return self.decoder(hidden, attention_mask=None, packed_seq_params=new)
 
     def decode_depth(
-        self, hidden_T1D: torch.Tensor, tokens_T: torch.Tensor, new: NewTokens
+        self, hidden_T1D: torch.Tensor, tokens_T: torch.Tensor, new: DecodeBatch
     ) -> torch.Tensor:
         """The multi-token-prediction block at one depth k, with that depth's states: hidden states
         of depth k-1 at positions i and tokens i+k -> hidden states of depth k, [T,1,hidden]."""
@@ -214,7 +214,7 @@ class NemotronModel(HybridModel):
         return sums
 
 
-def _through_layers(stack: Any, hidden_T1D: torch.Tensor, new: NewTokens) -> torch.Tensor:
+def _through_layers(stack: Any, hidden_T1D: torch.Tensor, new: DecodeBatch) -> torch.Tensor:
     for layer in stack.layers:
         found = layer(hidden_states=hidden_T1D, attention_mask=None, packed_seq_params=new)
         hidden_T1D = found[0] if isinstance(found, tuple) else found

@@ -12,11 +12,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from torch import Tensor
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
 
-from nemotron_train.model import compiled_calls
-from nemotron_train.model.compiled_decoding import few_rows
+from nemotron_train.kernels.decoding import few_rows
+from nemotron_train.kernels.library import supports
+from nemotron_train.model.norm import RMSNorm
 from nemotron_train.platform.bfloat16_products import product_dtype
+from nemotron_train.platform.device import parameter_device
 
 _FEW_ROWS = 4
 
@@ -25,7 +28,7 @@ def linear(x: Tensor, weight_FD: Tensor) -> Tensor:
     """x Wᵀ, [..., D] -> [..., F]. Where torch would widen all of a BF16 weight for a row or a few,
     without gradients, a compiled pass reads it as it is."""
     is_few = not torch.is_grad_enabled() and x.numel() <= _FEW_ROWS * x.shape[-1]
-    if is_few and product_dtype(x) != x.dtype and compiled_calls.take(x):
+    if is_few and product_dtype(x) != x.dtype and supports(x):
         return few_rows(x.reshape(-1, x.shape[-1]), weight_FD).view(*x.shape[:-1], -1)
     return F.linear(x, weight_FD)
 
@@ -33,6 +36,14 @@ def linear(x: Tensor, weight_FD: Tensor) -> Tensor:
 def is_alone(linear: Any) -> bool:
     """Whether the layer is its weight and no other rank has a part of it."""
     return linear.tp_group.size() == 1 and linear.bias is None
+
+
+def are_plain(norm: Any, *linears: Any) -> bool:
+    """Whether a layer is our RMSNorm and plain products, with no part on another rank."""
+    if not isinstance(norm, RMSNorm):
+        return False
+    sharded = [linear for linear in linears if type(linear) is not ReplicatedLinear]
+    return all(type(each) in (ColumnLinear, RowLinear) and is_alone(each) for each in sharded)
 
 
 class ColumnLinear(ColumnParallelLinear):
@@ -58,3 +69,25 @@ class RowLinear(RowParallelLinear):
         if torch.is_grad_enabled() or not is_alone(self):
             return super().forward(input_)
         return linear(input_, self.weight), None
+
+
+class ReplicatedLinear(nn.Module):
+    """A linear whose weight every tensor-parallel rank holds whole: the latent projections.
+
+    Under sequence parallelism each rank multiplies its own tokens and Megatron sums the weight
+    gradient over the tensor-parallel group.
+    """
+
+    def __init__(
+        self, input_size: int, output_size: int, *, config: TransformerConfig, **unused: Any
+    ) -> None:
+        super().__init__()
+        device = parameter_device(config.use_cpu_initialization)
+        self.weight = nn.Parameter(
+            torch.empty(output_size, input_size, dtype=config.params_dtype, device=device)
+        )
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        """[..., input_size] -> [..., output_size]; no bias, as Megatron's linears answer."""
+        return linear(x, self.weight), None

@@ -2,7 +2,7 @@
 (arXiv 2604.12374, section 2.1.2), over Megatron's `MultiTokenPredictionLayer`.
 
 Depth k at position i joins the previous depth's hidden state with the embedding of token i+k
-and predicts token i+k+1. Owns which targets count; the losses are weighed in `train.step`.
+and predicts token i+k+1. Owns which targets count; the losses are weighed in `train.train_step`.
 
 Shapes: B rows, S tokens a row, V vocabulary of this rank.
 """

@@ -1,7 +1,7 @@
 """RMSNorm with Megatron-Core's norm interface.
 
 Owns: the norm before each layer and at the end. Does not own: the gated grouped norm inside a
-Mamba-2 mixer (model/mamba2.py), Transformer Engine's norms.
+Mamba-2 mixer (model/mamba/layer.py), Transformer Engine's norms.
 
 On a GPU it is torch's fused kernel, on a CPU a compiled pass (compiled_passes). Where there is no
 compiler, torch would compose `rms_norm` and its gradient of separate passes; there the gradient
@@ -18,7 +18,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nemotron_train.model import compiled_calls, compiled_decoding, compiled_passes
+from nemotron_train.kernels import decoding as decoding_kernels
+from nemotron_train.kernels import training as training_kernels
+from nemotron_train.kernels.library import limit, supports
 from nemotron_train.platform.device import parameter_device
 
 
@@ -67,7 +69,7 @@ class _CompiledRmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_ND: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
         width = x_ND.shape[1]
-        normed_1ND, scale = compiled_passes.rms_norm(x_ND[None], None, weight_D, width, epsilon)
+        normed_1ND, scale = training_kernels.rms_norm(x_ND[None], None, weight_D, width, epsilon)
         ctx.save_for_backward(x_ND, weight_D, scale)
         return normed_1ND[0]
 
@@ -75,7 +77,7 @@ class _CompiledRmsNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         x_ND, weight_D, scale = ctx.saved_tensors
-        grad_x_1ND, _, grad_weight_D = compiled_passes.rms_norm_backward(
+        grad_x_1ND, _, grad_weight_D = training_kernels.rms_norm_backward(
             grads[0][None], x_ND[None], None, weight_D, scale
         )
         return grad_x_1ND[0], grad_weight_D.to(weight_D.dtype), None
@@ -86,11 +88,11 @@ def rms_norm(x_ND: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
     if x_ND.is_cuda:
         return F.rms_norm(x_ND, (x_ND.shape[-1],), weight_D, epsilon)
     rows_ND, width = x_ND.reshape(-1, x_ND.shape[-1]), x_ND.shape[-1]
-    is_few = len(rows_ND) <= compiled_decoding.MOST_TOKENS and not torch.is_grad_enabled()
+    is_few = len(rows_ND) <= decoding_kernels.MAX_TOKENS and not torch.is_grad_enabled()
     function = _RmsNorm
-    if width <= compiled_calls.MAX_WIDTH and compiled_calls.take(x_ND, weight_D):
+    if width <= limit("max_width") and supports(x_ND, weight_D):
         if is_few and x_ND.dtype == weight_D.dtype:
-            return compiled_decoding.norm_rows(x_ND.contiguous(), weight_D, epsilon)
+            return decoding_kernels.norm_rows(x_ND.contiguous(), weight_D, epsilon)
         function = _CompiledRmsNorm
     normed_ND: Tensor = function.apply(rows_ND, weight_D, epsilon)  # pyright: ignore
     return normed_ND.view(x_ND.shape)

@@ -1,1 +1,1 @@
-"""The optimizer and its schedule."""
+"""The optimizer, its schedule, and operations on whole gradients and parameters."""

@@ -20,8 +20,7 @@ from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from nemotron_train.config.schema import Config
-from nemotron_train.model.translate import TORCH_DTYPES
-from nemotron_train.platform.device import Platform
+from nemotron_train.platform.device import TORCH_DTYPES, Platform
 
 UNDECAYED = (".bias", "conv_bias", "A_log", ".D", "dt_bias")
 

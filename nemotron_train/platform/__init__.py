@@ -1,1 +1,1 @@
-"""The machine: its device, its process groups, and what lets Megatron-Core run without a GPU."""
+"""The machine: device, process groups, files, and what Megatron-Core needs without a GPU."""

@@ -15,7 +15,10 @@ from typing import Any
 
 import torch
 
-from nemotron_train.platform.hardware import Hardware, installed_versions
+from nemotron_train.config.schema import Dtype
+from nemotron_train.plan.hardware import Hardware, installed_versions
+
+TORCH_DTYPES = {Dtype.float32: torch.float32, Dtype.bfloat16: torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ def prepare(num_threads: int = 0) -> Platform:
 
 
 def hardware(platform: Platform) -> Hardware:
-    """This process's device, as `config.guards` and `precision.backend` ask about it."""
+    """This process's device, as `plan.guards` and `precision.backend` ask about it."""
     has_engine = importlib.util.find_spec("transformer_engine") is not None
     version = installed_versions().get("transformer-engine", "0") if has_engine else None
     if platform.device == "cpu":

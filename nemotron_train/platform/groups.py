@@ -1,7 +1,7 @@
 """Process groups: starts torch.distributed and Megatron-Core's grid of ranks, and ends both.
 
 A single process is a grid of one: the same code runs everywhere. Owns no layout arithmetic
-(`config.derive` checks that the layout divides).
+(`plan.derive` checks that the layout divides).
 """
 
 import os
@@ -15,7 +15,8 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed.rendezvous import rendezvous
 
-from nemotron_train.config.schema import ConfigError, ParallelConfig
+from nemotron_train.config.errors import ConfigError
+from nemotron_train.config.schema import ParallelConfig
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 

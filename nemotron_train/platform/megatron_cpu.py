@@ -9,7 +9,7 @@ Three kinds of adaptation, all put in place by `install()` and refused where a G
 3. single functions whose CPU branch is missing upstream (`_REPLACED`).
 
 tests/platform/test_megatron_cpu.py holds one canary a patch: it fails once upstream no longer
-needs it. This module does not choose kernels or layers; `model.specs` does.
+needs it. This module does not choose kernels or layers; `assemble.specs` does.
 """
 
 import contextlib

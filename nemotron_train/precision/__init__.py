@@ -1,1 +1,1 @@
-"""Precision: which format each matrix product is computed in."""
+"""Low-precision numerics, and the modules that compute in a precision plan."""

@@ -13,9 +13,11 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from nemotron_train.config.schema import Config, ConfigError
-from nemotron_train.model.latent_moe import ExpertWeights
+from nemotron_train.config.errors import ConfigError
+from nemotron_train.config.schema import Config
+from nemotron_train.model.moe.experts import ExpertWeights
 from nemotron_train.optim.gradients import count_zeros
+from nemotron_train.plan.precision.resolve import LinearFormats, formats_at, phase_boundaries
 from nemotron_train.precision.linear import (
     QUANTIZED,
     Attached,
@@ -25,7 +27,6 @@ from nemotron_train.precision.linear import (
     EmulatedRowParallelLinear,
     RoundingClock,
 )
-from nemotron_train.precision.plan import LinearFormats, formats_at, phase_boundaries
 from nemotron_train.precision.telemetry import Telemetry
 
 

@@ -15,13 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nemotron_train.model.grouped_mlp import (
+from nemotron_train.model.moe.experts import ExpertWeights, GroupedExperts
+from nemotron_train.model.moe.permutation import (
     permute,
     permute_probabilities,
     plan_permutation,
     unpermute,
 )
-from nemotron_train.model.latent_moe import ExpertWeights, GroupedExperts
 from nemotron_train.precision import nvfp4
 from nemotron_train.precision.gemm import Operand, product_factor
 from nemotron_train.precision.hadamard import hadamard

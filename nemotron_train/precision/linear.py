@@ -32,12 +32,12 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor
 
-from nemotron_train.model.latent_moe import ReplicatedLinear
+from nemotron_train.model.linears import ReplicatedLinear
+from nemotron_train.plan.precision.resolve import LinearFormats
 from nemotron_train.precision import nvfp4
 from nemotron_train.precision.gemm import Operand, block_scaled_matmul
 from nemotron_train.precision.hadamard import hadamard
 from nemotron_train.precision.mxfp8 import mxfp8_operand
-from nemotron_train.precision.plan import LinearFormats
 from nemotron_train.precision.rounding import RandomWords
 
 Role = Literal["x", "w", "dy"]

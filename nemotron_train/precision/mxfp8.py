@@ -1,8 +1,8 @@
 """MXFP8 in plain torch: 8-bit E4M3 codes and a power-of-two (E8M0) scale a block of 32.
 
 Owns: quantization of either orientation, dequantization. Does not own: products (gemm.py), which
-product of which linear takes the format (precision/plan.py), the same arithmetic in one pass on a
-CPU (compiled.py). Never imports Transformer Engine.
+product of which linear takes the format (plan/precision/resolve.py), the same arithmetic in one
+pass on a CPU (kernels/quantize.py). Never imports Transformer Engine.
 
 The arithmetic is Transformer Engine's MXFP8BlockScaling (2.17.1): E4M3 for activations, weights
 and gradients alike, and the scale `amax · fp32(1/448)` rounded UP to a power of two, so that no
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nemotron_train.precision.compiled import kernels, operand_matrix
+from nemotron_train.kernels import quantize as quantize_kernels
 from nemotron_train.precision.gemm import Operand
 from nemotron_train.precision.rounding import round_to_nearest_, rows_per_chunk
 
@@ -81,12 +81,11 @@ def mxfp8_operand(x: Tensor, *, dim: Literal[-1, 0] = -1) -> Operand:
     of the tensor's maximum, far under what an FP32 sum of the two keeps).
     Source: Transformer Engine 2.17.1, quantize_mxfp8.cuh and float_to_e8m0 in ptx.cuh.
     """
-    compiled = kernels() if x.device.type == "cpu" else None
-    if compiled is not None:
-        matrix = operand_matrix(x)
-        amax = compiled.strip_amax(matrix, BLOCK)
+    if x.device.type == "cpu" and quantize_kernels.can_quantize():
+        matrix = quantize_kernels.operand_matrix(x)
+        amax = quantize_kernels.strip_amax(matrix, BLOCK)
         amax = amax.amax() if amax.numel() else amax.new_zeros(())
-        values = compiled.mxfp8_operand(matrix, 1 + dim, amax)
+        values = quantize_kernels.mxfp8_operand(matrix, 1 + dim, amax)
         return Operand(values.view(x.shape), _power_of_two(_exponents_of(amax)), 1.0)
     matrix = x.reshape(-1, x.shape[-1])
     blocks = _blocks(matrix, dim)

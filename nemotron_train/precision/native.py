@@ -1,9 +1,9 @@
 """A precision plan computed by Transformer Engine: Megatron's configuration, and the formats that
 the built modules carry and have run in, read back from them.
 
-Owns what `precision.transformer_engine`'s plain dictionaries become in Megatron's objects, and the
-comparison with the plan. Does not own: whether to be native (`precision.backend`), the translation
-itself, the layers (`model.specs`).
+Owns what `plan.precision.transformer_engine`'s plain dictionaries become in Megatron's objects, and
+the comparison with the plan. Does not own: whether to be native (`precision.backend`), the
+translation itself, the layers (`assemble.specs`).
 
 What is read back is what Megatron and Transformer Engine write on their modules; the tests run
 Megatron's own wrappers over a stand-in for Transformer Engine. Never run on a Blackwell GPU.
@@ -16,9 +16,9 @@ import torch
 from megatron.core.quantization.quant_config import RecipeConfig
 
 from nemotron_train.config.schema import Config
+from nemotron_train.plan.precision.resolve import LinearFormats, formats_at
+from nemotron_train.plan.precision.transformer_engine import to_transformer_engine
 from nemotron_train.precision.attach import modules_of
-from nemotron_train.precision.plan import LinearFormats, formats_at
-from nemotron_train.precision.transformer_engine import to_transformer_engine
 
 # A plan's NVFP4 option and the field of Transformer Engine's recipe that switches it off.
 _OPTION_SWITCHES = {

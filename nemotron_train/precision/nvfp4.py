@@ -2,7 +2,7 @@
 
 Owns: quantization (nearest-even and stochastic), packing, dequantization. Does not own: products
 (gemm.py), random words (rounding.py), the Hadamard transform (hadamard.py), the same arithmetic in
-one pass on a CPU (compiled.py), which tensor of a linear takes which rounding
+one pass on a CPU (kernels/quantize.py), which tensor of a linear takes which rounding
 (precision/linear.py). Never imports Transformer Engine.
 
 Bit for bit the arithmetic of Transformer Engine's reference NVFP4 quantizer since 2.14 (pinned:
@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nemotron_train.precision.compiled import Kernels, kernels, operand_matrix
+from nemotron_train.kernels import quantize as quantize_kernels
 from nemotron_train.precision.gemm import Operand
 from nemotron_train.precision.rounding import RandomWords, round_to_nearest_, rows_per_chunk
 
@@ -96,13 +96,12 @@ def quantize_nvfp4(
 
     The arguments of `nvfp4_operand`, which training uses; this one stores and is compared.
     """
-    compiled = kernels() if x.device.type == "cpu" and random_words is None else None
-    if compiled is not None:
-        matrix = operand_matrix(x)
+    if x.device.type == "cpu" and random_words is None and quantize_kernels.can_quantize():
+        matrix = quantize_kernels.operand_matrix(x)
         if amax is None:
-            amax = _largest_of_each(compiled.strip_amax(matrix, BLOCK), None)
+            amax = _largest_of_each(quantize_kernels.strip_amax(matrix, BLOCK), None)
         amax = amax.float() if reduce_amax is None else reduce_amax(amax.float())
-        packed, bits = compiled.nvfp4_codes(matrix, 2 if block == "2d" else 0, amax)
+        packed, bits = quantize_kernels.nvfp4_codes(matrix, 2 if block == "2d" else 0, amax)
         return NVFP4Tensor(packed, bits, amax, x.shape)
     blocks = _Blocks(x, block, dim=-1)
     scales = blocks.scales(amax, reduce_amax)
@@ -156,11 +155,11 @@ def nvfp4_operand(
     Sizes that are no multiple of 16 are padded with zeros, and cropped again.
     Source: Transformer Engine 2.17.1's quantization_ref_nvfp4.py; `round_e2m1` for the stochastic.
     """
-    compiled = kernels() if x.device.type == "cpu" else None
     one_pass = block == "1d" or random_words is None
-    if compiled is not None and one_pass and not isinstance(random_words, Tensor):
+    one_pass = one_pass and x.device.type == "cpu" and quantize_kernels.can_quantize()
+    if one_pass and not isinstance(random_words, Tensor):
         layout = 2 if block == "2d" else 1 + dim
-        return _in_one_pass(compiled, x, layout, random_words, amax, reduce_amax, rows_per_tensor)
+        return _in_one_pass(x, layout, random_words, amax, reduce_amax, rows_per_tensor)
     if isinstance(random_words, RandomWords):
         random_words = random_words.draw(x.shape, x.device)
     blocks = _Blocks(x, block, dim, rows_per_tensor)
@@ -186,7 +185,6 @@ def nvfp4_operand(
 
 
 def _in_one_pass(
-    compiled: Kernels,
     x: Tensor,
     layout: int,
     random_words: RandomWords | None,
@@ -195,14 +193,14 @@ def _in_one_pass(
     rows_per_tensor: Tensor | None,
 ) -> Operand:
     """`nvfp4_operand` by quantize.c; layout as there."""
-    matrix = operand_matrix(x)
+    matrix = quantize_kernels.operand_matrix(x)
     height = 1 if layout == 0 and rows_per_tensor is not None else BLOCK
     lengths = None if rows_per_tensor is None else rows_per_tensor // height
     if amax is None:
-        amax = _largest_of_each(compiled.strip_amax(matrix, height), lengths)
+        amax = _largest_of_each(quantize_kernels.strip_amax(matrix, height), lengths)
     amax = amax.float() if reduce_amax is None else reduce_amax(amax.float())
     per_strip = amax if lengths is None else amax.repeat_interleave(lengths)
-    values = compiled.nvfp4_operand(matrix, layout, per_strip, random_words)
+    values = quantize_kernels.nvfp4_operand(matrix, layout, per_strip, random_words)
     return Operand(values.view(x.shape), amax, GLOBAL_DIVISOR)
 
 

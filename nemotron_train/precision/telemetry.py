@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nemotron_train.config.schema import Config
+from nemotron_train.plan.precision.resolve import LinearFormats, formats_at, resolve
 from nemotron_train.precision import mxfp8, nvfp4
 from nemotron_train.precision.hadamard import hadamard
 from nemotron_train.precision.linear import Attached, Role, pad_tokens
-from nemotron_train.precision.plan import LinearFormats, formats_at, resolve
 from nemotron_train.precision.telemetry_record import (
     FORMATS,
     NUM_BINS,

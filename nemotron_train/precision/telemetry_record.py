@@ -1,7 +1,8 @@
 """The numbers of a telemetry record: their names, and how they follow from what was counted.
 
 Owns: the names under which operands are measured, the bins of block scales, sums -> numbers. Does
-not own: counting (`telemetry`), the file (`train.metrics`). No torch: reports read records too.
+not own: counting (`telemetry`), the file (`run_folder.metrics`). No torch: reports read records
+too.
 """
 
 import math

@@ -1,1 +1,1 @@
-"""What a person reads of a run: tables and pictures. No torch."""
+"""What a person reads of runs: tables, pictures, one HTML page. No torch."""

@@ -1,7 +1,7 @@
 """From a run's precision telemetry to a plan: what to keep above NVFP4 when not all can be.
 
 Owns: the candidates, the choice among them, the plan's file. Does not own: the measurement
-(`precision.telemetry`), what a plan means (`precision.plan`). No torch.
+(`precision.telemetry`), what a plan means (`plan.precision.resolve`). No torch.
 
 The choice is greedy by error removed per FLOP. Exempting one linear changes no other's measured
 error, so it is a knapsack: take the candidates in the order of that ratio, and leave out what no
@@ -30,19 +30,20 @@ from omegaconf import MISSING
 from rich.console import Console
 from rich.table import Table
 
-from nemotron_train.compose import compose_config, to_typed
-from nemotron_train.config.schema import Config, ConfigError, GemmFormat, PrecisionConfig
-from nemotron_train.precision.plan import check_plan, resolve, share_of_flops
+from nemotron_train.compose.compose import compose_config, to_typed
+from nemotron_train.config.errors import ConfigError
+from nemotron_train.config.schema import Config, GemmFormat, PrecisionConfig
+from nemotron_train.plan.precision.resolve import check_plan, resolve, share_of_flops
 from nemotron_train.precision.telemetry_record import OPERANDS, OPERANDS_OF
-from nemotron_train.report.precision_records import (
+from nemotron_train.report.runs.read import read_run
+from nemotron_train.report.runs.telemetry import (
     KINDS,
     TelemetryRecord,
     kind_of,
     layer_of,
     telemetry_records,
 )
-from nemotron_train.report.read import read_run
-from nemotron_train.train.run_folder import write_atomically
+from nemotron_train.run_folder.folder import write_atomically
 
 
 class ErrorMeasure(StrEnum):

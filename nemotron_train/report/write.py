@@ -10,17 +10,24 @@ from pathlib import Path
 
 from rich.console import Console
 
-from nemotron_train.config.schema import Config, ConfigError
-from nemotron_train.report.gap_table import print_gaps, write_gaps
-from nemotron_train.report.page import Shown, build_page, write_page
-from nemotron_train.report.page_data import PageData
-from nemotron_train.report.pairs import cell_folders, config_of, find_pairs, is_sweep, read_sweep
-from nemotron_train.report.plot import plot_loss, plot_runs
-from nemotron_train.report.plot_gap import plot_gaps
-from nemotron_train.report.plot_precision import plot_precision
-from nemotron_train.report.read import Run, label_runs, read_run
-from nemotron_train.report.run_card import Capability, run_card
-from nemotron_train.report.table import print_runs
+from nemotron_train.config.errors import ConfigError
+from nemotron_train.config.schema import Config
+from nemotron_train.report.gap.pairs import (
+    cell_folders,
+    config_of,
+    find_pairs,
+    is_sweep,
+    read_sweep,
+)
+from nemotron_train.report.html.data import PageData
+from nemotron_train.report.html.page import Shown, build_page, write_page
+from nemotron_train.report.plot.gap import plot_gaps
+from nemotron_train.report.plot.loss import plot_loss, plot_runs
+from nemotron_train.report.plot.precision import plot_precision
+from nemotron_train.report.runs.card import Capability, run_card
+from nemotron_train.report.runs.read import Run, label_runs, read_run
+from nemotron_train.report.runs.table import print_runs
+from nemotron_train.report.write_gaps import print_gaps, write_gaps
 
 PAGE = "report.html"
 READ_AHEAD = min(4, os.cpu_count() or 1)  # runs read while one is worked on

@@ -1,1 +1,1 @@
-"""The training loop and what surrounds it."""
+"""The training loop, the train step, and the trainer that holds a run together."""

@@ -6,11 +6,11 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from nemotron_train.config.derive import Derived
 from nemotron_train.config.schema import Config
 from nemotron_train.data.batches import BatchSource
+from nemotron_train.plan.derive import Derived
 from nemotron_train.platform.groups import sum_over
-from nemotron_train.train.step import _forward_step, count_targets, run_micro_batches
+from nemotron_train.train.train_step import _forward_step, count_targets, run_micro_batches
 
 
 @torch.no_grad()

@@ -12,9 +12,9 @@ import torch
 
 from nemotron_train.precision.telemetry import Telemetry
 from nemotron_train.precision.telemetry_record import flush_rates
-from nemotron_train.train.checkpoint import Checkpoints
-from nemotron_train.train.loop import Progress, StepResult
-from nemotron_train.train.metrics import MetricsWriter
+from nemotron_train.run_folder.metrics import MetricsWriter
+from nemotron_train.run_folder.progress import Progress, StepResult
+from nemotron_train.train.checkpoint.checkpoints import Checkpoints
 from nemotron_train.train.progress_bar import ProgressDisplay
 from nemotron_train.train.step_clock import StepClock
 

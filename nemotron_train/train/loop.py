@@ -1,32 +1,9 @@
 """The training loop: steps, then hooks, until enough tokens. Knows no model and no framework."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
-from nemotron_train.data.batches import DataState
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a run stands: optimizer steps taken, tokens trained on, and the data's cursor."""
-
-    step: int
-    tokens: int
-    data: DataState
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one optimizer step leaves behind.
-
-    metrics: plain numbers of the step, or tensors on the device until a hook asks for them;
-    hooks may add to it. seconds: time the step took, side jobs excluded.
-    """
-
-    progress: Progress
-    metrics: dict[str, Any]
-    seconds: float
+from nemotron_train.run_folder.progress import Progress, StepResult
 
 
 class Hook(Protocol):

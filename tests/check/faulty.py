@@ -97,7 +97,7 @@ FAULTS: dict[str, Callable[[Any], None]] = {
 
 if __name__ == "__main__":
     device.prepare(1)
-    from nemotron_train.train.session import Session
+    from nemotron_train.train.trainer import Session
 
     build = Session.__init__
 

@@ -13,7 +13,6 @@ import pytest
 from rich.console import Console
 
 from nemotron_train.check.compare import Difference, ModuleDifference
-from nemotron_train.check.launch import Ranks, RanksFailed
 from nemotron_train.check.parallel import (
     LIMITS,
     OWN_PRECISION_LIMITS,
@@ -23,7 +22,8 @@ from nemotron_train.check.parallel import (
     check_parallel,
     shrink_for_proof,
 )
-from nemotron_train.compose import compose_config
+from nemotron_train.check.ranks import Ranks, RanksFailed
+from nemotron_train.compose.compose import compose_config
 
 FAULTY = str(Path(__file__).with_name("faulty.py"))
 TENSOR = ["parallel.tensor=2", "parallel.sequence=true"]

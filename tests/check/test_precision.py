@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from nemotron_train.check.launch import Ranks
 from nemotron_train.check.precision import check_precision, problem_of
-from nemotron_train.compose import compose_config
+from nemotron_train.check.ranks import Ranks
+from nemotron_train.compose.compose import compose_config
 
 PLANNED = {"fprop": "nvfp4", "dgrad": "nvfp4", "wgrad": "nvfp4", "hadamard": True}
 HELD = {"x.linear": "torch.bfloat16"}

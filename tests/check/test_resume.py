@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from nemotron_train.check.launch import Ranks
+from nemotron_train.check.ranks import Ranks
 from nemotron_train.check.resume import STAMP, Field, Resharded, ResumeCheck, check_resume, compare
-from nemotron_train.compose import compose_config
+from nemotron_train.compose.compose import compose_config
 
 FAULTY = str(Path(__file__).with_name("faulty.py"))
 

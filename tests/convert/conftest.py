@@ -83,16 +83,16 @@ def saved_model(groups: Any, small_run: tuple[Path, list[str]]) -> Callable[...,
     def save(folder: Path, shape: str, *overrides: str) -> tuple[Any, Path]:
         import yaml
 
-        from nemotron_train.compose import compose_config
+        from nemotron_train.assemble.build import build_model, wrap_data_parallel
+        from nemotron_train.compose.compose import compose_config
+        from nemotron_train.config.knobs import to_plain
         from nemotron_train.data.batches import DataState
         from nemotron_train.data.indexed import file_sha256
-        from nemotron_train.model.build import build_model, wrap_data_parallel
         from nemotron_train.optim.build import build_optimizer
+        from nemotron_train.plan.precision.record import plan_record
         from nemotron_train.platform import device
-        from nemotron_train.precision.record import plan_record
-        from nemotron_train.train.checkpoint import Checkpoints
-        from nemotron_train.train.knobs import to_plain
-        from nemotron_train.train.loop import Progress
+        from nemotron_train.run_folder.progress import Progress
+        from nemotron_train.train.checkpoint.checkpoints import Checkpoints
 
         words = [f"data.tokenizer={tokenizer}", f"name={folder.name}", *SHAPES[shape], *overrides]
         config, platform = compose_config(words), device.prepare()

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 import torch
 
-from nemotron_train.cli import main
-from nemotron_train.convert.tensors import CheckpointReader
-from nemotron_train.train import integrity
+from nemotron_train.cli.main import main
+from nemotron_train.convert.checkpoint_tensors import CheckpointReader
+from nemotron_train.run_folder import integrity
 
 pytestmark = pytest.mark.usefixtures("in_small_run")
 
@@ -138,7 +138,7 @@ def test_memory_is_two_tensors(tmp_path: Path) -> None:
 
 
 def _write_synthetic(folder: Path, step: int, numbers: int) -> None:
-    from nemotron_train.convert.tensors import CheckpointWriter
+    from nemotron_train.convert.checkpoint_tensors import CheckpointWriter
 
     writer = CheckpointWriter(folder)
     for name in "abcd":

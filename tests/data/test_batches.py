@@ -17,7 +17,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemotron_train.config.schema import BlendSource, ConfigError, DataConfig, DataKind, DataPhase
+from nemotron_train.config.errors import ConfigError
+from nemotron_train.config.schema import BlendSource, DataConfig, DataKind, DataPhase
 from nemotron_train.data import windows
 from nemotron_train.data.batches import Batch, BatchSource
 from nemotron_train.data.blend import DataState

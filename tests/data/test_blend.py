@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemotron_train.config.schema import ConfigError
+from nemotron_train.config.errors import ConfigError
 from nemotron_train.data.blend import (
     DataState,
     Phase,

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nemotron_train.config.schema import BlendSource, ConfigError, DataConfig, DataKind, DataPhase
+from nemotron_train.cli.data import inspect
+from nemotron_train.config.errors import ConfigError
+from nemotron_train.config.schema import BlendSource, DataConfig, DataKind, DataPhase
 from nemotron_train.data import corpus
 from nemotron_train.data.batches import BatchSource
-from nemotron_train.data.commands import inspect
 from nemotron_train.data.corpus import build_embedded, read_corpus, split_of
 from nemotron_train.data.indexed import ShardReader
 from nemotron_train.data.manifest import load_manifest

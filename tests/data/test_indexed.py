@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemotron_train.config.schema import ConfigError
+from nemotron_train.config.errors import ConfigError
 from nemotron_train.data.indexed import ShardReader, ShardWriter, token_dtype
 
 DOCUMENTS = [[5, 6, 7, 0], [1], [2, 2, 0], list(range(50))]

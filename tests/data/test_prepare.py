@@ -13,10 +13,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from nemotron_train.config.schema import ConfigError
+from nemotron_train.cli.data import inspect, run_prepare
+from nemotron_train.config.errors import ConfigError
 from nemotron_train.data import prepare as prepare_module
 from nemotron_train.data import readers
-from nemotron_train.data.commands import inspect, run_prepare
 from nemotron_train.data.encode import is_held_out
 from nemotron_train.data.indexed import ShardReader
 from nemotron_train.data.manifest import Manifest, load_manifest

@@ -18,13 +18,13 @@ device.prepare(1)
 
 import torch.distributed as dist  # noqa: E402
 
-from nemotron_train.cli import main  # noqa: E402
-from nemotron_train.train import step  # noqa: E402
-from nemotron_train.train.loop import Progress, StepResult  # noqa: E402
+from nemotron_train.cli.main import main  # noqa: E402
+from nemotron_train.run_folder.progress import Progress, StepResult  # noqa: E402
+from nemotron_train.train import train_step  # noqa: E402
 
 what, rank, broken_samples = "", 0, [0]
-forward_step = step._forward_step
-take_step = step.Trainer.__call__
+forward_step = train_step._forward_step
+take_step = train_step.Trainer.__call__
 is_broken = is_slow = False
 
 
@@ -39,7 +39,7 @@ def broken_forward_step(iterator: Any, model: Any, **weights: Any) -> Any:
     return output, lambda sums: loss(sums * factor)
 
 
-def broken_step(trainer: step.Trainer, progress: Progress) -> StepResult:
+def broken_step(trainer: train_step.Trainer, progress: Progress) -> StepResult:
     global is_broken
     is_broken = progress.data.samples in broken_samples and dist.get_rank() == rank
     parameters = dict(trainer.chunks[0].module.named_parameters())
@@ -60,6 +60,6 @@ if __name__ == "__main__":  # a checkpoint's writers import this file again
     what, comma, _ = sys.argv[1].partition(",")
     is_slow, rank = comma == ",", int(sys.argv[2])
     broken_samples = [int(number) for number in sys.argv[3].split(",")]
-    step._forward_step = broken_forward_step
-    step.Trainer.__call__ = broken_step  # type: ignore[method-assign]
+    train_step._forward_step = broken_forward_step
+    train_step.Trainer.__call__ = broken_step  # type: ignore[method-assign]
     sys.exit(main(sys.argv[4:]))

@@ -3,7 +3,7 @@ test_communication.py: `counted_traffic.py OUT OVERRIDE ...`, writes OUT/rank-R.
 
 Every collective of torch.distributed is wrapped before Megatron-Core is imported, so that names
 imported by value are wrapped too. A call is charged to the group it is given and to the kind of
-collective, in the convention of config.communication: what goes in, for gathers what comes out.
+collective, in the convention of plan.cost.communication: what goes in, for gathers what comes out.
 """
 
 import functools
@@ -89,7 +89,7 @@ def main(out: Path, overrides: list[str]) -> None:
         counter.wrap(name)
 
     from benchmarks.memory import MODEL, Run
-    from nemotron_train.compose import compose_config
+    from nemotron_train.compose.compose import compose_config
 
     torch.set_num_threads(1)
     run = Run(compose_config([*MODEL, *overrides]))

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from nemotron_train.compose import compose_config
+from nemotron_train.compose.compose import compose_config
 from nemotron_train.platform import device
 
 SEQUENCE, ROWS = 64, 2
@@ -67,7 +67,7 @@ def main(file: str, overrides: list[str]) -> None:
     platform = device.prepare(1)
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-    from nemotron_train.model.build import build_model
+    from nemotron_train.assemble.build import build_model
     from nemotron_train.platform import groups as process_groups
     from nemotron_train.precision import nvfp4
     from nemotron_train.precision.attach import PrecisionControl, global_modules

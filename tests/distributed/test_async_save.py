@@ -1,13 +1,14 @@
 """A save beside the training of two ranks writes what a save in line does, byte for byte.
 
 Second truth: the same run with `train.async_save=false`. Experts are cut over the ranks, so that
-both write. That ranks learn of the end and of errors together: tests/train/test_background.py.
+both write. That ranks learn of the end and of errors together:
+tests/train/checkpoint/test_background.py.
 """
 
 from collections.abc import Callable
 from pathlib import Path
 
-from nemotron_train.train.integrity import damage, steps_in
+from nemotron_train.run_folder.integrity import damage, steps_in
 
 Small = tuple[Path, list[str]]
 Weights = Callable[[Path, int], dict[str, object]]

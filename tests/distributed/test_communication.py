@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks.memory import MODEL
-from nemotron_train.compose import compose_config
-from nemotron_train.config.communication import ALL_TO_ALL, REDUCE_SCATTER, rank_traffic
-from nemotron_train.config.derive import derive
+from nemotron_train.compose.compose import compose_config
+from nemotron_train.plan.cost.communication import ALL_TO_ALL, REDUCE_SCATTER, rank_traffic
+from nemotron_train.plan.derive import derive
 
 CHILD = Path(__file__).with_name("counted_traffic.py")
 # What `plan` leaves out: counts, which are integers, and by who calls: losses, norms, routing.

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from nemotron_train.train.metric_groups import is_timing
+from nemotron_train.run_folder.metric_groups import is_timing
 
 RunRanks = Callable[[list[str], Path, int], None]
 Train = Callable[..., list[dict]]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from nemotron_train.cli import main
+from nemotron_train.cli.main import main
 
 TWO = ["parallel.tensor=2", "parallel.sequence=true", "parallel.expert=2"]
 FOUR = [*TWO, "parallel.pipeline=2"]

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from nemotron_train.train.metric_groups import is_timing
+from nemotron_train.run_folder.metric_groups import is_timing
 
 Small = tuple[Path, list[str]]
 ON = ["precision=nvfp4_all", "precision.telemetry.every=1", "train.total_tokens=512"]

@@ -14,7 +14,7 @@ device.prepare()
 @pytest.fixture(scope="session")
 def run(small_run: tuple[Path, list[str]]) -> Path:
     """A small run of ten steps, validated at its end; tests stand in the folder above it."""
-    from nemotron_train.cli import main
+    from nemotron_train.cli.main import main
 
     before = Path.cwd()
     os.chdir(small_run[0])

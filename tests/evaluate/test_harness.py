@@ -13,11 +13,11 @@ import pytest
 
 pytest.importorskip("lm_eval")
 
-from nemotron_train.cli import main
+from nemotron_train.cli.main import main
 from nemotron_train.evaluate.harness import HarnessModel, evaluate_harness
 from nemotron_train.evaluate.knobs import HarnessConfig, LossConfig
+from nemotron_train.generate.checkpoint import open_tokenizer, opened
 from nemotron_train.generate.engine import Engine
-from nemotron_train.generate.load import open_tokenizer, opened
 
 QUESTIONS = [
     {"question": "import ", "choices": ["json", "zzzz qqqq"], "answer": 0},

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nemotron_train.cli import main
+from nemotron_train.cli.main import main
 from nemotron_train.data.batches import Batch
 from nemotron_train.data.tokenize import load_tokenizer
 from nemotron_train.evaluate.knobs import LossConfig

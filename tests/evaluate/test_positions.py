@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nemotron_train.cli import main
-from nemotron_train.data.commands import run_prepare
+from nemotron_train.cli.data import run_prepare
+from nemotron_train.cli.main import main
 from nemotron_train.data.prepare import PrepareConfig
 from nemotron_train.data.readers import TextDocuments
 from nemotron_train.evaluate.knobs import PositionsConfig

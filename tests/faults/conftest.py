@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from nemotron_train.platform import device
-from nemotron_train.train import integrity
+from nemotron_train.run_folder import integrity
 
 device.prepare()  # before a test module imports Megatron-Core
 

@@ -13,11 +13,11 @@ from pathlib import Path
 import psutil
 from rich.console import Console
 
-from nemotron_train.compose import compose_config
-from nemotron_train.config.derive import derive
+from nemotron_train.compose.compose import compose_config
+from nemotron_train.plan.derive import derive
 from nemotron_train.platform import device
 from nemotron_train.run import open_data
-from nemotron_train.train.run_folder import open_run_folder, run_path
+from nemotron_train.run_folder.folder import open_run_folder, run_path
 
 
 class _Mallinfo2(ctypes.Structure):
@@ -46,7 +46,7 @@ def main(cycles: int, overrides: list[str]) -> None:
     derived = derive(config, 1)
     platform = device.prepare(1)
     from nemotron_train.platform import groups as process_groups
-    from nemotron_train.train.session import Session
+    from nemotron_train.train.trainer import Session
 
     train_data, validation_data = open_data(config, print)
     groups = process_groups.start(config.parallel, platform.backend)

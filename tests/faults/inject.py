@@ -161,6 +161,6 @@ def inject(faults: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     inject(json.loads(sys.argv[1]))
-    from nemotron_train.cli import main
+    from nemotron_train.cli.main import main
 
     sys.exit(main(sys.argv[2:]))

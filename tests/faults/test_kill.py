@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from nemotron_train.train import integrity
+from nemotron_train.run_folder import integrity
 
 StartJob = Callable[..., Any]
 

@@ -17,7 +17,7 @@ FAULTS = Path(__file__).parent
 
 MUTATIONS = {
     "visible_before_complete": (
-        "train/integrity.py",
+        "run_folder/integrity.py",
         "    partial, step = partial_folder(final), _step_of(final)\n",
         "    partial_folder(final).rename(final)\n"
         "    partial, step = final, _step_of(final)\n"
@@ -25,7 +25,7 @@ MUTATIONS = {
         "test_kill.py::test_killed_in_saves_equals_uninterrupted[four]",
     ),
     "no_checksum": (
-        "train/integrity.py",
+        "run_folder/integrity.py",
         "            if file_sha256(folder / name) != sums[name]:\n",
         "            if False:\n",
         "test_damage.py::test_100_flipped_bits_are_found",

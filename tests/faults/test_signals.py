@@ -44,7 +44,7 @@ def test_asked_to_stop(job, small_run, reference, newest, metrics, weights, mome
 @pytest.mark.faults
 def test_asked_before_training_begins(job, small_run) -> None:
     """Nobody listens yet: the process ends by the signal, and the same command starts cleanly."""
-    fault = {"import": {"module": "nemotron_train.train.session", "signal": signal.SIGTERM}}
+    fault = {"import": {"module": "nemotron_train.train.trainer", "signal": signal.SIGTERM}}
     first = job("name=too_early", faults={0: fault})
     assert first.wait() == [-signal.SIGTERM]
     second = job("name=too_early")

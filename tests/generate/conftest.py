@@ -26,8 +26,8 @@ def prompts() -> list[list[int]]:
 
 
 def _build(groups: Any, *overrides: str, tokens_apart: bool = True) -> Any:
-    from nemotron_train.compose import compose_config
-    from nemotron_train.model.build import build_model
+    from nemotron_train.assemble.build import build_model
+    from nemotron_train.compose.compose import compose_config
     from nemotron_train.precision.attach import PrecisionControl
     from tests.conftest import SMALL_RUN
 

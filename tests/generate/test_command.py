@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from nemotron_train.cli import main
+from nemotron_train.cli.main import main
 from nemotron_train.data.tokenize import load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("in_small_run")

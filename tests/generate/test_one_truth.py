@@ -39,19 +39,19 @@ def training_forward(model: Any) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def in_passes(model: Any, sizes: list[int], may_be_taken_back: bool = False) -> torch.Tensor:
+def in_passes(model: Any, sizes: list[int], speculative: bool = False) -> torch.Tensor:
     """Passes of these sizes, in turn; one that may be taken back is, but for its first token."""
     states, found, start, turn = DecodeStates(ROWS), [], 0, 0
     while start < LENGTH:
         part = tokens()[:, start : start + sizes[turn % len(sizes)]]
         counts = [part.shape[1]] * ROWS
-        new = states.new_tokens(counts, part.device, may_be_taken_back)
+        new = states.next_batch(counts, part.device, speculative)
         logits = model.logits(model.decode(part.flatten(), new))
         found.append(torch.log_softmax(logits, dim=-1).view(ROWS, part.shape[1], -1))
         kept = part.shape[1]
-        if may_be_taken_back:
+        if speculative:
             kept = 1 + turn % part.shape[1]
-            states.keep([kept] * ROWS)
+            states.rewind([kept] * ROWS)
             found[-1] = found[-1][:, :kept]
         start, turn = start + kept, turn + 1
     return torch.cat(found, dim=1)
@@ -69,7 +69,7 @@ def test_every_way_gives_the_same_probabilities(plan: str, groups: Any, build: A
         "whole prompt": in_passes(model, [LENGTH + 5]),
         "chunks": in_passes(model, [32, 7]),
         "token by token": in_passes(model, [1]),
-        "verification": in_passes(model, [3], may_be_taken_back=True),
+        "verification": in_passes(model, [3], speculative=True),
     }
     found = {way: difference(values, truth) for way, values in ways.items()}
     assert max(found.values()) <= BOUNDS[plan], found
@@ -116,7 +116,7 @@ def test_a_long_context_grows_the_cache_and_nothing_else(groups: Any, build: Any
     sizes = []
     with torch.inference_mode():
         for _ in range(3):
-            new = states.new_tokens([100], torch.device("cpu"))
+            new = states.next_batch([100], torch.device("cpu"))
             model.decode(torch.arange(100), new)
             mamba = [t.numel() for state in states.mamba.values() for t in state.tensors]
             sizes.append((states.constant_bytes, states.bytes_per_token, mamba))

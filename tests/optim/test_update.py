@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from nemotron_train.compose import compose_config
-from nemotron_train.model.build import build_model, wrap_data_parallel
+from nemotron_train.assemble.build import build_model, wrap_data_parallel
+from nemotron_train.compose.compose import compose_config
 from nemotron_train.optim.build import build_optimizer
 from nemotron_train.optim.update import apply_update, gradient_norm
 from nemotron_train.platform import device

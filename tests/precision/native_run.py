@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from nemotron_train.compose import compose_config
+from nemotron_train.compose.compose import compose_config
+from nemotron_train.plan.backend import choose
+from nemotron_train.plan.hardware import Hardware
 from nemotron_train.platform import device
-from nemotron_train.platform.hardware import Hardware
-from nemotron_train.precision.backend import choose
 
 PLANS = ("nvfp4_nemotron3", "nvfp4_all", "mxfp8", "nvfp4_without_mtp", "nvfp4_without_last_layers")
 # Sizes of whole blocks, and each kind of layer in the middle of the decoder and at its end.
@@ -175,9 +175,9 @@ def main(folder: Path, data: list[str]) -> None:
     platform = pretend_gpu()
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-    from nemotron_train.config.guards import Surroundings
+    from nemotron_train.assemble.build import build_model
     from nemotron_train.config.schema import ParallelConfig
-    from nemotron_train.model.build import build_model
+    from nemotron_train.plan.guards import Surroundings
     from nemotron_train.platform import groups as process_groups
     from nemotron_train.run import pretrain
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import yaml
 
-from nemotron_train.compose import compose_config
-from nemotron_train.train.knobs import to_plain
+from nemotron_train.compose.compose import compose_config
+from nemotron_train.config.knobs import to_plain
 
 HOSTILE = "<script>alert(1)</script>&\"'</style>]]><!--"
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from nemotron_train.cli import main
+from nemotron_train.cli.main import main
 
 Small = tuple[Path, list[str]]
 

@@ -15,13 +15,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nemotron_train.cli import main
-from nemotron_train.compose import compose_config
+from nemotron_train.cli.main import main
+from nemotron_train.compose.compose import compose_config
 from nemotron_train.config.schema import TrainConfig
 from nemotron_train.data.batches import Batch, BatchSource, DataState
 from nemotron_train.evaluate.knobs import LossConfig
 from nemotron_train.evaluate.loss import evaluate_loss
-from nemotron_train.train.step import is_short
+from nemotron_train.train.train_step import is_short
 
 pytestmark = pytest.mark.usefixtures("in_small_run")
 

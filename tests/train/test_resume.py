@@ -65,7 +65,7 @@ def test_same_command_again_finds_the_run_finished(small_run: Small, whole: Path
 def test_damaged_checkpoint_is_named_and_the_one_before_used(
     small_run: Small, metrics: Metrics, weights: Weights, whole: Path
 ) -> None:
-    """As a user meets it; tests/train/test_integrity.py has every kind of damage."""
+    """As a user meets it; tests/run_folder/test_integrity.py has every kind of damage."""
     done = pretrain(small_run, "name=damaged", "train.save_every_steps=10")
     assert done.returncode == 0, done.stderr
     folder = whole.with_name("damaged")

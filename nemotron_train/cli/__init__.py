@@ -1,0 +1,1 @@
+"""The command line: one file a verb group. Parses words, composes a configuration, calls."""

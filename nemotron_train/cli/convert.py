@@ -1,0 +1,191 @@
+"""The `convert` verbs: what they take, their help, exit codes. Imports the work when asked."""
+
+import argparse
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from nemotron_train.cli.verbs import Verb, open_console
+from nemotron_train.compose.compose import compose_config, parse_overrides, to_typed
+from nemotron_train.config.errors import ConfigError
+from nemotron_train.config.schema import Config, Dtype
+
+
+def run_convert_merge(arguments: argparse.Namespace) -> int:
+    from nemotron_train.convert.merge_weights import MergeConfig
+
+    knobs = [word for word in arguments.words if "=" in word]
+    checkpoints = [word for word in arguments.words if "=" not in word]
+    config = to_typed(MergeConfig, {}, parse_overrides(knobs))
+    from nemotron_train.convert.merge import merge
+
+    merge(checkpoints, config, open_console())
+    return 0
+
+
+def _merge_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("words", nargs="+", metavar="RUN@STEP | KNOB=VALUE")
+
+
+def run_convert_to_hf(arguments: argparse.Namespace) -> int:
+    from nemotron_train.convert.hugging_face.to_hf import to_hf
+
+    to_hf(
+        arguments.checkpoint,
+        arguments.out,
+        open_console(),
+        dtype=arguments.dtype,
+        shard_bytes=_shard_bytes(arguments.shard_gib),
+        tokenizer=arguments.tokenizer,
+    )
+    return 0
+
+
+def _to_hf_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", metavar="RUN@STEP", help="a run folder and a step")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to make")
+    parser.add_argument(
+        "--dtype",
+        choices=[dtype.value for dtype in Dtype],
+        default="",
+        help="of the weights (default: the run's); float32 gives the optimizer's masters",
+    )
+    _shard_argument(parser)
+    parser.add_argument(
+        "--tokenizer", default="", metavar="DIR", help="where the run's tokenizer lies now"
+    )
+
+
+def run_convert_from_hf(arguments: argparse.Namespace) -> int:
+    from nemotron_train.convert.hugging_face import config as theirs
+    from nemotron_train.convert.hugging_face.fields import has_weights
+    from nemotron_train.plan.derive import derive
+
+    folder, console = arguments.folder, open_console()
+    name = theirs.model_name(folder)
+    read = theirs.read_model(folder, name, frozenset(arguments.ignore))
+    recipe = theirs.recipe_text(read.model, folder)
+    output = arguments.out or Path("runs") / name
+    checked = _compose(recipe, [])
+    checked.name = output.name
+    derive(checked)  # its checks: can there be such a model, and a run of that name?
+    if arguments.recipe is not None:
+        _write_new(arguments.recipe, recipe)
+    console.print(theirs.summary(read.model), highlight=False, soft_wrap=True)
+    if not has_weights(folder):
+        console.print("no weights there: the recipe alone", highlight=False)
+        if arguments.recipe is None:
+            print(recipe, end="")
+        else:
+            file = arguments.recipe
+            text = f"wrote {file}; `nemotron-train plan model={file}` says what it costs"
+            console.print(text, highlight=False, soft_wrap=True)
+        return 0
+    words = list(arguments.overrides)
+    if not any(word.startswith("precision=") for word in words):
+        words.insert(0, f"precision={'fp32' if read.dtype == Dtype.float32 else 'bf16'}")
+    config = _compose(recipe, words)
+    config.name, config.folder = output.name, str(output.parent)
+    theirs.check_overrides(read.model, config.model, folder)
+    from nemotron_train.convert.hugging_face.from_hf import from_hf
+
+    from_hf(folder, config, output, console, shard_bytes=_shard_bytes(arguments.shard_gib))
+    return 0
+
+
+def _compose(recipe: str, overrides: Sequence[str]) -> Config:
+    """pretrain's configuration with this recipe of a model."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "model.yaml"
+        file.write_text(recipe, encoding="utf-8")
+        return compose_config([f"model={file}", *overrides])
+
+
+def _write_new(path: Path, text: str) -> None:
+    try:
+        with open(path, "x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        if path.is_file() and path.read_bytes() == text.encode():
+            return  # the same command again
+        raise ConfigError(f"--recipe {path}: is there already; give another") from None
+    except OSError as error:
+        raise ConfigError(f"--recipe {path}: cannot be written ({error.strerror})") from None
+
+
+def _from_hf_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, metavar="DIR", help="config.json, weights, tokenizer")
+    parser.add_argument("overrides", nargs="*", metavar="KNOB=VALUE")
+    parser.add_argument(
+        "--out", type=Path, metavar="RUN", help="the run folder to make (default: runs/NAME)"
+    )
+    parser.add_argument("--recipe", type=Path, metavar="FILE", help="also write the model there")
+    parser.add_argument(
+        "--ignore",
+        action="append",
+        default=[],
+        metavar="FIELD",
+        help="a field of config.json that is not known and does not matter; may be repeated",
+    )
+    _shard_argument(parser)
+
+
+def _shard_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--shard-gib", type=float, default=5.0, metavar="N", help="size of a file (default 5)"
+    )
+
+
+def _shard_bytes(gib: float) -> int:
+    if not 0 < gib < 2**20:
+        raise ConfigError(f"--shard-gib {gib}: must be a number above 0")
+    return max(1, int(gib * 2**30))
+
+
+CONVERT_VERBS: dict[str, Verb] = {
+    "convert merge": Verb(
+        "the weighted mean of checkpoints, as a run folder to branch from",
+        run_convert_merge,
+        _merge_arguments,
+        """\
+The knobs: output=RUN_FOLDER (required), weights=uniform|linear|wsd (default uniform),
+decay_style=linear|cosine|minus_sqrt (of weights=wsd, default minus_sqrt).
+
+weights=wsd emulates a decay of the learning rate from the earliest checkpoint to the latest. The
+optimizer is dropped; the result stands at the latest checkpoint's step and data position.
+
+Example:
+  nemotron-train convert merge runs/a@600 runs/a@800 runs/a@1000 weights=wsd output=runs/merged
+  nemotron-train pretrain branch=runs/merged@1000 name=annealed
+""",
+    ),
+    "convert to-hf": Verb(
+        "a checkpoint as a folder that Hugging Face's transformers loads",
+        run_convert_to_hf,
+        _to_hf_arguments,
+        """\
+Weights as safetensors under the names of the published Nemotron 3, config.json, generation
+settings, the tokenizer. The same command again goes on where it was cut off.
+
+Examples:
+  nemotron-train convert to-hf runs/tiny@128 --out exported
+  nemotron-train convert to-hf runs/big@40000 --out exported --dtype float32 --shard-gib 10
+""",
+    ),
+    "convert from-hf": Verb(
+        "a Hugging Face folder as a recipe and, with weights, as a run to branch from",
+        run_convert_from_hf,
+        _from_hf_arguments,
+        """\
+Reads config.json and safetensors; runs no code of the folder. A field that our model cannot
+follow is refused by name. Without weights the model's recipe is printed, for model=FILE.yaml.
+KNOB=VALUE are pretrain's, for the run folder's config.yaml.
+
+Examples:
+  nemotron-train convert from-hf nemotron_3_super/ --recipe super.yaml
+  nemotron-train convert from-hf exported --out runs/back optim=nemotron3_super
+  nemotron-train pretrain branch=runs/back@0 name=more 'data.validation=[{path: data/mine}]' \\
+      'data.phases=[{from_tokens: 0, blend: [{path: data/mine}]}]'
+""",
+    ),
+}

@@ -1,0 +1,179 @@
+"""What `nemotron-train data prepare` and `nemotron-train data inspect` show."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from nemotron_train.config.errors import ConfigError
+from nemotron_train.data import prepare
+from nemotron_train.data.indexed import ShardEntry, ShardReader, file_sha256
+from nemotron_train.data.manifest import Manifest, load_manifest
+from nemotron_train.data.tokenize import load_tokenizer
+
+_PLAIN_SECONDS = 10.0  # between two lines where there is no terminal
+_SAMPLE_TOKENS = 80
+
+
+def run_prepare(config: prepare.PrepareConfig) -> None:
+    """Prepare data with a progress display; ends with a summary. ConfigError as `prepare`."""
+    console = Console(highlight=False)
+    began = time.monotonic()
+    last = prepare.Progress()
+    if console.is_terminal:
+        columns = (
+            SpinnerColumn(),
+            BarColumn(),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=console, transient=True) as bar:
+            task = bar.add_task("reading", total=None)
+
+            def show(progress: prepare.Progress) -> None:
+                nonlocal last
+                last = progress
+                bar.update(
+                    task,
+                    total=progress.bytes_total or None,
+                    completed=progress.bytes_read,
+                    description=_line(progress),
+                )
+
+            manifest = prepare.prepare(config, show)
+    else:
+        shown = began
+
+        def tell(progress: prepare.Progress) -> None:
+            nonlocal last, shown
+            last = progress
+            if time.monotonic() - shown >= _PLAIN_SECONDS:
+                shown = time.monotonic()
+                print(_line(progress), flush=True)
+
+        manifest = prepare.prepare(config, tell)
+    _summary(console, Path(config.output), manifest, last, time.monotonic() - began)
+
+
+def _line(progress: prepare.Progress) -> str:
+    share = ""
+    if progress.bytes_total:
+        share = f" ({100 * progress.bytes_read / progress.bytes_total:.0f}%)"
+    return (
+        f"{progress.documents:,} documents, {progress.tokens:,} tokens, {progress.bad:,} bad{share}"
+    )
+
+
+def _summary(
+    console: Console, output: Path, manifest: Manifest, progress: prepare.Progress, seconds: float
+) -> None:
+    if not progress.documents:
+        console.print(f"{output}: already prepared from this input with these settings")
+    _print_manifest(console, output, manifest)
+    if progress.bad or progress.empty:
+        console.print(f"left out: {progress.bad:,} bad records, {progress.empty:,} empty ones")
+        for example in progress.bad_examples:
+            console.print(f"  {example}", markup=False, soft_wrap=True)
+    for split in ("train", "validation"):
+        if split not in manifest.splits:
+            console.print(f"no document fell to the {split} split")
+    console.print(f"took {seconds:.1f} s")
+
+
+def _print_manifest(console: Console, folder: Path, manifest: Manifest) -> None:
+    console.print(f"{folder}", markup=False)
+    tokenizer = manifest.tokenizer
+    console.print(
+        f"tokenizer: {tokenizer.vocab_size:,} ids, end of document {tokenizer.end_of_document_id}"
+    )
+    table = Table(box=None, pad_edge=False)
+    table.add_column("split")
+    for column in ("shards", "documents", "tokens", "unigram entropy (nats/token)"):
+        table.add_column(column, justify="right")
+    for name, split in manifest.splits.items():
+        table.add_row(
+            name,
+            f"{len(split.shards):,}",
+            f"{split.documents:,}",
+            f"{split.tokens:,}",
+            f"{split.unigram_entropy:.4f}",
+        )
+    console.print(table)
+    console.print(f"fingerprint: {manifest.fingerprint}")
+
+
+def inspect(path: str | Path, samples: int = 3) -> str | None:
+    """Print what a prepared folder holds, some documents decoded, and check every file.
+
+    Returns the first thing found wrong with the shards, or None. Raises ConfigError if the
+    folder cannot be read as prepared data at all.
+    """
+    folder = Path(path)
+    console = Console(highlight=False, soft_wrap=True)
+    manifest = load_manifest(folder)
+    loaded = load_tokenizer(folder / "tokenizer")
+    _print_manifest(console, folder, manifest)
+    for key, value in manifest.source.items():
+        console.print(f"source.{key}: {value}", markup=False)
+    try:
+        if loaded.sha256 != manifest.tokenizer.sha256:
+            raise ConfigError(f"{folder / 'tokenizer'}: not the tokenizer of the manifest")
+        for split in manifest.splits.values():
+            for entry in split.shards:
+                _verify(folder, entry, manifest)
+        for name, split in manifest.splits.items():
+            for entry, document in _spread(split.shards, samples):
+                tokens = ShardReader(folder, entry.name).document(document)
+                text = loaded.decode(tokens[:_SAMPLE_TOKENS])
+                more = " …" if tokens.size > _SAMPLE_TOKENS else ""
+                console.print(
+                    f"--- {name}: document {document} of {entry.name}, {tokens.size:,} tokens\n"
+                    f"{text}{more}",
+                    markup=False,
+                )
+    except ConfigError as error:
+        return str(error)
+    console.print("checksums of all shards agree with the manifest")
+    return None
+
+
+def run_inspect(path: str | Path, samples: int = 3) -> None:
+    """`inspect`, with what it finds wrong raised as ConfigError."""
+    if problem := inspect(path, samples):
+        raise ConfigError(problem)
+
+
+def _verify(folder: Path, entry: ShardEntry, manifest: Manifest) -> None:
+    """Check a shard's files whole; ConfigError naming the first wrong one."""
+    shard = ShardReader(folder, entry.name)
+    for path, expected in ((shard.bin_path, entry.bin_sha256), (shard.idx_path, entry.idx_sha256)):
+        if file_sha256(path) != expected:
+            raise ConfigError(f"{path}: its checksum is not the manifest's; damaged or exchanged")
+    shard.verify()
+    found: dict[str, Any] = {
+        "documents": shard.documents,
+        "tokens": shard.num_tokens,
+        "max_token_id": int(shard.tokens.max()),
+    }
+    for name, value in found.items():
+        if value != getattr(entry, name):
+            raise ConfigError(
+                f"{shard.bin_path}: {name} is {value}, the manifest says {getattr(entry, name)}"
+            )
+    if found["max_token_id"] >= manifest.tokenizer.vocab_size or shard.tokens.min() < 0:
+        raise ConfigError(f"{shard.bin_path}: holds ids outside the tokenizer's vocabulary")
+
+
+def _spread(shards: tuple[ShardEntry, ...], count: int) -> list[tuple[ShardEntry, int]]:
+    """Up to `count` documents, evenly spread over a split: (shard, document within it)."""
+    ends = np.cumsum([shard.documents for shard in shards])
+    wanted = sorted({int(ends[-1]) * i // count for i in range(count)}) if count > 0 else []
+    spread = []
+    for number in wanted:
+        index = int(np.searchsorted(ends, number, side="right"))
+        spread.append((shards[index], number - int(ends[index]) + shards[index].documents))
+    return spread

@@ -1,0 +1,81 @@
+"""The verbs `evaluate loss`, `evaluate nll-by-position` and `evaluate harness`: what they take,
+their help. Imports the work when asked."""
+
+import argparse
+
+from nemotron_train.cli.generate import run_arguments, runs_and_knobs
+from nemotron_train.cli.verbs import Verb
+
+
+def run_loss(arguments: argparse.Namespace) -> int:
+    from nemotron_train.evaluate.knobs import LossConfig
+
+    (run,), knobs = runs_and_knobs(LossConfig, arguments.words)
+    from nemotron_train.evaluate.loss import evaluate_loss
+
+    evaluate_loss(run, knobs)
+    return 0
+
+
+def run_positions(arguments: argparse.Namespace) -> int:
+    from nemotron_train.evaluate.knobs import PositionsConfig
+
+    runs, knobs = runs_and_knobs(PositionsConfig, arguments.words, most_runs=8)
+    from nemotron_train.evaluate.positions import evaluate_positions
+
+    evaluate_positions(runs, knobs)
+    return 0
+
+
+def run_harness(arguments: argparse.Namespace) -> int:
+    from nemotron_train.evaluate.knobs import HarnessConfig
+
+    (run,), knobs = runs_and_knobs(HarnessConfig, arguments.words)
+    from nemotron_train.evaluate.harness import evaluate_harness
+
+    evaluate_harness(run, knobs)
+    return 0
+
+
+EVALUATE_VERBS: dict[str, Verb] = {
+    "evaluate loss": Verb(
+        "loss, perplexity and bits a byte of a checkpoint on prepared data, folder by folder",
+        run_loss,
+        run_arguments,
+        """\
+RUN is a run folder (its newest checkpoint) or RUN_FOLDER@STEP. The knobs are the fields of
+LossConfig in nemotron_train/evaluate/knobs.py: data=FOLDER (more than once; default: the run's
+validation data), split=, max_tokens= (of each folder), sequence_length=, output=FILE.json.
+
+Example:
+  nemotron-train evaluate loss runs/tiny data=data/code data=data/books
+""",
+    ),
+    "evaluate nll-by-position": Verb(
+        "negative log-likelihood against position in long documents, of one or more checkpoints",
+        run_positions,
+        run_arguments,
+        """\
+Every document is cut to max_tokens and read in chunks, so memory grows with the attention layers'
+cache alone. The knobs are the fields of PositionsConfig in nemotron_train/evaluate/knobs.py:
+data=FOLDER (more than once), split=, documents=N, max_tokens=N, first_position=N (of the fit),
+output=PATH.
+
+Example:
+  nemotron-train evaluate nll-by-position runs/short runs/extended data=data/packages
+""",
+    ),
+    "evaluate harness": Verb(
+        "tasks of the LM evaluation harness (extra `evaluate`)",
+        run_harness,
+        run_arguments,
+        """\
+The knobs are the fields of HarnessConfig in nemotron_train/evaluate/knobs.py: tasks=[A,B],
+include_path=FOLDER (with task files of your own), num_fewshot=N, limit=N (a task),
+output=FILE.json. Tasks that the harness brings download their data.
+
+Example:
+  nemotron-train evaluate harness runs/tiny tasks=[lambada_openai,hellaswag] limit=100
+""",
+    ),
+}

@@ -1,0 +1,1 @@
+"""Recipes and overrides to a typed configuration. The only package that knows Hydra."""

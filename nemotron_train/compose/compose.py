@@ -1,0 +1,338 @@
+"""How words on the command line become a typed configuration. The only file that knows Hydra.
+
+Owns: the grammar of overrides, the merge into dataclasses and its order (`layers`), the message
+that names a wrong knob. Does not own: files (`recipe_files`), what a configuration means
+(`plan.derive`), the verbs.
+
+Hydra composes `recipes/pretrain.yaml` with the chosen groups (`model=tiny`; a path, such as
+`precision=mine.yaml`, is a file of the user's own); every other override is then set on
+`OmegaConf.structured(Config)`, which refuses an unknown knob or a wrong type. Interpolations are
+resolved last, so they follow an override. Hydra is imported when needed.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemotron_train.compose.recipe_files import (
+    RECIPE_FILE_ENDS,
+    load_recipe_file,
+    load_run_recipe,
+    load_yaml,
+    nearest,
+    recipe_chain,
+    recipes_folder,
+    with_run_recipe,
+)
+from nemotron_train.config.errors import ConfigError
+from nemotron_train.config.knobs import differences
+from nemotron_train.config.schema import Config
+from nemotron_train.run_folder.lineage import LINEAGE, apply_recorded, parse_branch
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One thing that sets knobs. source: a file, or words of the command line; tree: what it sets,
+    as plain values with interpolations unresolved; replaces: "" or the part of the configuration
+    of which nothing set before remains."""
+
+    source: str
+    tree: dict[str, Any]
+    replaces: str = ""
+
+
+def compose_config(overrides: Sequence[str], config_file: Path | None = None) -> Config:
+    """The configuration of a run.
+
+    Starts from `resume=FOLDER`'s own config.yaml, from that of the run in `branch=FOLDER@STEP`,
+    from `config_file`, or from the recipes. A whole config.yaml takes one recipe, `precision`; a
+    branch also a `run` that sets single knobs and picks no other recipes.
+    Raises ConfigError naming the knob, the recipe or the file that is wrong.
+    """
+    groups, values, resume, branch = _sorted_overrides(overrides, config_file)
+    if not (resume or branch or config_file):
+        return to_typed(Config, _compose_recipes(list(groups.values())), values)
+    if resume:
+        base = _load_run_config(Path(resume))
+    elif branch:
+        base = _load_parent_config(branch)
+        values = [override for override in values if override.key_or_group != "branch"]
+    else:
+        assert config_file is not None
+        base = load_yaml(config_file, f"--config {config_file}")
+    if "precision" in groups:
+        base["precision"] = _compose_recipes([groups["precision"]])["precision"]
+    if "run" in groups:
+        base = with_run_recipe(base, groups["run"].value())
+    return to_typed(Config, base, values)
+
+
+def layers(overrides: Sequence[str], config_file: Path | None = None) -> list[Layer]:
+    """Everything that `compose_config` lays over the schema's defaults, in its order. Raises
+    ConfigError where it does."""
+    from omegaconf import OmegaConf
+
+    groups, values, resume, branch = _sorted_overrides(overrides, config_file)
+    found: list[Layer] = []
+    if resume or branch:
+        folder = Path(resume) if resume else parse_branch(branch)[0]
+        stored = load_yaml(folder / "config.yaml", f"resume={resume}" if resume else branch)
+        loaded = _load_run_config(folder) if resume else _load_parent_config(branch)
+        found.append(Layer(str(folder / "config.yaml"), _raw(stored)))
+        changed = differences(_raw(stored), _raw(loaded))
+        for knob, (_, value) in changed.items():
+            is_recorded = knob.startswith(("precision.", "data.phases"))
+            source = str(folder / LINEAGE) if is_recorded else "what this start is"
+            found.append(Layer(source, _nested(knob, value)))
+    elif config_file is not None:
+        found.append(Layer(str(config_file), _raw(load_yaml(config_file, "--config"))))
+    if not found:
+        found += _recipe_layers(list(groups.values()))
+    else:
+        if "precision" in groups:  # all of it
+            found.append(Layer(f"precision={groups['precision'].value()}", {}, "precision"))
+            found += [
+                layer
+                for layer in _recipe_layers([groups["precision"]])
+                if list(layer.tree) == ["precision"] or layer.replaces == "precision"
+            ]
+        if "run" in groups:
+            path, recipe = load_run_recipe(groups["run"].value())
+            found.append(Layer(str(path), _raw(recipe)))
+    for override in values:
+        plain = OmegaConf.create({"value": override.value()})
+        value = OmegaConf.to_container(plain, resolve=False)["value"]  # type: ignore[index]
+        found.append(Layer(override.input_line, _nested(override.key_or_group, value)))
+    return found
+
+
+def _sorted_overrides(
+    overrides: Sequence[str], config_file: Path | None
+) -> tuple[dict[str, Any], list[Any], str, str]:
+    """Overrides that pick recipes, by group; those that set knobs; `resume=`, `branch=` or ""."""
+    parsed = parse_overrides(overrides)
+    groups = {override.key_or_group: override for override in parsed if _is_group(override)}
+    values = [override for override in parsed if not _is_group(override)]
+    resume, branch = (
+        next((str(o.value()) for o in values if o.key_or_group == knob), "")
+        for knob in ("resume", "branch")
+    )
+    given = {"resume=": bool(resume), "branch=": bool(branch), "--config": config_file is not None}
+    starts = [name for name, is_given in given.items() if is_given]
+    if len(starts) > 1:
+        raise ConfigError(f"{' and '.join(starts)} exclude each other: give one of them")
+    for group, override in groups.items() if starts else ():
+        if group != "precision" and not (group == "run" and branch):
+            raise ConfigError(
+                f"{group}={override.value()}: a recipe cannot be laid over a whole config.yaml; "
+                f"set single knobs ({group}.KNOB=VALUE) or leave out {starts[0]}"
+            )
+    return groups, values, resume, branch
+
+
+def to_typed(schema: type, base: Any, overrides: Sequence[Any]) -> Any:
+    """An instance of the dataclass `schema`, filled from `base`, then from Hydra overrides."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    config = OmegaConf.structured(schema)
+    knobs = sorted(_knobs(config))
+    try:
+        config = OmegaConf.merge(config, base)
+        for override in overrides:
+            _set_knob(config, override)
+        for knob in sorted(OmegaConf.missing_keys(config)):
+            raise ConfigError(f"{knob} is not set: give {knob}=VALUE")
+        OmegaConf.resolve(config)
+        return OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:
+        raise _as_config_error(error, knobs) from error
+
+
+def parse_overrides(overrides: Sequence[str], sweeps: bool = False) -> list[Any]:
+    """Hydra's `Override` objects; ConfigError for what is no `KNOB=VALUE`, or, unless `sweeps`
+    are taken, for several values at once."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    parser = OverridesParser.create()
+    parsed = []
+    for text in overrides:
+        try:
+            override = parser.parse_override(text)
+        except HydraException as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(f"{text!r} is no override KNOB=VALUE ({reason})") from error
+        if override.is_delete():
+            raise ConfigError(f"{text}: a knob cannot be deleted; set it with KNOB=VALUE")
+        if override.is_sweep_override() and not sweeps:
+            raise ConfigError(
+                f"{text}: several values at once are a sweep; give one value, or use "
+                "`nemotron-train sweep`"
+            )
+        parsed.append(override)
+    return parsed
+
+
+def _is_group(override: Any) -> bool:
+    """Whether an override picks a recipe file (`model=tiny`) rather than setting a knob."""
+    folder = recipes_folder() / override.key_or_group
+    return (
+        "." not in override.key_or_group and folder.is_dir() and isinstance(override.value(), str)
+    )
+
+
+def _compose_recipes(groups: Sequence[Any]) -> Any:
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf import open_dict
+    from omegaconf.errors import OmegaConfBaseException
+
+    chosen, files = _chosen(groups)
+    try:
+        with initialize_config_dir(str(recipes_folder()), version_base="1.3"):
+            composed = compose("pretrain", overrides=chosen)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(f"the recipes do not compose: {str(error).splitlines()[0]}") from error
+    with open_dict(composed):
+        for group, path in files.items():
+            composed[group] = load_recipe_file(group, path)
+    return composed
+
+
+def _chosen(groups: Sequence[Any]) -> tuple[list[str], dict[str, Path]]:
+    """The choices among our recipes in Hydra's words, and the files of the user's own by group."""
+    chosen, files = [], {}
+    fields = {field.name for field in dataclasses.fields(Config)}
+    for override in groups:
+        group, choice = override.key_or_group, override.value()
+        if choice.endswith(RECIPE_FILE_ENDS) and group in fields:
+            files[group] = Path(choice)
+            continue
+        choices = sorted(path.stem for path in (recipes_folder() / group).glob("*.yaml"))
+        if choice not in choices:
+            raise ConfigError(
+                f"{group}={choice}: no such recipe{nearest(choice, choices)}; "
+                f"there are {', '.join(choices)}; a file of your own is given by its path, "
+                "which ends in .yaml"
+            )
+        # A group of pretrain.yaml's defaults is replaced, any other one is added.
+        chosen.append(f"{'' if group in fields else '+'}{group}={choice}")
+    return chosen, files
+
+
+def _recipe_layers(groups: Sequence[Any]) -> list[Layer]:
+    """The files that `_compose_recipes` merges, in its order."""
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from hydra.types import RunMode
+
+    chosen, files = _chosen(groups)
+    try:
+        with initialize_config_dir(str(recipes_folder()), version_base="1.3"):
+            loader = GlobalHydra.instance().config_loader()
+            defaults = loader.compute_defaults_list("pretrain", chosen, RunMode.RUN).defaults
+    except HydraException as error:
+        raise ConfigError(f"the recipes do not compose: {str(error).splitlines()[0]}") from error
+    found = []
+    for default in defaults:
+        name, package = default.config_path or "", default.package or ""
+        if not name.startswith("hydra/"):
+            path = recipes_folder() / f"{name}.yaml"
+            tree = _raw(load_yaml(path, name))
+            tree.pop("defaults", None)
+            found.append(Layer(str(path), _nested(package, tree) if package else tree))
+    for group, path in files.items():
+        found.append(Layer(f"{group}={path}", {}, group))
+        chain = recipe_chain(group, path)
+        found += [Layer(str(file), _nested(group, _raw(tree))) for file, tree in chain]
+    return found
+
+
+def _raw(config: Any) -> dict[str, Any]:
+    from omegaconf import OmegaConf
+
+    plain = OmegaConf.to_container(config, resolve=False)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
+
+
+def _nested(knob: str, value: Any) -> dict[str, Any]:
+    for name in reversed(knob.split(".")):
+        value = {name: value}
+    return value
+
+
+def _load_run_config(folder: Path) -> Any:
+    """config.yaml of the run folder to resume, pointed at where that folder lies now."""
+    base = _load_from_run(folder, f"resume={folder}")
+    base.update({"name": folder.resolve().name, "folder": str(folder.parent)})
+    base.update({"resume": str(folder)})
+    return base
+
+
+def _load_parent_config(branch: str) -> Any:
+    """config.yaml of the run to branch from, with the plan its checkpoint was trained under, and a
+    name that says where the new run comes from."""
+    folder, step = parse_branch(branch)
+    base = _load_from_run(folder, f"branch={branch}", step)
+    name = f"{folder.resolve().name}_at_{step}_${{precision.name}}"
+    base.update({"name": name, "folder": str(folder.parent), "branch": f"{folder}@{step}"})
+    base.update({"fresh_data": False})  # asked of the parent, if at all, and not of this one
+    return base
+
+
+def _load_from_run(folder: Path, asked: str, before_step: int | None = None) -> Any:
+    """config.yaml of a run folder, with the precision plan and the phases that came since."""
+    from omegaconf import OmegaConf
+
+    if not folder.is_dir():
+        raise ConfigError(f"{asked}: no such run folder")
+    base = load_yaml(folder / "config.yaml", asked)
+    apply_recorded(base, folder, before_step)
+    # Stopping early, or another plan, was asked of the process of then, not of the run.
+    once = {"train": {"stop_after_steps": 0}, "switch_precision": False}
+    return OmegaConf.merge(base, once)
+
+
+def _set_knob(config: Any, override: Any) -> None:
+    from omegaconf import OmegaConf, open_dict
+    from omegaconf.errors import ValidationError
+
+    key, value = override.key_or_group, override.value()
+    try:
+        if override.is_add():  # an entry of a table such as precision.rules
+            for name in reversed(key.split(".")):
+                value = {name: value}
+            with open_dict(config):
+                config.merge_with(value)
+        else:
+            OmegaConf.update(config, key, value)
+    except ValidationError as error:
+        # Token counts are written 1e9 by people who count them; an int field takes that too.
+        if not (isinstance(value, float) and value.is_integer()):
+            raise ConfigError(f"{override.input_line}: {str(error).splitlines()[0]}") from error
+        OmegaConf.update(config, key, int(value))
+
+
+def _knobs(config: Any, prefix: str = "") -> Iterator[str]:
+    from omegaconf import OmegaConf
+
+    for key in config:
+        yield f"{prefix}{key}"
+        # Before the recipes are merged, what an interpolation refers to may be missing.
+        unset = OmegaConf.is_missing(config, key) or OmegaConf.is_interpolation(config, key)
+        if not unset and OmegaConf.is_dict(config[key]):
+            yield from _knobs(config[key], f"{prefix}{key}.")
+
+
+def _as_config_error(error: Exception, knobs: Sequence[str]) -> ConfigError:
+    from omegaconf.errors import ConfigAttributeError, ConfigKeyError
+
+    knob = getattr(error, "full_key", None) or "the configuration"
+    if isinstance(error, ConfigAttributeError | ConfigKeyError):
+        return ConfigError(f"{knob}: there is no such knob{nearest(knob, knobs)}")
+    return ConfigError(f"{knob}: {str(error).splitlines()[0]}")

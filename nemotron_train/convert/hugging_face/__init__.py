@@ -1,0 +1,1 @@
+"""Hugging Face's NemotronH format: names, fields, files, both directions."""

@@ -1,0 +1,300 @@
+"""`convert from-hf`: a Hugging Face folder as a recipe and, where weights are there, as a run.
+
+Owns: the run folder that results, its one checkpoint at step 0, which finished shards are kept.
+Does not own: config.json (`huggingface_config`), names and layout of weights (`huggingface`), the
+format of a checkpoint (`tensors`). Streams: in memory are some rows of a tensor, or one projection
+of attention.
+
+The folder comes from somebody else: JSON and safetensors are read, pickles and code are not.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rich.console import Console
+
+from nemotron_train import __version__
+from nemotron_train.config.errors import ConfigError
+from nemotron_train.config.knobs import to_plain
+from nemotron_train.config.quantities import format_bytes
+from nemotron_train.config.schema import Config, DataKind
+from nemotron_train.convert.checkpoint_tensors import CheckpointWriter, Place, shard_name
+from nemotron_train.convert.hugging_face.fields import INDEX, SINGLE
+from nemotron_train.convert.hugging_face.mapping import Piece, Weight, our_shapes, weights
+from nemotron_train.convert.hugging_face.safetensors_file import DTYPES, SafetensorsReader
+from nemotron_train.convert.unfinished import Unfinished, unfinished
+from nemotron_train.data.tokenize import FILE_NAME as TOKENIZER
+from nemotron_train.data.tokenize import copy_tokenizer
+from nemotron_train.plan.precision.record import plan_record
+from nemotron_train.run_folder import checkpoint_metadata
+from nemotron_train.run_folder.folder import write_atomically
+from nemotron_train.run_folder.integrity import (
+    RECORD,
+    commit,
+    file_sha256,
+    partial_folder,
+    step_folder,
+    write_durably,
+)
+from nemotron_train.run_folder.lineage import LINEAGE
+from nemotron_train.run_folder.progress import Progress
+
+MAX_INDEX_BYTES = 2**28
+ROWS_BYTES = 2**24  # read and written at a time
+# The name of the decoder's path in files that a newer transformers wrote.
+ALSO = ("backbone.", "model.")
+
+
+def from_hf(
+    folder: Path,
+    config: Config,
+    output: Path,
+    console: Console,
+    *,
+    shard_bytes: int = 5 * 2**30,
+) -> Path:
+    """Make the run folder `output` of `config`, whose model `folder`/config.json describes, with
+    the weights in `folder` as the checkpoint of step 0; returns that. Called again after it was cut
+    off, it goes on after the last whole shard.
+
+    Raises ConfigError, naming file and tensor, for weights that are missing, of another shape, of
+    a dtype that is no plain float, or not this model's, and where `output` exists.
+    """
+    theirs = _Theirs(folder)
+    table = weights(config.model)
+    theirs.check(table)
+    shards = _cut(table, theirs, shard_bytes)
+    source = {
+        "files": theirs.identity,
+        "model": asdict(config.model),
+        "shards": shards,
+        "version": __version__,
+    }
+    config = _with_own_data(config, output)
+    with unfinished(output, source, "--out") as making:
+        final = step_folder(making.folder / "checkpoints", 0)
+        sums = _write_tensors(final, shards, table, theirs, making, console)
+        for name, text in _texts(config).items():
+            write_durably(partial_folder(final) / name, text)
+        # Of a process that was cut off between here and the end.
+        (making.folder / RECORD).unlink(missing_ok=True)
+        commit(final, sums, lambda: None)
+        _make_run_folder(making.folder, folder, config, theirs)
+    console.print(
+        f"wrote {output}; train from it with branch={output}@0", highlight=False, soft_wrap=True
+    )
+    return step_folder(output / "checkpoints", 0)
+
+
+class _Theirs:
+    """The tensors of a Hugging Face folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._places: dict[str, SafetensorsReader] = {}
+        for path in self._paths():
+            file = SafetensorsReader(path)
+            for name in file.shapes:
+                if name in self._places:
+                    raise ConfigError(f"{path}: {name} is in {self._places[name].path} too")
+                self._places[name] = file
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What tells these files from others, without reading them."""
+        return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in self._paths()}
+
+    def _paths(self) -> list[Path]:
+        """The files that the index names, or the only one."""
+        index = self.folder / INDEX
+        if not index.is_file():
+            return [self.folder / SINGLE]
+        try:
+            if index.stat().st_size > MAX_INDEX_BYTES:
+                raise ValueError("it is too long")
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(f"{index} cannot be read ({error})") from error
+        for name in names:
+            if type(name) is not str or Path(name).name != name or not name:
+                raise ConfigError(f"{index}: {name!r} is no plain file name")
+        return [self.folder / name for name in sorted(names)]
+
+    def check(self, table: Sequence[Weight]) -> None:
+        """Raises ConfigError unless the tensors are those of the table."""
+        wanted = {self._name(weight.name): weight for weight in table}
+        for name in sorted(wanted.keys() - self._places.keys()):
+            raise ConfigError(f"{self.folder}: {name} is missing")
+        for name in sorted(self._places.keys() - wanted.keys()):
+            raise ConfigError(
+                f"{self._places[name].path}: {name} is not in the model that config.json describes"
+            )
+        for name, weight in wanted.items():
+            file = self._places[name]
+            shape, dtype = file.shapes[name], file.dtypes[name]
+            if shape != weight.shape:
+                raise ConfigError(
+                    f"{file.path}: {name} is {shape}; config.json says {weight.shape}"
+                )
+            if dtype not in DTYPES:
+                raise ConfigError(
+                    f"{file.path}: {name} is {dtype}; only {', '.join(DTYPES)} are read"
+                )
+
+    def dtype(self, weight: Weight) -> torch.dtype:
+        """In which the tensor is stored here: theirs, but FP32 where our model computes in it."""
+        if weight.keeps_float32:
+            return torch.float32
+        name = self._name(weight.name)
+        return DTYPES[self._places[name].dtypes[name]]
+
+    def rows(self, weight: Weight, start: int, stop: int) -> torch.Tensor:
+        """Rows [start, stop) of their tensor."""
+        name = self._name(weight.name)
+        return self._places[name].rows(name, start, stop).to(self.dtype(weight))
+
+    def _name(self, name: str) -> str:
+        ours, other = ALSO
+        if name not in self._places and name.startswith(ours):
+            renamed = other + name.removeprefix(ours)
+            return renamed if renamed in self._places else name
+        return name
+
+
+# Writing ------------------------------------------------------------------------------------
+
+
+def _sources(table: Sequence[Weight]) -> dict[str, list[tuple[Weight, Piece, int]]]:
+    """Our tensor -> the pieces of it, each with the row of their tensor at which it begins."""
+    found: dict[str, list[tuple[Weight, Piece, int]]] = {}
+    for weight in table:
+        row = 0
+        for piece in weight.pieces:
+            found.setdefault(piece.name, []).append((weight, piece, row))
+            row += piece.rows
+    return found
+
+
+def _cut(table: Sequence[Weight], theirs: _Theirs, shard_bytes: int) -> list[list[str]]:
+    """Our tensors' names, shard by shard."""
+    sources, shards, size = _sources(table), [[]], 0
+    for name, shape in our_shapes(list(table)).items():
+        dtypes = {theirs.dtype(weight) for weight, _, _ in sources[name]}
+        if len(dtypes) > 1:
+            names = ", ".join(weight.name for weight, _, _ in sources[name][:2])
+            raise ConfigError(f"{theirs.folder}: {names}, …: are not all of one dtype")
+        length = prod(shape) * dtypes.pop().itemsize
+        if shards[-1] and size + length > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += length
+    return shards
+
+
+def _write_tensors(
+    final: Path,
+    shards: Sequence[Sequence[str]],
+    table: Sequence[Weight],
+    theirs: _Theirs,
+    making: Unfinished,
+    console: Console,
+) -> dict[str, str]:
+    """All tensors into the half-written checkpoint of `final`; returns the shards' digests."""
+    partial = partial_folder(final)
+    partial.mkdir(parents=True, exist_ok=True)
+    inside = partial.relative_to(making.folder)
+    sources, shapes, sums = _sources(table), our_shapes(list(table)), {}
+    writer = CheckpointWriter(partial)
+    for number, names in enumerate(shards):
+        file = shard_name(number)
+        kept = making.kept(str(inside / file))
+        if kept is not None:
+            writer.places += [Place(**place) for place in kept]
+            sums[file] = making.digest(str(inside / file))
+            console.print(f"{file}: is there already", highlight=False)
+            continue
+        before = len(writer.places)
+        writer.open_shard(number)
+        for name in names:
+            for first_row, rows in _blocks(sources[name], theirs):
+                writer.write_rows(name, shapes[name], first_row, rows)
+        writer.close_shard()
+        sums[file] = file_sha256(partial / file, flush=True)
+        places = [asdict(place) for place in writer.places[before:]]
+        making.done(str(inside / file), sums[file], places)
+        size = (partial / file).stat().st_size
+        console.print(f"{file}: {len(names)} tensors, {format_bytes(size)}", highlight=False)
+    writer.open_shard(len(shards))
+    writer.finish()
+    return sums
+
+
+def _blocks(
+    sources: Sequence[tuple[Weight, Piece, int]], theirs: _Theirs
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """One of our tensors as (first row, rows): as it is in pieces, or whole where its rows are
+    taken from several of theirs in turn."""
+    _, first, _ = sources[0]
+    if first.groups == 1:
+        for weight, piece, row in sources:
+            shape = (piece.stop - piece.start, *piece.shape[1:])
+            if len(weight.shape) < len(shape):  # a matrix of the stack
+                rows = theirs.rows(weight, 0, weight.shape[0])
+                yield piece.start, rows.reshape(shape)
+                continue
+            step = max(1, ROWS_BYTES // max(prod(shape[1:]) * 4, 1))
+            for start in range(0, shape[0], step):
+                stop = min(start + step, shape[0])
+                rows = theirs.rows(weight, row + start, row + stop)
+                yield piece.start + start, rows.reshape(stop - start, *shape[1:])
+        return
+    whole = torch.empty(first.shape, dtype=theirs.dtype(sources[0][0]))
+    grouped = whole.unflatten(0, (first.groups, -1))
+    for weight, piece, row in sources:
+        rows = theirs.rows(weight, row, row + piece.rows)
+        grouped[:, piece.start : piece.stop] = rows.unflatten(0, (piece.groups, -1))
+    yield 0, whole
+
+
+def _texts(config: Config) -> dict[str, str]:
+    """The JSON files of the checkpoint; no data.json, since no data was seen here."""
+    progress = Progress(0, 0, checkpoint_metadata.NO_DATA)
+    texts = checkpoint_metadata.texts_of(progress, config, plan_record(config), {}, 0)
+    del texts[checkpoint_metadata.DATA]
+    about = json.loads(texts[checkpoint_metadata.ABOUT])
+    about |= {"optimizer": False, "imported": True}
+    texts[checkpoint_metadata.ABOUT] = json.dumps(about, indent=1)
+    # Megatron-Core's own word for the format of the tensors.
+    tensors_format = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+    texts["metadata.json"] = json.dumps(tensors_format)
+    return texts
+
+
+def _with_own_data(config: Config, output: Path) -> Config:
+    """The weights come with a tokenizer of their own, and the embedded default's data is of
+    another: the folders are left to be named when the training begins."""
+    if config.data.kind == DataKind.prepared:
+        return config
+    own = {"kind": DataKind.prepared, "tokenizer": str(output / "tokenizer")}
+    return replace(config, data=replace(config.data, **own, phases=[], validation=[]))
+
+
+def _make_run_folder(making: Path, folder: Path, config: Config, theirs: _Theirs) -> None:
+    """What makes it a run to branch from: configuration, tokenizer, and where it is from."""
+    once = {"resume": "", "branch": "", "fresh_data": False, "switch_precision": False}
+    plain = to_plain(replace(config, **once))
+    text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=100)
+    write_atomically(making / "config.yaml", text)
+    if (folder / TOKENIZER).is_file():
+        copy_tokenizer(folder, making / "tokenizer")
+    digest = hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()
+    lineage = {"imported_from": {"folder": str(folder), "config": digest, **theirs.identity}}
+    write_atomically(making / LINEAGE, json.dumps(lineage, indent=2) + "\n")

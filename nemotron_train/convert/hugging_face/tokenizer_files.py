@@ -1,0 +1,82 @@
+"""A run's tokenizer as Hugging Face's `AutoTokenizer` reads it.
+
+Owns: tokenizer_config.json, which token ends a document. Does not own: loading and copying
+(`data.tokenize`).
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from nemotron_train.config.errors import ConfigError
+from nemotron_train.data.manifest import FILE_NAME as DATA_MANIFEST
+from nemotron_train.data.manifest import load_manifest
+from nemotron_train.data.tokenize import (
+    END_OF_DOCUMENT,
+    FILE_NAME,
+    LoadedTokenizer,
+    copy_tokenizer,
+    load_tokenizer,
+)
+from nemotron_train.run_folder.folder import read_json
+from nemotron_train.run_folder.integrity import write_durably
+
+SETTINGS = "tokenizer_config.json"
+
+
+class TokenizerFiles:
+    """The tokenizer in `folder`, whose tokenizer.json must have the digest `sha256` ("": any that
+    `vocab_size` has room for).
+
+    Raises ConfigError where it is missing, another one, or has no token that ends a document."""
+
+    def __init__(self, folder: Path, sha256: str, vocab_size: int) -> None:
+        if not (folder / FILE_NAME).is_file():
+            raise ConfigError(
+                f"{folder / FILE_NAME}: the run's tokenizer is not there; give --tokenizer FOLDER"
+            )
+        loaded = load_tokenizer(folder)
+        if sha256 and loaded.sha256 != sha256:
+            raise ConfigError(
+                f"{folder / FILE_NAME} is not the tokenizer that the checkpoint was trained with "
+                f"(SHA-256 {loaded.sha256[:16]}, not {sha256[:16]}); give --tokenizer FOLDER"
+            )
+        if loaded.vocab_size > vocab_size:
+            raise ConfigError(
+                f"{folder / FILE_NAME} has {loaded.vocab_size} tokens and model.vocab_size is "
+                f"{vocab_size}; give --tokenizer FOLDER"
+            )
+        self._folder = folder
+        self._settings = read_json(folder / SETTINGS)
+        self.end_of_document_id = self._end_of_document(loaded)
+
+    def write(self, folder: Path) -> None:
+        """Copy it into `folder`, with what `AutoTokenizer` needs. No code comes with it."""
+        copy_tokenizer(self._folder, folder)
+        settings: dict[str, Any] = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,  # decoding gives back what was encoded
+            "eos_token": self._token,
+            "pad_token": self._token,
+        }
+        settings |= {name: value for name, value in self._settings.items() if name != "auto_map"}
+        write_durably(folder / SETTINGS, json.dumps(settings, indent=2) + "\n")
+
+    def _end_of_document(self, loaded: LoadedTokenizer) -> int:
+        """From the prepared data that the tokenizer lies in, its own settings, or our default."""
+        beside = self._folder.parent
+        if (beside / DATA_MANIFEST).is_file() and not (beside / "config.yaml").is_file():
+            entry = load_manifest(beside).tokenizer
+            if entry.sha256 == loaded.sha256:
+                self._token = loaded.tokenizer.id_to_token(entry.end_of_document_id)
+                return entry.end_of_document_id
+        named = self._settings.get("eos_token")
+        token = named.get("content") if isinstance(named, dict) else named
+        self._token = token if isinstance(token, str) else END_OF_DOCUMENT
+        token_id = loaded.tokenizer.token_to_id(self._token)
+        if token_id is None:
+            raise ConfigError(
+                f"{self._folder / SETTINGS}: eos_token={self._token!r} is not in {FILE_NAME}; name "
+                "the token that ends a document there"
+            )
+        return token_id

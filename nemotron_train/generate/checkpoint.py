@@ -1,0 +1,177 @@
+"""Opens a checkpoint to be used and not trained: the model under its precision plan, the tokenizer.
+
+Owns: which checkpoint `RUN` or `RUN@STEP` means, the layout of the ranks that use it. Does not own:
+the checkpoint's format (`train.checkpoint`), decoding (`engine`).
+
+The plan is the one in force at the checkpoint's step, with one difference: NVFP4 scales each
+token's activations by themselves, so that a token's numbers do not depend on the others of a pass
+(docs/generate.md has what that changes).
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from nemotron_train.config.errors import ConfigError
+from nemotron_train.config.schema import Config, DataKind, ParallelConfig
+from nemotron_train.data.manifest import FILE_NAME as MANIFEST
+from nemotron_train.data.manifest import load_manifest
+from nemotron_train.data.tokenize import END_OF_DOCUMENT, LoadedTokenizer, load_tokenizer
+from nemotron_train.generate.knobs import ModelKnobs, check_model_knobs
+from nemotron_train.plan.backend import choose
+from nemotron_train.plan.derive import derive
+from nemotron_train.plan.guards import Surroundings, enforce
+from nemotron_train.plan.hardware import installed_versions
+from nemotron_train.platform import device
+from nemotron_train.platform.device import Platform
+from nemotron_train.run_folder import checkpoint_metadata
+from nemotron_train.run_folder.branch import branch_checkpoint
+from nemotron_train.run_folder.folder import read_config
+from nemotron_train.run_folder.lineage import parse_branch
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint's model on this rank, in evaluation mode, and what belongs to it."""
+
+    model: Any  # NemotronModel
+    config: Config  # the run's, in the layout of these ranks
+    groups: Any
+    platform: Platform
+    checkpoint: Path
+    precision: Any
+
+    @property
+    def is_first_rank(self) -> bool:
+        return os.environ.get("RANK", "0") == "0"
+
+
+def found(run: str, knobs: ModelKnobs) -> tuple[Path, Path | None, Config]:
+    """The folder that `run` means, the checkpoint where it names a step, and the configuration for
+    the ranks of this launch; nothing is loaded. Raises ConfigError as `opened` does."""
+    check_model_knobs(knobs)
+    folder, step = parse_branch(run) if "@" in run else (Path(run), None)
+    if not folder.is_dir():
+        raise ConfigError(f"{run}: no such run folder; give RUN_FOLDER or RUN_FOLDER@STEP")
+    checkpoint = branch_checkpoint(run) if step is not None else None
+    num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    return folder, checkpoint, _laid_out(read_config(folder, step), knobs, num_ranks)
+
+
+@contextmanager
+def opened(run: str, knobs: ModelKnobs, say: Callable[[str], None]) -> Iterator[Opened]:
+    """The model of `RUN` (its newest undamaged checkpoint) or `RUN@STEP`, on the ranks of this
+    launch; COLLECTIVE. Raises ConfigError for a run, a step or a layout that cannot be had."""
+    folder, checkpoint, config = found(run, knobs)
+    platform = device.prepare(knobs.threads)
+    surroundings = Surroundings(
+        device.hardware(platform), installed_versions(), dict(os.environ), native=False
+    )
+    backend = choose(config, surroundings)
+    os.environ.update(backend.environment)
+    enforce(config, replace(surroundings, native=backend.native), say)
+    from nemotron_train.platform import groups as process_groups
+
+    groups = process_groups.start(config.parallel, platform.backend)
+    try:
+        yield _open(config, folder, checkpoint, groups, platform, backend.native, say)
+    finally:
+        process_groups.stop()
+
+
+def _open(
+    config: Config,
+    folder: Path,
+    checkpoint: Path | None,
+    groups: Any,
+    platform: Platform,
+    native: bool,
+    say: Callable[[str], None],
+) -> Opened:
+    from nemotron_train.assemble.build import build_chunks
+    from nemotron_train.precision.attach import PrecisionControl
+    from nemotron_train.precision.native import NativePrecision
+    from nemotron_train.train.checkpoint.checkpoints import agreed_latest, load_weights
+
+    if checkpoint is None:
+        checkpoint = agreed_latest(folder / "checkpoints", say)
+    if checkpoint is None:
+        raise ConfigError(f"{folder}: has no checkpoint yet")
+    (model,) = build_chunks(config, platform, groups, native)
+    if platform.device != "cpu":
+        model = model.to(platform.device)
+    load_weights(checkpoint, [model], groups, config.model)
+    model.eval()
+    progress = checkpoint_metadata.progress_of(checkpoint)
+    if native:
+        precision = NativePrecision([model], config)
+    else:
+        precision = PrecisionControl([model], config, groups)
+        precision.before_step(progress.step, progress.tokens)
+        precision.scale_tokens_apart(True)
+    return Opened(model, config, groups, platform, checkpoint, precision)
+
+
+def _laid_out(config: Config, knobs: ModelKnobs, num_ranks: int) -> Config:
+    """The run's configuration for ranks that only go forward: no stages, no cut sequences, every
+    rank all tokens. Raises ConfigError where the model cannot be cut so."""
+    together = max(knobs.tensor, knobs.expert * knobs.expert_tensor)
+    if num_ranks % knobs.tensor or num_ranks % (knobs.expert * knobs.expert_tensor):
+        raise ConfigError(
+            f"tensor={knobs.tensor} expert={knobs.expert} expert_tensor={knobs.expert_tensor}: "
+            f"must divide the {num_ranks} ranks of this launch"
+        )
+    if num_ranks > together:
+        raise ConfigError(
+            f"{num_ranks} ranks of which tensor={knobs.tensor} expert={knobs.expert} "
+            f"expert_tensor={knobs.expert_tensor} use {together}: every rank decodes every "
+            "sequence, so start no more ranks than share the model"
+        )
+    parallel = ParallelConfig(
+        tensor=knobs.tensor,
+        expert=knobs.expert,
+        expert_tensor=knobs.expert_tensor,
+        sequence=knobs.tensor > 1,
+    )
+    model = replace(config.model, pattern=config.model.pattern.replace("|", ""))
+    train = replace(
+        config.train,
+        global_batch_tokens=config.train.sequence_length * num_ranks,
+        micro_batch_sequences=1,
+    )
+    config = replace(config, model=model, parallel=parallel, train=train)
+    config = replace(config, resume="", branch="", fresh_data=False)
+    # Its checks: does the model divide? Of data nothing is read, and an imported run has none yet.
+    derive(replace(config, data=replace(config.data, kind=DataKind.embedded)), num_ranks)
+    return replace(config, parallel=replace(parallel, sequence=False))
+
+
+def open_tokenizer(opened: Opened, knobs: ModelKnobs) -> tuple[LoadedTokenizer, int | None]:
+    """The tokenizer that the checkpoint was trained with, and its end-of-document id where there
+    is one. Raises ConfigError where it is missing or another one."""
+    folder = Path(knobs.tokenizer or opened.config.data.tokenizer)
+    if not knobs.tokenizer and not folder.is_dir():
+        raise ConfigError(
+            f"{folder}: the run's tokenizer is not here (paths count from where you stand); give "
+            "tokenizer=FOLDER"
+        )
+    loaded = load_tokenizer(folder)
+    trained = checkpoint_metadata.tokenizer_of(opened.checkpoint)
+    if trained and trained != loaded.sha256:
+        raise ConfigError(
+            f"tokenizer={folder}: is not the one that {opened.checkpoint} was trained with "
+            f"(SHA-256 {loaded.sha256[:12]}, then {trained[:12]})"
+        )
+    if loaded.vocab_size > opened.config.model.vocab_size:
+        raise ConfigError(
+            f"tokenizer={folder}: has {loaded.vocab_size} ids, the model "
+            f"{opened.config.model.vocab_size}"
+        )
+    if (folder.parent / MANIFEST).is_file():
+        manifest = load_manifest(folder.parent)
+        if manifest.tokenizer.sha256 == loaded.sha256:
+            return loaded, manifest.tokenizer.end_of_document_id
+    return loaded, loaded.tokenizer.token_to_id(END_OF_DOCUMENT)

@@ -1,0 +1,29 @@
+/* What lies between and behind the layers: norms and linears of a few rows. */
+
+#include "decoding.h"
+
+/* out = norm(x). */
+void norm_rows(const struct tokens *of, int max_threads) {
+#pragma omp parallel for schedule(static) num_threads(max_threads)
+    for (int64_t token = 0; token < of->count; token++) {
+        float row[MAX_WIDTH];
+        load(of->x, token * of->width, of->is_bfloat16, of->width, row);
+        normalize_rounded(row, of->width, of->norm, 0, of);
+        store(row, of->width, of->out, token * of->width, of->is_bfloat16);
+    }
+}
+
+/* y = x W' in BF16, of a few rows: x [rows, width] widened, weight [outputs, width]; workspace: [rows,
+   outputs]. */
+void few_rows(
+    const float *x, int64_t rows, int64_t width, const void *weight, int64_t outputs, float *workspace,
+    void *y, int max_threads
+) {
+#pragma omp parallel num_threads(max_threads)
+    {
+        linear(x, rows, width, weight, outputs, 1, workspace);
+        SHARED_OUT
+        for (int64_t row = 0; row < rows; row++)
+            store(workspace + row * outputs, outputs, y, row * outputs, 1);
+    }
+}

@@ -1,0 +1,1 @@
+"""One multi-node Slurm job: rendered, checked, submitted, watched."""

@@ -1,0 +1,83 @@
+"""Running a sweep on this machine: so many runs at a time, the cores divided among them. No torch.
+
+Owns: processes and what is kept of them. Does not own: the cells (`launch.sweep.plan`). A finished
+cell is not run again, an interrupted one goes on from its checkpoint, a failed one is named at the
+end and stops none but its branches.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from nemotron_train.launch.sweep.plan import Cell, Sweep, is_finished
+
+
+def run_here(sweep: Sweep, console: Any) -> list[str]:
+    """Run what is not finished; the names of the cells that failed. An interrupt stops the runs
+    with their checkpoints saved."""
+    sweep.write_description()
+    waiting = [cell for cell in sweep.cells if not is_finished(sweep.folder / cell.name)]
+    num_done, failed = len(sweep.cells) - len(waiting), []
+    if num_done:
+        console.print(f"{num_done} of {len(sweep.cells)} runs are finished already")
+    threads = max(1, len(os.sched_getaffinity(0)) // sweep.at_once)
+    running: dict[subprocess.Popen, Cell] = {}
+    try:
+        while waiting or running:
+            ready = _ready(waiting, list(running.values()), sweep.folder)
+            for cell in [cell for cell in waiting if ready[cell.name] is None]:
+                waiting.remove(cell)
+                failed.append(cell.name)
+                console.print(
+                    f"not started {cell.name}: {cell.after} is not finished", highlight=False
+                )
+            for cell in [cell for cell in waiting if ready[cell.name]]:
+                if len(running) < sweep.at_once:
+                    waiting.remove(cell)
+                    running[_start(cell, sweep.folder, threads)] = cell
+                    console.print(f"started {cell.name}", highlight=False)
+            time.sleep(0.2)
+            for process in [p for p in running if p.poll() is not None]:
+                cell = running.pop(process)
+                num_done += 1
+                outcome = f"{num_done}/{len(sweep.cells)}"
+                if process.returncode != 0:
+                    failed.append(cell.name)
+                    outcome += f", exit {process.returncode}: see {_log(cell, sweep.folder)}"
+                console.print(f"ended {cell.name} ({outcome})", highlight=False)
+    finally:
+        for process in running:
+            process.send_signal(signal.SIGTERM)
+        for process in running:
+            process.wait()
+    return failed
+
+
+def _ready(waiting: list[Cell], running: list[Cell], folder: Path) -> dict[str, bool | None]:
+    """Which cells can start; None: never, since the one to branch from has failed."""
+    going = {cell.name for cell in [*waiting, *running]}
+    found: dict[str, bool | None] = {}
+    for cell in waiting:
+        if cell.after in going:
+            found[cell.name] = False
+        else:
+            found[cell.name] = True if not cell.after or is_finished(folder / cell.after) else None
+    return found
+
+
+def _start(cell: Cell, folder: Path, threads: int) -> subprocess.Popen:
+    command = [sys.executable, "-m", "nemotron_train", "pretrain", *cell.overrides]
+    if not any(o.startswith("train.threads=") for o in cell.overrides):
+        command.append(f"train.threads={threads}")
+    with open(_log(cell, folder), "ab") as log:
+        return subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+
+
+def _log(cell: Cell, folder: Path) -> Path:
+    return folder / f"{cell.name}.log"

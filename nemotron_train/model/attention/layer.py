@@ -1,0 +1,219 @@
+"""Core attention: grouped queries, causal, no positional embedding, documents kept apart.
+
+The projections around it are Megatron's `SelfAttention`; this module fills its
+`core_attention` slot. Forms: batched products on a CPU (`causal_attention`),
+`scaled_dot_product_attention` on a GPU, Transformer Engine's kernel where it is installed.
+
+Under context parallelism every form gets the whole sequence of some of the heads
+(`model.context`): causal work is then even over the ranks, without cutting the sequence in turns.
+
+Shapes: S tokens, B rows, H query heads, G key/value heads, D head dimension.
+"""
+
+import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from nemotron_train.model.attention.core import causal_attention
+from nemotron_train.model.attention.decoding import cached_attention
+from nemotron_train.model.context import HeadExchange
+from nemotron_train.model.decode_state import DecodeBatch, KVCache
+from nemotron_train.model.documents import PackedDocuments
+
+
+def _causal(q_BSHD: torch.Tensor, k_BSGD: torch.Tensor, v_BSGD: torch.Tensor) -> torch.Tensor:
+    """Causal attention of whole rows, [B,S,H,D]; scale 1/sqrt(D)."""
+    if not q_BSHD.is_cuda:
+        return causal_attention(q_BSHD, k_BSGD, v_BSGD)
+    output_BHSD = F.scaled_dot_product_attention(
+        q_BSHD.transpose(1, 2),
+        k_BSGD.transpose(1, 2),
+        v_BSGD.transpose(1, 2),
+        is_causal=True,
+        enable_gqa=q_BSHD.shape[2] != k_BSGD.shape[2],
+    )
+    return output_BHSD.transpose(1, 2)
+
+
+def _head_exchange(
+    config: TransformerConfig, pg_collection: ProcessGroupCollection
+) -> HeadExchange:
+    """Of the query, key and value heads on one tensor-parallel rank. `config` is what Megatron
+    hands its core attention: at least one key/value head for each of those ranks."""
+    heads, groups, width = config.num_attention_heads, config.num_query_groups, config.kv_channels
+    assert groups is not None and width is not None
+    num_shards = pg_collection.tp.size()
+    counts = [heads // num_shards, *[groups // num_shards] * 2]
+    return HeadExchange(pg_collection.cp, [(count, width) for count in counts])
+
+
+def _to_heads(exchange: HeadExchange, *query_key_value: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """[s,B,heads,D] each of a piece -> [S,B,own heads,D] of the whole sequence; COLLECTIVE."""
+    if exchange.num_ranks == 1:
+        return query_key_value
+    width = query_key_value[0].shape[-1]
+    packed_SBF = exchange.to_heads(*(x.flatten(2) for x in query_key_value))
+    return tuple(x.unflatten(-1, (-1, width)) for x in packed_SBF.split(exchange.widths, dim=-1))
+
+
+def kv_cache_of(
+    layer_number: int, batch: DecodeBatch, num_heads: int, like: torch.Tensor
+) -> KVCache:
+    """A layer's cache, which begins empty; `like` has the head dimension last."""
+    caches = batch.states.attention
+    if layer_number not in caches:
+        caches[layer_number] = KVCache(len(batch.counts), num_heads, like.shape[-1], like)
+    return caches[layer_number]
+
+
+def _attend_to_cache(
+    layer_number: int,
+    query_T1HD: torch.Tensor,
+    key_T1GD: torch.Tensor,
+    value_T1GD: torch.Tensor,
+    batch: DecodeBatch,
+) -> torch.Tensor:
+    """New tokens over this layer's cache: -> [T,1,H*D]."""
+    cache = kv_cache_of(layer_number, batch, key_T1GD.shape[2], key_T1GD)
+    return cached_attention(query_T1HD, key_T1GD, value_T1GD, cache, batch)
+
+
+class CoreAttention(MegatronModule):
+    """softmax(Q K^T / sqrt(D)) V per document, by torch's fused kernels.
+
+    Documents are cut out and attended one by one: exact isolation, and no S x S mask that a
+    long context could not afford.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        **unused: Any,
+    ) -> None:
+        super().__init__(config)
+        self.layer_number = layer_number
+        assert attention_type == "self" and attn_mask_type == AttnMaskType.causal
+        assert not config.attention_dropout, "Nemotron 3 trains without dropout"
+        assert pg_collection is not None
+        self.exchange = _head_exchange(config, pg_collection)
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        *,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> torch.Tensor:
+        """query [S,B,H,D], key and value [S,B,G,D] -> [S,B,H*D]; this rank's piece of S under
+        context parallelism."""
+        if isinstance(packed_seq_params, DecodeBatch):
+            return _attend_to_cache(self.layer_number, query, key, value, packed_seq_params)
+        whole = _to_heads(self.exchange, query, key, value)
+        q_BSHD, k_BSGD, v_BSGD = (x.transpose(0, 1) for x in whole)
+        if isinstance(packed_seq_params, PackedDocuments) and packed_seq_params.boundaries:
+            rows = [
+                torch.cat(
+                    [
+                        _causal(
+                            q_BSHD[row : row + 1, start:end],
+                            k_BSGD[row : row + 1, start:end],
+                            v_BSGD[row : row + 1, start:end],
+                        )
+                        for start, end in parts
+                    ],
+                    dim=1,
+                )
+                for row, parts in enumerate(packed_seq_params.segments)
+            ]
+            output_BSHD = torch.cat(rows)
+        else:
+            output_BSHD = _causal(q_BSHD, k_BSGD, v_BSGD)
+        output_SBI = output_BSHD.transpose(0, 1).flatten(2)
+        return self.exchange.to_tokens(output_SBI) if self.exchange.num_ranks > 1 else output_SBI
+
+
+class TransformerEngineAttention(MegatronModule):
+    """The same through Transformer Engine's variable-length kernel.
+
+    Translated and not run: no GPU with Transformer Engine was at hand.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, pg_collection: ProcessGroupCollection, **kwargs: Any
+    ) -> None:
+        super().__init__(config)
+        from megatron.core.extensions.transformer_engine import TEDotProductAttention
+
+        self.exchange = _head_exchange(config, pg_collection)
+        self.layer_number: int = kwargs["layer_number"]
+        # The kernel sees whole sequences: its own context parallelism, which cuts them in turns,
+        # stays off, and it is told the heads that a rank has after the exchange.
+        seen, num_shards = copy.copy(config), pg_collection.tp.size()
+        heads, groups, _ = (width // config.kv_channels for width in self.exchange.widths)
+        seen.num_attention_heads, seen.num_query_groups = heads * num_shards, groups * num_shards
+        seen.context_parallel_size = 1
+        self.kernel = TEDotProductAttention(seen, pg_collection=pg_collection, **kwargs)
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        *,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> torch.Tensor:
+        """query [S,B,H,D], key and value [S,B,G,D] -> [S,B,H*D]; this rank's piece of S under
+        context parallelism."""
+        if isinstance(packed_seq_params, DecodeBatch):
+            return _attend_to_cache(self.layer_number, query, key, value, packed_seq_params)
+        assert attn_mask_type is not None
+        whole = _to_heads(self.exchange, query, key, value)
+        output_SBI = self._attend(whole, attention_mask, attn_mask_type, packed_seq_params)
+        return self.exchange.to_tokens(output_SBI) if self.exchange.num_ranks > 1 else output_SBI
+
+    def _attend(
+        self,
+        query_key_value: tuple[torch.Tensor, ...],
+        attention_mask: torch.Tensor | None,
+        attn_mask_type: AttnMaskType,
+        packed_seq_params: PackedSeqParams | None,
+    ) -> torch.Tensor:
+        if not isinstance(packed_seq_params, PackedDocuments):
+            return self.kernel(*query_key_value, attention_mask, attn_mask_type)
+        num_tokens, num_rows = query_key_value[0].shape[:2]
+        flat = [x.transpose(0, 1).flatten(0, 1) for x in query_key_value]
+        lengths = packed_seq_params.cumulative_lengths
+        output = self.kernel(
+            *flat,
+            attention_mask,
+            AttnMaskType.padding_causal,
+            packed_seq_params=PackedSeqParams(
+                qkv_format="thd",
+                cu_seqlens_q=lengths,
+                cu_seqlens_kv=lengths,
+                max_seqlen_q=packed_seq_params.longest,
+                max_seqlen_kv=packed_seq_params.longest,
+            ),
+        )
+        return output.view(num_rows, num_tokens, -1).transpose(0, 1)

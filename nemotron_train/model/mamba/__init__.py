@@ -1,0 +1,1 @@
+"""The Mamba-2 layer: mixer, convolution, scan, gated norm."""

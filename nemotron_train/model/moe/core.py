@@ -1,0 +1,182 @@
+"""Routed experts as grouped products, with hand-derived gradients.
+
+Owns: the ungated squared-ReLU experts over rows sorted by expert (`grouped_mlp`), and the same with
+the permutation for a rank that holds every expert (`routed_mlp`). Does not own: the permutation
+(`permutation`), the activation (`model.activation`), the router, the latent projections, the
+exchange between expert-parallel ranks, quantized experts.
+
+Why not a product per expert: with the small experts of a Nemotron 3 proxy, starting a CPU product
+costs more than the product itself (benchmarks/moe.py). One batched product over experts padded
+to the fullest is faster as long as the padding is small, so the permutation leaves space for the
+padding while it gathers, and nothing is copied twice.
+
+Shape legend: S tokens, K choices a token, E experts, T rows sorted by expert (padding included),
+D expert input and output width, F expert hidden width.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from nemotron_train.model.activation import activate, activate_backward
+from nemotron_train.model.moe.permutation import (
+    affordable_padding,
+    block_rows,
+    permute,
+    permute_probabilities,
+    plan_permutation,
+    unpermute,
+)
+from nemotron_train.platform.bfloat16_products import product_dtype
+
+
+def _product(x_TA: Tensor, weight_EAB: Tensor, rows_per_expert: list[int]) -> Tensor:
+    """x W of each expert's block: [T, A], [E, A, B] → [T, B]."""
+    num_experts, num_inputs, num_outputs = weight_EAB.shape
+    if min(rows_per_expert) == max(rows_per_expert):
+        x_EtA = x_TA.view(num_experts, rows_per_expert[0], num_inputs)
+        return torch.bmm(x_EtA, weight_EAB).view(x_TA.shape[0], num_outputs)
+    if x_TA.is_cuda and x_TA.dtype == torch.bfloat16:
+        return F.grouped_mm(x_TA, weight_EAB, offs=_block_ends(rows_per_expert, x_TA.device))
+    y_TB = x_TA.new_empty(x_TA.shape[0], num_outputs)
+    blocks = zip(x_TA.split(rows_per_expert), weight_EAB, y_TB.split(rows_per_expert), strict=True)
+    for x, weight, y in blocks:
+        torch.mm(x, weight, out=y)
+    return y_TB
+
+
+def _outer_product(x_TA: Tensor, y_TB: Tensor, rows_per_expert: list[int]) -> Tensor:
+    """xᵀ y of each expert's block: [T, A], [T, B] → [E, A, B]; zero for an empty block."""
+    num_experts, num_rows = len(rows_per_expert), rows_per_expert[0]
+    num_left, num_right = x_TA.shape[1], y_TB.shape[1]
+    if min(rows_per_expert) == max(rows_per_expert):
+        x_EAt = x_TA.view(num_experts, num_rows, num_left).transpose(1, 2)
+        return torch.bmm(x_EAt, y_TB.view(num_experts, num_rows, num_right))
+    if x_TA.is_cuda and x_TA.dtype == torch.bfloat16:
+        return F.grouped_mm(x_TA.t(), y_TB, offs=_block_ends(rows_per_expert, x_TA.device))
+    out_EAB = x_TA.new_empty(num_experts, num_left, num_right)
+    blocks = zip(x_TA.split(rows_per_expert), y_TB.split(rows_per_expert), out_EAB, strict=True)
+    for x, y, out in blocks:
+        torch.mm(x.t(), y, out=out)
+    return out_EAB
+
+
+def _block_ends(rows_per_expert: list[int], device: torch.device) -> Tensor:
+    return torch.tensor(rows_per_expert, device=device).cumsum(0, dtype=torch.int32)
+
+
+class _GroupedMlp(torch.autograd.Function):
+    """The routing weight multiplies the activation, before the second product, as in Megatron-Core
+    (transformer/moe/experts.py, TEGroupedMLP.forward). Elementwise work is done in FP32: for BF16
+    that costs no more than BF16 arithmetic and rounds once."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TD: Tensor,
+        weight1_EFD: Tensor,
+        weight2_EDF: Tensor,
+        probabilities_T: Tensor | None,
+        rows_per_expert: list[int],
+    ) -> Tensor:
+        hidden_TF = _product(x_TD, weight1_EFD.transpose(1, 2), rows_per_expert)
+        relu_TF, activation_TF = activate(hidden_TF, probabilities_T)
+        ctx.save_for_backward(
+            x_TD, weight1_EFD, weight2_EDF, probabilities_T, relu_TF, activation_TF
+        )
+        ctx.rows_per_expert = rows_per_expert
+        return _product(activation_TF, weight2_EDF.transpose(1, 2), rows_per_expert)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x_TD, weight1_EFD, weight2_EDF, probabilities_T, relu_TF, activation_TF = ctx.saved_tensors
+        rows_per_expert = ctx.rows_per_expert
+        grad_y_TD = grads[0].contiguous()
+        grad_weight2_EDF = None
+        if ctx.needs_input_grad[2]:
+            grad_weight2_EDF = _outer_product(grad_y_TD, activation_TF, rows_per_expert)
+        grad_activation_TF = _product(grad_y_TD, weight2_EDF, rows_per_expert)
+        grad_hidden_TF, grad_probabilities_T = activate_backward(
+            grad_activation_TF, relu_TF, probabilities_T, ctx.needs_input_grad[3]
+        )
+        grad_weight1_EFD = None
+        if ctx.needs_input_grad[1]:
+            grad_weight1_EFD = _outer_product(grad_hidden_TF, x_TD, rows_per_expert)
+        grad_x_TD = None
+        if ctx.needs_input_grad[0]:
+            grad_x_TD = _product(grad_hidden_TF, weight1_EFD, rows_per_expert)
+        return grad_x_TD, grad_weight1_EFD, grad_weight2_EDF, grad_probabilities_T, None
+
+
+def _as_multiplied(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """FP32 copies on a CPU that multiplies BF16 no other way: cast once, not at each product."""
+    return tuple(t.to(product_dtype(t)) for t in tensors)
+
+
+def grouped_mlp(
+    x_TD: Tensor,
+    tokens_per_expert_E: list[int] | Tensor,
+    weight1_EFD: Tensor,
+    weight2_EDF: Tensor,
+    probabilities_T: Tensor | None = None,
+) -> Tensor:
+    """y = (p relu(x W1ᵀ)²) W2ᵀ with each expert's own W1, W2 (Nemotron 3's ungated experts).
+
+    `x_TD` [T, D] is sorted by expert, `tokens_per_expert_E` counts its rows (a list, or an int64
+    tensor; SYNC if that is on a GPU), `probabilities_T` [T] is the routing weight, FP32 or x's
+    dtype. Experts may be empty. Products take x's dtype and accumulate in FP32. → y [T, D].
+    """
+    if isinstance(tokens_per_expert_E, Tensor):
+        tokens_per_expert_E = tokens_per_expert_E.tolist()
+    rows_per_expert: list[int] = tokens_per_expert_E
+    assert len(rows_per_expert) == weight1_EFD.shape[0], (len(rows_per_expert), weight1_EFD.shape)
+    assert sum(rows_per_expert) == x_TD.shape[0], (sum(rows_per_expert), x_TD.shape)
+    dtype = x_TD.dtype
+    x_TD, weight1_EFD, weight2_EDF = _as_multiplied(x_TD, weight1_EFD, weight2_EDF)
+    num_experts, fullest = len(rows_per_expert), block_rows(rows_per_expert)
+    num_padding = fullest * num_experts - x_TD.shape[0]
+    if 0 < num_padding <= affordable_padding(weight1_EFD) * num_experts:
+        counts_E = torch.tensor(rows_per_expert)
+        experts_T1 = torch.arange(num_experts).repeat_interleave(counts_E).unsqueeze(1)
+        permutation = plan_permutation(experts_T1, num_experts, max_padding=num_padding)
+        rows_x_TD = permute(x_TD, permutation)
+        if probabilities_T is not None:
+            probabilities_T = permute_probabilities(probabilities_T.unsqueeze(1), permutation)
+        rows_y_TD = _GroupedMlp.apply(
+            rows_x_TD, weight1_EFD, weight2_EDF, probabilities_T, permutation.rows_per_expert
+        )
+        return unpermute(rows_y_TD, permutation).to(dtype)  # pyright: ignore[reportArgumentType]
+    y_TD: Tensor = _GroupedMlp.apply(  # pyright: ignore
+        x_TD.contiguous(), weight1_EFD, weight2_EDF, probabilities_T, rows_per_expert
+    )
+    return y_TD.to(dtype)
+
+
+def routed_mlp(
+    x_SD: Tensor,
+    experts_SK: Tensor,
+    probabilities_SK: Tensor,
+    weight1_EFD: Tensor,
+    weight2_EDF: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """All experts on this rank: y_s = Σ_k p_sk expert_{e_sk}(x_s).
+
+    `experts_SK` are the router's choices (any integer dtype), `probabilities_SK` their weights.
+    → y [S, D] and the tokens each expert received, int64 [E]. SYNC: the host reads the counts.
+    """
+    num_experts, dtype = weight1_EFD.shape[0], x_SD.dtype
+    x_SD, weight1_EFD, weight2_EDF = _as_multiplied(x_SD, weight1_EFD, weight2_EDF)
+    permutation = plan_permutation(experts_SK, num_experts, affordable_padding(weight1_EFD))
+    rows_y_TD = _GroupedMlp.apply(
+        permute(x_SD, permutation),
+        weight1_EFD,
+        weight2_EDF,
+        permute_probabilities(probabilities_SK, permutation),
+        permutation.rows_per_expert,
+    )
+    y_SD = unpermute(rows_y_TD, permutation)  # pyright: ignore[reportArgumentType]
+    return y_SD.to(dtype), permutation.tokens_per_expert_E

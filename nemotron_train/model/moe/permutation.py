@@ -1,0 +1,151 @@
+"""The permutation that sorts tokens by expert on one rank, and its inverse.
+
+Owns: where each choice lies (`plan_permutation`), moving tokens there and back (`permute`,
+`unpermute`), and how many padding rows pay for one batched product. Does not own: the products
+(`core`), the exchange between expert-parallel ranks (Megatron's dispatchers).
+
+Shape legend: S tokens, K choices a token, E experts, T rows sorted by expert (padding included),
+D token width, F expert hidden width.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Work that padding may waste, in FLOPs an expert and product: about the cost of starting one more
+# product on two Zen 4 cores (benchmarks/moe.py; oneDNN's BF16 products start slower than FP32's).
+_PADDING_FLOPS = {torch.float32: 2_000_000, torch.bfloat16: 12_000_000}
+
+_BLOCK_MULTIPLE = 32
+
+
+@dataclass(frozen=True)
+class Permutation:
+    """Where each (token, choice) lies when tokens are sorted by expert; stable in token order.
+
+    `token_of_row_T`: token in each row, `num_tokens` (one past the last) in padding rows.
+    `row_of_choice_SK`: int32 row of each token's choice.
+    `rows_per_expert`: rows in each expert's block; all equal when the blocks are padded.
+    `tokens_per_expert_E`: tokens in each expert's block, int64, on the tokens' device.
+    """
+
+    token_of_row_T: Tensor
+    row_of_choice_SK: Tensor
+    rows_per_expert: list[int]
+    tokens_per_expert_E: Tensor
+
+    @property
+    def padded(self) -> bool:
+        return self.token_of_row_T.numel() > self.row_of_choice_SK.numel()
+
+
+def affordable_padding(weight_EFD: Tensor) -> int:
+    """Padding rows an expert below which one batched product beats a product per expert; 0 where
+    that never holds (a GPU's grouped product needs no padding)."""
+    if weight_EFD.is_cuda:
+        return 0
+    _, num_hidden, num_inputs = weight_EFD.shape
+    return _PADDING_FLOPS.get(weight_EFD.dtype, 0) // (2 * num_hidden * num_inputs)
+
+
+def block_rows(rows_per_expert: list[int]) -> int:
+    """Rows of a padded block: the fullest expert's, rounded up so that few lengths occur. oneDNN
+    compiles a product for every new shape and keeps it: without rounding a BF16 step spends more
+    on that, and on the heap it scatters, than on the experts (docs/log.md)."""
+    return -(-max(rows_per_expert) // _BLOCK_MULTIPLE) * _BLOCK_MULTIPLE
+
+
+@torch.no_grad()
+def plan_permutation(experts_SK: Tensor, num_experts: int, max_padding: int = 0) -> Permutation:
+    """Sort the choices by expert, ties in token order, so the result is deterministic.
+
+    Blocks are padded to the fullest one's length if that adds at most `max_padding` rows an
+    expert on average; otherwise they are packed. SYNC: the host reads the counts.
+    """
+    num_tokens, num_choices = experts_SK.shape
+    device = experts_SK.device
+    # A radix sort of small integers: three times as fast as one of int64.
+    key_dtype = torch.uint8 if num_experts <= 256 else torch.int32
+    sorted_T, order_T = torch.sort(experts_SK.reshape(-1).to(key_dtype), stable=True)
+    tokens_per_expert_E = torch.bincount(sorted_T, minlength=num_experts)
+    rows_per_expert: list[int] = tokens_per_expert_E.tolist()
+    num_rows, fullest = sum(rows_per_expert), block_rows(rows_per_expert)
+
+    row_T = torch.arange(num_rows, device=device, dtype=torch.int32)
+    token_T = order_T // num_choices
+    if fullest * num_experts - num_rows <= max_padding * num_experts:
+        block_E = torch.arange(num_experts, device=device) * fullest
+        start_E = tokens_per_expert_E.cumsum(0) - tokens_per_expert_E
+        row_T += (block_E - start_E).to(torch.int32).index_select(0, sorted_T.to(torch.int32))
+        rows_per_expert = [fullest] * num_experts
+        token_of_row_T = token_T.new_full((fullest * num_experts,), num_tokens)
+        token_of_row_T[row_T] = token_T
+    else:
+        token_of_row_T = token_T
+    row_of_choice_SK = torch.empty_like(row_T).index_copy_(0, order_T, row_T)
+    return Permutation(
+        token_of_row_T=token_of_row_T,
+        row_of_choice_SK=row_of_choice_SK.view(num_tokens, num_choices),
+        rows_per_expert=rows_per_expert,
+        tokens_per_expert_E=tokens_per_expert_E,
+    )
+
+
+def _gather_rows(x_SD: Tensor, permutation: Permutation) -> Tensor:
+    """Row t of the result is x[token_of_row[t]]; padding rows are zero."""
+    if permutation.padded:
+        x_SD = torch.cat((x_SD, x_SD.new_zeros(1, x_SD.shape[1])))
+    return x_SD.index_select(0, permutation.token_of_row_T)
+
+
+def _sum_choices(rows_TD: Tensor, permutation: Permutation) -> Tensor:
+    """Sum over each token's choices, in their order; low precision is accumulated in FP32."""
+    if permutation.row_of_choice_SK.shape[1] == 1:
+        return rows_TD.index_select(0, permutation.row_of_choice_SK.view(-1))
+    # The one CPU operator that gathers and sums in a single pass.
+    return F.embedding_bag(permutation.row_of_choice_SK, rows_TD, mode="sum")
+
+
+class _Permute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_SD: Tensor, permutation: Permutation) -> Tensor:
+        ctx.permutation = permutation
+        return _gather_rows(x_SD, permutation)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _sum_choices(grads[0].contiguous(), ctx.permutation), None
+
+
+class _Unpermute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows_TD: Tensor, permutation: Permutation) -> Tensor:
+        ctx.permutation = permutation
+        return _sum_choices(rows_TD, permutation)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _gather_rows(grads[0].contiguous(), ctx.permutation), None
+
+
+def permute(x_SD: Tensor, permutation: Permutation) -> Tensor:
+    """Tokens [S, D] → rows [T, D] sorted by expert, each token K times; padding rows are zero."""
+    return _Permute.apply(x_SD, permutation)  # pyright: ignore[reportReturnType]
+
+
+def unpermute(rows_TD: Tensor, permutation: Permutation) -> Tensor:
+    """Rows [T, D] → tokens [S, D], the sum over each token's K choices."""
+    return _Unpermute.apply(rows_TD, permutation)  # pyright: ignore[reportReturnType]
+
+
+def permute_probabilities(probabilities_SK: Tensor, permutation: Permutation) -> Tensor:
+    """Routing weights [S, K] → [T] in the rows' order, zero in padding rows."""
+    rows_T = permutation.row_of_choice_SK.reshape(-1).long()
+    zeros_T = probabilities_SK.new_zeros(permutation.token_of_row_T.shape)
+    return zeros_T.scatter(0, rows_T, probabilities_SK.reshape(-1))

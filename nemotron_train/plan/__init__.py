@@ -1,0 +1,1 @@
+"""What follows from a configuration before anything is built. No torch."""

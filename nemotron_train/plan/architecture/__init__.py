@@ -1,0 +1,1 @@
+"""The pattern as layers with shapes, parameters and FLOPs, and pipeline stages."""

@@ -1,0 +1,1 @@
+"""Memory and traffic of a rank, from the operators of each layer."""

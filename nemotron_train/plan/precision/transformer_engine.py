@@ -1,0 +1,336 @@
+"""The precision plan in Megatron-Core's own words, for Transformer Engine's kernels.
+
+Owns: the translation into `TransformerConfig` fields and Megatron's per-module precision file
+(megatron/core/quantization/quant_config.py, 0.19), and the proof on paper that Megatron, reading
+them, gives every linear the plan's format. Does not own: devices and versions, modules, reading
+the formats back from a built model. No torch, no Transformer Engine.
+
+Never run on a Blackwell GPU: what Megatron does is known here from its source only.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from itertools import accumulate
+from typing import Any
+
+from nemotron_train.config.errors import ConfigError
+from nemotron_train.config.schema import Config, Dtype, LinearKind, PrecisionRule
+from nemotron_train.plan.architecture.layers import Linear, linears, parse_pattern
+from nemotron_train.plan.architecture.stages import stages
+from nemotron_train.plan.precision.blocking import shard, tokens_per_product
+from nemotron_train.plan.precision.rules import NVFP4_OPTIONS, ROLES, Claim, claims, last_layers
+
+# Sizes of quantized products: cuBLAS wants four-bit sums in multiples of 32, and Transformer
+# Engine's NVFP4 and MXFP8 tensors want whole blocks along both dimensions.
+_SIZE_MULTIPLE = 32
+
+# Rows to which Megatron pads an expert's tokens, under this format as the default
+# (moe_utils.get_align_size_for_quantization).
+_EXPERT_TOKENS = {"bf16": 1, "nvfp4": 128, "mxfp8": 32}
+
+# What switches an NVFP4 option off in the whole process. Transformer Engine reads them when it is
+# imported (transformer_engine/common/recipe/__init__.py, NVFP4BlockScaling).
+_OPTION_OFF = {
+    "weight_2d": "NVTE_NVFP4_DISABLE_2D_QUANTIZATION",
+    "hadamard": "NVTE_NVFP4_DISABLE_RHT",
+    "stochastic_rounding": "NVTE_NVFP4_DISABLE_STOCHASTIC_ROUNDING",
+}
+
+_BASE = {
+    "bf16": {},
+    "mxfp8": {"fp8": "e4m3", "fp8_recipe": "mxfp8", "fp8_param": False},
+    "nvfp4": {"fp4": "e2m1", "fp4_recipe": "nvfp4", "fp4_param": False},
+}
+_RECIPE = {
+    "bf16": {},
+    "mxfp8": {"fp8_quantization_recipe": "mxfp8"},
+    "nvfp4": {"fp4_quantization_recipe": "nvfp4"},
+}
+_KIND_GLOB = {
+    LinearKind.mamba: "*.mixer.*",
+    LinearKind.attention: "*.self_attention.*",
+    LinearKind.moe: "*.mlp.*",
+    LinearKind.mtp_projection: "mtp.*.eh_proj",
+}
+_MTP_PROJECTION = "mtp.layers.0.eh_proj"
+
+
+@dataclass(frozen=True)
+class _Matcher:
+    """forced: quantize also where Megatron's own context does not."""
+
+    name: str
+    pattern: str
+    format: str
+    forced: bool
+
+    @property
+    def config_name(self) -> str:
+        return f"{self.format}_forced" if self.forced else self.format
+
+
+def to_transformer_engine(config: Config) -> dict[str, Any]:
+    """The plan as four plain dictionaries.
+
+    `configs` and `matchers`: the per-module file, for `RecipeConfig.from_config_dict`.
+    `transformer_config`: fields of Megatron's TransformerConfig, beside its `quant_recipe`.
+    `environment`: variables to set before Transformer Engine is imported.
+
+    Raises ConfigError naming the rule, phase or module for what this form cannot say: formats
+    that differ between fprop, dgrad and wgrad; phases; NVFP4 options that differ between modules;
+    quantized formats chosen by layer number; sizes that the kernels refuse.
+    """
+    _refuse_other_dtypes_and_phases(config)
+    chosen = [claim for claim in claims(config) if claim.name != "fixed"]
+    for claim in chosen:
+        _refuse_different_products(claim)
+    _refuse_sizes(config, chosen)
+    base = config.precision.default.format.value
+    start, end = _bf16_layers(config, chosen)
+    matchers = _matchers(config, chosen, base)
+    _refuse_difference(config, chosen, matchers, base, (start, end))
+    transformer_config: dict[str, Any] = dict(_BASE[base])
+    if base != "bf16" and (start or end):
+        transformer_config |= {
+            "first_last_layers_bf16": True,
+            "num_layers_at_start_in_bf16": start,
+            "num_layers_at_end_in_bf16": end,
+        }
+    if _experts_quantized(chosen):
+        if base == "bf16":
+            raise ConfigError(
+                "precision.default.format=bf16 with quantized routed experts: Megatron pads the "
+                "tokens of experts only under a quantized default; exempt the other linears instead"
+            )
+        transformer_config["moe_router_padding_for_quantization"] = True
+    return {
+        "transformer_config": transformer_config,
+        "environment": _environment(chosen),
+        "configs": {matcher.config_name: _recipe(matcher) for matcher in matchers},
+        "matchers": {
+            matcher.name: {
+                "config": matcher.config_name,
+                "type": "glob",
+                "pattern": matcher.pattern,
+                "enabled": True,
+            }
+            for matcher in matchers
+        },
+    }
+
+
+def _recipe(matcher: _Matcher) -> dict[str, Any]:
+    recipe: dict[str, Any] = dict(_RECIPE[matcher.format])
+    if matcher.forced:
+        recipe["override_nonquantized_autocast"] = True
+    return {"transformer_engine_config_type": "TEQuantizationParams", "training_recipe": recipe}
+
+
+def _matchers(config: Config, chosen: Sequence[Claim], base: str) -> list[_Matcher]:
+    """The rules in order; those about layer numbers are `_bf16_layers`'s."""
+    found = []
+    for claim in chosen:
+        rule = claim.format
+        is_default = not isinstance(rule, PrecisionRule)
+        if is_default or not claim.linears or _is_layer_rule(rule, config):
+            continue
+        patterns = _patterns(rule, claim.linears)
+        for number, pattern in enumerate(patterns):
+            name = claim.name if len(patterns) == 1 else f"{claim.name}_{number}"
+            forced = base == "bf16" and rule.format != "bf16"
+            found.append(_Matcher(name, pattern, rule.format.value, forced))
+    projection = {p.path: c.format.format.value for c in chosen for p in c.linears}.get(
+        _MTP_PROJECTION, "bf16"
+    )
+    if base == "nvfp4" and projection != "bf16":
+        # Megatron enters its FP4 context layer by layer, and this projection lies in none.
+        found.insert(0, _Matcher("mtp_projection", _MTP_PROJECTION, projection, forced=True))
+    return found
+
+
+def _patterns(rule: PrecisionRule, chosen: Sequence[Linear]) -> list[str]:
+    """The rule's one condition as a glob, or a glob for each module that meets all of them."""
+    conditions = [rule.match] if rule.match != "*" else []
+    if rule.layer_type != LinearKind.any:
+        conditions.append(_KIND_GLOB[rule.layer_type])
+    if rule.mtp:
+        conditions.append("mtp.*")
+    if rule.experts:
+        conditions.append("*.mlp.experts.*")
+    if len(conditions) == 1:
+        return conditions
+    return list(dict.fromkeys(re.sub(r"layers\.\d+\.", "layers.*.", c.path) for c in chosen))
+
+
+def _bf16_layers(config: Config, chosen: Sequence[Claim]) -> tuple[int, int]:
+    """Numbers of first and last layers in BF16, from the rules about layer numbers."""
+    num_layers = _num_layers(config)
+    start, end = 0, 0
+    for claim in chosen:
+        rule = claim.format
+        if not isinstance(rule, PrecisionRule) or not _is_layer_rule(rule, config):
+            continue
+        at_end = last_layers(rule, num_layers)
+        others = rule.match != "*" or rule.layer_type != LinearKind.any or rule.mtp or rule.experts
+        if rule.format != "bf16" or others or (at_end and rule.first_layers):
+            raise ConfigError(
+                f"precision.rules.{claim.text}: Megatron chooses by layer number only whole first "
+                "or last layers, and only BF16 for them; emulation can do this"
+            )
+        start, end = max(start, rule.first_layers), max(end, at_end)
+    return start, end
+
+
+def _is_layer_rule(rule: PrecisionRule, config: Config) -> bool:
+    return bool(rule.first_layers or last_layers(rule, _num_layers(config)))
+
+
+def _num_layers(config: Config) -> int:
+    return sum(map(len, parse_pattern(config.model.pattern)))
+
+
+def _experts_quantized(chosen: Sequence[Claim]) -> bool:
+    return any(
+        claim.format.format != "bf16" and ".mlp.experts." in linear.path
+        for claim in chosen
+        for linear in claim.linears
+    )
+
+
+def _environment(chosen: Sequence[Claim]) -> dict[str, str]:
+    """One setting for the process, so every NVFP4 linear must agree on it."""
+    in_nvfp4 = [claim for claim in chosen if claim.linears and claim.format.format == "nvfp4"]
+    found = {}
+    for option in NVFP4_OPTIONS:
+        names = {getattr(claim.format, option): claim.name for claim in in_nvfp4}
+        if len(names) > 1:
+            raise ConfigError(
+                f"{option} is true for {names[True]} and false for {names[False]}: Transformer "
+                "Engine's NVFP4 options hold for the whole process; emulation can do this"
+            )
+        if False in names:
+            found[_OPTION_OFF[option]] = "1"
+    return found
+
+
+# What it would do ---------------------------------------------------------------------------
+
+
+def _refuse_difference(
+    config: Config,
+    chosen: Sequence[Claim],
+    matchers: Sequence[_Matcher],
+    base: str,
+    bf16_layers: tuple[int, int],
+) -> None:
+    """Raises ConfigError at the first linear to which Megatron would give another format."""
+    layers_per_stage = [len(stage.pattern) for stage in stages(config)]
+    for claim in chosen:
+        for linear in claim.linears:
+            got = _megatron_format(linear.path, matchers, base, bf16_layers, layers_per_stage)
+            if got != claim.format.format:
+                raise ConfigError(
+                    f"{linear.path}: {claim.text} asks for {claim.format.format}, but Megatron's "
+                    f"per-module file would give {got}: it numbers layers from each pipeline "
+                    "stage's first, and leaves its first and last BF16 layers in BF16; emulation "
+                    "can do this"
+                )
+
+
+def _megatron_format(
+    path: str,
+    matchers: Sequence[_Matcher],
+    base: str,
+    bf16_layers: tuple[int, int],
+    layers_per_stage: Sequence[int],
+) -> str:
+    """The format of a linear as Megatron-Core 0.19 chooses it.
+
+    A layer's context quantizes between the first and last BF16 layers, counted over the decoder;
+    an MTP block's layers count from 0 again (fp4_utils.get_fp4_context, HybridStack.forward). The
+    MTP projection lies in an FP8 context but in no FP4 one (MultiTokenPredictionLayer). Inside a
+    context the first matching recipe replaces its format, outside only a forced one does
+    (extensions/transformer_engine.py, _get_fp8_autocast_for_quant_recipe).
+    """
+    inside = re.search(r"(?:^decoder|mtp_model_layer)\.layers\.(\d+)\.", path)
+    number = int(inside[1]) if inside else -1
+    start, end = bf16_layers
+    if number < 0:
+        in_context = base == "mxfp8"
+    else:
+        in_context = base != "bf16" and start <= number < sum(layers_per_stage) - end
+    local = path
+    if path.startswith("decoder."):
+        offsets = [0, *accumulate(layers_per_stage)]
+        offset = max(offset for offset in offsets if offset <= number)
+        local = path.replace(f".{number}.", f".{number - offset}.", 1)
+    for matcher in matchers:
+        if fnmatchcase(local, matcher.pattern):
+            return matcher.format if in_context or matcher.forced else "bf16"
+    return base if in_context else "bf16"
+
+
+# What it cannot say -------------------------------------------------------------------------
+
+
+def _refuse_other_dtypes_and_phases(config: Config) -> None:
+    precision = config.precision
+    if precision.parameter_dtype != Dtype.bfloat16:
+        raise ConfigError(
+            f"precision.parameter_dtype={precision.parameter_dtype}: Transformer Engine's "
+            "quantized linears take bfloat16"
+        )
+    if precision.phases:
+        raise ConfigError(
+            f"precision.phases has {len(precision.phases)} phase(s): Megatron reads its precision "
+            "once, when the model is built; end the run at the boundary and resume it under the "
+            "next plan, or use emulation"
+        )
+
+
+def _refuse_different_products(claim: Claim) -> None:
+    own = {role: getattr(claim.format, role) for role in ROLES}
+    if claim.linears and len(set(own.values())) > 1:
+        texts = ", ".join(f"{role}={value}" for role, value in own.items())
+        raise ConfigError(
+            f"precision rule {claim.text}: {texts}: Megatron's per-module file has one format for "
+            "all three products; emulation can do this"
+        )
+
+
+def _refuse_sizes(config: Config, chosen: Sequence[Claim]) -> None:
+    formats = {linear.path: c.format.format.value for c in chosen for linear in c.linears}
+    for linear in linears(config.model):
+        if formats.get(linear.path, "bf16") == "bf16":
+            continue
+        part = shard(linear, config.parallel)
+        sizes = {
+            "input features": part.in_size,
+            "output features": part.out_size,
+            "tokens": tokens_per_product(linear, config),
+        }
+        for what, size in sizes.items():
+            if size % _SIZE_MULTIPLE:
+                raise ConfigError(
+                    f"{linear.path} in {formats[linear.path]}: {size} {what} on a rank are no "
+                    f"multiple of {_SIZE_MULTIPLE}, which Transformer Engine's kernels need; "
+                    "emulation pads them"
+                )
+    if _experts_quantized(chosen):
+        _refuse_few_tokens(config)
+
+
+def _refuse_few_tokens(config: Config) -> None:
+    """Megatron pads an expert's tokens with others of the same rank, sent along with a routing
+    weight of zero, so a rank needs whole blocks of tokens (moe_utils.pad_routing_map)."""
+    train, parallel = config.train, config.parallel
+    tokens = train.micro_batch_sequences * train.sequence_length // parallel.context
+    tokens //= parallel.tensor if parallel.sequence else 1
+    multiple = _EXPERT_TOKENS[config.precision.default.format.value]
+    if tokens % multiple:
+        raise ConfigError(
+            f"routed experts: {tokens} tokens of a micro-batch on a rank are no multiple of "
+            f"{multiple}, to which Megatron pads every expert's; emulation pads with zeros"
+        )

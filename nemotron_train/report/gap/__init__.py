@@ -1,0 +1,1 @@
+"""Loss gaps between paired runs: pairs, gaps, noise, verdicts."""

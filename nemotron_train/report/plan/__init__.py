@@ -1,0 +1,1 @@
+"""The text of `plan`: layers, formats, memory, traffic, ranks, and why a knob is set."""

@@ -1,0 +1,68 @@
+"""`plan`'s table of what a rank holds, by pipeline rank.
+
+Owns this text; the numbers are `plan.cost.memory`'s and printing is `report.plan.table`'s.
+"""
+
+from collections.abc import Iterator, Sequence
+
+from nemotron_train.config.quantities import format_bytes
+from nemotron_train.config.schema import Config, RecomputeMode
+from nemotron_train.plan.cost.memory import RankMemory, rank_memory
+from nemotron_train.plan.cost.operators import CPU, GPU
+from nemotron_train.plan.derive import Derived
+
+MEMORY_COLUMNS = (
+    "pipeline rank",
+    "elements",
+    "weights",
+    "gradients",
+    "optimizer",
+    "other",
+    "kept",
+    "in flight",
+    "peak, CPU",
+    "peak, GPU",
+)
+
+
+def memory_rows(config: Config, derived: Derived) -> Iterator[Sequence[str]]:
+    """One row a pipeline rank; ranks of one stage hold the same."""
+    pairs = zip(rank_memory(config, derived, CPU), rank_memory(config, derived, GPU), strict=True)
+    for on_cpu, on_gpu in pairs:
+        yield _row(on_cpu, on_gpu)
+
+
+def _row(on_cpu: RankMemory, on_gpu: RankMemory) -> Sequence[str]:
+    return (
+        str(on_cpu.stage),
+        f"{on_cpu.parameters:,}",
+        format_bytes(on_cpu.parameter_bytes),
+        format_bytes(on_cpu.gradient_bytes),
+        format_bytes(on_cpu.optimizer_bytes),
+        format_bytes(on_cpu.quantized_bytes + on_cpu.buffer_bytes),
+        format_bytes(on_cpu.kept_bytes),
+        str(on_cpu.in_flight),
+        format_bytes(on_cpu.peak_bytes),
+        format_bytes(on_gpu.peak_bytes),
+    )
+
+
+def memory_lines(config: Config, derived: Derived) -> Iterator[str]:
+    """What the columns mean and what they leave out."""
+    masters = " and master weights" if derived.parameter_dtype != "float32" else ""
+    sharded = "over the replicas" if config.parallel.distributed_optimizer else "on every rank"
+    yield (
+        f"weights in {derived.parameter_dtype}, gradients in float32; optimizer: two moments"
+        f"{masters} in float32, {sharded}"
+    )
+    yield "other: weights kept quantized by emulated formats, Megatron's buffer of gathered tokens"
+    yield f"kept: activations of one micro-batch, with {_recomputation(config)}"
+    yield "peaks: live tensors; a CPU's within 10 % of measured ones (benchmarks/memory.py)"
+    yield "peak, GPU: the same without what a CPU copies for products and exchanges, not measured"
+
+
+def _recomputation(config: Config) -> str:
+    recompute = config.train.recompute
+    modes = {"mamba": recompute.mamba, "attention": recompute.attention, "moe": recompute.moe}
+    named = [f"{mode} of {kind}" for kind, mode in modes.items() if mode != RecomputeMode.off]
+    return f"recomputation {', '.join(named)}" if named else "no recomputation"

@@ -1,0 +1,1 @@
+"""PNG pictures of runs and gaps (matplotlib, imported when a picture is drawn)."""

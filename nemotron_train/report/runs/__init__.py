@@ -1,0 +1,1 @@
+"""Run folders as columns of numbers: metrics, telemetry, timeline, the run's card."""

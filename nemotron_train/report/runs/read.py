@@ -1,0 +1,139 @@
+"""Reading run folders: metrics.jsonl and the small files around it. No torch.
+
+Owns: being robust to what a crash, a running job or an older version leaves behind. Does not own:
+the lines of metrics.jsonl (`columns`), what is made of the numbers (`table`, `plot`, `page`).
+"""
+
+import json
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nemotron_train.config.errors import ConfigError
+from nemotron_train.report.runs.columns import Columns, finite, last_of, parse_columns
+
+GOING_SECONDS = 600  # without a line for so long a run is taken to stand still
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run folder says. `summary`: {} until the end; `environment`: {} in an old folder;
+    `written`: when metrics.jsonl last grew, seconds since 1970."""
+
+    path: Path
+    name: str
+    columns: Columns
+    summary: dict[str, Any]
+    environment: dict[str, Any] = field(default_factory=dict)
+    written: float = 0.0
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        """Lines of metrics.jsonl that tell of something: they have a `kind`."""
+        return self.columns.events
+
+    @property
+    def starts(self) -> list[dict[str, Any]]:
+        """The starts in environment.json, the first one first."""
+        starts = self.environment.get("starts", [])
+        return [s for s in starts if isinstance(s, dict)] if isinstance(starts, list) else []
+
+    def series(self, field: str, along: str = "tokens") -> tuple[np.ndarray, np.ndarray]:
+        """The points (along, field) of the lines that have both as finite numbers: float64."""
+        numbers = self.columns.numbers
+        if field not in numbers or along not in numbers:
+            return np.empty(0), np.empty(0)
+        points = finite(numbers[along], numbers[field])
+        return points[0], points[1]
+
+    def last(self, field: str) -> float | None:
+        """The last finite value of a number; None without one."""
+        return last_of(self.columns.numbers.get(field, []))
+
+    def names(self, prefix: str) -> list[str]:
+        """The numbers whose name begins so, in the order of the file."""
+        return [name for name in self.columns.numbers if name.startswith(prefix)]
+
+    def only(self, fields: Iterable[str]) -> "Run":
+        """The same with these numbers alone, and no lists: what a comparison of many needs."""
+        numbers = {n: v for n, v in self.columns.numbers.items() if n in set(fields)}
+        return replace(self, columns=Columns(numbers, {}, self.columns.events))
+
+    def state(self, now: float | None = None) -> str:
+        """`finished`, `stopped`, `failed`, `going`, or `silent`: not ended in order, as far as the
+        folder tells, and no line for GOING_SECONDS."""
+        ended = self.starts[-1].get("ended") if self.starts else None
+        if self.summary.get("finished") and ended != "failed":
+            return "finished"
+        if ended in ("stopped", "failed"):
+            return ended
+        if ended is None and (now or time.time()) - self.written < GOING_SECONDS:
+            return "going"
+        return "stopped" if self.summary else "silent"
+
+
+def read_run(path: Path) -> Run:
+    """Raises ConfigError when `path` is no run folder or has no metrics yet."""
+    if not path.is_dir():
+        raise ConfigError(f"{path}: no such run folder")
+    try:
+        content = (path / "metrics.jsonl").read_bytes()
+        written = (path / "metrics.jsonl").stat().st_mtime
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no run folder, it has no metrics.jsonl") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: metrics.jsonl cannot be read ({error.strerror})") from None
+    columns = parse_columns(content)
+    if not len(columns.numbers.get("step", [])):
+        raise ConfigError(f"{path}: metrics.jsonl holds no step yet")
+    return Run(
+        path,
+        path.resolve().name,
+        columns,
+        read_object(path / "summary.json"),
+        read_object(path / "environment.json"),
+        written,
+    )
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a small file; {} where there is none, or half of one."""
+    try:
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return loaded if isinstance(loaded, dict) else {}
+
+
+def read_objects(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a file that holds one a line; what cannot be read is left out."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(entry, dict):
+            found.append(entry)
+    return found
+
+
+def label_runs(runs: Sequence[Run]) -> list[str]:
+    """A name for each run that no other one has: the folder's, or its path where two share it."""
+    names = [run.name for run in runs]
+    labels = [
+        name if names.count(name) == 1 else str(run.path)
+        for name, run in zip(names, runs, strict=True)
+    ]
+    return [
+        label if labels.count(label) == 1 else f"{label} ({index + 1})"
+        for index, label in enumerate(labels)
+    ]

@@ -1,0 +1,71 @@
+"""Prints and writes what a sweep's pairs show: gap.md, gap.png, gap_sizes.png. No torch.
+
+Owns: the order of table, notes and files. Does not own: any number (`report.gap`), the pictures
+(`report.plot`).
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from nemotron_train.report.gap.gap import gaps
+from nemotron_train.report.gap.pairs import Comparison, read_sweep
+from nemotron_train.report.gap.sizes import by_size, sentence
+from nemotron_train.report.gap.table import HEADINGS, gap_rows, markdown
+from nemotron_train.report.plot.gap import plot_gaps
+from nemotron_train.report.plot.sizes import plot_sizes
+from nemotron_train.run_folder.folder import write_atomically
+
+
+def report_gaps(folder: Path, console: Console) -> None:
+    """Table, gap.md, gap.png and, of several sizes, gap_sizes.png of a sweep's folder. Raises
+    ConfigError for another folder."""
+    for path in write_gaps(folder, read_sweep(folder), console):
+        console.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
+
+
+def write_gaps(folder: Path, comparisons: Sequence[Comparison], console: Console) -> list[Path]:
+    """The same of what was read of it; what was written: nothing before the first pair."""
+    rows, notes = print_gaps(comparisons, console)
+    if not rows:
+        names = ", ".join(comparison.baseline for comparison in comparisons)
+        text = f"{folder}: no run of the baseline {names} to compare with yet"
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        return []
+    sizes = by_size(comparisons)
+    for plan, found in sizes.items():
+        if text := sentence(plan, found):
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
+            notes = [*notes, text]
+    write_atomically(folder / "gap.md", markdown(rows, notes))
+    written = [folder / "gap.md", plot_gaps(folder / "gap.png", comparisons)]
+    if sizes:
+        title = f"{comparisons[0].name}: gap to the baseline of the same size and seed"
+        written.append(plot_sizes(folder / "gap_sizes.png", sizes, title))
+    return written
+
+
+def print_gaps(
+    comparisons: Sequence[Comparison], console: Console
+) -> tuple[list[list[str]], list[str]]:
+    """One table of all, and a sentence a group; both as returned, empty where there is no pair."""
+    rows: list[list[str]] = []
+    notes: list[str] = []
+    for comparison in comparisons:
+        more_rows, more_notes = gap_rows(comparison, gaps(comparison))
+        rows, notes = rows + more_rows, notes + more_notes
+    if not rows:
+        return [], []
+    table = Table(header_style="bold")
+    for heading in HEADINGS:
+        is_text = heading in ("runs", "verdict")
+        table.add_column(heading, justify="left" if is_text else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    console.print(table)
+    for note in notes:
+        console.print(note, style="dim", markup=False, highlight=False, soft_wrap=True)
+    return rows, notes

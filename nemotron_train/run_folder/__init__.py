@@ -1,0 +1,1 @@
+"""What a run folder holds and who may write to it. No torch."""

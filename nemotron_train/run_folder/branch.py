@@ -1,0 +1,101 @@
+"""`branch=RUN@STEP`: a new run from another run's checkpoint, checked before its folder is made.
+
+Owns: which checkpoint is meant, whether the new configuration can go on from it, what is recorded
+of the parent. Does not own: loading it (`session`), the files of the new run (`run_folder`), the
+grammar of `branch=` (`lineage`). The parent's folder is only read.
+"""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from nemotron_train.config.errors import ConfigError
+from nemotron_train.config.knobs import changed_knobs
+from nemotron_train.config.schema import Config
+from nemotron_train.data.batches import BatchSource
+from nemotron_train.plan.precision.record import plan_record
+from nemotron_train.run_folder.checkpoint_metadata import (
+    check_data,
+    check_model,
+    has_data,
+    has_optimizer,
+    plan_of,
+    progress_of,
+)
+from nemotron_train.run_folder.folder import read_config, read_json, run_path
+from nemotron_train.run_folder.integrity import MANIFEST, damage, step_folder, steps_in
+from nemotron_train.run_folder.lineage import brief, parse_branch
+
+
+def branch_checkpoint(branch: str, *, contents: bool = True) -> Path:
+    """The checkpoint that `branch` names. Raises ConfigError where there is no such run, no such
+    step (with the steps there are) or where the checkpoint is damaged, so far as can be told
+    without reading its tensors if not `contents`."""
+    run, step = parse_branch(branch)
+    if not run.is_dir():
+        raise ConfigError(f"branch={branch}: no such run folder {run}")
+    steps = steps_in(run / "checkpoints")
+    if step not in steps:
+        there = f"it has {', '.join(map(str, steps))}" if steps else "it has none"
+        raise ConfigError(f"branch={branch}: {run} has no checkpoint of step {step}; {there}")
+    path = step_folder(run / "checkpoints", step)
+    problem = damage(path, contents=contents)
+    if problem is not None:
+        raise ConfigError(f"branch={branch}: {path} is damaged: {problem}")
+    return path
+
+
+def check_branch(config: Config, train_data: BatchSource) -> dict[str, Any] | None:
+    """What lineage.json is to say of the parent; None if the new run already has a checkpoint of
+    its own and no longer looks at its parent.
+
+    Raises ConfigError where `branch_checkpoint` does, and for a new run in its parent's folder,
+    another model, an optimizer whose state is stored in another way, other data up to here, and
+    a run that would end before it begins.
+    """
+    checkpoint = check_parent(config)
+    if checkpoint is None:
+        return None
+    run, step = parse_branch(config.branch)
+    parent = read_config(run, step)
+    progress = progress_of(checkpoint)
+    if has_data(checkpoint) and not config.fresh_data:
+        check_data(checkpoint, train_data.description)
+        train_data.take(progress.data, 0)
+    return {
+        "run": str(run),
+        "step": step,
+        "tokens": progress.tokens,
+        "run_id": read_json(run / "environment.json").get("run_id", ""),
+        "checkpoint": hashlib.sha256((checkpoint / MANIFEST).read_bytes()).hexdigest(),
+        "precision": {"before": brief(plan_of(checkpoint)), "after": brief(plan_record(config))},
+        "changed": changed_knobs(parent, config),
+    }
+
+
+def check_parent(config: Config, *, contents: bool = True) -> Path | None:
+    """The parent's checkpoint, held against `config` alone: the data is not looked at, nor, if not
+    `contents`, are tensors read. None and ConfigError as `check_branch` has them."""
+    path = run_path(config)
+    run, step = parse_branch(config.branch)
+    if path.resolve() == run.resolve():
+        raise ConfigError(f"name={config.name}: is the run to branch from; give another name")
+    if steps_in(path / "checkpoints"):
+        return None
+    checkpoint = branch_checkpoint(config.branch, contents=contents)
+    check_model(checkpoint, config.model)
+    parent = read_config(run, step)
+    sharded, was_sharded = (c.parallel.distributed_optimizer for c in (config, parent))
+    if sharded != was_sharded and has_optimizer(checkpoint):
+        raise ConfigError(
+            f"parallel.distributed_optimizer={sharded}: the optimizer's state in {checkpoint} was "
+            f"saved with {was_sharded} and cannot be loaded otherwise; leave it"
+        )
+    progress = progress_of(checkpoint)
+    if progress.tokens >= config.train.total_tokens:
+        raise ConfigError(
+            f"branch={config.branch}: the checkpoint stands at {progress.tokens} tokens and "
+            f"train.total_tokens={config.train.total_tokens}, so nothing is left to train; branch "
+            "from an earlier step or give more tokens"
+        )
+    return checkpoint

@@ -1,0 +1,121 @@
+"""Where a run's weights, its precision plan and its data come from: `branch=RUN@STEP`, switches of
+the plan, phases added to the blend.
+
+Owns: the grammar of `branch=`, the contents of `lineage.json` in a run folder, which knobs were in
+force at a step. Does not own: writing files (`run_folder`), loading weights (`checkpoint`), the
+plan itself. No torch.
+
+`lineage.json` exists only where there is something to tell:
+
+    branched_from: run, step, tokens, run_id, checkpoint (SHA-256 of its manifest), precision before
+        and after (name, digest), changed (every other knob that differs)
+    switches: step, tokens, before, after (name, digest), precision (the knobs from there on)
+    phases: step, tokens, phases (data.phases from there on)
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from nemotron_train.config.errors import ConfigError
+from nemotron_train.plan.precision.record import label
+
+LINEAGE = "lineage.json"
+
+Record = Mapping[str, Any]
+
+
+def parse_branch(text: str) -> tuple[Path, int]:
+    """`RUN@STEP` -> the run folder and the step. Raises ConfigError for anything else."""
+    run, at, step = text.rpartition("@")
+    if not (at and run and step.isdecimal() and step.isascii()):
+        raise ConfigError(f"branch={text}: give RUN_FOLDER@STEP, such as runs/tiny@100")
+    return Path(os.path.normpath(run)), int(step)
+
+
+def read_lineage(folder: Path) -> dict[str, Any]:
+    """What `lineage.json` of the run folder says; {} without one. Raises ConfigError for a file
+    that cannot be read: the run's plan would be another one than its owner thinks."""
+    path = folder / LINEAGE
+    try:
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+        for switch in loaded.get("switches", []):
+            assert isinstance(switch["step"], int) and isinstance(switch["precision"], dict)
+            assert isinstance(switch["after"]["digest"], str)
+        for change in loaded.get("phases", []):
+            assert isinstance(change["step"], int) and isinstance(change["phases"], list)
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, AttributeError, KeyError, TypeError, AssertionError) as error:
+        reason = str(error).splitlines()[0] if str(error) else "it has not the expected fields"
+        raise ConfigError(f"{path} cannot be read ({reason})") from error
+    return loaded
+
+
+def apply_recorded(config: Any, folder: Path, before_step: int | None = None) -> None:
+    """Puts into `config` (config.yaml as loaded) what the run was changed to since, or before a
+    step: the knobs under `precision`, and `data.phases`."""
+    lineage = read_lineage(folder)
+
+    def last(kind: str) -> dict[str, Any] | None:
+        made = [
+            change
+            for change in lineage.get(kind, [])
+            if before_step is None or change["step"] < before_step
+        ]
+        return made[-1] if made else None
+
+    switch, phases = last("switches"), last("phases")
+    if switch is not None:
+        config["precision"] = switch["precision"]
+    if phases is not None:
+        config["data"]["phases"] = phases["phases"]
+
+
+def is_recorded(folder: Path, step: int, plan: Record) -> bool:
+    """Whether a switch to `plan` at `step` was allowed before: a process that was cut off before
+    it saved goes on under it."""
+    return any(
+        switch["step"] == step and switch["after"]["digest"] == plan["digest"]
+        for switch in read_lineage(folder).get("switches", [])
+    )
+
+
+def refusal(trained: Path, before: Record, now: Record, run: Path, detail: str = "") -> str:
+    """The line for a plan that changes and was not asked to."""
+    return (
+        f"{trained} was trained under precision plan {label(before)}, now {label(now)}{detail}: "
+        f"give switch_precision=true to go on under the new one, or branch={run}@STEP to try it "
+        "in a new run"
+    )
+
+
+def with_switch(
+    lineage: Record, step: int, tokens: int, before: Record, after: Record, precision: Record
+) -> dict[str, Any]:
+    """`lineage` with a switch added; switches of steps that are run again are dropped."""
+    earlier = [switch for switch in lineage.get("switches", []) if switch["step"] < step]
+    switch = {
+        "step": step,
+        "tokens": tokens,
+        "before": brief(before),
+        "after": brief(after),
+        "precision": dict(precision),
+    }
+    return {**lineage, "switches": [*earlier, switch]}
+
+
+def with_phases(
+    lineage: Record, step: int, tokens: int, phases: Sequence[Record]
+) -> dict[str, Any]:
+    """`lineage` with phases added to the blend; changes at steps that are run again are dropped."""
+    earlier = [change for change in lineage.get("phases", []) if change["step"] < step]
+    change = {"step": step, "tokens": tokens, "phases": list(phases)}
+    return {**lineage, "phases": [*earlier, change]}
+
+
+def brief(record: Record) -> dict[str, str]:
+    """A plan's name and digest."""
+    return {"name": record["name"], "digest": record["digest"]}

@@ -1,0 +1,1 @@
+"""Saving and loading checkpoints, synchronously or in the background."""

@@ -1,0 +1,347 @@
+"""Checkpoints: Megatron-Core's distributed format inside a shell of trust of our own.
+
+Owns: which tensors are saved, their copy to host memory, the files Megatron writes, loading them.
+Does not own: which folder can be trusted and which is dropped (`integrity`), the JSON files beside
+the tensors (`saved`), the thread that writes (`background`).
+
+Saved: weights, optimizer, router biases (buffers of the model), the data's cursor, random states,
+what the model was and under which precision plan it was trained. Weights are the parameters and
+their FP32 masters, never quantized, so any plan can go on from them. Shards carry global names and
+offsets: another layout can load them.
+"""
+
+import contextlib
+import pickle
+import queue
+import shutil
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer, distrib_optimizer
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch.distributed.checkpoint import filesystem
+from torch.distributed.checkpoint.api import CheckpointException
+
+from nemotron_train.config.errors import ConfigError
+from nemotron_train.config.schema import Config, ModelConfig
+from nemotron_train.optim.build import load_optimizer_state
+from nemotron_train.optim.update import gather_parameters
+from nemotron_train.platform.device import wait_for_device
+from nemotron_train.run_folder import checkpoint_metadata, integrity
+from nemotron_train.run_folder.integrity import partial_folder, step_folder
+from nemotron_train.run_folder.progress import Progress
+from nemotron_train.train.checkpoint import random_states
+from nemotron_train.train.checkpoint.background import Background, SaveFailed
+
+# UPSTREAM(megatron-core 0.19.2): planning a save starts a manager process for a queue that only a
+# writer in a process of its own would need (a second, and its memory, a rank).
+filesystem_async._results_queue = queue.SimpleQueue()  # type: ignore[assignment]
+# UPSTREAM(megatron-core 0.19.2): describing the optimizer's state ends in a collection of all the
+# process's objects, for trainings that switched the collector off. Ours has it on: 120 ms a save.
+distrib_optimizer.gc = types.SimpleNamespace(collect=lambda: 0)  # type: ignore[attr-defined]
+
+
+# A file to write: its path and name, and what goes into it: objects, and (item, tensor) pairs.
+Bucket = tuple[Any, str, tuple[list[Any], list[tuple[Any, torch.Tensor]]]]
+Buffers = dict[Any, torch.Tensor]  # by torch's index of a tensor in the checkpoint
+
+
+class _Planner(TorchDistSaveShardedStrategy):
+    """Plans a save as Megatron does, and keeps the parts so that we run them."""
+
+    writer: Any
+    metadata: Any  # torch's `Metadata` on the first rank, without the places of the tensors
+
+    def _get_save_and_finalize_callbacks(self, writer: Any, planned: Any, kind: str) -> Any:
+        self.writer, self.metadata = writer, planned[1]
+        return super()._get_save_and_finalize_callbacks(writer, planned, kind)
+
+
+@contextlib.contextmanager
+def no_code_runs() -> Iterator[None]:
+    """While it lasts, torch loads tensors and plain values only, and metadata by its listed names.
+
+    UPSTREAM(torch 2.13): `read_metadata` unpickles whatever `.metadata` names, and the default
+    planner loads objects (Megatron's common state) with weights_only=False.
+    """
+    load = torch.load
+
+    def load_weights_only(*args: Any, **options: Any) -> Any:
+        return load(*args, **{**options, "weights_only": True})
+
+    torch.load = load_weights_only
+    filesystem.pickle = types.SimpleNamespace(  # type: ignore[assignment]
+        load=integrity.load_metadata, dump=pickle.dump
+    )
+    try:
+        yield
+    finally:
+        torch.load = load
+        filesystem.pickle = pickle  # type: ignore[assignment]
+
+
+def agreed_latest(
+    folder: Path, say: Callable[[str], None], verified: set[int] | None = None
+) -> Path | None:
+    """`integrity.latest`, read by the first rank alone; COLLECTIVE. Raises ConfigError on all."""
+    answer: list[Any] = [None, ""]
+    if dist.get_rank() == 0:
+        try:
+            answer[0] = integrity.latest(folder, say, verified)
+        except ConfigError as error:
+            answer[1] = str(error)
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(answer, src=0)
+    if answer[1]:
+        raise ConfigError(answer[1])
+    return answer[0]
+
+
+class Checkpoints:
+    """Saves and loads the run's checkpoints; every method is COLLECTIVE.
+
+    `check_held` raises if this process may no longer write in the run folder; the first rank asks.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        chunks: Sequence[DistributedDataParallel],
+        optimizer: MegatronOptimizer,
+        groups: ProcessGroupCollection,
+        config: Config,
+        plan: Mapping[str, Any],
+        data: Mapping[str, Any],
+        check_held: Callable[[], None],
+        say: Callable[[str], None],
+    ) -> None:
+        self._folder, self._keep, self._say = folder, config.train.keep_checkpoints, say
+        self._chunks, self._optimizer = chunks, optimizer
+        self._config, self._plan, self._data = config, plan, data
+        self._check_held = check_held
+        self._rank, self._num_ranks = dist.get_rank(), dist.get_world_size()
+        self._background = Background()
+        self._pending: Path | None = None  # the checkpoint in flight
+        self._host_copies: Buffers = {}
+        self._verified: set[int] = set()  # steps that this process has read whole, or written
+        self._metadata = {
+            "distrib_optim_sharding_type": "fully_reshardable",
+            "distrib_optim_fully_reshardable_mem_efficient": False,
+            "chained_optim_avoid_prefix": True,
+            "singleton_local_shards": False,
+            "dp_cp_group": groups.dp_cp,
+        }
+
+    def _sharded_state(self, is_loading: bool, has_optimizer: bool = True) -> dict:
+        # A chunk's entries carry global names and numbers: its place here is this rank's alone.
+        cores: list[Any] = [chunk.module for chunk in self._chunks]
+        model_state = {
+            f"chunk_{number}": core.sharded_state_dict(metadata=self._metadata)
+            for number, core in enumerate(cores)
+        }
+        if not has_optimizer:
+            return {"model": model_state}
+        return {
+            "model": model_state,
+            "optimizer": self._optimizer.sharded_state_dict(
+                model_state, is_loading=is_loading, metadata=self._metadata
+            ),
+        }
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether a save was started that `poll` has not told the end of."""
+        return self._background.in_flight
+
+    def latest(self) -> Path | None:
+        """The newest undamaged checkpoint of this run. Raises ConfigError where all are damaged."""
+        self.poll(wait=True)
+        return agreed_latest(self._folder, self._say, self._verified)
+
+    def save(self, progress: Progress) -> Path:
+        """Write the checkpoint of `progress` and drop those past the newest `keep`. Raises
+        SaveFailed, on every rank, where it cannot be written."""
+        self.start(progress, is_copied=False)
+        path = self.poll(wait=True)
+        assert path is not None
+        return path
+
+    def start(self, progress: Progress, is_copied: bool = True) -> None:
+        """Begin to write the checkpoint of `progress`: its tensors are copied to host memory (or,
+        unless `is_copied`, nothing may train before `poll` tells the end) and handed to a thread.
+
+        Waits for a save before it, if that is still in flight. Raises SaveFailed.
+        """
+        self.poll(wait=True)
+        gather_parameters(self._chunks)
+        final = step_folder(self._folder, progress.step)
+        partial, problem = partial_folder(final), ""
+        if self._rank == 0:
+            try:
+                self._check_held()
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+            except (OSError, RuntimeError) as error:
+                problem = f"{final}: {error}"
+        self._background.together(problem)
+        planner = _Planner()
+        dist_checkpointing.save(
+            self._sharded_state(is_loading=False),
+            str(partial),
+            planner,
+            async_sharded_save=True,
+            async_strategy="mcore",
+        )
+        buckets = planner.writer.write_buckets
+        if is_copied:
+            buckets = _copied(buckets, self._host_copies)
+        texts = checkpoint_metadata.texts_of(
+            progress, self._config, self._plan, self._data, self._num_ranks
+        )
+        states = random_states.capture()
+        self._pending = final
+        self._background.start(
+            lambda: (*_write_shards(planner.writer, buckets, partial), states),
+            lambda results: self._commit(final, planner, texts, results),
+            is_waited_for=not is_copied,
+        )
+
+    def poll(self, *, wait: bool = False) -> Path | None:
+        """The checkpoint in flight, once it is complete; None before that and without one. Raises
+        SaveFailed, on every rank, where it could not be written."""
+        try:
+            if not self._background.poll(wait=wait):
+                return None
+        except SaveFailed:
+            if self._rank == 0 and self._pending is not None:
+                shutil.rmtree(partial_folder(self._pending), ignore_errors=True)
+            raise
+        return self._pending
+
+    def _commit(
+        self, final: Path, planner: _Planner, texts: dict[str, str], results: Sequence[Any]
+    ) -> None:
+        """The first rank's end of a save: what names the shards, the manifest, the rename."""
+        partial, sums = partial_folder(final), {}
+        try:
+            places, digests, states = zip(*results, strict=True)
+            for part in digests:
+                sums |= part
+            planner.metadata.__dict__.pop("all_local_plans", None)  # as large as all the rest
+            planner.writer.finish(planner.metadata, list(places))
+            save_config(CheckpointingConfig(planner.backend, planner.version), str(partial))
+            for name, text in {
+                **texts,
+                checkpoint_metadata.RANDOM: checkpoint_metadata.random_text(states),
+            }.items():
+                integrity.write_durably(partial / name, text)
+            integrity.commit(final, sums, self._check_held)
+        except OSError as error:
+            raise OSError(f"{final}: {error.strerror or error}") from error
+        self._verified.add(int(final.name.removeprefix("step_")))
+        integrity.drop_old(self._folder, self._keep, self._verified)
+
+    def load(self, path: Path) -> Progress:
+        """Load the checkpoint in `path` into model and optimizer, and the random states where the
+        ranks are as many. Without an optimizer in it (`convert merge`) the masters are the weights,
+        and moments and step count stay those of a fresh optimizer.
+
+        Raises ConfigError when it belongs to another model or does not hold what this one needs.
+        """
+        checkpoint_metadata.check_model(path, self._config.model)
+        has_optimizer = checkpoint_metadata.has_optimizer(path)
+        state = self._sharded_state(is_loading=True, has_optimizer=has_optimizer)
+        loaded = _load(path, state)
+        for number, chunk in enumerate(self._chunks):
+            chunk.module.load_state_dict(loaded["model"][f"chunk_{number}"])
+        if has_optimizer:
+            load_optimizer_state(self._optimizer, loaded["optimizer"])
+        else:
+            self._optimizer.reload_model_params()
+        states = checkpoint_metadata.random_state_of(path, self._rank, self._num_ranks)
+        if states is not None:
+            random_states.restore(states)
+        return checkpoint_metadata.progress_of(path)
+
+
+def load_weights(
+    path: Path, cores: Sequence[Any], groups: ProcessGroupCollection, model: ModelConfig
+) -> None:
+    """Load the weights and buffers of the checkpoint in `path` into bare models, whatever layout it
+    was saved under; COLLECTIVE. Raises ConfigError when it belongs to another model or cannot be
+    loaded."""
+    checkpoint_metadata.check_model(path, model)
+    metadata = {"singleton_local_shards": False, "dp_cp_group": groups.dp_cp}
+    states = {
+        f"chunk_{number}": core.sharded_state_dict(metadata=metadata)
+        for number, core in enumerate(cores)
+    }
+    loaded = _load(path, {"model": states})
+    for number, core in enumerate(cores):
+        core.load_state_dict(loaded["model"][f"chunk_{number}"])
+
+
+def _load(path: Path, state: dict[str, Any]) -> Any:
+    """The sharded `state` filled from the checkpoint in `path`. Raises ConfigError."""
+    try:
+        with no_code_runs():
+            return dist_checkpointing.load(state, str(path))
+    except CheckpointException as error:  # no subclass of Exception
+        reason = str(error).strip().splitlines()[-1]
+        raise ConfigError(f"{path}: cannot be loaded: {reason}") from error
+
+
+def _copied(buckets: Sequence[Bucket], copies: Buffers) -> list[Bucket]:
+    """The buckets of tensors to write, copied into host memory that is kept for the next save:
+    pinned where they come from a GPU. SYNC: waits for the copies."""
+    copied = []
+    for path, name, (objects, tensors) in buckets:
+        pairs = []
+        for item, tensor in tensors:
+            copy = copies.get(item.index)
+            if copy is None or copy.shape != tensor.shape or copy.dtype != tensor.dtype:
+                copy = torch.empty(
+                    tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type != "cpu"
+                )
+                copies[item.index] = copy
+            copy.copy_(tensor, non_blocking=True)
+            pairs.append((item, copy))
+        copied.append((path, name, (objects, pairs)))
+    wait_for_device()
+    return copied
+
+
+def _write_shards(
+    writer: Any, buckets: Sequence[Bucket], partial: Path
+) -> tuple[list[Any], dict[str, str]]:
+    """Write what this rank holds; returns where each tensor lies and the files' digests."""
+    transforms = [writer.transforms] if hasattr(writer, "transforms") else []
+    places: list[Any] = []
+    for number, bucket in enumerate(buckets):
+        _, outcome = filesystem_async.FileSystemWriterAsync.write_preloaded_data(  # type: ignore
+            transforms, number, bucket, None, None, True
+        )
+        if isinstance(outcome, Exception):
+            raise OSError(f"{partial}: {_reason(outcome)}") from outcome
+        places += outcome
+    return places, integrity.hashed(partial, [name for _, name, _ in buckets])
+
+
+def _reason(error: BaseException) -> str:
+    """The system's own words where there are any: a full disk reaches us as torch's complaint about
+    a position in its archive, with the system's error behind it."""
+    behind: BaseException | None = error
+    while behind is not None:
+        if isinstance(behind, OSError) and behind.strerror:
+            return behind.strerror
+        behind = behind.__cause__ or behind.__context__
+    return str(error)

@@ -1,0 +1,1 @@
+"""What watches over a run: non-finite values, spikes, health, stragglers, hangs."""

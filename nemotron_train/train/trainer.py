@@ -1,0 +1,243 @@
+"""One process's part of a run: model, optimizer, data and checkpoints, built once and joined.
+
+`run.py` decides what is built and prints; this holds the objects and the order in which the
+side jobs follow a step. Everything Megatron-Core needs exists when this module is imported.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from rich.console import Console
+
+from nemotron_train.assemble.build import build_chunks, wrap_chunks
+from nemotron_train.config.errors import ConfigError, TrainingFailed
+from nemotron_train.config.schema import Config
+from nemotron_train.data.batches import BatchSource
+from nemotron_train.optim.build import build_optimizer
+from nemotron_train.plan.derive import Derived
+from nemotron_train.plan.precision.record import plan_record
+from nemotron_train.platform.device import Platform, peak_flops, peak_memory_bytes
+from nemotron_train.precision.attach import PrecisionControl
+from nemotron_train.precision.native import NativePrecision
+from nemotron_train.precision.telemetry import Telemetry
+from nemotron_train.run_folder.branch import branch_checkpoint
+from nemotron_train.run_folder.checkpoint_metadata import check_data, has_data, plan_of, progress_of
+from nemotron_train.run_folder.lineage import is_recorded, refusal
+from nemotron_train.run_folder.metrics import MetricsWriter
+from nemotron_train.run_folder.progress import Progress
+from nemotron_train.run_folder.starts import STOP_FILE
+from nemotron_train.train.checkpoint.checkpoints import Checkpoints
+from nemotron_train.train.evaluate import validation_losses
+from nemotron_train.train.guard.guard import Guard
+from nemotron_train.train.guard.roll_back import GuardedStep
+from nemotron_train.train.guard.watchdog import Watchdog
+from nemotron_train.train.hooks import Log, Save, TelemetryRecord, Validate
+from nemotron_train.train.loop import Hook, fit
+from nemotron_train.train.progress_bar import ProgressDisplay
+from nemotron_train.train.stop import StopOnRequest
+from nemotron_train.train.train_step import Trainer
+
+
+class Session:
+    """Builds this rank's part of the run; COLLECTIVE."""
+
+    def __init__(
+        self,
+        config: Config,
+        derived: Derived,
+        platform: Platform,
+        groups: ProcessGroupCollection,
+        train_data: BatchSource,
+        validation_data: BatchSource,
+        folder: Path,
+        console: Console,
+        native: bool = False,
+        check_held: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.config, self.derived, self.platform, self.groups = config, derived, platform, groups
+        self.train_data, self.validation_data = train_data, validation_data
+        self.console = console
+        model_parallel_cuda_manual_seed(config.train.seed)
+        cores = build_chunks(config, platform, groups, native)
+        if platform.device != "cpu":
+            cores = [core.to(platform.device) for core in cores]
+        self.chunks = wrap_chunks(cores, config, groups)
+        self.optimizer = build_optimizer(config, self.chunks, groups, platform)
+        self.telemetry = None
+        if config.precision.telemetry.every > 0:
+            self.telemetry = Telemetry(config, derived.total_steps, platform.device)
+        self.precision = (
+            NativePrecision(cores, config)
+            if native
+            else PrecisionControl(cores, config, groups, self.telemetry)
+        )
+        self.guard = Guard(config.guard, platform.device)
+        self.trainer = Trainer(
+            config,
+            derived,
+            self.chunks,
+            self.optimizer,
+            train_data,
+            groups,
+            platform.device,
+            self.precision,
+            self.guard,
+        )
+        self.run_folder, self.folder = folder, folder / "checkpoints"
+        self.plan = plan_record(config)
+        self.plan_before: dict[str, Any] | None = None  # the loaded checkpoint's, if another one
+        self.checkpoints = Checkpoints(
+            self.folder,
+            self.chunks,
+            self.optimizer,
+            groups,
+            config,
+            self.plan,
+            train_data.description,
+            check_held,
+            console.print,
+        )
+
+    def resume(self) -> Progress:
+        """Progress of the newest undamaged checkpoint, loaded; of the one branched from; or of a
+        fresh run. Raises ConfigError for a checkpoint of another model, or of another precision
+        plan where that was not asked for."""
+        path, is_branch = self.checkpoints.latest(), False
+        if path is None and self.config.branch:
+            path, is_branch = branch_checkpoint(self.config.branch), True
+        if path is None:
+            return Progress(0, 0, self.train_data.state_at_start())
+        is_fresh = is_branch and self.config.fresh_data
+        if not is_fresh:
+            check_data(path, self.train_data.description)
+        before = plan_of(path)
+        if before["digest"] != self.plan["digest"]:
+            step = progress_of(path).step
+            allowed = self.config.switch_precision or is_recorded(self.run_folder, step, self.plan)
+            if not (is_branch or allowed):
+                raise ConfigError(refusal(path, before, self.plan, self.run_folder))
+            self.plan_before = before
+        progress = self._load(path)
+        if is_fresh:
+            progress = replace(progress, data=self.train_data.state_at_start())
+        self.console.print(f"{'branched' if is_branch else 'resumed'} from {path}")
+        if is_branch:
+            # From here on the run needs nothing of its parent, which goes on dropping checkpoints.
+            self.checkpoints.save(progress)
+        return progress
+
+    def roll_back(self) -> tuple[Path, Progress] | None:
+        """Load the newest undamaged checkpoint while the run goes on; COLLECTIVE."""
+        path = self.checkpoints.latest()
+        if path is None:
+            return None
+        return path, self._load(path)
+
+    def _load(self, path: Path) -> Progress:
+        progress = self.checkpoints.load(path)
+        self.precision.weights_changed()
+        if not has_data(path):
+            progress = replace(progress, data=self.train_data.state_at_start())
+        return progress
+
+    def validate(self) -> list[float]:
+        """Mean validation loss of the main head and of each depth; COLLECTIVE."""
+        return validation_losses(
+            self.config,
+            self.derived,
+            self.chunks,
+            self.validation_data,
+            self.groups,
+            self.platform.device,
+        )
+
+    def _last_step(self, progress: Progress) -> int:
+        """Not `derived.total_steps`: a branch counts its parent's steps, maybe of another batch."""
+        left = max(0, self.config.train.total_tokens - progress.tokens)
+        return progress.step + -(-left // self.derived.tokens_per_step)
+
+    def fit(
+        self, progress: Progress, writer: MetricsWriter | None, process_started: float
+    ) -> tuple[Progress, dict[str, Any]]:
+        """Train to the end or to a request to stop; returns the progress and the summary.
+        process_started: of `time.monotonic`, for the limit of time."""
+        train, last_step = self.config.train, self._last_step(progress)
+        if self.telemetry is not None:
+            self.telemetry.last_step = last_step
+        stop = StopOnRequest(
+            train.stop_after_steps,
+            train.stop_after_minutes,
+            process_started,
+            self.run_folder / STOP_FILE,
+            self.platform.device,
+        )
+        started = time.perf_counter()
+        guard = self.config.guard
+        watchdog = Watchdog(
+            self.run_folder, dist.get_rank(), 60 * guard.hang_minutes, 60 * guard.first_step_minutes
+        )
+        with (
+            watchdog,
+            ProgressDisplay(last_step, self.console, start_step=progress.step) as display,
+        ):
+            validate = Validate(
+                self.validate, train.validate_every_steps, last_step, self.trainer.clock
+            )
+            log = Log(
+                writer,
+                display,
+                every_steps=train.log_every_steps,
+                also_every_steps=guard.health_every,
+                last_step=last_step,
+                tokens_per_step=self.derived.tokens_per_step,
+                flops_per_token=self.derived.training_flops_per_token,
+                peak_flops=peak_flops() * self.derived.num_ranks,
+                clock=self.trainer.clock,
+            )
+            hooks: list[Hook] = [watchdog, validate, watchdog, log]
+            if self.telemetry is not None:
+                hooks.append(TelemetryRecord(self.telemetry, writer))
+            save = Save(
+                self.checkpoints,
+                train.save_every_steps,
+                last_step,
+                train.async_save,
+                display.message,
+                self.trainer.clock,
+            )
+            step = GuardedStep(
+                self.trainer, self.guard, self.roll_back, save.forget, writer, display.message
+            )
+            try:
+                progress = fit(
+                    step,
+                    until=train.total_tokens,
+                    progress=progress,
+                    hooks=[*hooks, save, watchdog],
+                    stop=stop,
+                )
+            except TrainingFailed:  # of all ranks; what they began to save of before is good
+                save.finish()
+                raise
+            save.save(progress)
+        summary = {
+            "step": progress.step,
+            "tokens": progress.tokens,
+            "finished": progress.tokens >= train.total_tokens,
+            "stop_reason": stop.reason,
+            "loss": log.latest.get("loss", math.nan),
+            "validation_loss": validate.latest,
+            "unigram_entropy": self.validation_data.unigram_entropy,
+            "seconds": time.perf_counter() - started,
+            "tokens_per_second": log.latest.get("tokens_per_second", math.nan),
+            "peak_memory_bytes": peak_memory_bytes(),
+            "parameters": self.derived.parameters,
+        }
+        return progress, summary

@@ -1,0 +1,82 @@
+"""What a checkpoint remembers of its plan: one digest for one plan, whatever file it comes from.
+
+Second truth: plans that are equal or not by what `formats_at` gives every linear. Not covered:
+what a run does about it (tests/run_folder/test_branch.py).
+"""
+
+import itertools
+import json
+
+import pytest
+
+from nemotron_train.compose.compose import compose_config, recipes_folder
+from nemotron_train.config.schema import Config
+from nemotron_train.plan.precision.record import label, plan_record
+from nemotron_train.plan.precision.resolve import formats_at, phase_boundaries
+
+PLANS = sorted(path.stem for path in (recipes_folder() / "precision").glob("*.yaml"))
+
+
+def config_of(*overrides: str) -> Config:
+    return compose_config(["optim.decay_tokens=1000", *overrides])
+
+
+def resolved(config: Config) -> object:
+    """All that a plan says, without its name."""
+    phases = [(start, formats_at(config, start)) for start in phase_boundaries(config)]
+    return config.precision.parameter_dtype, phases
+
+
+def test_digests_differ_exactly_where_ready_plans_do() -> None:
+    configs = [config_of(f"precision={plan}") for plan in PLANS]
+    for one, other in itertools.combinations(configs, 2):
+        same = plan_record(one)["digest"] == plan_record(other)["digest"]
+        assert same == (resolved(one) == resolved(other)), (one.precision, other.precision)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "same"),
+    [
+        (["precision.name=renamed"], True),
+        (["precision.rules.mtp.enabled=false"], False),
+        (["precision.default.hadamard=false"], False),
+        (["precision.default.weight_2d=false"], False),
+        (["precision.default.stochastic_rounding=false"], False),
+        (["precision.rules.mamba_out.dgrad=bf16"], False),
+        (["precision.phases=[{from_tokens: 4096, at_least: {fprop: bf16}}]"], False),
+        (["train.seed=7", "optim.peak_learning_rate=1.0"], True),
+    ],
+)
+def test_what_changes_the_digest(overrides: list[str], same: bool) -> None:
+    plain = plan_record(config_of("precision=nvfp4_nemotron3"))
+    changed = plan_record(config_of("precision=nvfp4_nemotron3", *overrides))
+    assert (changed["digest"] == plain["digest"]) == same
+
+
+def test_rules_said_in_other_words_are_the_same_plan() -> None:
+    """Mamba in BF16 and the rest in NVFP4, by a rule for Mamba or by rules for all the others."""
+    kinds = ("attention", "moe", "mtp_projection")
+    rules = [f"+precision.rules.{kind}={{layer_type: {kind}, format: nvfp4}}" for kind in kinds]
+    mamba = "+precision.rules.mamba={layer_type: mamba, format: bf16}"
+    one = plan_record(config_of("precision=nvfp4_all", mamba))
+    other = plan_record(config_of("precision=bf16", *rules))
+    assert one["digest"] == other["digest"] and one["name"] != other["name"]
+
+
+def test_record_is_json_and_says_everything() -> None:
+    """Read back from JSON it names every linear's products in every phase."""
+    config = config_of("precision=nvfp4_bf16_forward")
+    record = json.loads(json.dumps(plan_record(config)))
+    assert [phase["from_tokens"] for phase in record["phases"]] == phase_boundaries(config)
+    for phase in record["phases"]:
+        for path, formats in formats_at(config, phase["from_tokens"]).items():
+            words = phase["linears"][path].split()
+            assert words[:3] == [
+                f"fprop={formats.fprop}",
+                f"dgrad={formats.dgrad}",
+                f"wgrad={formats.wgrad}",
+            ]
+            options = [o for o in ("weight_2d", "hadamard", "stochastic_rounding") if o in words]
+            assert options == words[3:]
+            assert all(getattr(formats, option) for option in options)
+    assert label(record) == f"nvfp4_bf16_forward ({record['digest'][:12]})"

@@ -1,0 +1,143 @@
+"""The page in a real browser: it draws, reports no error, asks for nothing, and is quick.
+
+Chromium without a display. Needs `chromium` (or google-chrome) on PATH: Debian's package is
+`chromium`; make test-browser. Not covered: other browsers; how a chart looks, which a person has
+looked at (docs/report.md).
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from html import unescape
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from nemotron_train.cli.main import main
+
+CHROMIUM = next(
+    (
+        found
+        for name in ("chromium", "chromium-browser", "google-chrome")
+        if (found := shutil.which(name))
+    ),
+    "",
+)
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(not CHROMIUM, reason="no chromium on PATH (Debian: apt install chromium)"),
+]
+MAX_DRAWING_SECONDS = 3.0  # of 20 runs, all charts; 0.3 s on a quiet machine of two cores
+NUM_RUNS, NUM_STEPS = 20, 20_000
+
+
+def browse(page: Path, folder: Path, *options: str) -> tuple[str, str, list[str]]:
+    """Opens the page; returns the document as it stands then, what was said on the console, and
+    every address that was asked for but the page's own."""
+    folder.mkdir()
+    log, netlog = folder / "chrome.log", folder / "net.json"
+    command = [CHROMIUM, "--headless=new", "--disable-gpu", "--no-first-run", "--hide-scrollbars"]
+    command += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    command += ["--disable-default-apps", "--disable-extensions", "--metrics-recording-only"]
+    command += ["--host-resolver-rules=MAP * ~NOTFOUND"]  # whatever is asked for stays here
+    command += [f"--user-data-dir={folder / 'profile'}", f"--log-net-log={netlog}"]
+    command += ["--enable-logging=stderr", "--v=0", "--virtual-time-budget=10000", *options]
+    if os.geteuid() == 0:
+        command.append("--no-sandbox")  # Chromium refuses to sandbox for root
+    with open(log, "wb") as errors:
+        done = subprocess.run(
+            [*command, page.as_uri()], stdout=subprocess.PIPE, stderr=errors, timeout=300
+        )
+    assert done.returncode == 0, log.read_text()[-2000:]
+    console = [line for line in log.read_text(errors="replace").splitlines() if "CONSOLE" in line]
+    return done.stdout.decode(), "\n".join(console), _asked(netlog, page)
+
+
+def _asked(netlog: Path, page: Path) -> list[str]:
+    """What the page asked for. Chromium's own errands (updates, time) have no origin."""
+    text = netlog.read_text()
+    try:
+        events = json.loads(text)["events"]
+    except ValueError:  # cut off where Chromium was ended
+        events = json.loads(text.rstrip().rstrip(",") + "]}")["events"]
+    parameters = [event.get("params") or {} for event in events]
+    asked = [p["url"] for p in parameters if p.get("initiator", "not an origin") != "not an origin"]
+    return [url for url in asked if url != page.as_uri()]
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty runs, one with a hostile name, as `report` shows them."""
+    folder = tmp_path_factory.mktemp("browser")
+    generator = np.random.default_rng(0)
+    for number in range(NUM_RUNS):
+        name = "<img src=http://example.com/x onerror=alert(1)>" if number == 3 else f"run{number}"
+        name = name.replace("/", "|")  # no folder's name holds a slash
+        run = folder / "runs" / name
+        run.mkdir(parents=True)
+        losses = 3 + 5 / np.sqrt(1 + np.arange(NUM_STEPS) / 50)
+        losses += 0.1 * generator.standard_normal(NUM_STEPS)
+        norms = np.exp(generator.standard_normal(NUM_STEPS))
+        with open(run / "metrics.jsonl", "w") as file:
+            for step, (loss, norm) in enumerate(zip(losses, norms, strict=True), start=1):
+                row = {"step": step, "tokens": 2048 * step, "loss": loss, "grad_norm": norm}
+                row |= {"lr": 1e-3, "tokens_per_second": 1e5 + loss, "time": 1e9 + step}
+                row |= {"max_vio": 1 + norm / 10, "max_vio/decoder.layers.1": 1 + norm / 10}
+                row |= {"step_time/data": 0.01, "step_time/forward_backward": 0.5 + norm / 100}
+                if step % 1000 == 0:
+                    row["expert_load/decoder.layers.1"] = [1 / 16] * 16
+                file.write(json.dumps(row) + "\n")
+    assert main(["report", str(folder / "runs")]) == 0
+    return folder / "runs" / "report.html"
+
+
+def test_it_draws_asks_for_nothing_and_complains_of_nothing(page: Path, tmp_path: Path) -> None:
+    document, console, asked = browse(page, tmp_path / "a", "--dump-dom")
+    assert console == ""
+    assert asked == []
+    drawn = re.search(r'data-drawn="(\d+)"', document)
+    charts = re.search(r'data-charts="(\d+)"', document)
+    assert drawn and charts, "the script came to its end"
+    assert int(charts[1]) == document.count("<figure") >= 9
+    assert int(drawn[1]) < 1000 * MAX_DRAWING_SECONDS
+    chips = re.findall(r'<button class="chip".*?</button>', document, re.S)
+    assert len(chips) == NUM_RUNS
+    assert any("onerror" in unescape(chip) for chip in chips)
+    assert not re.search(r"<img", document), "a name became an element"
+
+
+def test_what_a_page_does_would_be_seen(tmp_path: Path) -> None:
+    """The same look at a page that loads, complains, and has no policy of its own."""
+    bad = tmp_path / "bad.html"
+    bad.write_text("<img src='http://127.0.0.1:9/x'><script>fetch('http://a.test/'); no()</script>")
+    _, console, asked = browse(bad, tmp_path / "a", "--dump-dom")
+    assert "no is not defined" in console
+    assert {"http://127.0.0.1:9/x", "http://a.test/"} <= set(asked)
+
+
+@pytest.mark.parametrize(
+    ("width", "options"),
+    [
+        (1280, []),
+        (1280, ["--blink-settings=preferredColorScheme=0"]),
+        (400, []),
+    ],
+    ids=["light", "dark", "phone"],
+)
+def test_it_is_painted(page: Path, tmp_path: Path, width: int, options: list[str]) -> None:
+    """The picture has the page's paper and the curves' colours; nothing sticks out to the right
+    of a phone's screen."""
+    picture = tmp_path / "page.png"
+    browse(page, tmp_path / "a", f"--screenshot={picture}", f"--window-size={width},1600", *options)
+    with Image.open(picture) as image:
+        # A narrow window is not made narrower than Chromium's least, 500.
+        assert image.width >= width
+        colours = {c for _, c in image.convert("RGB").getcolors(maxcolors=1 << 24) or []}
+    if options:
+        assert (0x12, 0x16, 0x1C) in colours and (0x56, 0xB4, 0xE9) in colours
+    else:
+        assert (0xFF, 0xFF, 0xFF) in colours and (0x00, 0x72, 0xB2) in colours

@@ -1,0 +1,286 @@
+"""The order of the code, read from its syntax trees: which way imports go, who may know whom, what
+loads no torch, how long files and functions may be.
+
+A folder directly under nemotron_train/ is a layer. LAYERS lists them from top to bottom; a module
+imports from its own layer or from one below. No two folders, at any depth, import each other.
+
+Not covered: names reached through objects that are passed, and imports by string.
+"""
+
+import ast
+import graphlib
+import re
+import subprocess
+import sys
+from collections.abc import Mapping, Set
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "nemotron_train"
+
+LAYERS = (
+    "__main__",
+    "cli",
+    "check",
+    "launch",
+    "convert",
+    "evaluate",
+    "generate",
+    "run",
+    "report",
+    "compose",
+    "train",
+    "assemble",
+    "precision",
+    "optim",
+    "run_folder",
+    "data",
+    "model",
+    "kernels",
+    "platform",
+    "plan",
+    "config",
+)
+
+# Folders whose modules load no torch, and single modules of other folders that do not either.
+NO_TORCH = ("cli", "compose", "config", "data", "launch", "plan", "report", "run_folder")
+NO_TORCH_MODULES = [
+    "check.compare",
+    "check.data",
+    "check.parallel",
+    "check.precision",
+    "check.ranks",
+    "check.resume",
+    "convert.merge_weights",
+    "convert.hugging_face.config",
+    "convert.hugging_face.fields",
+    "convert.hugging_face.mapping",
+    "evaluate.knobs",
+    "generate.knobs",
+    "generate.text",
+    "platform.files",
+    "platform.lock",
+    "precision.telemetry_record",
+    "train.guard.spikes",
+    "train.guard.watchdog",
+    "train.loop",
+    "train.progress_bar",
+]
+
+KNOW_MEGATRON = ("assemble.*", "model.*", "optim.*", "platform.*", "precision.*", "train.*")
+KNOW_MEGATRON += ("check.state",)
+OWN_CUDA = ("platform.device", "platform.megatron_cpu")
+
+MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 80
+
+Imports = Mapping[str, Set[str]]
+
+
+def _modules() -> dict[str, Path]:
+    """Module name, without the package's, to its file."""
+    modules = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        modules[".".join(parts).removesuffix("__init__").removesuffix(".")] = path
+    return modules
+
+
+MODULES = _modules()
+FOLDERS = {name for name, path in MODULES.items() if path.name == "__init__.py" and name}
+TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
+
+
+def _imported_names(tree: ast.Module) -> set[str]:
+    """Full names of everything imported anywhere in a file, inside functions too."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def _package_imports(name: str) -> set[str]:
+    """The modules of this package that a module imports."""
+    targets = set()
+    for full in _imported_names(TREES[name]):
+        if full.split(".")[0] != "nemotron_train":
+            continue
+        target = full.removeprefix("nemotron_train").removeprefix(".")
+        while target not in MODULES:  # the name of a class or function counts for its module
+            target = target.rpartition(".")[0]
+        targets.add(target)
+    return targets - {name, ""}
+
+
+IMPORTS: Imports = {name: _package_imports(name) for name in MODULES if name}
+
+
+def _layer(name: str) -> str:
+    return name.split(".")[0]
+
+
+def _folder(name: str) -> str:
+    """The folder that a module lies in; a module directly under the package stands for itself."""
+    return name if name in FOLDERS else name.rpartition(".")[0] or name
+
+
+def imports_up(imports: Imports) -> list[str]:
+    """Every import of a module from a layer above its own."""
+    place = {layer: number for number, layer in enumerate(LAYERS)}
+    return [
+        f"{name} imports {target}"
+        for name, targets in imports.items()
+        for target in sorted(targets)
+        if place[_layer(target)] < place[_layer(name)]
+    ]
+
+
+def folder_imports(imports: Imports) -> dict[str, set[str]]:
+    """The folders that the modules of each folder import."""
+    graph: dict[str, set[str]] = {}
+    for name, targets in imports.items():
+        folders = {_folder(target) for target in targets} - {_folder(name)}
+        graph.setdefault(_folder(name), set()).update(folders)
+    return graph
+
+
+def cycle(graph: Imports) -> list[str]:
+    """One import cycle, or nothing."""
+    try:
+        list(graphlib.TopologicalSorter(graph).static_order())
+    except graphlib.CycleError as error:
+        return error.args[1]
+    return []
+
+
+def _importers(prefix: str) -> list[str]:
+    return [
+        name
+        for name, tree in TREES.items()
+        if any(full == prefix or full.startswith(f"{prefix}.") for full in _imported_names(tree))
+    ]
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def test_every_folder_is_a_layer() -> None:
+    assert {_layer(name) for name in IMPORTS} == set(LAYERS)
+
+
+def test_imports_go_down() -> None:
+    assert imports_up(IMPORTS) == []
+
+
+def test_no_cycle_of_files() -> None:
+    assert cycle(IMPORTS) == []
+
+
+def test_no_cycle_of_folders() -> None:
+    """At any depth, so that no two packages import each other."""
+    assert cycle(folder_imports(IMPORTS)) == []
+
+
+def test_an_import_up_is_found() -> None:
+    """The rule is not vacuous: one forbidden import more, and it is named."""
+    violated = {**IMPORTS, "config.schema": {*IMPORTS["config.schema"], "plan.derive"}}
+    assert imports_up(violated) == ["config.schema imports plan.derive"]
+
+
+def test_a_cycle_of_folders_is_found() -> None:
+    """Both imports go to other files, so that only the folders form a cycle: inside one layer,
+    where the order of layers says nothing."""
+    violated = {**IMPORTS, "plan.precision.record": {"plan.hardware"}}
+    assert cycle(violated) == [] and imports_up(violated) == []
+    assert {"plan", "plan.precision"} <= set(cycle(folder_imports(violated)))
+
+
+def test_megatron_core_has_one_border() -> None:
+    assert [name for name in _importers("megatron") if not _matches(name, KNOW_MEGATRON)] == []
+
+
+def test_nothing_imports_megatron_training() -> None:
+    assert _importers("megatron.training") == []
+
+
+def test_only_the_composition_knows_hydra() -> None:
+    assert _importers("hydra") == ["compose.compose"]
+
+
+def test_torch_cuda_has_one_owner() -> None:
+    users = [name for name, path in MODULES.items() if "torch.cuda" in path.read_text("utf-8")]
+    assert [name for name in users if name not in OWN_CUDA] == []
+
+
+def test_what_works_on_a_login_node_loads_no_torch() -> None:
+    """Imports each such module in one fresh interpreter: the truth about what is loaded with it."""
+    names = [name for name in MODULES if _layer(name) in NO_TORCH or name in NO_TORCH_MODULES]
+    assert set(NO_TORCH_MODULES) <= set(names)
+    code = (
+        "import importlib, sys\n"
+        "for name in sys.argv[1:]:\n"
+        "    importlib.import_module('nemotron_train.' + name)\n"
+        "    assert 'torch' not in sys.modules, name\n"
+        "    assert 'matplotlib' not in sys.modules, name\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *names], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_files_and_functions_stay_short(name: str) -> None:
+    num_lines = len(MODULES[name].read_text(encoding="utf-8").splitlines())
+    assert num_lines <= (450 if name == "model.mamba.chunked_scan" else MAX_FILE_LINES)
+    for node in ast.walk(TREES[name]):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            assert length <= MAX_FUNCTION_LINES, f"{node.name} has {length} lines"
+
+
+def _c_functions(text: str) -> list[tuple[str, int]]:
+    """Name and length of each C function: they begin at the margin and end with a `}` there."""
+    functions, start, name = [], None, ""
+    for number, line in enumerate(text.splitlines()):
+        if start is None and re.match(r"[A-Za-z].*\w\(", line) and not line.endswith(";"):
+            start, name = number, line
+        elif line == "}" and start is not None:
+            functions.append((name, number - start + 1))
+            start = None
+    return functions
+
+
+def _js_functions(text: str) -> list[tuple[str, int]]:
+    """Name and length of each named function of a script, by its indentation."""
+    functions, lines = [], text.splitlines()
+    for number, line in enumerate(lines):
+        if begun := re.match(r"(\s*)(?:async )?function\s*(\w+)", line):
+            end = next(n for n in range(number, len(lines)) if lines[n] == begun[1] + "}")
+            functions.append((begun[2], end - number + 1))
+    return functions
+
+
+SCRIPTS = sorted(
+    str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*") if path.suffix in (".c", ".h")
+)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_c_and_javascript_stay_short(name: str) -> None:
+    text = (PACKAGE / name).read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= MAX_FILE_LINES
+    functions = _js_functions(text) if name.endswith(".js") else _c_functions(text)
+    assert functions, "the reader of functions found some"
+    for function, length in functions:
+        assert length <= MAX_FUNCTION_LINES, f"{function} has {length} lines"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_each_module_says_what_it_is(name: str) -> None:
+    assert ast.get_docstring(TREES[name]), "a module docstring says what it owns and what not"
