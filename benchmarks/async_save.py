@@ -37,18 +37,18 @@ def build(words: list[str], folder: Path) -> tuple[Callable[[], object], Any, An
 
     from nemotron_train.platform import groups as process_groups
     from nemotron_train.run_folder.progress import Progress
-    from nemotron_train.train.trainer import Session
+    from nemotron_train.train.trainer import Trainer
 
     groups = process_groups.start(config.parallel, platform.backend)
     batches: Any = RandomBatches(config.model.vocab_size)
     batches.description = {}
     console = Console(quiet=True)
-    session = Session(
+    trainer = Trainer(
         config, derive(config), platform, groups, batches, batches, folder, console
     )  # fmt: skip
     state = DataState("train", config.train.sequence_length, config.train.seed, "random")
     at_start = Progress(0, 0, state)
-    return lambda: session.trainer(at_start), session.checkpoints, state
+    return lambda: trainer.train_step(at_start), trainer.checkpoints, state
 
 
 def main() -> None:

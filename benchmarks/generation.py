@@ -23,6 +23,7 @@ import torch
 
 from benchmarks.our_step import configuration
 from nemotron_train.plan.architecture.layers import parameters
+from nemotron_train.plan.precision.resolve import resolve_plan
 from nemotron_train.platform import device
 
 CONTEXTS = tuple(1 << power for power in range(10, 17))
@@ -39,7 +40,7 @@ def our_decoding(
     from nemotron_train.model.decode_state import DecodeStates
 
     config = configuration(dtype, overrides)
-    model = build_model(config, platform, groups).eval()
+    model = build_model(config, resolve_plan(config), platform, groups).eval()
 
     def at(context: int) -> tuple[Callable[[], object], int]:
         states, where = DecodeStates(1), torch.device("cpu")

@@ -84,7 +84,7 @@ def measure(run: str, arguments: argparse.Namespace) -> None:
     """Print tokens a second of each, by prompt length."""
     from nemotron_train.convert.hugging_face.to_hf import to_hf
     from nemotron_train.evaluate.acceptance import held_out_prompts, validation_folders
-    from nemotron_train.generate.checkpoint import opened
+    from nemotron_train.generate.checkpoint import open_checkpoint
     from nemotron_train.generate.engine import Engine
     from nemotron_train.generate.knobs import DecodingKnobs, ModelKnobs, Sampling
 
@@ -93,7 +93,7 @@ def measure(run: str, arguments: argparse.Namespace) -> None:
         converted = Path(scratch, "converted")
         to_hf(run, converted, console=console)
         with (
-            opened(run, ModelKnobs(threads=arguments.threads), console.print) as model,
+            open_checkpoint(run, ModelKnobs(threads=arguments.threads), console.print) as model,
             peer(converted, arguments.threads) as theirs,
         ):
 

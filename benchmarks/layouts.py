@@ -168,11 +168,11 @@ def _train(job: Job, platform: Any) -> Outcome:
     from rich.console import Console
 
     from nemotron_train.compose.compose import compose_config
+    from nemotron_train.data.open import open_data
     from nemotron_train.plan.derive import derive
     from nemotron_train.platform import groups as process_groups
-    from nemotron_train.run import open_data
     from nemotron_train.run_folder.progress import Progress
-    from nemotron_train.train.trainer import Session
+    from nemotron_train.train.trainer import Trainer
 
     config = compose_config(job.overrides)
     derived = derive(config, int(os.environ["WORLD_SIZE"]))
@@ -180,42 +180,42 @@ def _train(job: Job, platform: Any) -> Outcome:
     train_data, validation_data = open_data(config, lambda line: None)
     folder = Path("layouts") / job.name.replace(" ", "_")
     console = Console(quiet=True)
-    session = Session(
+    trainer = Trainer(
         config, derived, platform, groups, train_data, validation_data, folder, console
     )
     progress = Progress(0, 0, train_data.state_at_start())
     if job.load:
-        progress = session.checkpoints.load(Path(job.load))
-        session.precision.weights_changed()
-    outcome = Outcome(job.name, weights_at_start=weight_digests(session))
+        progress = trainer.checkpoints.load(Path(job.load))
+        trainer.precision.weights_changed()
+    outcome = Outcome(job.name, weights_at_start=weight_digests(trainer))
     while progress.step < job.steps:
-        result = session.trainer(progress)
-        outcome.sample_ids.append(_sample_ids(session, progress))
+        result = trainer.train_step(progress)
+        outcome.sample_ids.append(_sample_ids(trainer, progress))
         progress = result.progress
         numbers = {name: float(value) for name, value in result.metrics.items()}
         outcome.rows.append({"step": progress.step, **numbers})
         if progress.step == job.save_at:
-            outcome.checkpoint = str(session.checkpoints.save(progress))
-    outcome.validation = session.validate()
-    outcome.weights_at_end = weight_digests(session)
+            outcome.checkpoint = str(trainer.checkpoints.save(progress))
+    outcome.validation = trainer.validate()
+    outcome.weights_at_end = weight_digests(trainer)
     dist.barrier()
     return outcome
 
 
-def _sample_ids(session: Any, progress: Any) -> list[int]:
+def _sample_ids(trainer: Any, progress: Any) -> list[int]:
     """Ids of the step that starts at `progress`, in the order of the ranks' rows. COLLECTIVE."""
     import torch.distributed as dist
 
-    batch, _ = session.train_data.take(
-        progress.data, session.derived.sequences_per_step, session.trainer.rank_rows
+    batch, _ = trainer.train_data.take(
+        progress.data, trainer.derived.sequences_per_step, trainer.train_step.rank_rows
     )
-    mine = (session.trainer.rank_rows[0], batch.sample_ids_B.tolist())
+    mine = (trainer.train_step.rank_rows[0], batch.sample_ids_B.tolist())
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     return [number for _, ids in sorted(dict(everyone).items()) for number in ids]
 
 
-def weight_digests(session: Any) -> dict[str, str]:
+def weight_digests(trainer: Any) -> dict[str, str]:
     """SHA-256 of every parameter and buffer by its global name, put together from all ranks'
     shards; fails where two ranks hold the same part and not the same numbers. COLLECTIVE."""
     import numpy as np
@@ -224,7 +224,7 @@ def weight_digests(session: Any) -> dict[str, str]:
     from nemotron_train.check.state import model_metadata, weight_shards
 
     everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, weight_shards(session.chunks, model_metadata(session.groups)))
+    dist.all_gather_object(everyone, weight_shards(trainer.chunks, model_metadata(trainer.groups)))
     whole: dict[str, np.ndarray] = {}
     for shard in (shard for shards in everyone for shard in shards):
         full = whole.setdefault(shard.name, np.full(shard.global_shape, np.nan, np.float32))

@@ -32,6 +32,7 @@ from nemotron_train.config.schema import Config
 from nemotron_train.plan.cost.memory import rank_memory
 from nemotron_train.plan.cost.operators import Machine
 from nemotron_train.plan.derive import derive
+from nemotron_train.plan.precision.resolve import resolve_plan
 
 MODEL = (
     "model.name=benchmark",
@@ -173,13 +174,13 @@ class Run:
         from nemotron_train.precision.attach import PrecisionControl
         from nemotron_train.run_folder.progress import Progress
         from nemotron_train.train.guard.guard import Guard
-        from nemotron_train.train.train_step import Trainer
+        from nemotron_train.train.train_step import TrainStep
 
         config, groups = self.config, self.groups
         model_parallel_cuda_manual_seed(config.train.seed)
-        cores = build_chunks(config, self.platform, groups)
+        cores = build_chunks(config, resolve_plan(config), self.platform, groups)
         chunks = wrap_chunks(cores, config, groups)
-        trainer = Trainer(
+        train_step = TrainStep(
             config,
             derive(config, int(os.environ.get("WORLD_SIZE", "1"))),
             chunks,
@@ -187,13 +188,13 @@ class Run:
             PackedRows(config),  # type: ignore[arg-type]
             groups,
             self.platform.device,
-            PrecisionControl(cores, config, groups),
+            PrecisionControl(cores, config, resolve_plan(config), groups),
             Guard(config.guard, self.platform.device),
         )
         mark("built")
         progress = Progress(0, 0, None)  # type: ignore[arg-type]
         for step in range(num_steps):
-            result = trainer(progress)
+            result = train_step(progress)
             progress, self.max_vio = result.progress, float(result.metrics.get("max_vio", 0))
             mark(f"step_{step + 1}")
 

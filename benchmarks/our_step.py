@@ -10,6 +10,7 @@ import numpy as np
 from nemotron_train.compose.compose import compose_config
 from nemotron_train.config.schema import Config
 from nemotron_train.plan.derive import derive
+from nemotron_train.plan.precision.resolve import resolve_plan
 from nemotron_train.platform import device
 
 DIMENSIONS = (
@@ -91,14 +92,16 @@ def build_step(config: Config, num_threads: int = 2) -> Callable[[], float]:
     from nemotron_train.precision.attach import PrecisionControl
     from nemotron_train.run_folder.progress import Progress
     from nemotron_train.train.guard.guard import Guard
-    from nemotron_train.train.train_step import Trainer
+    from nemotron_train.train.train_step import TrainStep
 
     groups = process_groups.start(config.parallel, platform.backend)
     model_parallel_cuda_manual_seed(config.train.seed)
-    model = wrap_data_parallel(build_model(config, platform, groups), config, groups)
+    model = wrap_data_parallel(
+        build_model(config, resolve_plan(config), platform, groups), config, groups
+    )
     optimizer = build_optimizer(config, [model], groups, platform)
     batches = RandomBatches(config.model.vocab_size)
-    trainer = Trainer(
+    train_step = TrainStep(
         config,
         derive(config),
         [model],
@@ -106,12 +109,12 @@ def build_step(config: Config, num_threads: int = 2) -> Callable[[], float]:
         batches,  # type: ignore[arg-type]
         groups,
         platform.device,
-        PrecisionControl([model.module], config, groups),
+        PrecisionControl([model.module], config, resolve_plan(config), groups),
         Guard(config.guard, platform.device),
     )
     progress = Progress(0, 0, None)  # type: ignore[arg-type]
 
     def step() -> float:
-        return float(trainer(progress).metrics["loss"])  # type: ignore[arg-type]
+        return float(train_step(progress).metrics["loss"])  # type: ignore[arg-type]
 
     return step

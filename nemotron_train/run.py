@@ -5,22 +5,19 @@ contents; every object is passed, none is looked up.
 import os
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, replace
-from typing import Any
+from dataclasses import asdict
+from typing import Any, Literal
 
 from rich.console import Console
 
-from nemotron_train.config.errors import ConfigError, CrashLoop, TrainingFailed
-from nemotron_train.config.schema import Config, DataKind
+from nemotron_train.config.errors import ConfigError, CrashLoop, RendezvousFailed, TrainingFailed
+from nemotron_train.config.schema import Config
 from nemotron_train.data.batches import BatchSource
-from nemotron_train.plan.backend import Choice, choose
+from nemotron_train.data.open import open_data
 from nemotron_train.plan.derive import Derived, derive
-from nemotron_train.plan.guards import Surroundings, enforce
-from nemotron_train.plan.hardware import installed_versions
-from nemotron_train.plan.precision.record import label, plan_record
-from nemotron_train.plan.precision.resolve import plan_text
-from nemotron_train.platform import device
+from nemotron_train.plan.precision.record import label
+from nemotron_train.plan.precision.text import plan_text
+from nemotron_train.platform.runtime import Runtime, start_runtime
 from nemotron_train.report.plot.loss import plot_loss
 from nemotron_train.report.plot.precision import plot_precision
 from nemotron_train.run_folder import starts
@@ -40,43 +37,76 @@ def pretrain(config: Config) -> int:
     """
     started = time.monotonic()
     derived = derive(config, int(os.environ.get("WORLD_SIZE", "1")))
-    platform = device.prepare(config.train.threads)
-    surroundings = Surroundings(
-        device.hardware(platform), installed_versions(), dict(os.environ), native=False
-    )
-    backend = choose(config, surroundings)
-    os.environ.update(backend.environment)  # before Transformer Engine is imported, which reads it
-    # Megatron-Core can be imported only now that the platform is prepared.
-    from nemotron_train.platform import groups as process_groups
-    from nemotron_train.run_folder.branch import check_branch
-    from nemotron_train.train.trainer import Session
+    console = Console(quiet=os.environ.get("RANK", "0") != "0")
 
-    is_first_rank = os.environ.get("RANK", "0") == "0"
-    console = Console(quiet=not is_first_rank)
-    console.print(platform.describe(), highlight=False)
-    if backend.text:
-        console.print(backend.text, highlight=False, soft_wrap=True)
-    enforce(config, replace(surroundings, native=backend.native), console.print)
+    def show(line: str) -> None:
+        console.print(line, highlight=False, soft_wrap=True)
+
+    runtime = start_runtime(config, derived.plan, config.train.threads, console.print, show)
     train_data, validation_data = open_data(config, console.print)
     try:
-        groups = process_groups.start(
-            config.parallel,
-            platform.backend,
-            config.train.rendezvous_seconds,
-            collective_timeout(config.guard),
+        groups = runtime.start_ranks(
+            config.parallel, config.train.rendezvous_seconds, collective_timeout(config.guard)
         )
-    except process_groups.RendezvousFailed as failure:
+    except RendezvousFailed as failure:
         print(f"nemotron-train: {failure}", file=sys.stderr)
-        return EXIT_FAILED
-    folder, parent, problem, crash_loop = None, None, "", ""
+        return failure.exit_code
+    folder = None
     try:
-        if is_first_rank:
+        folder, parent = open_folder(config, derived, runtime, train_data, console)
+        with starts.recorded(folder.path if folder else None) as end:
+            from nemotron_train.train.trainer import Trainer
+
+            trainer = Trainer(
+                config,
+                derived,
+                runtime.platform,
+                groups,
+                train_data,
+                validation_data,
+                run_path(config),
+                console,
+                native=runtime.backend.native,
+                check_held=folder.check_held if folder is not None else lambda: None,
+            )
+            end["ended"] = train(trainer, folder, parent, started)
+        return EXIT_STOPPED if end["ended"] == "stopped" else EXIT_DONE
+    except TrainingFailed as failure:
+        Console(stderr=True, quiet=console.quiet).print(
+            f"nemotron-train: {failure}", highlight=False, markup=False, soft_wrap=True
+        )
+        return failure.exit_code
+    finally:
+        if folder is not None:
+            folder.close()
+        runtime.stop_ranks()
+
+
+def open_folder(
+    config: Config,
+    derived: Derived,
+    runtime: Runtime,
+    train_data: BatchSource,
+    console: Console,
+) -> tuple[RunFolder | None, Record | None]:
+    """The run folder and the parent of a branch, on the first rank; None on the others. COLLECTIVE.
+
+    Raises ConfigError or CrashLoop on every rank where the first rank must refuse the start.
+    """
+    from nemotron_train.platform import groups as process_groups
+    from nemotron_train.run_folder.branch import check_branch
+
+    folder: RunFolder | None = None
+    parent: Record | None = None
+    problem, crash_loop = "", ""
+    try:
+        if runtime.is_first_rank:
             try:
-                parent = check_branch(config, train_data) if config.branch else None
-                machine = machine_record(platform, derived, backend)
-                folder = open_run_folder(
-                    config, derived, plan_text(config), machine=machine, say=console.print
-                )
+                if config.branch:
+                    parent = check_branch(config, derived.plan, train_data)
+                machine = machine_record(runtime, derived)
+                text = plan_text(derived.plan)
+                folder = open_run_folder(config, derived, text, machine=machine, say=console.print)
                 if parent is not None:
                     folder.record_branch(parent)
                 crash_loop = starts.begin(folder.path, config.guard.crash_loop_starts)
@@ -84,34 +114,16 @@ def pretrain(config: Config) -> int:
                 problem = str(error)
         process_groups.raise_together(problem)
         process_groups.raise_together(crash_loop, CrashLoop)
-        with starts.recorded(folder.path if folder else None) as end:
-            session = Session(
-                config,
-                derived,
-                platform,
-                groups,
-                train_data,
-                validation_data,
-                run_path(config),
-                console,
-                native=backend.native,
-                check_held=folder.check_held if folder is not None else lambda: None,
-            )
-            end["ended"] = train(session, config, folder, parent, console, started)
-        return EXIT_STOPPED if end["ended"] == "stopped" else EXIT_DONE
-    except TrainingFailed as failure:
-        Console(stderr=True, quiet=not is_first_rank).print(
-            f"nemotron-train: {failure}", highlight=False, markup=False, soft_wrap=True
-        )
-        return failure.exit_code
-    finally:
+    except BaseException:
         if folder is not None:
             folder.close()
-        process_groups.stop()
+        raise
+    return folder, parent
 
 
-def machine_record(platform: device.Platform, derived: Derived, backend: Choice) -> dict[str, Any]:
+def machine_record(runtime: Runtime, derived: Derived) -> dict[str, Any]:
     """What computes, for environment.json (docs/metrics.md)."""
+    platform, backend = runtime.platform, runtime.backend
     formats = "native" if backend.native else "emulated" if backend.text else "none"
     return {
         "device": platform.device,
@@ -124,22 +136,21 @@ def machine_record(platform: device.Platform, derived: Derived, backend: Choice)
 
 
 def train(
-    session: Any,
-    config: Config,
-    folder: RunFolder | None,
-    parent: Record | None,
-    console: Console,
-    started: float,
-) -> str:
-    """Train from the newest checkpoint on; returns whether the run is «done» or was «stopped»."""
-    progress = session.resume()
+    trainer: Any, folder: RunFolder | None, parent: Record | None, started: float
+) -> Literal["done", "stopped"]:
+    """Train from the newest checkpoint on; returns how that ended.
+
+    started: of `time.monotonic`, when the process began.
+    """
+    config, console = trainer.config, trainer.console
+    progress = trainer.resume()
     if progress.tokens >= config.train.total_tokens:
         console.print(f"{run_path(config)} is finished: {progress.tokens:,} tokens; nothing to do")
         return "done"
     writer = open_writer(config, folder, progress.step, console) if folder else None
     if folder is not None and writer is not None:
-        record_start(folder, writer, config, progress, parent, session.plan_before, console)
-    progress, summary = session.fit(progress, writer, started)
+        record_start(folder, writer, trainer, progress, parent)
+    progress, summary = trainer.fit(progress, writer, started)
     if folder is not None and writer is not None:
         writer.close()
         finish(folder, summary, console)
@@ -149,17 +160,15 @@ def train(
 def record_start(
     folder: RunFolder,
     writer: MetricsWriter,
-    config: Config,
+    trainer: Any,
     progress: Progress,
     parent: Record | None,
-    plan_before: Record | None,
-    console: Console,
 ) -> None:
     """Tells of a branch (`parent`, as lineage.json has it) or of another precision plan than
     before: one line on the terminal, one in metrics.jsonl, and lineage.json."""
-    plan: Record = plan_record(config)
+    config, console, plan = trainer.config, trainer.console, trainer.plan_record
     event: dict[str, Any] = {"step": progress.step, "tokens": progress.tokens}
-    before = plan_before or folder.plan_before
+    before = trainer.plan_before or folder.plan_before
     if parent is not None:
         before = parent["precision"]["before"]
         changed = [f"; {k} {old!r} -> {new!r}" for k, (old, new) in parent["changed"].items()]
@@ -225,25 +234,3 @@ def finish(folder: RunFolder, summary: dict[str, Any], console: Console) -> None
     console.print(f"{folder.path}: loss curve in {picture.name}", highlight=False)
     if precision_picture is not None:
         console.print(f"precision telemetry in {precision_picture.name}", highlight=False)
-
-
-def open_data(config: Config, say: Callable[[str], None]) -> tuple[BatchSource, BatchSource]:
-    """Training and validation batches; the embedded corpus is built on first use.
-
-    Raises ConfigError for data that is missing, damaged or of another vocabulary.
-    """
-    if config.data.kind == DataKind.embedded:
-        from nemotron_train.data.corpus import build_embedded
-
-        build_embedded(config.data.embedded_folder, config.model.vocab_size, progress=say)
-
-    def source(split: str) -> BatchSource:
-        return BatchSource(
-            config.data,
-            sequence_length=config.train.sequence_length,
-            seed=config.train.seed,
-            split=split,
-            vocab_size=config.model.vocab_size,
-        )
-
-    return source("train"), source("validation")

@@ -15,12 +15,13 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from nemotron_train.assemble.initialize import initialize
-from nemotron_train.assemble.specs import parts, stack_submodules
+from nemotron_train.assemble.specs import Parts, parts, stack_submodules
 from nemotron_train.assemble.transformer_config import transformer_config
 from nemotron_train.config.schema import Config
 from nemotron_train.model.hybrid import NemotronModel, stack_spec
 from nemotron_train.model.moe.layer import LatentMoELayer
 from nemotron_train.plan.architecture.stages import stage_pattern
+from nemotron_train.plan.precision.resolve import PrecisionPlan
 from nemotron_train.platform.device import Platform
 from nemotron_train.precision.attach import emulates
 from nemotron_train.precision.native import transformer_fields
@@ -34,15 +35,23 @@ def megatron_pattern(config: Config) -> str:
 
 
 def build_model(
-    config: Config, platform: Platform, groups: ProcessGroupCollection, native: bool = False
+    config: Config,
+    plan: PrecisionPlan,
+    platform: Platform,
+    groups: ProcessGroupCollection,
+    native: bool = False,
 ) -> NemotronModel:
     """`build_chunks` where a rank holds one chunk."""
-    (model,) = build_chunks(config, platform, groups, native)
+    (model,) = build_chunks(config, plan, platform, groups, native)
     return model
 
 
 def build_chunks(
-    config: Config, platform: Platform, groups: ProcessGroupCollection, native: bool = False
+    config: Config,
+    plan: PrecisionPlan,
+    platform: Platform,
+    groups: ProcessGroupCollection,
+    native: bool = False,
 ) -> list[NemotronModel]:
     """This rank's part of the model, with initial weights, on the platform's device.
 
@@ -50,9 +59,12 @@ def build_chunks(
     `torch.device("meta")` the parameters stay on the meta device, without values.
     """
     # One object for all chunks: the schedule reads the first's, where a trainer sets functions.
-    translated = transformer_config(config, platform, transformer_fields(config) if native else {})
+    fields = transformer_fields(config, plan) if native else {}
+    translated = transformer_config(config, platform, fields)
+    emulated = emulates(config, plan) and not native
+    part = parts(platform.transformer_engine, emulated=emulated, native=native)
     return [
-        _build_chunk(config, translated, platform, groups, native, chunk)
+        _build_chunk(config, translated, part, groups, native, chunk)
         for chunk in range(config.parallel.virtual_pipeline)
     ]
 
@@ -60,18 +72,13 @@ def build_chunks(
 def _build_chunk(
     config: Config,
     translated: TransformerConfig,
-    platform: Platform,
+    part: Parts,
     groups: ProcessGroupCollection,
     native: bool,
     chunk: int,
 ) -> NemotronModel:
-    num_chunks, rank, num_ranks = (
-        config.parallel.virtual_pipeline,
-        groups.pp.rank(),
-        groups.pp.size(),
-    )
-    emulated = emulates(config) and not native
-    part = parts(platform.transformer_engine, emulated=emulated, native=native)
+    num_chunks = config.parallel.virtual_pipeline
+    rank, num_ranks = groups.pp.rank(), groups.pp.size()
     submodules = stack_submodules(config, part, native)
     model = NemotronModel(
         config=translated,

@@ -15,9 +15,8 @@ from rich.table import Table
 from nemotron_train.check.data import write_sources
 from nemotron_train.check.parallel import read_values, tell_shrunk
 from nemotron_train.check.ranks import Ranks
-from nemotron_train.config.schema import Config
-from nemotron_train.plan.precision.blocking import BLOCK
-from nemotron_train.plan.precision.resolve import formats_at, phase_boundaries
+from nemotron_train.config.schema import Config, GemmFormat
+from nemotron_train.plan.precision.resolve import resolve_plan
 from nemotron_train.plan.shrink import shrink
 
 # A format that is a dtype -> that of the weight.
@@ -35,16 +34,17 @@ def check_precision(
     path = folder / "model.yaml"
     folder.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(OmegaConf.structured(shrunk.config), path)
-    starts = phase_boundaries(shrunk.config)
+    plan = resolve_plan(shrunk.config)
+    starts = plan.boundaries
     task: dict[str, Any] = {"kind": "precision", "config": str(path), "starts": starts}
     records = read_values(
         ranks.run("formats", task | {"run_folder": str(folder / "run")}, shrunk.num_ranks)
     )
     wrong = 0
     for number, start in enumerate(starts):
-        plan = {name: asdict(formats) for name, formats in formats_at(shrunk.config, start).items()}
+        planned = {name: asdict(f) for name, f in plan.phases[number].formats.items()}
         carried = [(record["weights"], record["formats"][number]) for record in records]
-        rows = [(name, want, problem_of(name, want, carried)) for name, want in plan.items()]
+        rows = [(name, want, problem_of(name, want, carried)) for name, want in planned.items()]
         wrong += sum(bool(problem) for _, _, problem in rows)
         _tell(f"from {start:,} tokens", rows, console)
     console.print("as planned" if not wrong else f"{wrong} linears are not as planned")
@@ -62,7 +62,7 @@ def problem_of(
     if not holders:
         return "in no rank's model"
     products = [planned[role] for role in ("fprop", "dgrad", "wgrad")]
-    quantized = any(product in BLOCK for product in products)
+    quantized = any(GemmFormat(product).is_block_scaled for product in products)
     for dtypes, formats in holders:
         if path in formats:
             if formats[path] != planned:

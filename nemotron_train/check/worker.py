@@ -1,4 +1,4 @@
-"""One rank of a check: builds the session that `pretrain` builds, trains it, records what it saw.
+"""One rank of a check: builds the trainer that `pretrain` builds, trains it, records what it saw.
 
 Run as `python -m nemotron_train.check.worker TASK.json`; `check.ranks` starts one process a rank.
 A task names the configuration's file, what to record, and the folder that the record goes to:
@@ -24,9 +24,9 @@ from nemotron_train.check.compare import Shard
 from nemotron_train.compose.compose import compose_config
 from nemotron_train.data.batches import Batch, BatchSource
 from nemotron_train.data.blend import DataState
+from nemotron_train.data.open import open_data
 from nemotron_train.plan.derive import derive
 from nemotron_train.platform import device
-from nemotron_train.run import open_data
 from nemotron_train.run_folder.metric_groups import is_timing
 
 
@@ -37,7 +37,7 @@ def main(task_path: str) -> None:
     derived = derive(config, int(os.environ["WORLD_SIZE"]))
     platform = device.prepare(config.train.threads)
     from nemotron_train.platform import groups as process_groups
-    from nemotron_train.train.trainer import Session
+    from nemotron_train.train.trainer import Trainer
 
     # Every process of one run starts alike, so that a state which a checkpoint forgot shows.
     random.seed(config.train.seed)
@@ -45,7 +45,7 @@ def main(task_path: str) -> None:
     train_data, validation_data = open_data(config, lambda text: None)
     batches: Any = RecordedBatches(train_data)
     groups = process_groups.start(config.parallel, platform.backend)
-    session = Session(
+    trainer = Trainer(
         config,
         derived,
         platform,
@@ -57,11 +57,11 @@ def main(task_path: str) -> None:
     )
     record = Record(Path(task["output"]), int(os.environ["RANK"]))
     if task["kind"] == "layout":
-        record_layout(session, batches, record, task["steps"])
+        record_layout(trainer, batches, record, task["steps"])
     elif task["kind"] == "precision":
-        record_formats(session, record, task["starts"])
+        record_formats(trainer, record, task["starts"])
     else:
-        record_training(session, batches, record)
+        record_training(trainer, batches, record)
     record.write()
     process_groups.stop()
 
@@ -109,24 +109,24 @@ class Record:
         (self._folder / f"rank_{self.rank}.json").write_text(json.dumps(described))
 
 
-def record_layout(session: Any, batches: RecordedBatches, record: Record, steps: int) -> None:
+def record_layout(trainer: Any, batches: RecordedBatches, record: Record, steps: int) -> None:
     """Initial weights, the first step's module outputs and gradients, every step's losses, and the
     weights in the end."""
     from nemotron_train.check import state
 
-    models = session.chunks
-    metadata = state.model_metadata(session.groups)
+    models = trainer.chunks
+    metadata = state.model_metadata(trainer.groups)
     record.add("initial", state.weight_shards(models, metadata))
     trace = state.Trace(
-        [model.module for model in models], session.groups, session.config.parallel.sequence
+        [model.module for model in models], trainer.groups, trainer.config.parallel.sequence
     )
-    session.trainer.precision = GradientsReady(
-        session.trainer.precision,
+    trainer.train_step.precision = GradientsReady(
+        trainer.train_step.precision,
         lambda: record.add("gradient", state.gradient_shards(models, metadata)),
     )
-    progress, losses = session.resume(), []
+    progress, losses = trainer.resume(), []
     for step in range(steps):
-        result = session.trainer(progress)
+        result = trainer.train_step(progress)
         progress = result.progress
         losses.append(_plain(result.metrics))
         if step == 0:
@@ -136,7 +136,7 @@ def record_layout(session: Any, batches: RecordedBatches, record: Record, steps:
 
 
 class GradientsReady:
-    """The session's precision control, which the trainer tells when the gradients are complete; the
+    """The trainer's precision control, which the trainer tells when the gradients are complete; the
     first time, `then` is told too."""
 
     def __init__(self, precision: Any, then: Any) -> None:
@@ -152,16 +152,16 @@ class GradientsReady:
         return getattr(self._precision, name)
 
 
-def record_formats(session: Any, record: Record, starts: list[int]) -> None:
+def record_formats(trainer: Any, record: Record, starts: list[int]) -> None:
     """What every linear of this rank carries in the phases that begin at `starts` trained tokens:
     formats where it can quantize, or else the dtype of its weight."""
     from nemotron_train.check import state
 
-    record.values["weights"] = state.weight_dtypes(session.chunks)
+    record.values["weights"] = state.weight_dtypes(trainer.chunks)
     record.values["formats"] = []
     for start in starts:
-        session.precision.before_step(0, start)
-        attached = session.precision.attached()
+        trainer.precision.before_step(0, start)
+        attached = trainer.precision.attached()
         record.values["formats"].append({path: asdict(f) for path, f in attached.items()})
 
 
@@ -175,26 +175,26 @@ class Rows(list[dict[str, Any]]):
         raise RuntimeError(f"the guard went back to step {step} in a check")
 
 
-def record_training(session: Any, batches: RecordedBatches, record: Record) -> None:
+def record_training(trainer: Any, batches: RecordedBatches, record: Record) -> None:
     """Train from the newest checkpoint in the run folder, or from the start, to the end or to
     train.stop_after_steps; what a resumed run must agree with, on this rank and on disk."""
     from nemotron_train.check import state
 
-    session.run_folder.mkdir(parents=True, exist_ok=True)
+    trainer.run_folder.mkdir(parents=True, exist_ok=True)
     rows: Any = Rows()
-    progress, _ = session.fit(session.resume(), rows, time.monotonic())
-    groups = session.optimizer.param_groups
+    progress, _ = trainer.fit(trainer.resume(), rows, time.monotonic())
+    groups = trainer.optimizer.param_groups
     record.values |= {
         "metrics": rows,
         "batches": batches.taken,
         "data cursor": progress.data.to_dict(),
         "schedule": [[group["lr"], group["weight_decay"]] for group in groups],
         "random states": state.random_digests(),
-        "stochastic rounding": {"seed": session.config.train.seed}
-        | {"step": getattr(session.precision, "clock", None) and session.precision.clock.step},
+        "stochastic rounding": {"seed": trainer.config.train.seed}
+        | {"step": getattr(trainer.precision, "clock", None) and trainer.precision.clock.step},
     }
     if record.rank == 0:
-        record.values["checkpoint"] = state.saved_digests(session.folder, progress.step)
+        record.values["checkpoint"] = state.saved_digests(trainer.folder, progress.step)
 
 
 def _plain(metrics: dict[str, Any]) -> dict[str, float]:

@@ -49,7 +49,7 @@ def run_plan(arguments: argparse.Namespace) -> int:
 
     num_ranks = _parse_ranks(asked[-1]) if asked else _smallest_num_ranks(config)
     console, derived = open_console(), derive(config, num_ranks)
-    warnings = check_planned(config)
+    warnings = check_planned(config, derived.plan)
     print_plan(config, derived, console, layers=arguments.layers)
     for warning in warnings:
         console.print(warning, highlight=False, markup=False, soft_wrap=True)

@@ -19,7 +19,7 @@ def run_slurm(arguments: argparse.Namespace) -> int:
     warning = check_memory(job.config, job.derived, job.cluster, job.nodes)
     if warning:
         print(f"nemotron-train: {warning}", file=sys.stderr)
-    problems = problems_here(job.config, job.cluster) + branch_problem(job.config)
+    problems = problems_here(job.config, job.derived.plan, job.cluster) + branch_problem(job.config)
     if arguments.dry_run:
         for problem in problems:
             print(f"nemotron-train: would be refused here: {problem}", file=sys.stderr)

@@ -21,3 +21,9 @@ class CrashLoop(TrainingFailed):
     restarts runs automatically can tell it from other failures by the exit code."""
 
     exit_code = 4
+
+
+class RendezvousFailed(RuntimeError):
+    """The ranks did not meet: one line with the address, the reason and the knob."""
+
+    exit_code = 1

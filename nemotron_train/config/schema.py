@@ -25,6 +25,11 @@ class GemmFormat(StrEnum):
     bf16 = "bf16"
     float32 = "float32"
 
+    @property
+    def is_block_scaled(self) -> bool:
+        """Whether blocks of elements share a scale: NVFP4 and MXFP8."""
+        return self in (GemmFormat.nvfp4, GemmFormat.mxfp8)
+
 
 class ProbeFormat(StrEnum):
     """A format whose losses telemetry measures where a product is computed in another one."""

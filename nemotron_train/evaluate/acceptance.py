@@ -16,7 +16,7 @@ from nemotron_train.config.errors import ConfigError
 from nemotron_train.config.schema import Config, DataKind
 from nemotron_train.data.indexed import ShardReader
 from nemotron_train.data.manifest import FILE_NAME, load_manifest
-from nemotron_train.generate.checkpoint import opened
+from nemotron_train.generate.checkpoint import open_checkpoint
 from nemotron_train.generate.engine import Costs, Engine
 from nemotron_train.generate.knobs import AcceptanceConfig, check_decoding, check_sampling
 from nemotron_train.generate.speculative import Acceptance
@@ -41,7 +41,7 @@ def evaluate_acceptance(run: str, knobs: AcceptanceConfig) -> dict[str, Acceptan
             raise ConfigError(f"{name}={getattr(knobs, name)}: give 1 or more")
     console = Console(width=120)
     found: dict[str, Acceptance] = {}
-    with opened(run, knobs, console.print) as model:
+    with open_checkpoint(run, knobs, console.print) as model:
         console.quiet = not model.is_first_rank
         check_speculative(True, model)
         folders = [Path(path) for path in knobs.data] or validation_folders(model.config)

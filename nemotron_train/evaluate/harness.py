@@ -18,7 +18,7 @@ from rich.table import Table
 from nemotron_train.config.errors import ConfigError
 from nemotron_train.data.tokenize import LoadedTokenizer
 from nemotron_train.evaluate.knobs import HarnessConfig
-from nemotron_train.generate.checkpoint import open_tokenizer, opened
+from nemotron_train.generate.checkpoint import open_checkpoint, open_tokenizer
 from nemotron_train.generate.engine import Continuation, Engine
 from nemotron_train.generate.knobs import DecodingKnobs, Sampling
 from nemotron_train.generate.text import GrowingText
@@ -142,7 +142,7 @@ def evaluate_harness(run: str, knobs: HarnessConfig) -> dict[str, Any]:
             "`lm-eval ls tasks` lists its own, include_path=FOLDER adds yours"
         )
     console = Console(width=120)
-    with opened(run, knobs, console.print) as model:
+    with open_checkpoint(run, knobs, console.print) as model:
         console.quiet = not model.is_first_rank
         tokenizer, end_token = open_tokenizer(model, knobs)
         engine = Engine(model.model, end_token, model.platform.device)

@@ -22,7 +22,7 @@ from nemotron_train.data.tokenize import LoadedTokenizer, load_tokenizer
 from nemotron_train.evaluate.acceptance import validation_folders
 from nemotron_train.evaluate.knobs import LossConfig, check_reading
 from nemotron_train.evaluate.positions import check_tokenizer
-from nemotron_train.generate.checkpoint import Opened, opened
+from nemotron_train.generate.checkpoint import LoadedCheckpoint, open_checkpoint
 from nemotron_train.train.train_step import count_targets, micro_batches
 
 ROWS_A_PASS = 4
@@ -51,7 +51,7 @@ def evaluate_loss(run: str, knobs: LossConfig) -> list[FolderLoss]:
     that cannot be used. COLLECTIVE over the ranks of this launch."""
     check_reading(knobs)
     console = Console(width=120)
-    with opened(run, knobs, console.print) as model:
+    with open_checkpoint(run, knobs, console.print) as model:
         console.quiet = not model.is_first_rank
         model.precision.scale_tokens_apart(False)
         folders = [Path(path) for path in knobs.data] or validation_folders(model.config)
@@ -66,7 +66,7 @@ def evaluate_loss(run: str, knobs: LossConfig) -> list[FolderLoss]:
 
 
 @torch.inference_mode()
-def folder_loss(model: Opened, folder: Path, knobs: LossConfig) -> FolderLoss:
+def folder_loss(model: LoadedCheckpoint, folder: Path, knobs: LossConfig) -> FolderLoss:
     """Over the first rows of the folder's split; COLLECTIVE."""
     train = model.config.train
     length = knobs.sequence_length or train.sequence_length

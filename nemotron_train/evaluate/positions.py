@@ -29,7 +29,7 @@ from nemotron_train.data.indexed import ShardReader
 from nemotron_train.data.manifest import FILE_NAME, load_manifest
 from nemotron_train.evaluate.acceptance import validation_folders
 from nemotron_train.evaluate.knobs import PositionsConfig, check_reading
-from nemotron_train.generate.checkpoint import Opened, found, opened
+from nemotron_train.generate.checkpoint import LoadedCheckpoint, open_checkpoint, resolve_checkpoint
 from nemotron_train.generate.engine import Engine
 
 POINTS_AN_OCTAVE = (
@@ -73,11 +73,11 @@ def evaluate_positions(runs: Sequence[str], knobs: PositionsConfig) -> list[Curv
     knobs out of range, data without documents that long, another tokenizer."""
     check_reading(knobs)
     for run in runs:  # the last one's mistake shows before the first one's hours
-        found(run, knobs)
+        resolve_checkpoint(run, knobs)
     console, curves = Console(width=120), []
     documents: list[list[int]] = []
     for run in runs:
-        with opened(run, knobs, console.print) as model:
+        with open_checkpoint(run, knobs, console.print) as model:
             console.quiet = not model.is_first_rank
             folders = [Path(path) for path in knobs.data] or validation_folders(model.config)
             check_tokenizer(model, folders)
@@ -110,7 +110,7 @@ def measured(
     return [-value for value in values]
 
 
-def check_tokenizer(model: Opened, folders: Sequence[Path]) -> None:
+def check_tokenizer(model: LoadedCheckpoint, folders: Sequence[Path]) -> None:
     """Raises ConfigError where ids of a folder are not those that the model was trained on."""
     trained = json.loads((model.checkpoint / "data.json").read_text()).get("tokenizer", "")
     for folder in folders:

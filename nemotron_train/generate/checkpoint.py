@@ -21,12 +21,10 @@ from nemotron_train.data.manifest import FILE_NAME as MANIFEST
 from nemotron_train.data.manifest import load_manifest
 from nemotron_train.data.tokenize import END_OF_DOCUMENT, LoadedTokenizer, load_tokenizer
 from nemotron_train.generate.knobs import ModelKnobs, check_model_knobs
-from nemotron_train.plan.backend import choose
 from nemotron_train.plan.derive import derive
-from nemotron_train.plan.guards import Surroundings, enforce
-from nemotron_train.plan.hardware import installed_versions
-from nemotron_train.platform import device
+from nemotron_train.plan.precision.resolve import PrecisionPlan
 from nemotron_train.platform.device import Platform
+from nemotron_train.platform.runtime import Runtime, start_runtime
 from nemotron_train.run_folder import checkpoint_metadata
 from nemotron_train.run_folder.branch import branch_checkpoint
 from nemotron_train.run_folder.folder import read_config
@@ -34,7 +32,17 @@ from nemotron_train.run_folder.lineage import parse_branch
 
 
 @dataclass(frozen=True)
-class Opened:
+class ResolvedCheckpoint:
+    """What `RUN` or `RUN@STEP` means for the ranks of this launch, before anything is loaded."""
+
+    folder: Path
+    checkpoint: Path | None  # None: the newest undamaged one
+    config: Config  # the run's, in the layout of these ranks
+    plan: PrecisionPlan
+
+
+@dataclass(frozen=True)
+class LoadedCheckpoint:
     """A checkpoint's model on this rank, in evaluation mode, and what belongs to it."""
 
     model: Any  # NemotronModel
@@ -46,78 +54,69 @@ class Opened:
 
     @property
     def is_first_rank(self) -> bool:
+        """Whether this process prints and writes for all."""
         return os.environ.get("RANK", "0") == "0"
 
 
-def found(run: str, knobs: ModelKnobs) -> tuple[Path, Path | None, Config]:
-    """The folder that `run` means, the checkpoint where it names a step, and the configuration for
-    the ranks of this launch; nothing is loaded. Raises ConfigError as `opened` does."""
+def resolve_checkpoint(run: str, knobs: ModelKnobs) -> ResolvedCheckpoint:
+    """The folder and checkpoint that `run` names, and the configuration for the ranks of this
+    launch; nothing is loaded. Raises ConfigError as `open_checkpoint` does."""
     check_model_knobs(knobs)
     folder, step = parse_branch(run) if "@" in run else (Path(run), None)
     if not folder.is_dir():
         raise ConfigError(f"{run}: no such run folder; give RUN_FOLDER or RUN_FOLDER@STEP")
     checkpoint = branch_checkpoint(run) if step is not None else None
     num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    return folder, checkpoint, _laid_out(read_config(folder, step), knobs, num_ranks)
+    config, plan = _laid_out(read_config(folder, step), knobs, num_ranks)
+    return ResolvedCheckpoint(folder, checkpoint, config, plan)
 
 
 @contextmanager
-def opened(run: str, knobs: ModelKnobs, say: Callable[[str], None]) -> Iterator[Opened]:
+def open_checkpoint(
+    run: str, knobs: ModelKnobs, say: Callable[[str], None]
+) -> Iterator[LoadedCheckpoint]:
     """The model of `RUN` (its newest undamaged checkpoint) or `RUN@STEP`, on the ranks of this
     launch; COLLECTIVE. Raises ConfigError for a run, a step or a layout that cannot be had."""
-    folder, checkpoint, config = found(run, knobs)
-    platform = device.prepare(knobs.threads)
-    surroundings = Surroundings(
-        device.hardware(platform), installed_versions(), dict(os.environ), native=False
-    )
-    backend = choose(config, surroundings)
-    os.environ.update(backend.environment)
-    enforce(config, replace(surroundings, native=backend.native), say)
-    from nemotron_train.platform import groups as process_groups
-
-    groups = process_groups.start(config.parallel, platform.backend)
+    resolved = resolve_checkpoint(run, knobs)
+    runtime = start_runtime(resolved.config, resolved.plan, knobs.threads, say)
+    groups = runtime.start_ranks(resolved.config.parallel)
     try:
-        yield _open(config, folder, checkpoint, groups, platform, backend.native, say)
+        yield _load(resolved, runtime, groups, say)
     finally:
-        process_groups.stop()
+        runtime.stop_ranks()
 
 
-def _open(
-    config: Config,
-    folder: Path,
-    checkpoint: Path | None,
-    groups: Any,
-    platform: Platform,
-    native: bool,
-    say: Callable[[str], None],
-) -> Opened:
+def _load(
+    resolved: ResolvedCheckpoint, runtime: Runtime, groups: Any, say: Callable[[str], None]
+) -> LoadedCheckpoint:
     from nemotron_train.assemble.build import build_chunks
     from nemotron_train.precision.attach import PrecisionControl
     from nemotron_train.precision.native import NativePrecision
     from nemotron_train.train.checkpoint.checkpoints import agreed_latest, load_weights
 
+    config, plan = resolved.config, resolved.plan
+    platform, native = runtime.platform, runtime.backend.native
+    checkpoint = resolved.checkpoint or agreed_latest(resolved.folder / "checkpoints", say)
     if checkpoint is None:
-        checkpoint = agreed_latest(folder / "checkpoints", say)
-    if checkpoint is None:
-        raise ConfigError(f"{folder}: has no checkpoint yet")
-    (model,) = build_chunks(config, platform, groups, native)
+        raise ConfigError(f"{resolved.folder}: has no checkpoint yet")
+    (model,) = build_chunks(config, plan, platform, groups, native)
     if platform.device != "cpu":
         model = model.to(platform.device)
     load_weights(checkpoint, [model], groups, config.model)
     model.eval()
     progress = checkpoint_metadata.progress_of(checkpoint)
     if native:
-        precision = NativePrecision([model], config)
+        precision = NativePrecision([model], plan)
     else:
-        precision = PrecisionControl([model], config, groups)
+        precision = PrecisionControl([model], config, plan, groups)
         precision.before_step(progress.step, progress.tokens)
         precision.scale_tokens_apart(True)
-    return Opened(model, config, groups, platform, checkpoint, precision)
+    return LoadedCheckpoint(model, config, groups, platform, checkpoint, precision)
 
 
-def _laid_out(config: Config, knobs: ModelKnobs, num_ranks: int) -> Config:
-    """The run's configuration for ranks that only go forward: no stages, no cut sequences, every
-    rank all tokens. Raises ConfigError where the model cannot be cut so."""
+def _laid_out(config: Config, knobs: ModelKnobs, num_ranks: int) -> tuple[Config, PrecisionPlan]:
+    """The run's configuration and precision plan for ranks that only go forward: no stages, no cut
+    sequences, every rank all tokens. Raises ConfigError where the model cannot be cut so."""
     together = max(knobs.tensor, knobs.expert * knobs.expert_tensor)
     if num_ranks % knobs.tensor or num_ranks % (knobs.expert * knobs.expert_tensor):
         raise ConfigError(
@@ -145,33 +144,36 @@ def _laid_out(config: Config, knobs: ModelKnobs, num_ranks: int) -> Config:
     config = replace(config, model=model, parallel=parallel, train=train)
     config = replace(config, resume="", branch="", fresh_data=False)
     # Its checks: does the model divide? Of data nothing is read, and an imported run has none yet.
-    derive(replace(config, data=replace(config.data, kind=DataKind.embedded)), num_ranks)
-    return replace(config, parallel=replace(parallel, sequence=False))
+    checked = replace(config, data=replace(config.data, kind=DataKind.embedded))
+    plan = derive(checked, num_ranks).plan
+    return replace(config, parallel=replace(parallel, sequence=False)), plan
 
 
-def open_tokenizer(opened: Opened, knobs: ModelKnobs) -> tuple[LoadedTokenizer, int | None]:
+def open_tokenizer(
+    loaded: LoadedCheckpoint, knobs: ModelKnobs
+) -> tuple[LoadedTokenizer, int | None]:
     """The tokenizer that the checkpoint was trained with, and its end-of-document id where there
     is one. Raises ConfigError where it is missing or another one."""
-    folder = Path(knobs.tokenizer or opened.config.data.tokenizer)
+    folder = Path(knobs.tokenizer or loaded.config.data.tokenizer)
     if not knobs.tokenizer and not folder.is_dir():
         raise ConfigError(
             f"{folder}: the run's tokenizer is not here (paths count from where you stand); give "
             "tokenizer=FOLDER"
         )
-    loaded = load_tokenizer(folder)
-    trained = checkpoint_metadata.tokenizer_of(opened.checkpoint)
-    if trained and trained != loaded.sha256:
+    tokenizer = load_tokenizer(folder)
+    trained = checkpoint_metadata.tokenizer_of(loaded.checkpoint)
+    if trained and trained != tokenizer.sha256:
         raise ConfigError(
-            f"tokenizer={folder}: is not the one that {opened.checkpoint} was trained with "
-            f"(SHA-256 {loaded.sha256[:12]}, then {trained[:12]})"
+            f"tokenizer={folder}: is not the one that {loaded.checkpoint} was trained with "
+            f"(SHA-256 {tokenizer.sha256[:12]}, then {trained[:12]})"
         )
-    if loaded.vocab_size > opened.config.model.vocab_size:
+    if tokenizer.vocab_size > loaded.config.model.vocab_size:
         raise ConfigError(
-            f"tokenizer={folder}: has {loaded.vocab_size} ids, the model "
-            f"{opened.config.model.vocab_size}"
+            f"tokenizer={folder}: has {tokenizer.vocab_size} ids, the model "
+            f"{loaded.config.model.vocab_size}"
         )
     if (folder.parent / MANIFEST).is_file():
         manifest = load_manifest(folder.parent)
-        if manifest.tokenizer.sha256 == loaded.sha256:
-            return loaded, manifest.tokenizer.end_of_document_id
-    return loaded, loaded.tokenizer.token_to_id(END_OF_DOCUMENT)
+        if manifest.tokenizer.sha256 == tokenizer.sha256:
+            return tokenizer, manifest.tokenizer.end_of_document_id
+    return tokenizer, tokenizer.tokenizer.token_to_id(END_OF_DOCUMENT)

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from nemotron_train.config.errors import ConfigError
 from nemotron_train.data.tokenize import LoadedTokenizer
-from nemotron_train.generate.checkpoint import Opened, open_tokenizer, opened
+from nemotron_train.generate.checkpoint import LoadedCheckpoint, open_checkpoint, open_tokenizer
 from nemotron_train.generate.engine import Continuation, Costs, Engine
 from nemotron_train.generate.knobs import GenerateConfig, check_decoding, check_sampling
 from nemotron_train.generate.speculative import Acceptance
@@ -24,7 +24,7 @@ def generate(run: str, knobs: GenerateConfig) -> None:
     """Continue the prompts of `knobs` from the checkpoint `run` and print. Raises ConfigError."""
     prompts = check_and_read(knobs)
     console = Console(stderr=True, width=None if sys.stderr.isatty() else 120)
-    with opened(run, knobs, console.print) as model:
+    with open_checkpoint(run, knobs, console.print) as model:
         if not model.is_first_rank:
             console.quiet = True
         check_speculative(knobs.speculative, model)
@@ -73,7 +73,7 @@ def check_and_read(knobs: GenerateConfig) -> list[str]:
     return prompts
 
 
-def check_speculative(asked: bool, model: Opened) -> None:
+def check_speculative(asked: bool, model: LoadedCheckpoint) -> None:
     """Raises ConfigError where there is no block to draft with."""
     if asked and not model.config.model.mtp.depths:
         raise ConfigError(

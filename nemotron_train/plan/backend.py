@@ -12,14 +12,13 @@ from nemotron_train.config.errors import ConfigError
 from nemotron_train.config.schema import Backend, Config
 from nemotron_train.plan.guards import (
     DATA_CENTER_BLACKWELL,
-    QUANTIZED,
     Effect,
     Surroundings,
     enforce,
     findings,
-    plan_formats,
 )
 from nemotron_train.plan.hardware import installed_versions
+from nemotron_train.plan.precision.resolve import PrecisionPlan
 from nemotron_train.plan.precision.transformer_engine import to_transformer_engine
 
 
@@ -33,7 +32,7 @@ class Choice:
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
-def choose(config: Config, surroundings: Surroundings) -> Choice:
+def choose_backend(config: Config, plan: PrecisionPlan, surroundings: Surroundings) -> Choice:
     """Native or emulated, for a run on `surroundings.hardware`.
 
     `auto` is native on a data-center Blackwell GPU where no guard refuses it and Megatron's
@@ -42,7 +41,7 @@ def choose(config: Config, surroundings: Surroundings) -> Choice:
     """
     hardware, backend = surroundings.hardware, config.precision.backend
     assert hardware is not None, "the machine of a run is known"
-    if not plan_formats(config).intersection(QUANTIZED):
+    if not plan.is_quantized:
         return Choice(native=False)
     if backend == Backend.emulated:
         return Choice(False, _text(config, "emulated", "precision.backend=emulated"))
@@ -51,7 +50,7 @@ def choose(config: Config, surroundings: Surroundings) -> Choice:
     try:
         if backend == Backend.auto and hardware.capability not in DATA_CENTER_BLACKWELL:
             raise ConfigError("no Blackwell data-center GPU, compute capability 10.0 or 10.3")
-        environment = _native_environment(config, surroundings)
+        environment = _native_environment(config, plan, surroundings)
     except ConfigError as error:
         reason = f"{hardware.describe()}: {error}"
         if backend == Backend.native:
@@ -63,7 +62,7 @@ def choose(config: Config, surroundings: Surroundings) -> Choice:
     return Choice(True, _text(config, "native", hardware.describe()), environment)
 
 
-def check_planned(config: Config) -> list[str]:
+def check_planned(config: Config, plan: PrecisionPlan) -> list[str]:
     """What a run elsewhere would be warned of, one line each, as far as it is known here: the
     device is not, and packages are taken to be those installed here.
 
@@ -71,22 +70,24 @@ def check_planned(config: Config) -> list[str]:
     asks for what Megatron's per-module file cannot say.
     """
     native = config.precision.backend == Backend.native
-    native = native and bool(plan_formats(config).intersection(QUANTIZED))
+    native = native and plan.is_quantized
     if native:
         try:
-            _native_environment(config, Surroundings())
+            _native_environment(config, plan, Surroundings())
         except ConfigError as error:
             raise ConfigError(f"precision.backend=native: {error}") from None
     warnings: list[str] = []
     surroundings = Surroundings(packages=installed_versions(), native=native)
-    enforce(config, surroundings, warnings.append)
+    enforce(config, plan, surroundings, warnings.append)
     return warnings
 
 
-def _native_environment(config: Config, surroundings: Surroundings) -> Mapping[str, str]:
+def _native_environment(
+    config: Config, plan: PrecisionPlan, surroundings: Surroundings
+) -> Mapping[str, str]:
     """Transformer Engine's variables for this plan. Raises ConfigError where a guard refuses the
     native path or Megatron's per-module file cannot say the plan."""
-    for finding in findings(config, replace(surroundings, native=True)):
+    for finding in findings(config, plan, replace(surroundings, native=True)):
         if finding.effect is Effect.refuse:
             raise ConfigError(finding.text)
     if config.precision.telemetry.every > 0:
@@ -94,7 +95,7 @@ def _native_environment(config: Config, surroundings: Surroundings) -> Mapping[s
             f"precision.telemetry.every={config.precision.telemetry.every}: telemetry looks at "
             "emulated products"
         )
-    return to_transformer_engine(config)["environment"]
+    return to_transformer_engine(config, plan)["environment"]
 
 
 def _text(config: Config, backend: str, reason: str) -> str:

@@ -14,12 +14,12 @@ from nemotron_train.config.errors import ConfigError
 from nemotron_train.config.schema import Config, DataKind, GuardConfig, ModelConfig
 from nemotron_train.plan.architecture.layers import LayerKind, parse_pattern
 from nemotron_train.plan.layout_checks import check_layout, must_divide
-from nemotron_train.plan.precision.resolve import check_plan
 
 
 def check(config: Config, num_ranks: int) -> None:
-    """Raises ConfigError, one line naming the knob or knobs, the value and what would be right,
-    at the first thing wrong with `config` on `num_ranks` ranks."""
+    """Raises ConfigError, one line naming the knob or knobs, the value and what would be right, at
+    the first thing wrong with `config` on `num_ranks` ranks. The precision plan is checked where it
+    is resolved (`plan.precision.resolve.resolve_plan`)."""
     _check_signs(config)
     _check_name(config.name)
     stages = parse_pattern(config.model.pattern)
@@ -32,7 +32,6 @@ def check(config: Config, num_ranks: int) -> None:
     _check_schedule(config)
     _check_rows(config)
     _check_data(config)
-    check_plan(config)
 
 
 _ABOVE_ZERO = (

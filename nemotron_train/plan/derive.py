@@ -1,22 +1,24 @@
-"""What follows from a configuration: the one frozen `Derived` object.
+"""What follows from a configuration: the one frozen `Derived` object, the precision plan in it.
 
 Owns the derived numbers and the order of things: checked first (`plan.checks`), computed
 then. Nothing is written back into the configuration. No torch.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 from nemotron_train.config.schema import Config
 from nemotron_train.plan.architecture.layers import parameters, training_flops
 from nemotron_train.plan.architecture.stages import stages
 from nemotron_train.plan.checks import check
+from nemotron_train.plan.precision.resolve import PrecisionPlan, resolve_plan
 
 
 @dataclass(frozen=True)
 class Derived:
-    """Numbers that follow from a configuration on `num_ranks` ranks. A step is one optimizer
-    step on one global batch. Fields are ints, strings or a tuple of ints, so that `derived.yaml`
-    can hold them."""
+    """What follows from a configuration on `num_ranks` ranks. A step is one optimizer step on one
+    global batch. All but the plan are ints, strings or a tuple of ints: `derived.yaml` holds them
+    (`numbers`)."""
 
     num_ranks: int
     data_parallel: int  # replicas of the dense layers, each of tensor x pipeline x context ranks
@@ -40,6 +42,12 @@ class Derived:
     mamba_heads_per_rank: int
     mamba_groups_per_rank: int
     experts_per_rank: int
+    plan: PrecisionPlan
+
+    def numbers(self) -> dict[str, Any]:
+        """Every field but the plan, which the run folder keeps as precision.txt."""
+        names = [entry.name for entry in fields(self) if entry.name != "plan"]
+        return {name: getattr(self, name) for name in names}
 
 
 def derive(config: Config, num_ranks: int = 1) -> Derived:
@@ -49,6 +57,7 @@ def derive(config: Config, num_ranks: int = 1) -> Derived:
     the first violation.
     """
     check(config, num_ranks)
+    plan = resolve_plan(config)
     layers_per_stage = tuple(len(stage.pattern) for stage in stages(config))
     parallel, train, optim = config.parallel, config.train, config.optim
     data_parallel = num_ranks // (parallel.tensor * parallel.pipeline * parallel.context)
@@ -81,6 +90,7 @@ def derive(config: Config, num_ranks: int = 1) -> Derived:
         mamba_heads_per_rank=config.model.mamba.heads // parallel.tensor,
         mamba_groups_per_rank=config.model.mamba.groups // parallel.tensor,
         experts_per_rank=config.model.moe.experts // parallel.expert,
+        plan=plan,
     )
 
 

@@ -15,13 +15,12 @@ from enum import StrEnum
 from packaging.version import Version
 
 from nemotron_train.config.errors import ConfigError
-from nemotron_train.config.schema import Config
+from nemotron_train.config.schema import Config, GemmFormat
 from nemotron_train.plan.architecture.layers import LayerKind, layers
 from nemotron_train.plan.hardware import Hardware
-from nemotron_train.plan.precision.resolve import formats_at, phase_boundaries
+from nemotron_train.plan.precision.resolve import PrecisionPlan
 
 TESTED_MEGATRON = "0.19.2"
-QUANTIZED = ("nvfp4", "mxfp8")
 # Compute capabilities for which Transformer Engine documents NVFP4 training (docs, nvfp4.rst).
 DATA_CENTER_BLACKWELL = ((10, 0), (10, 3))
 
@@ -49,7 +48,7 @@ class Guard:
     name: str
     source: str  # owner/repo#number, or the file that shows it
     effect: Effect
-    check: Callable[[Config, Surroundings], str]
+    check: Callable[[Config, PrecisionPlan, Surroundings], str]
 
 
 @dataclass(frozen=True)
@@ -61,35 +60,27 @@ class Finding:
     text: str
 
 
-def findings(config: Config, surroundings: Surroundings) -> list[Finding]:
+def findings(config: Config, plan: PrecisionPlan, surroundings: Surroundings) -> list[Finding]:
     """What fires, in the order of the table."""
     found = []
     for guard in GUARDS:
-        text = guard.check(config, surroundings)
+        text = guard.check(config, plan, surroundings)
         if text:
             found.append(Finding(guard.name, guard.effect, f"{text} ({guard.source})"))
     return found
 
 
-def enforce(config: Config, surroundings: Surroundings, say: Callable[[str], None]) -> None:
+def enforce(
+    config: Config, plan: PrecisionPlan, surroundings: Surroundings, say: Callable[[str], None]
+) -> None:
     """One line through `say` for every warning; raises ConfigError for the first refusal."""
-    found = findings(config, surroundings)
+    found = findings(config, plan, surroundings)
     for finding in found:
         if finding.effect is Effect.warn:
             say(f"warning: {finding.text}")
     for finding in found:
         if finding.effect is Effect.refuse:
             raise ConfigError(finding.text)
-
-
-def plan_formats(config: Config) -> set[str]:
-    """Every format of any product of any phase, routers' and the output layer's too."""
-    return {
-        getattr(formats, role)
-        for start in phase_boundaries(config)
-        for formats in formats_at(config, start).values()
-        for role in ("fprop", "dgrad", "wgrad")
-    }
 
 
 # Shapes -------------------------------------------------------------------------------------
@@ -125,14 +116,16 @@ def _scan_overflows(config: Config) -> str:
     )
 
 
-def _scan_overflow_here(config: Config, surroundings: Surroundings) -> str:
+def _scan_overflow_here(config: Config, plan: PrecisionPlan, surroundings: Surroundings) -> str:
     """Certain: the kernels are installed, and nothing says that there is no GPU."""
     hardware = surroundings.hardware
     has_kernels = "mamba-ssm" in surroundings.packages and (hardware is None or hardware.cuda)
     return _scan_overflows(config) if has_kernels else ""
 
 
-def _scan_overflow_elsewhere(config: Config, surroundings: Surroundings) -> str:
+def _scan_overflow_elsewhere(
+    config: Config, plan: PrecisionPlan, surroundings: Surroundings
+) -> str:
     """Possible: planned where the kernels are not installed; the run's machines may have them."""
     if surroundings.hardware is not None or "mamba-ssm" in surroundings.packages:
         return ""
@@ -143,7 +136,7 @@ def _scan_overflow_elsewhere(config: Config, surroundings: Surroundings) -> str:
 # Versions -----------------------------------------------------------------------------------
 
 
-def _other_megatron(config: Config, surroundings: Surroundings) -> str:
+def _other_megatron(config: Config, plan: PrecisionPlan, surroundings: Surroundings) -> str:
     installed = surroundings.packages.get("megatron-core", TESTED_MEGATRON)
     if Version(installed) == Version(TESTED_MEGATRON):
         return ""
@@ -154,14 +147,14 @@ def _other_megatron(config: Config, surroundings: Surroundings) -> str:
     )
 
 
-def _grouped_product(config: Config, surroundings: Surroundings) -> str:
+def _grouped_product(config: Config, plan: PrecisionPlan, surroundings: Surroundings) -> str:
     """Experts in BF16 on a GPU go through torch's grouped product."""
     hardware, torch = surroundings.hardware, surroundings.packages.get("torch", "")
     if hardware is None or hardware.capability != (10, 3) or not torch.startswith("2.13."):
         return ""
     plain = any(
-        ".mlp.experts." in path and formats.fprop == "bf16"
-        for path, formats in formats_at(config, 0).items()
+        ".mlp.experts." in path and formats.fprop == GemmFormat.bf16
+        for path, formats in plan.at(0).formats.items()
     )
     if not plain or surroundings.native:
         return ""
@@ -176,13 +169,13 @@ def _grouped_product(config: Config, surroundings: Surroundings) -> str:
 
 
 def _native(
-    check: Callable[[Config, Hardware], str],
-) -> Callable[[Config, Surroundings], str]:
+    check: Callable[[Config, PrecisionPlan, Hardware], str],
+) -> Callable[[Config, PrecisionPlan, Surroundings], str]:
     """A check of the device, for runs whose block formats Transformer Engine computes."""
 
-    def on_device(config: Config, surroundings: Surroundings) -> str:
+    def on_device(config: Config, plan: PrecisionPlan, surroundings: Surroundings) -> str:
         hardware = surroundings.hardware
-        return check(config, hardware) if surroundings.native and hardware is not None else ""
+        return check(config, plan, hardware) if surroundings.native and hardware is not None else ""
 
     return on_device
 
@@ -193,13 +186,13 @@ def _older(hardware: Hardware, version: str) -> bool:
     return installed is not None and Version(installed) < Version(version)
 
 
-def _no_engine(config: Config, hardware: Hardware) -> str:
+def _no_engine(config: Config, plan: PrecisionPlan, hardware: Hardware) -> str:
     if hardware.cuda and hardware.transformer_engine is not None:
         return ""
     return "without a GPU and Transformer Engine, Megatron-Core trains in BF16 and says nothing"
 
 
-def _old_engine(config: Config, hardware: Hardware) -> str:
+def _old_engine(config: Config, plan: PrecisionPlan, hardware: Hardware) -> str:
     if not _older(hardware, "2.14"):
         return ""
     return (
@@ -208,7 +201,7 @@ def _old_engine(config: Config, hardware: Hardware) -> str:
     )
 
 
-def _before_blackwell(config: Config, hardware: Hardware) -> str:
+def _before_blackwell(config: Config, plan: PrecisionPlan, hardware: Hardware) -> str:
     if hardware.capability is None or hardware.capability >= (10, 0):
         return ""
     return (
@@ -217,7 +210,7 @@ def _before_blackwell(config: Config, hardware: Hardware) -> str:
     )
 
 
-def _unknown_blackwell(config: Config, hardware: Hardware) -> str:
+def _unknown_blackwell(config: Config, plan: PrecisionPlan, hardware: Hardware) -> str:
     capability = hardware.capability
     if capability is None or capability < (10, 0) or capability in DATA_CENTER_BLACKWELL:
         return ""
@@ -230,19 +223,19 @@ def _is_workstation_blackwell(hardware: Hardware) -> bool:
     return hardware.capability is not None and hardware.capability[0] == 12
 
 
-def _zeroed_gradients(config: Config, hardware: Hardware) -> str:
+def _zeroed_gradients(config: Config, plan: PrecisionPlan, hardware: Hardware) -> str:
     if not _is_workstation_blackwell(hardware) or not _older(hardware, "2.19"):
         return ""
     return "before Transformer Engine 2.19, stochastic rounding made every gradient zero on sm_120"
 
 
-def _mxfp8_on_workstation(config: Config, hardware: Hardware) -> str:
-    if not _is_workstation_blackwell(hardware) or "mxfp8" not in plan_formats(config):
+def _mxfp8_on_workstation(config: Config, plan: PrecisionPlan, hardware: Hardware) -> str:
+    if not _is_workstation_blackwell(hardware) or GemmFormat.mxfp8 not in plan.formats_used:
         return ""
     return f"precision={config.precision.name} has MXFP8 products, which sm_120 cannot compute"
 
 
-def _fused_transform(config: Config, hardware: Hardware) -> str:
+def _fused_transform(config: Config, plan: PrecisionPlan, hardware: Hardware) -> str:
     if not _is_workstation_blackwell(hardware) or _older(hardware, "2.19"):
         return ""
     return (
@@ -263,7 +256,7 @@ _ENGINE_SWITCHES = {
 }
 
 
-def _overriding_environment(config: Config, surroundings: Surroundings) -> str:
+def _overriding_environment(config: Config, plan: PrecisionPlan, surroundings: Surroundings) -> str:
     if not surroundings.native:
         return ""
     own = {
@@ -280,7 +273,7 @@ def _overriding_environment(config: Config, surroundings: Surroundings) -> str:
     )
 
 
-def _fast_math(config: Config, surroundings: Surroundings) -> str:
+def _fast_math(config: Config, plan: PrecisionPlan, surroundings: Surroundings) -> str:
     if not surroundings.native or surroundings.environment.get("NVTE_USE_FAST_MATH", "0") == "0":
         return ""
     return (

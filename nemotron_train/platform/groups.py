@@ -15,14 +15,10 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed.rendezvous import rendezvous
 
-from nemotron_train.config.errors import ConfigError
+from nemotron_train.config.errors import ConfigError, RendezvousFailed
 from nemotron_train.config.schema import ParallelConfig
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
-
-
-class RendezvousFailed(RuntimeError):
-    """The ranks did not meet: one line with the address, the reason and the knob."""
 
 
 def num_ranks() -> int:

@@ -17,9 +17,8 @@ from nemotron_train.config.errors import ConfigError
 from nemotron_train.config.schema import Config
 from nemotron_train.model.moe.experts import ExpertWeights
 from nemotron_train.optim.gradients import count_zeros
-from nemotron_train.plan.precision.resolve import LinearFormats, formats_at, phase_boundaries
+from nemotron_train.plan.precision.resolve import LinearFormats, PlanPhase, PrecisionPlan
 from nemotron_train.precision.linear import (
-    QUANTIZED,
     Attached,
     Cut,
     EmulatedColumnParallelLinear,
@@ -30,20 +29,10 @@ from nemotron_train.precision.linear import (
 from nemotron_train.precision.telemetry import Telemetry
 
 
-def quantizes(config: Config) -> bool:
-    """Whether the plan puts any product of any phase in a block format."""
-    return any(
-        getattr(formats, role) in QUANTIZED
-        for start in phase_boundaries(config)
-        for formats in formats_at(config, start).values()
-        for role in ("fprop", "dgrad", "wgrad")
-    )
-
-
-def emulates(config: Config) -> bool:
+def emulates(config: Config, plan: PrecisionPlan) -> bool:
     """Whether the run needs the linears that a plan can be attached to: it quantizes something, or
     telemetry looks at what that would cost."""
-    return quantizes(config) or config.precision.telemetry.every > 0
+    return plan.is_quantized or config.precision.telemetry.every > 0
 
 
 def global_modules(model: Any) -> dict[str, torch.nn.Module]:
@@ -79,31 +68,31 @@ class _Slot:
 
 
 class PrecisionControl:
-    """Holds the model of this rank, one chunk or several, to the plan of `config` as training
-    goes on."""
+    """Holds the model of this rank, one chunk or several, to the plan as training goes on."""
 
     def __init__(
         self,
         chunks: Sequence[torch.nn.Module],
         config: Config,
+        plan: PrecisionPlan,
         groups: ProcessGroupCollection,
         telemetry: Telemetry | None = None,
     ) -> None:
-        self._config, self._telemetry = config, telemetry
-        self._boundaries = phase_boundaries(config)
-        self._phase_start = -1
+        self._plan = plan
+        self._telemetry = telemetry
+        self._phase = plan.at(0)
         self.clock = RoundingClock(seed=config.train.seed)
-        self._slots = _slots(chunks, config, groups)
-        self._enter(0)
+        self._slots = _slots(chunks, config, plan, groups)
+        self._enter(self._phase)
 
     def before_step(self, step: int, tokens: int) -> bool:
         """Prepare optimizer step `step`, which starts after `tokens` trained tokens; True when a
         new phase begins with it."""
         self.clock.step = step
-        start = max(boundary for boundary in self._boundaries if boundary <= tokens)
-        is_new = start != self._phase_start
+        phase = self._plan.at(tokens)
+        is_new = phase is not self._phase
         if is_new:
-            self._enter(start)
+            self._enter(phase)
         if self._telemetry is not None and self._telemetry.is_due(step + 1):
             self._telemetry.begin(tokens)
             self._observe(self._telemetry)
@@ -141,8 +130,8 @@ class PrecisionControl:
                 found[carried.path] = carried.formats
         return found
 
-    def _enter(self, start: int) -> None:
-        formats = formats_at(self._config, start)
+    def _enter(self, phase: PlanPhase) -> None:
+        formats = phase.formats
         for slot in self._slots:
             slot.module.attached = Attached(  # type: ignore[assignment]
                 slot.path,
@@ -154,7 +143,7 @@ class PrecisionControl:
                 slot.first_call,
                 slot.part,
             )
-        self._phase_start = start
+        self._phase = phase
         self.weights_changed()
         found = self.attached()
         for slot in self._slots:
@@ -174,7 +163,10 @@ def _calls_per_rank(path: str, config: Config, groups: ProcessGroupCollection) -
 
 
 def _slots(
-    chunks: Sequence[torch.nn.Module], config: Config, groups: ProcessGroupCollection
+    chunks: Sequence[torch.nn.Module],
+    config: Config,
+    plan: PrecisionPlan,
+    groups: ProcessGroupCollection,
 ) -> list[_Slot]:
     """The linears of this rank that a plan can quantize. Raises ConfigError for one that the plan
     quantizes and that has no emulated form."""
@@ -198,11 +190,11 @@ def _slots(
             part = groups.ep.rank()
             slots.append(_Slot(path, module, groups.expt_tp, cut, None, first, part))
     known = {slot.path for slot in slots}
-    for start in phase_boundaries(config):
-        for path, formats in formats_at(config, start).items():
-            asked = (formats.fprop, formats.dgrad, formats.wgrad)
-            if path in present and path not in known and any(f in QUANTIZED for f in asked):
+    for phase in plan.phases:
+        for path, formats in phase.formats.items():
+            if path in present and path not in known and formats.is_quantized:
+                products = ", ".join(formats.products)
                 raise ConfigError(
-                    f"precision: {path} has no emulated form, but the plan asks {asked}"
+                    f"precision: {path} has no emulated form, but the plan asks for {products}"
                 )
     return slots

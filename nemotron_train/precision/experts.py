@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nemotron_train.config.schema import GemmFormat
 from nemotron_train.model.moe.experts import ExpertWeights, GroupedExperts
 from nemotron_train.model.moe.permutation import (
     permute,
@@ -35,19 +36,19 @@ ROW_MULTIPLE = 32
 def _grouped_operand(
     attached: Attached,
     tensor: Tensor,
-    form: str,
+    form: GemmFormat,
     role: Role,
     dim: Dim,
     rows_E: Tensor,
     words: RandomWords | None = None,
 ) -> Operand:
     """E tensors stacked along the rows of `tensor`, each quantized by itself."""
-    if form == "mxfp8":
+    if form == GemmFormat.mxfp8:
         operand = mxfp8_operand(tensor, dim=dim)
         return Operand(operand.values, operand.scale.expand(len(rows_E)), 1.0)
-    if form == "nvfp4" and attached.scales_tokens_apart(role, dim):
+    if form == GemmFormat.nvfp4 and attached.scales_tokens_apart(role, dim):
         return attached.operand_of_tokens(tensor)
-    if form == "nvfp4":
+    if form == GemmFormat.nvfp4:
         return nvfp4.nvfp4_operand(
             tensor,
             block="2d" if role == "w" and attached.formats.weight_2d else "1d",
@@ -56,7 +57,7 @@ def _grouped_operand(
             reduce_amax=attached.amax_reduction(role),
             rows_per_tensor=rows_E,
         )
-    values = tensor if form == "float32" else tensor.bfloat16()
+    values = tensor if form == GemmFormat.float32 else tensor.bfloat16()
     return Operand(values, torch.ones(len(rows_E), device=tensor.device), 1.0)
 
 
@@ -119,7 +120,7 @@ class _GroupedProducts(torch.autograd.Function):
         ctx.call = attached.next_call()
         if attached.observer is not None:
             attached.observer.forward(attached, x_PK, weight_ENK, rows)
-        if attached.formats.fprop == "nvfp4" and attached.scales_tokens_apart("x", -1):
+        if attached.formats.fprop == GemmFormat.nvfp4 and attached.scales_tokens_apart("x", -1):
             return _each_row_times(x, w, rows, x_PK)
         return _each_times(x, w, w.values.transpose(1, 2), rows, x_PK)
 
@@ -137,7 +138,7 @@ class _GroupedProducts(torch.autograd.Function):
 def _input_gradient(ctx, dy_PN: Tensor, x_PK: Tensor, weight_ENK: Tensor) -> Tensor:
     attached: Attached = ctx.attached
     formats, words = attached.formats, None
-    if formats.dgrad == "nvfp4" and formats.stochastic_rounding:
+    if formats.dgrad == GemmFormat.nvfp4 and formats.stochastic_rounding:
         words = attached.random_words(dy_PN.shape, "dgrad", ctx.call)
     rows_E = torch.tensor(ctx.rows)
     dy = _grouped_operand(attached, dy_PN, formats.dgrad, "dy", -1, rows_E, words)
@@ -148,9 +149,9 @@ def _input_gradient(ctx, dy_PN: Tensor, x_PK: Tensor, weight_ENK: Tensor) -> Ten
 def _weight_gradient(ctx, dy_PN: Tensor, x_PK: Tensor, weight_ENK: Tensor) -> Tensor:
     attached: Attached = ctx.attached
     formats, words = attached.formats, None
-    if formats.wgrad == "nvfp4" and formats.hadamard:
+    if formats.wgrad == GemmFormat.nvfp4 and formats.hadamard:
         dy_PN, x_PK = hadamard(dy_PN, dim=0), hadamard(x_PK, dim=0)
-    if formats.wgrad == "nvfp4" and formats.stochastic_rounding:
+    if formats.wgrad == GemmFormat.nvfp4 and formats.stochastic_rounding:
         words = attached.random_words(dy_PN.shape, "wgrad", ctx.call)
     rows_E = torch.tensor(ctx.rows)
     dy = _grouped_operand(attached, dy_PN, formats.wgrad, "dy", 0, rows_E, words)
@@ -168,8 +169,8 @@ def _weight_operand(
     """
     formats = attached.formats
     form = formats.fprop if product == "fprop" else formats.dgrad
-    both = form == "nvfp4" and formats.weight_2d
-    dim: Dim = -1 if both or product == "fprop" or form not in ("nvfp4", "mxfp8") else 0
+    both = form == GemmFormat.nvfp4 and formats.weight_2d
+    dim: Dim = -1 if both or product == "fprop" or not form.is_block_scaled else 0
     key = (form, dim, attached.clock.weights_version)
     kept: dict = weights.__dict__.setdefault("_quantized_weight", {})
     if key not in kept:

@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor
 
+from nemotron_train.config.schema import GemmFormat
 from nemotron_train.model.linears import ReplicatedLinear
 from nemotron_train.plan.precision.resolve import LinearFormats
 from nemotron_train.precision import nvfp4
@@ -43,7 +44,6 @@ from nemotron_train.precision.rounding import RandomWords
 Role = Literal["x", "w", "dy"]
 Dim = Literal[-1, 0]
 Cut = Literal["", "inputs", "outputs", "tokens"]
-QUANTIZED = ("nvfp4", "mxfp8")
 
 
 @dataclass
@@ -101,8 +101,7 @@ class Attached:
     @property
     def quantizes(self) -> bool:
         """Whether any product is in a block format; plain products take the plain path."""
-        formats = self.formats
-        return any(f in QUANTIZED for f in (formats.fprop, formats.dgrad, formats.wgrad))
+        return self.formats.is_quantized
 
     def next_call(self) -> int:
         """Number of this forward call within the step here: micro-batch and depth in one."""
@@ -152,14 +151,19 @@ class Attached:
         return partial(_largest_over, groups) if groups else None
 
     def operand(
-        self, tensor: Tensor, form: str, role: Role, dim: Dim, words: RandomWords | None = None
+        self,
+        tensor: Tensor,
+        form: GemmFormat,
+        role: Role,
+        dim: Dim,
+        words: RandomWords | None = None,
     ) -> Operand:
         """`tensor` [rows, columns] in format `form`, blocks along `dim`."""
-        if form == "mxfp8":
+        if form == GemmFormat.mxfp8:
             return mxfp8_operand(tensor, dim=dim)
-        if form == "nvfp4" and self.scales_tokens_apart(role, dim):
+        if form == GemmFormat.nvfp4 and self.scales_tokens_apart(role, dim):
             return self.operand_of_tokens(tensor)
-        if form == "nvfp4":
+        if form == GemmFormat.nvfp4:
             return nvfp4.nvfp4_operand(
                 tensor,
                 block="2d" if role == "w" and self.formats.weight_2d else "1d",
@@ -167,7 +171,7 @@ class Attached:
                 random_words=words,
                 reduce_amax=self.amax_reduction(role),
             )
-        values = tensor if form == "float32" else tensor.bfloat16()
+        values = tensor if form == GemmFormat.float32 else tensor.bfloat16()
         return Operand(values, torch.ones((), device=tensor.device), 1.0)
 
     def scales_tokens_apart(self, role: Role, dim: Dim) -> bool:
@@ -237,7 +241,7 @@ def _gradient_operand(
     formats = attached.formats
     form = formats.dgrad if product == "dgrad" else formats.wgrad
     words = None
-    if form == "nvfp4" and formats.stochastic_rounding:
+    if form == GemmFormat.nvfp4 and formats.stochastic_rounding:
         words = attached.random_words(dy_TN.shape, product, call)
     return attached.operand(dy_TN, form, "dy", dim, words)
 
@@ -246,7 +250,7 @@ def _weight_gradient(
     attached: Attached, dy_TN: Tensor, x_TK: Tensor, call: int, dtype: torch.dtype
 ) -> Tensor:
     formats = attached.formats
-    if formats.wgrad == "nvfp4" and formats.hadamard:
+    if formats.wgrad == GemmFormat.nvfp4 and formats.hadamard:
         dy_TN = hadamard(pad_tokens(dy_TN), dim=0)
         x_TK = hadamard(pad_tokens(x_TK), dim=0)
     dy = _gradient_operand(attached, dy_TN, "wgrad", call, dim=0)
@@ -262,9 +266,9 @@ def weight_operand(linear: torch.nn.Module, weight: Tensor, attached: Attached, 
     """
     formats = attached.formats
     form = formats.fprop if product == "fprop" else formats.dgrad
-    both = form == "nvfp4" and formats.weight_2d
+    both = form == GemmFormat.nvfp4 and formats.weight_2d
     dim: Dim = -1 if both or product == "fprop" else 0
-    key = (form, dim if form in QUANTIZED else -1, attached.clock.weights_version)
+    key = (form, dim if form.is_block_scaled else -1, attached.clock.weights_version)
     kept: dict = linear.__dict__.setdefault("_quantized_weight", {})
     if key not in kept:
         for old in [old for old in kept if old[2] != key[2]]:

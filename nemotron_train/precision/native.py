@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from megatron.core.quantization.quant_config import RecipeConfig
 
-from nemotron_train.config.schema import Config
-from nemotron_train.plan.precision.resolve import LinearFormats, formats_at
+from nemotron_train.config.schema import Config, GemmFormat
+from nemotron_train.plan.precision.resolve import LinearFormats, PrecisionPlan
 from nemotron_train.plan.precision.transformer_engine import to_transformer_engine
 from nemotron_train.precision.attach import modules_of
 
@@ -28,9 +28,9 @@ _OPTION_SWITCHES = {
 }
 
 
-def transformer_fields(config: Config) -> dict[str, Any]:
+def transformer_fields(config: Config, plan: PrecisionPlan) -> dict[str, Any]:
     """Fields of Megatron's TransformerConfig for the plan, `quant_recipe` among them."""
-    native = to_transformer_engine(config)
+    native = to_transformer_engine(config, plan)
     return {**native["transformer_config"], "quant_recipe": RecipeConfig.from_config_dict(native)}
 
 
@@ -44,13 +44,13 @@ def set_to_run_in(module: Any, in_context: str) -> str:
     if params is None:
         return in_context
     recipe = params.training_recipe
-    quantized = in_context != "bf16"
+    quantized = in_context != GemmFormat.bf16
     overrides = (
         recipe.override_quantized_autocast if quantized else recipe.override_nonquantized_autocast
     )
     if not overrides:
         return in_context
-    return recipe.fp4_quantization_recipe or recipe.fp8_quantization_recipe or "bf16"
+    return recipe.fp4_quantization_recipe or recipe.fp8_quantization_recipe or GemmFormat.bf16
 
 
 def context_format(path: str, config: Any) -> str:
@@ -61,24 +61,24 @@ def context_format(path: str, config: Any) -> str:
     (fp4_utils.get_fp4_context, HybridStack.forward). The MTP projection lies in FP8's context
     only (MultiTokenPredictionLayer).
     """
-    base = config.fp4_recipe if config.fp4 else config.fp8_recipe if config.fp8 else "bf16"
+    base = config.fp4_recipe if config.fp4 else config.fp8_recipe if config.fp8 else GemmFormat.bf16
     words = path.split(".")
     if words[-1] == "eh_proj":
-        return base if config.fp8 else "bf16"
+        return base if config.fp8 else GemmFormat.bf16
     layer = int(words[len(words) - 1 - words[::-1].index("layers") + 1])
     start = config.num_layers_at_start_in_bf16 if config.first_last_layers_bf16 else 0
     end = config.num_layers_at_end_in_bf16 if config.first_last_layers_bf16 else 0
-    return base if start <= layer < config.num_layers - end else "bf16"
+    return base if start <= layer < config.num_layers - end else GemmFormat.bf16
 
 
 def ran_in(module: Any) -> str:
     """The format of the last forward pass, from what Transformer Engine keeps on its modules
     (`TransformerEngineBaseModule.init_fp8_metadata`, 2.14 to 2.20)."""
     if not module.fp8:
-        return "bf16"
+        return GemmFormat.bf16
     recipe = module.fp8_meta["recipe"]
-    for name in ("nvfp4", "mxfp8"):
-        if getattr(recipe, name)():
+    for name in (GemmFormat.nvfp4, GemmFormat.mxfp8):
+        if getattr(recipe, name)():  # Transformer Engine names its tests as we name the formats
             return name
     return type(recipe).__name__
 
@@ -86,13 +86,13 @@ def ran_in(module: Any) -> str:
 class NativePrecision:
     """Holds the model of this rank to the plan; the counterpart of `attach.PrecisionControl`."""
 
-    def __init__(self, chunks: Sequence[torch.nn.Module], config: Config) -> None:
-        self._plan = formats_at(config, 0)  # one phase: the translation refuses more
+    def __init__(self, chunks: Sequence[torch.nn.Module], plan: PrecisionPlan) -> None:
+        self._formats = plan.at(0).formats  # one phase: the translation refuses more
         self._model_config: Any = chunks[0].config
         present = modules_of(chunks)
         self._linears: dict[str, Any] = {
             path: present[path]
-            for path in self._plan
+            for path in self._formats
             if path in present and hasattr(present[path], "te_quant_params")
         }
         self._compare(present, self.attached(), "is set to run in")
@@ -123,7 +123,7 @@ class NativePrecision:
         """Nothing kept: Transformer Engine quantizes weights at every step's first micro-batch."""
 
     def _compare(self, present: Mapping[str, object], found: Mapping[str, str], verb: str) -> None:
-        for path, formats in self._plan.items():
+        for path, formats in self._formats.items():
             if path not in present or (path not in found and not _in_block_format(formats)):
                 continue
             carried = found.get(path, "no Transformer Engine format")
@@ -136,8 +136,8 @@ class NativePrecision:
     def _compare_options(self) -> None:
         """NVFP4's options, which Transformer Engine takes from the environment when imported."""
         for path, module in self._linears.items():
-            formats = self._plan[path]
-            if formats.fprop != "nvfp4":
+            formats = self._formats[path]
+            if formats.fprop != GemmFormat.nvfp4:
                 continue
             recipe = module.fp8_meta["recipe"]
             for option, switch in _OPTION_SWITCHES.items():
@@ -149,4 +149,4 @@ class NativePrecision:
 
 
 def _in_block_format(formats: LinearFormats) -> bool:
-    return formats.fprop in ("nvfp4", "mxfp8")
+    return formats.fprop.is_block_scaled

@@ -19,8 +19,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from nemotron_train.config.schema import Config
-from nemotron_train.plan.precision.resolve import LinearFormats, formats_at, resolve
+from nemotron_train.config.schema import GemmFormat, ProbeFormat, TelemetryConfig
+from nemotron_train.plan.precision.resolve import LinearFormats, PrecisionPlan
 from nemotron_train.precision import mxfp8, nvfp4
 from nemotron_train.precision.hadamard import hadamard
 from nemotron_train.precision.linear import Attached, Role, pad_tokens
@@ -110,11 +110,16 @@ class Telemetry:
     ranks hold whole is counted once a rank, which changes no rate and no ratio.
     """
 
-    def __init__(self, config: Config, last_step: int, device: str) -> None:
-        self._config, self.last_step, self._tokens = config, last_step, 0
-        self._every = config.precision.telemetry.every
-        self._probe = config.precision.telemetry.probe.value
-        self._places = {entry.path: i for i, entry in enumerate(resolve(config))}
+    def __init__(
+        self, config: TelemetryConfig, plan: PrecisionPlan, last_step: int, device: str
+    ) -> None:
+        self._plan = plan
+        self.last_step = last_step
+        self._tokens = 0
+        self._every = config.every
+        no_probe = config.probe == ProbeFormat.none
+        self._probe = None if no_probe else GemmFormat(config.probe.value)
+        self._places = {path: i for i, path in enumerate(plan.at(0).formats)}
         shape = (len(self._places), len(FORMATS), len(OPERANDS))
         self._sums = torch.zeros(*shape, NUM_SUMS, dtype=torch.float64, device=device)
         self._amax = torch.zeros(shape, device=device)
@@ -183,7 +188,7 @@ class Telemetry:
             dist.all_reduce(self._amax, op=dist.ReduceOp.MAX)
         sums, amax, zeros = self._sums.tolist(), self._amax.tolist(), self._zeros.tolist()
         modules: dict[str, dict] = {}
-        formats = formats_at(self._config, self._tokens)
+        formats = self._plan.at(self._tokens).formats
         for path, place in self._places.items():
             module: dict[str, object] = {}
             for i, form in enumerate(FORMATS):
@@ -203,19 +208,26 @@ class Telemetry:
                 modules[path] = module
         return modules
 
-    def _looks(self, formats: LinearFormats, product: str) -> list[tuple[str, LinearFormats]]:
+    def _looks(
+        self, formats: LinearFormats, product: str
+    ) -> list[tuple[GemmFormat, LinearFormats]]:
         """Formats in which to look at a product, each with its options."""
         own, probe = getattr(formats, product), self._probe
-        looks = [(own, formats)] if own in FORMATS else []
-        if probe in FORMATS and probe != own:
+        looks = [(own, formats)] if own.is_block_scaled else []
+        if probe is not None and probe != own:
             looks.append((probe, LinearFormats(probe, probe, probe, True, True, True)))
         return looks
 
     def _add_weight(
-        self, attached: Attached, form: str, options: LinearFormats, operand: str, weight: Tensor
+        self,
+        attached: Attached,
+        form: GemmFormat,
+        options: LinearFormats,
+        operand: str,
+        weight: Tensor,
     ) -> None:
         matrices = [weight] if weight.ndim == 2 else list(weight)
-        is_2d = form == "nvfp4" and options.weight_2d
+        is_2d = form == GemmFormat.nvfp4 and options.weight_2d
         if operand == "dgrad_weight" and not is_2d:
             matrices = [matrix.t() for matrix in matrices]
         self._add(attached, form, operand, matrices, block="2d" if is_2d else "1d")
@@ -224,7 +236,7 @@ class Telemetry:
     def _add(
         self,
         attached: Attached,
-        form: str,
+        form: GemmFormat,
         operand: str,
         parts: list[Tensor],
         words: list[Tensor | None] | None = None,
@@ -236,7 +248,7 @@ class Telemetry:
         for part, part_words in zip(parts, words or [None] * len(parts), strict=True):
             if not part.numel():
                 continue
-            if form == "mxfp8":
+            if form == GemmFormat.mxfp8:
                 sums, amax = measure_mxfp8(part)
             else:
                 sums, amax = measure_nvfp4(
@@ -245,7 +257,7 @@ class Telemetry:
             self._sums[place] += sums
             self._amax[place] = torch.maximum(self._amax[place], amax.float())
 
-    def _place(self, path: str, form: str, operand: str) -> tuple[int, int, int]:
+    def _place(self, path: str, form: GemmFormat, operand: str) -> tuple[int, int, int]:
         return self._places[path], FORMATS.index(form), OPERANDS.index(operand)
 
 
@@ -256,15 +268,20 @@ def _parts(tensor: Tensor | None, rows: list[int] | None) -> list:
     return [tensor] if rows is None else list(tensor.split(rows))
 
 
-def _wgrad_operand(tensor_TC: Tensor, form: str, options: LinearFormats) -> Tensor:
-    if form == "nvfp4" and options.hadamard:
+def _wgrad_operand(tensor_TC: Tensor, form: GemmFormat, options: LinearFormats) -> Tensor:
+    if form == GemmFormat.nvfp4 and options.hadamard:
         return hadamard(pad_tokens(tensor_TC), dim=0)
     return tensor_TC
 
 
 def _words(
-    attached: Attached, dy: Tensor, form: str, options: LinearFormats, product: str, call: int
+    attached: Attached,
+    dy: Tensor,
+    form: GemmFormat,
+    options: LinearFormats,
+    product: str,
+    call: int,
 ) -> Tensor | None:
-    if form != "nvfp4" or not options.stochastic_rounding:
+    if form != GemmFormat.nvfp4 or not options.stochastic_rounding:
         return None
     return attached.words(dy.shape, product, call, dy.device)

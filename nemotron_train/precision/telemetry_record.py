@@ -9,7 +9,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-FORMATS = ("nvfp4", "mxfp8")
+from nemotron_train.config.schema import GemmFormat
+
+FORMATS = (GemmFormat.nvfp4, GemmFormat.mxfp8)
 
 # The two operands of each product, as it takes them: wgrad's after the Hadamard transform.
 OPERANDS_OF = {

@@ -33,7 +33,7 @@ from rich.table import Table
 from nemotron_train.compose.compose import compose_config, to_typed
 from nemotron_train.config.errors import ConfigError
 from nemotron_train.config.schema import Config, GemmFormat, PrecisionConfig
-from nemotron_train.plan.precision.resolve import check_plan, resolve, share_of_flops
+from nemotron_train.plan.precision.resolve import resolve_plan, share_of_flops
 from nemotron_train.precision.telemetry_record import OPERANDS, OPERANDS_OF
 from nemotron_train.report.runs.read import read_run
 from nemotron_train.report.runs.telemetry import (
@@ -125,7 +125,7 @@ def candidates(
     """Every line that a list could have, best first. Raises ConfigError naming `asked`, the run,
     if a linear was not measured in the formats that are compared."""
     paths = list(records[-1].modules)
-    flops = {entry.path: entry.flops for entry in resolve(config) if entry.path in set(paths)}
+    flops = {e.path: e.flops for e in resolve_plan(config).at(0).linears if e.path in set(paths)}
     errors = {path: _removed_error(records, path, knobs, asked) for path in paths}
     groups: dict[tuple[str, str], list[str]] = {}
     for path in paths:
@@ -254,9 +254,9 @@ def _check(config: Config, text: str, kept: float) -> None:
     own layout cannot have it."""
     plain: dict[str, Any] = yaml.safe_load(text)
     proposed = replace(config, precision=to_typed(PrecisionConfig, plain, []))
-    check_plan(proposed)
-    decided = [entry for entry in resolve(proposed) if not entry.rule.startswith("fixed (")]
-    share = 1 - share_of_flops(decided).get("nvfp4", 0.0)
+    linears = resolve_plan(proposed).at(0).linears
+    decided = [linear for linear in linears if not linear.rule.startswith("fixed (")]
+    share = 1 - share_of_flops(decided).get(GemmFormat.nvfp4, 0.0)
     assert abs(share - kept) < 1e-9, (share, kept)
 
 

@@ -1,8 +1,8 @@
 """`branch=RUN@STEP`: a new run from another run's checkpoint, checked before its folder is made.
 
 Owns: which checkpoint is meant, whether the new configuration can go on from it, what is recorded
-of the parent. Does not own: loading it (`session`), the files of the new run (`run_folder`), the
-grammar of `branch=` (`lineage`). The parent's folder is only read.
+of the parent. Does not own: loading it (`train.trainer`), the files of the new run (`run_folder`),
+the grammar of `branch=` (`lineage`). The parent's folder is only read.
 """
 
 import hashlib
@@ -14,6 +14,7 @@ from nemotron_train.config.knobs import changed_knobs
 from nemotron_train.config.schema import Config
 from nemotron_train.data.batches import BatchSource
 from nemotron_train.plan.precision.record import plan_record
+from nemotron_train.plan.precision.resolve import PrecisionPlan
 from nemotron_train.run_folder.checkpoint_metadata import (
     check_data,
     check_model,
@@ -45,7 +46,9 @@ def branch_checkpoint(branch: str, *, contents: bool = True) -> Path:
     return path
 
 
-def check_branch(config: Config, train_data: BatchSource) -> dict[str, Any] | None:
+def check_branch(
+    config: Config, plan: PrecisionPlan, train_data: BatchSource
+) -> dict[str, Any] | None:
     """What lineage.json is to say of the parent; None if the new run already has a checkpoint of
     its own and no longer looks at its parent.
 
@@ -68,7 +71,7 @@ def check_branch(config: Config, train_data: BatchSource) -> dict[str, Any] | No
         "tokens": progress.tokens,
         "run_id": read_json(run / "environment.json").get("run_id", ""),
         "checkpoint": hashlib.sha256((checkpoint / MANIFEST).read_bytes()).hexdigest(),
-        "precision": {"before": brief(plan_of(checkpoint)), "after": brief(plan_record(config))},
+        "precision": {"before": brief(plan_of(checkpoint)), "after": brief(plan_record(plan))},
         "changed": changed_knobs(parent, config),
     }
 

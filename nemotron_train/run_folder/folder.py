@@ -33,7 +33,9 @@ from omegaconf.errors import OmegaConfBaseException
 from nemotron_train.config.errors import ConfigError
 from nemotron_train.config.knobs import PHASES, adds_phases, differences, is_free, to_plain
 from nemotron_train.config.schema import Config, DataPhase, PrecisionConfig
+from nemotron_train.plan.derive import Derived
 from nemotron_train.plan.precision.record import plan_record
+from nemotron_train.plan.precision.resolve import PrecisionPlan, resolve_plan
 from nemotron_train.run_folder.integrity import sweep
 from nemotron_train.run_folder.lineage import (
     LINEAGE,
@@ -121,7 +123,7 @@ class RunFolder:
 
 def open_run_folder(
     config: Config,
-    derived: Any,
+    derived: Derived,
     precision_text: str,
     *,
     command: Sequence[str] | None = None,
@@ -131,7 +133,7 @@ def open_run_folder(
 ) -> RunFolder:
     """Makes the run's folder, or opens it to go on, and writes all that is known at the start.
 
-    `derived`: any dataclass of plain values. `command`: the words typed (default: this process's).
+    `command`: the words typed (default: this process's).
     `hosts`: the machines of all ranks (default: this one). `machine`: what computes, plain values
     (docs/metrics.md; default: not known). An existing config.yaml stays as it was
     first asked; each start is added to environment.json. `say` hears of a holder that went away.
@@ -161,7 +163,7 @@ def _open(
     path: Path,
     asked: str,
     config: Config,
-    derived: Any,
+    derived: Derived,
     precision_text: str,
     command: Sequence[str] | None,
     about: Mapping[str, Any],
@@ -184,8 +186,8 @@ def _open(
         stored = read_config(path)
         changed = differences(to_plain(stored), wanted)
         _refuse_another_run(path, changed)
-        plan_before = _plan_before(path, stored, config, changed)
-    write_atomically(path / "derived.yaml", _to_yaml(to_plain(derived)))
+        plan_before = _plan_before(path, stored, config, derived.plan, changed)
+    write_atomically(path / "derived.yaml", _to_yaml(to_plain(derived.numbers())))
     write_atomically(path / "precision.txt", precision_text.rstrip("\n") + "\n")
     run_id = _record_start(path / "environment.json", command or sys.argv, about, changed)
     return RunFolder(path, run_id, is_new, plan_before, PHASES in changed)
@@ -225,7 +227,7 @@ def _refuse_another_run(path: Path, changed: Mapping[str, Sequence[Any]]) -> Non
     )
 
 
-def refuse_another_run(config: Config) -> None:
+def refuse_another_run(config: Config, plan: PrecisionPlan) -> None:
     """Raises ConfigError where the run folder of `config` holds a run of another configuration or
     under another precision plan; nothing is written."""
     path = run_path(config)
@@ -233,17 +235,22 @@ def refuse_another_run(config: Config) -> None:
         stored = read_config(path)
         changed = differences(to_plain(stored), to_plain(config))
         _refuse_another_run(path, changed)
-        _plan_before(path, stored, config, changed)
+        _plan_before(path, stored, config, plan, changed)
 
 
 def _plan_before(
-    path: Path, stored: Config, config: Config, changed: Mapping[str, Sequence[Any]]
+    path: Path,
+    stored: Config,
+    config: Config,
+    plan: PrecisionPlan,
+    changed: Mapping[str, Sequence[Any]],
 ) -> Record | None:
-    """The run's plan if `config` is allowed to change it. Raises ConfigError if it is not."""
+    """The stored run's plan if `config`, under `plan`, is allowed to change it. Raises ConfigError
+    if it is not."""
     knobs = [knob for knob in changed if knob.startswith("precision.")]
     if not knobs:
         return None
-    before, now = plan_record(stored), plan_record(config)
+    before, now = plan_record(resolve_plan(stored)), plan_record(plan)
     if before["digest"] == now["digest"]:
         return None
     if config.switch_precision:

@@ -146,7 +146,7 @@ def is_short(train: TrainConfig, step: int) -> bool:
     return math.floor(step * share) > math.floor((step - 1) * share)
 
 
-class Trainer:
+class TrainStep:
     """Takes optimizer steps. Holds what a step needs; the state of the run is in `Progress`."""
 
     def __init__(

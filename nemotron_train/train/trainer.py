@@ -42,10 +42,10 @@ from nemotron_train.train.hooks import Log, Save, TelemetryRecord, Validate
 from nemotron_train.train.loop import Hook, fit
 from nemotron_train.train.progress_bar import ProgressDisplay
 from nemotron_train.train.stop import StopOnRequest
-from nemotron_train.train.train_step import Trainer
+from nemotron_train.train.train_step import TrainStep
 
 
-class Session:
+class Trainer:
     """Builds this rank's part of the run; COLLECTIVE."""
 
     def __init__(
@@ -65,21 +65,23 @@ class Session:
         self.train_data, self.validation_data = train_data, validation_data
         self.console = console
         model_parallel_cuda_manual_seed(config.train.seed)
-        cores = build_chunks(config, platform, groups, native)
+        cores = build_chunks(config, derived.plan, platform, groups, native)
         if platform.device != "cpu":
             cores = [core.to(platform.device) for core in cores]
         self.chunks = wrap_chunks(cores, config, groups)
         self.optimizer = build_optimizer(config, self.chunks, groups, platform)
         self.telemetry = None
         if config.precision.telemetry.every > 0:
-            self.telemetry = Telemetry(config, derived.total_steps, platform.device)
+            self.telemetry = Telemetry(
+                config.precision.telemetry, derived.plan, derived.total_steps, platform.device
+            )
         self.precision = (
-            NativePrecision(cores, config)
+            NativePrecision(cores, derived.plan)
             if native
-            else PrecisionControl(cores, config, groups, self.telemetry)
+            else PrecisionControl(cores, config, derived.plan, groups, self.telemetry)
         )
         self.guard = Guard(config.guard, platform.device)
-        self.trainer = Trainer(
+        self.train_step = TrainStep(
             config,
             derived,
             self.chunks,
@@ -91,7 +93,7 @@ class Session:
             self.guard,
         )
         self.run_folder, self.folder = folder, folder / "checkpoints"
-        self.plan = plan_record(config)
+        self.plan_record = plan_record(derived.plan)
         self.plan_before: dict[str, Any] | None = None  # the loaded checkpoint's, if another one
         self.checkpoints = Checkpoints(
             self.folder,
@@ -99,7 +101,7 @@ class Session:
             self.optimizer,
             groups,
             config,
-            self.plan,
+            self.plan_record,
             train_data.description,
             check_held,
             console.print,
@@ -118,11 +120,13 @@ class Session:
         if not is_fresh:
             check_data(path, self.train_data.description)
         before = plan_of(path)
-        if before["digest"] != self.plan["digest"]:
+        if before["digest"] != self.plan_record["digest"]:
             step = progress_of(path).step
-            allowed = self.config.switch_precision or is_recorded(self.run_folder, step, self.plan)
+            allowed = self.config.switch_precision or is_recorded(
+                self.run_folder, step, self.plan_record
+            )
             if not (is_branch or allowed):
-                raise ConfigError(refusal(path, before, self.plan, self.run_folder))
+                raise ConfigError(refusal(path, before, self.plan_record, self.run_folder))
             self.plan_before = before
         progress = self._load(path)
         if is_fresh:
@@ -188,7 +192,7 @@ class Session:
             ProgressDisplay(last_step, self.console, start_step=progress.step) as display,
         ):
             validate = Validate(
-                self.validate, train.validate_every_steps, last_step, self.trainer.clock
+                self.validate, train.validate_every_steps, last_step, self.train_step.clock
             )
             log = Log(
                 writer,
@@ -199,7 +203,7 @@ class Session:
                 tokens_per_step=self.derived.tokens_per_step,
                 flops_per_token=self.derived.training_flops_per_token,
                 peak_flops=peak_flops() * self.derived.num_ranks,
-                clock=self.trainer.clock,
+                clock=self.train_step.clock,
             )
             hooks: list[Hook] = [watchdog, validate, watchdog, log]
             if self.telemetry is not None:
@@ -210,10 +214,10 @@ class Session:
                 last_step,
                 train.async_save,
                 display.message,
-                self.trainer.clock,
+                self.train_step.clock,
             )
             step = GuardedStep(
-                self.trainer, self.guard, self.roll_back, save.forget, writer, display.message
+                self.train_step, self.guard, self.roll_back, save.forget, writer, display.message
             )
             try:
                 progress = fit(

@@ -14,6 +14,7 @@ import torch
 from nemotron_train.assemble.build import build_model, wrap_data_parallel
 from nemotron_train.compose.compose import compose_config
 from nemotron_train.config.schema import Config
+from nemotron_train.plan.precision.resolve import resolve_plan
 from nemotron_train.platform import device
 from nemotron_train.precision.attach import PrecisionControl
 from tests.conftest import SMALL_RUN
@@ -29,9 +30,9 @@ def configure(overrides: list[str]) -> Config:
 
 
 def built(config: Config, groups: object) -> torch.nn.Module:
-    core = build_model(config, device.prepare(), groups)  # pyright: ignore[reportArgumentType]
+    core = build_model(config, resolve_plan(config), device.prepare(), groups)  # pyright: ignore[reportArgumentType]
     model = wrap_data_parallel(core, config, groups)  # pyright: ignore[reportArgumentType]
-    control = PrecisionControl([core], config, groups)  # pyright: ignore[reportArgumentType]
+    control = PrecisionControl([core], config, resolve_plan(config), groups)  # pyright: ignore[reportArgumentType]
     control.before_step(3, 0)
     model.zero_grad_buffer()
     return model

@@ -1,4 +1,4 @@
-"""A rank of a check whose session has one layout fault: `faulty.py FAULT TASK.json`.
+"""A rank of a check whose trainer has one layout fault: `faulty.py FAULT TASK.json`.
 
 Each fault is one that Megatron-Core or a port of it has had: a gradient that is not summed over a
 group, a part that every rank adds whole, a factor left out.
@@ -14,62 +14,62 @@ from nemotron_train.check import worker
 from nemotron_train.platform import device
 
 
-def _modules(session: Any, path: str) -> list[Any]:
+def _modules(trainer: Any, path: str) -> list[Any]:
     """The module at a global path, where this rank holds it."""
     from nemotron_train.precision.attach import global_modules
 
-    found = [global_modules(chunk.module).get(path) for chunk in session.chunks]
+    found = [global_modules(chunk.module).get(path) for chunk in trainer.chunks]
     return [module for module in found if module is not None]
 
 
-def norm_not_summed(session: Any) -> None:
+def norm_not_summed(trainer: Any) -> None:
     """Under sequence parallelism each rank has its own tokens' share of a norm's gradient."""
-    for module in _modules(session, "decoder.layers.1.pre_mlp_layernorm"):
+    for module in _modules(trainer, "decoder.layers.1.pre_mlp_layernorm"):
         module.weight.sequence_parallel = False
 
 
-def router_not_summed(session: Any) -> None:
+def router_not_summed(trainer: Any) -> None:
     """The same for a router."""
-    for module in _modules(session, "decoder.layers.1.mlp.router"):
+    for module in _modules(trainer, "decoder.layers.1.mlp.router"):
         module.weight.sequence_parallel = False
 
 
-def shared_expert_added_twice(session: Any) -> None:
+def shared_expert_added_twice(trainer: Any) -> None:
     """Every tensor-parallel rank adds the whole shared expert."""
-    for module in _modules(session, "decoder.layers.1.mlp.shared_experts"):
+    for module in _modules(trainer, "decoder.layers.1.mlp.shared_experts"):
         _scale_output(module, 2.0)
 
 
-def experts_gradient_halved(session: Any) -> None:
+def experts_gradient_halved(trainer: Any) -> None:
     """The experts' gradients are divided by the ranks that they are spread over."""
-    for module in _modules(session, "decoder.layers.1.mlp.experts.linear_fc2"):
+    for module in _modules(trainer, "decoder.layers.1.mlp.experts.linear_fc2"):
         module.weight.register_hook(lambda gradient: gradient / 2)
 
 
-def moments_lost(session: Any) -> None:
+def moments_lost(trainer: Any) -> None:
     """A checkpoint whose AdamW moments are not loaded."""
-    after_resume(session, lambda progress: _clear_moments(session, progress))
+    after_resume(trainer, lambda progress: _clear_moments(trainer, progress))
 
 
-def cursor_lost(session: Any) -> None:
+def cursor_lost(trainer: Any) -> None:
     """A resumed run that reads its data from the beginning."""
-    start = session.train_data.state_at_start()
-    after_resume(session, lambda progress: dataclasses.replace(progress, data=start))
+    start = trainer.train_data.state_at_start()
+    after_resume(trainer, lambda progress: dataclasses.replace(progress, data=start))
 
 
-def after_resume(session: Any, change: Callable[[Any], Any]) -> None:
+def after_resume(trainer: Any, change: Callable[[Any], Any]) -> None:
     """`change` the progress that a checkpoint is resumed with."""
-    resume = session.resume
+    resume = trainer.resume
 
     def resume_wrongly() -> Any:
         progress = resume()
         return change(progress) if progress.step else progress
 
-    session.resume = resume_wrongly
+    trainer.resume = resume_wrongly
 
 
-def _clear_moments(session: Any, progress: Any) -> Any:
-    parts = getattr(session.optimizer, "chained_optimizers", [session.optimizer])
+def _clear_moments(trainer: Any, progress: Any) -> Any:
+    parts = getattr(trainer.optimizer, "chained_optimizers", [trainer.optimizer])
     for state in (state for part in parts for state in part.optimizer.state.values()):
         state["exp_avg"].zero_()
     return progress
@@ -97,9 +97,9 @@ FAULTS: dict[str, Callable[[Any], None]] = {
 
 if __name__ == "__main__":
     device.prepare(1)
-    from nemotron_train.train.trainer import Session
+    from nemotron_train.train.trainer import Trainer
 
-    build = Session.__init__
+    build = Trainer.__init__
 
     def build_with_fault(self: Any, *args: Any, **options: Any) -> None:
         build(self, *args, **options)
@@ -107,5 +107,5 @@ if __name__ == "__main__":
         if int(os.environ["WORLD_SIZE"]) > 1 or fault in (moments_lost, cursor_lost):
             fault(self)
 
-    Session.__init__ = build_with_fault  # type: ignore[method-assign]
+    Trainer.__init__ = build_with_fault  # type: ignore[method-assign]
     worker.main(sys.argv[-1])

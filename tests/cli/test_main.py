@@ -18,6 +18,7 @@ from nemotron_train.cli.main import VERBS, main
 from nemotron_train.compose.compose import compose_config, recipes_folder
 from nemotron_train.config.errors import ConfigError
 from nemotron_train.config.schema import Config, DecayStyle, Dtype
+from nemotron_train.plan.derive import derive
 from nemotron_train.run_folder.folder import open_run_folder
 
 
@@ -120,7 +121,7 @@ def test_resume_takes_the_runs_own_config(tmp_path: Path) -> None:
     """Overrides beside it apply; a stop asked of the earlier process is not asked again."""
     asked = ["name=a", "train.seed=5", "train.stop_after_steps=3", f"folder={tmp_path}"]
     first = compose_config(asked)
-    open_run_folder(first, first.train, "").close()
+    open_run_folder(first, derive(first), "").close()
     resumed = compose_config([f"resume={tmp_path}/a", "train.threads=1"])
     assert (resumed.name, resumed.train.seed, resumed.train.threads) == ("a", 5, 1)
     assert resumed.train.stop_after_steps == 0
@@ -142,7 +143,7 @@ def test_resume_folder_without_a_good_config(tmp_path: Path, content: str, part:
 
 def test_resume_with_a_recipe_is_refused(tmp_path: Path) -> None:
     config = compose_config(["name=a", f"folder={tmp_path}"])
-    open_run_folder(config, config.train, "").close()
+    open_run_folder(config, derive(config), "").close()
     with pytest.raises(ConfigError, match="model=tiny"):
         compose_config([f"resume={tmp_path}/a", "model=tiny"])
     with pytest.raises(ConfigError, match="--config"):
@@ -162,7 +163,8 @@ def test_config_yaml_replays(
     words = [f"optim.peak_learning_rate={rate!r}", f"train.seed={seed}", f"folder={folder}"]
     words += [f"precision.parameter_dtype={dtype.name}", f"model.mamba.dt_limit_max={limit!r}"]
     config = compose_config(words)
-    run_folder = open_run_folder(config, config.train, "")
+    # Of another configuration: not every drawn one makes sense, and any must be kept as it is.
+    run_folder = open_run_folder(config, derive(compose_config([])), "")
     run_folder.close()
     assert compose_config([], run_folder.path / "config.yaml") == config
 

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from nemotron_train.plan.precision.resolve import resolve_plan
+
 # Weights of a model that has learnt something: no norm is 1, no bias 0, and a token's dt may lie
 # far below the range of the initial draw.
 SHAPES = {
@@ -96,7 +98,7 @@ def saved_model(groups: Any, small_run: tuple[Path, list[str]]) -> Callable[...,
 
         words = [f"data.tokenizer={tokenizer}", f"name={folder.name}", *SHAPES[shape], *overrides]
         config, platform = compose_config(words), device.prepare()
-        model = build_model(config, platform, groups)
+        model = build_model(config, resolve_plan(config), platform, groups)
         disturb(model, seed=11)
         wrapped = wrap_data_parallel(model, config, groups)
         optimizer = build_optimizer(config, [wrapped], groups, platform)
@@ -108,7 +110,7 @@ def saved_model(groups: Any, small_run: tuple[Path, list[str]]) -> Callable[...,
             optimizer,
             groups,
             config,
-            plan_record(config),
+            plan_record(resolve_plan(config)),
             data,
             lambda: None,
             print,

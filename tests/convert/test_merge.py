@@ -105,7 +105,7 @@ MEMORY = """
 import resource, sys
 from pathlib import Path
 from nemotron_train.convert.merge import _mean
-from nemotron_train.convert.tensors import CheckpointReader, CheckpointWriter
+from nemotron_train.convert.checkpoint_tensors import CheckpointReader, CheckpointWriter
 
 readers = [CheckpointReader(Path(path)) for path in sys.argv[2:]]
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -24,7 +24,7 @@ from nemotron_train.train import train_step  # noqa: E402
 
 what, rank, broken_samples = "", 0, [0]
 forward_step = train_step._forward_step
-take_step = train_step.Trainer.__call__
+take_step = train_step.TrainStep.__call__
 is_broken = is_slow = False
 
 
@@ -39,10 +39,10 @@ def broken_forward_step(iterator: Any, model: Any, **weights: Any) -> Any:
     return output, lambda sums: loss(sums * factor)
 
 
-def broken_step(trainer: train_step.Trainer, progress: Progress) -> StepResult:
+def broken_step(step: train_step.TrainStep, progress: Progress) -> StepResult:
     global is_broken
     is_broken = progress.data.samples in broken_samples and dist.get_rank() == rank
-    parameters = dict(trainer.chunks[0].module.named_parameters())
+    parameters = dict(step.chunks[0].module.named_parameters())
     handle = None
     if is_broken and what == "gradient":
         weight = parameters["decoder.layers.2.mixer.in_proj.weight"]
@@ -50,7 +50,7 @@ def broken_step(trainer: train_step.Trainer, progress: Progress) -> StepResult:
     if is_broken and what == "weight":
         parameters["decoder.layers.2.mixer.in_proj.weight"].data[0, 0] = float("nan")
     try:
-        return take_step(trainer, progress)
+        return take_step(step, progress)
     finally:
         if handle is not None:
             handle.remove()
@@ -61,5 +61,5 @@ if __name__ == "__main__":  # a checkpoint's writers import this file again
     is_slow, rank = comma == ",", int(sys.argv[2])
     broken_samples = [int(number) for number in sys.argv[3].split(",")]
     train_step._forward_step = broken_forward_step
-    train_step.Trainer.__call__ = broken_step  # type: ignore[method-assign]
+    train_step.TrainStep.__call__ = broken_step  # type: ignore[method-assign]
     sys.exit(main(sys.argv[4:]))

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from nemotron_train.compose.compose import compose_config
+from nemotron_train.plan.precision.resolve import resolve_plan
 from nemotron_train.platform import device
 
 SEQUENCE, ROWS = 64, 2
@@ -74,8 +75,8 @@ def main(file: str, overrides: list[str]) -> None:
 
     groups = process_groups.start(config.parallel, platform.backend)
     model_parallel_cuda_manual_seed(config.train.seed)
-    model = build_model(config, platform, groups)
-    control = PrecisionControl([model], config, groups)
+    model = build_model(config, resolve_plan(config), platform, groups)
+    control = PrecisionControl([model], config, resolve_plan(config), groups)
     control.before_step(3, 0)
     quantize, operands = nvfp4.nvfp4_operand, []
 

@@ -16,7 +16,7 @@ pytest.importorskip("lm_eval")
 from nemotron_train.cli.main import main
 from nemotron_train.evaluate.harness import HarnessModel, evaluate_harness
 from nemotron_train.evaluate.knobs import HarnessConfig, LossConfig
-from nemotron_train.generate.checkpoint import open_tokenizer, opened
+from nemotron_train.generate.checkpoint import open_checkpoint, open_tokenizer
 from nemotron_train.generate.engine import Engine
 
 QUESTIONS = [
@@ -67,7 +67,7 @@ def test_accuracy_is_that_of_the_scores(run: Path, tasks: Path) -> None:
     )
     found = evaluate_harness(str(run), knobs)
     right = 0
-    with opened(str(run), LossConfig(), print) as model:
+    with open_checkpoint(str(run), LossConfig(), print) as model:
         tokenizer, end_token = open_tokenizer(model, LossConfig())
         engine = Engine(model.model, end_token)
         for entry in QUESTIONS:
@@ -90,7 +90,7 @@ class Request:
 
 
 def test_each_kind_of_request(run: Path) -> None:
-    with opened(str(run), LossConfig(), print) as model:
+    with open_checkpoint(str(run), LossConfig(), print) as model:
         tokenizer, end_token = open_tokenizer(model, LossConfig())
         assert end_token is not None
         engine = Engine(model.model, end_token)

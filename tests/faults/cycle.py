@@ -14,9 +14,9 @@ import psutil
 from rich.console import Console
 
 from nemotron_train.compose.compose import compose_config
+from nemotron_train.data.open import open_data
 from nemotron_train.plan.derive import derive
 from nemotron_train.platform import device
-from nemotron_train.run import open_data
 from nemotron_train.run_folder.folder import open_run_folder, run_path
 
 
@@ -46,14 +46,14 @@ def main(cycles: int, overrides: list[str]) -> None:
     derived = derive(config, 1)
     platform = device.prepare(1)
     from nemotron_train.platform import groups as process_groups
-    from nemotron_train.train.trainer import Session
+    from nemotron_train.train.trainer import Trainer
 
     train_data, validation_data = open_data(config, print)
     groups = process_groups.start(config.parallel, platform.backend)
     folder = open_run_folder(config, derived, "")
     console = Console(quiet=True)
     data = (train_data, validation_data)
-    session = Session(
+    trainer = Trainer(
         config,
         derived,
         platform,
@@ -63,11 +63,11 @@ def main(cycles: int, overrides: list[str]) -> None:
         console,
         check_held=folder.check_held,
     )
-    progress = session.trainer(session.resume()).progress
+    progress = trainer.train_step(trainer.resume()).progress
     process = psutil.Process()
     for cycle in range(1, cycles + 1):
-        path = session.checkpoints.save(progress)
-        again = session.checkpoints.load(Path(path))
+        path = trainer.checkpoints.save(progress)
+        again = trainer.checkpoints.load(Path(path))
         assert again.step == progress.step
         if cycle % 25 == 0:
             gc.collect()

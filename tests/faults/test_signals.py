@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-EVALUATE = "nemotron_train.train.session:validation_losses"
+EVALUATE = "nemotron_train.train.trainer:validation_losses"
 TAKE = "nemotron_train.data.batches:BatchSource.take"
 MOMENTS = {
     "while_saving": {"signal": {"event": 4, "number": signal.SIGTERM}},

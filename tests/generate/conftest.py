@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from nemotron_train.plan.precision.resolve import resolve_plan
 from nemotron_train.platform import device
 
 PLATFORM = device.prepare()
@@ -33,8 +34,8 @@ def _build(groups: Any, *overrides: str, tokens_apart: bool = True) -> Any:
 
     model_knobs = [knob for knob in SMALL_RUN if knob.startswith("model.")]
     config = compose_config([*model_knobs, "model.init_std=0.1", *overrides])
-    model = build_model(config, PLATFORM, groups)
-    control = PrecisionControl([model], config, groups)
+    model = build_model(config, resolve_plan(config), PLATFORM, groups)
+    control = PrecisionControl([model], config, resolve_plan(config), groups)
     control.scale_tokens_apart(tokens_apart)
     model.eval()
     model.control = control  # type: ignore[assignment]

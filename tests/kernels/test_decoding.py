@@ -20,6 +20,7 @@ from nemotron_train.compose.compose import compose_config
 from nemotron_train.kernels import decoding as decoding_kernels
 from nemotron_train.kernels import library
 from nemotron_train.model.decode_state import DecodeStates
+from nemotron_train.plan.precision.resolve import resolve_plan
 from nemotron_train.platform import device
 from tests.conftest import SMALL_RUN
 
@@ -62,7 +63,7 @@ pytestmark = pytest.mark.skipif(not library.supports(torch.zeros(1)), reason="no
 
 def build(groups: Any, *overrides: str) -> Any:
     config = compose_config([*SMALL, "model.init_std=0.1", *overrides])
-    return build_model(config, device.prepare(), groups).eval()
+    return build_model(config, resolve_plan(config), device.prepare(), groups).eval()
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from nemotron_train.model.hybrid import NemotronModel
 from nemotron_train.model.mtp import depth_mask
 from nemotron_train.optim.build import decays
 from nemotron_train.plan.architecture.layers import parameters
+from nemotron_train.plan.precision.resolve import resolve_plan
 from nemotron_train.platform import device
 
 SMALL = (
@@ -41,7 +42,7 @@ NUM_ROWS, LENGTH = 2, 48
 
 def build(groups: object, *overrides: str) -> tuple[Config, NemotronModel]:
     config = compose_config([*SMALL, *overrides])
-    return config, build_model(config, device.prepare(), groups)  # type: ignore[arg-type]
+    return config, build_model(config, resolve_plan(config), device.prepare(), groups)  # type: ignore[arg-type]
 
 
 def tokens(seed: int, rows: int = NUM_ROWS, length: int = LENGTH) -> torch.Tensor:
@@ -57,7 +58,7 @@ def test_parameters_equal_the_formula(name: str, groups: object) -> None:
     config = compose_config([f"model={name}"])
     where = "cpu" if name in ("tiny", "proxy_10m") else "meta"
     with torch.device(where):
-        model = build_model(config, device.prepare(), groups)  # type: ignore[arg-type]
+        model = build_model(config, resolve_plan(config), device.prepare(), groups)  # type: ignore[arg-type]
     assert count_parameters(model) == parameters(config.model).total_with_mtp
 
 

@@ -14,6 +14,7 @@ from nemotron_train.assemble.build import build_model, wrap_data_parallel
 from nemotron_train.compose.compose import compose_config
 from nemotron_train.optim.build import build_optimizer
 from nemotron_train.optim.update import apply_update, gradient_norm
+from nemotron_train.plan.precision.resolve import resolve_plan
 from nemotron_train.platform import device
 
 SMALL = (
@@ -33,7 +34,9 @@ SMALL = (
 
 def build(groups: Any, overrides: tuple[str, ...]) -> tuple[Any, Any]:
     config, platform = compose_config([*SMALL, *overrides]), device.prepare()
-    model = wrap_data_parallel(build_model(config, platform, groups), config, groups)
+    model = wrap_data_parallel(
+        build_model(config, resolve_plan(config), platform, groups), config, groups
+    )
     return model, build_optimizer(config, [model], groups, platform)
 
 

@@ -14,7 +14,7 @@ from nemotron_train.cli.main import main
 from nemotron_train.compose.compose import compose_config
 from nemotron_train.config.errors import ConfigError
 from nemotron_train.config.schema import Backend, Config
-from nemotron_train.plan.backend import choose
+from nemotron_train.plan.backend import choose_backend
 from nemotron_train.plan.guards import (
     GUARDS,
     TESTED_MEGATRON,
@@ -26,6 +26,7 @@ from nemotron_train.plan.guards import (
     largest_scan_offset,
 )
 from nemotron_train.plan.hardware import Hardware, installed_versions
+from nemotron_train.plan.precision.resolve import resolve_plan
 
 B200 = Hardware("NVIDIA B200", (10, 0), "2.17.1")
 B300 = Hardware("NVIDIA B300", (10, 3), "2.17.1")
@@ -107,7 +108,8 @@ def composed(*overrides: str) -> Config:
 
 
 def fired(overrides: list[str], surroundings: Surroundings) -> set[str]:
-    return {finding.name for finding in findings(composed(*overrides), surroundings)}
+    config = composed(*overrides)
+    return {f.name for f in findings(config, resolve_plan(config), surroundings)}
 
 
 @pytest.mark.parametrize(("name", "overrides", "surroundings"), FIRES)
@@ -138,7 +140,8 @@ def test_each_guard_is_tested_both_ways() -> None:
 def test_ready_runs_pass(run: str) -> None:
     """At their own sizes, on the machine each is meant for."""
     config = compose_config([f"run={run}"])
-    assert findings(config, replace(GOOD, packages=WITH_KERNELS, native=False)) == []
+    surroundings = replace(GOOD, packages=WITH_KERNELS, native=False)
+    assert findings(config, resolve_plan(config), surroundings) == []
 
 
 def test_offsets_are_those_of_the_tensors() -> None:
@@ -172,12 +175,13 @@ def test_offsets_are_those_of_the_tensors() -> None:
 
 def test_warnings_are_said_and_refusals_raised() -> None:
     said: list[str] = []
+    config = compose_config(SUPER)
     environment = {"NVTE_USE_FAST_MATH": "1"}
-    enforce(compose_config(SUPER), at(B200, environment=environment), said.append)
+    enforce(config, resolve_plan(config), at(B200, environment=environment), said.append)
     (line,) = said
     assert line.startswith("warning: NVTE_USE_FAST_MATH") and "\n" not in line
     with pytest.raises(ConfigError, match=r"gradient zero on sm_120 \(NVIDIA/Transformer"):
-        enforce(compose_config(SUPER), at(RTX), said.append)
+        enforce(config, resolve_plan(config), at(RTX), said.append)
 
 
 def test_what_is_worked_around_names_modules_of_ours() -> None:
@@ -210,7 +214,7 @@ def test_this_environment_is_the_tested_one() -> None:
 
 def backend(backend: Backend, surroundings: Surroundings, *overrides: str):
     config = composed(*SUPER, f"precision.backend={backend}", *overrides)
-    return choose(config, replace(surroundings, native=False))
+    return choose_backend(config, resolve_plan(config), replace(surroundings, native=False))
 
 
 @pytest.mark.parametrize(

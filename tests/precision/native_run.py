@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from nemotron_train.compose.compose import compose_config
-from nemotron_train.plan.backend import choose
+from nemotron_train.plan.backend import choose_backend
 from nemotron_train.plan.hardware import Hardware
+from nemotron_train.plan.precision.resolve import resolve_plan
 from nemotron_train.platform import device
 
 PLANS = ("nvfp4_nemotron3", "nvfp4_all", "mxfp8", "nvfp4_without_mtp", "nvfp4_without_last_layers")
@@ -68,8 +69,8 @@ def one_plan(plan: str, platform: Any, groups: Any, build_model: Any) -> dict[st
     from nemotron_train.precision.native import NativePrecision, ran_in
 
     config = small(plan)
-    model = build_model(config, platform, groups, native=True)
-    control = NativePrecision([model], config)
+    model = build_model(config, resolve_plan(config), platform, groups, native=True)
+    control = NativePrecision([model], resolve_plan(config))
     before = control.attached()
     control.before_step(1, 0)
     losses = model(**batch())
@@ -97,24 +98,24 @@ def refusals(platform: Any, groups: Any, build_model: Any) -> dict[str, str]:
             found[name] = str(error)
 
     config = small("nvfp4_nemotron3")
-    model = build_model(config, platform, groups, native=True)
+    model = build_model(config, resolve_plan(config), platform, groups, native=True)
     out_proj = model.decoder.layers[0].mixer.out_proj
     recipe = out_proj.te_quant_params
     out_proj.te_quant_params = None  # as if Megatron had lost the matcher
-    message("set", lambda: NativePrecision([model], config))
+    message("set", lambda: NativePrecision([model], resolve_plan(config)))
     out_proj.te_quant_params = recipe
-    control = NativePrecision([model], config)
+    control = NativePrecision([model], resolve_plan(config))
     control.before_step(1, 0)
     out_proj.te_quant_params = None
     model(**batch())
     message("ran", lambda: control.before_step(2, 256))
 
-    plain = build_model(small("bf16"), platform, groups)
-    message("plain", lambda: NativePrecision([plain], config))
+    plain = build_model(small("bf16"), resolve_plan(small("bf16")), platform, groups)
+    message("plain", lambda: NativePrecision([plain], resolve_plan(config)))
 
     config = small("nvfp4_all", "precision.default.hadamard=false")  # and no variable set
-    model = build_model(config, platform, groups, native=True)
-    control = NativePrecision([model], config)
+    model = build_model(config, resolve_plan(config), platform, groups, native=True)
+    control = NativePrecision([model], resolve_plan(config))
     control.before_step(1, 0)
     model(**batch())
     message("option", lambda: control.before_step(2, 256))
@@ -141,8 +142,14 @@ def exchange(folder: Path, platform: Any, groups: Any, build_model: Any) -> dict
     from megatron.core import dist_checkpointing
 
     metadata = {"dp_cp_group": groups.dp_cp, "singleton_local_shards": False}
-    native = build_model(small("nvfp4_nemotron3"), platform, groups, native=True)
-    plain = build_model(small("bf16"), platform, groups)
+    native = build_model(
+        small("nvfp4_nemotron3"),
+        resolve_plan(small("nvfp4_nemotron3")),
+        platform,
+        groups,
+        native=True,
+    )
+    plain = build_model(small("bf16"), resolve_plan(small("bf16")), platform, groups)
     one, other = stacked(native), stacked(plain)
     losses = {
         name: model(**batch()).tolist() for name, model in (("native", native), ("plain", plain))
@@ -183,7 +190,8 @@ def main(folder: Path, data: list[str]) -> None:
 
     saw: dict[str, Any] = {}
     surroundings = Surroundings(device.hardware(platform))
-    saw["choice"] = choose(small("nvfp4_nemotron3"), surroundings).text
+    config = small("nvfp4_nemotron3")
+    saw["choice"] = choose_backend(config, resolve_plan(config), surroundings).text
     run = ["name=run", f"folder={folder}", *data]
     codes = [
         pretrain(small("nvfp4_nemotron3", *run, "train.stop_after_steps=2")),

@@ -12,9 +12,10 @@ import torch
 
 from nemotron_train.assemble.build import build_model
 from nemotron_train.compose.compose import compose_config
-from nemotron_train.plan.precision.resolve import formats_at
+from nemotron_train.config.schema import GemmFormat
+from nemotron_train.plan.precision.resolve import resolve_plan
 from nemotron_train.platform import device
-from nemotron_train.precision.attach import PrecisionControl, global_modules, quantizes
+from nemotron_train.precision.attach import PrecisionControl, global_modules
 from nemotron_train.precision.experts import EmulatedExperts
 from nemotron_train.precision.gemm import block_scaled_matmul
 from nemotron_train.precision.hadamard import hadamard
@@ -27,14 +28,14 @@ PLANS = ["nvfp4_nemotron3", "nvfp4_all", "mxfp8", "nvfp4_bf16_forward"]
 
 def build(groups, *overrides: str):
     config = compose_config(list(overrides))
-    model = build_model(config, device.prepare(), groups)
-    return config, model, PrecisionControl([model], config, groups)
+    model = build_model(config, resolve_plan(config), device.prepare(), groups)
+    return config, model, PrecisionControl([model], config, resolve_plan(config), groups)
 
 
 @pytest.mark.parametrize("plan", PLANS)
 def test_modules_carry_the_plan(plan: str, groups) -> None:
     config, _model, control = build(groups, f"precision={plan}")
-    wanted = formats_at(config, 0)
+    wanted = resolve_plan(config).at(0).formats
     carried = control.attached()
     emulated = {path for path in wanted if path not in ("output_layer",) and "router" not in path}
     assert set(carried) == emulated
@@ -44,7 +45,7 @@ def test_modules_carry_the_plan(plan: str, groups) -> None:
 @pytest.mark.parametrize("plan", ["fp32", "bf16"])
 def test_plain_plans_take_plain_layers(plan: str, groups) -> None:
     config, model, _ = build(groups, f"precision={plan}")
-    assert not quantizes(config)
+    assert not resolve_plan(config).is_quantized
     plain = (EmulatedColumnParallelLinear, EmulatedExperts)
     assert not any(isinstance(module, plain) for module in model.modules())
 
@@ -82,7 +83,9 @@ def test_nvfp4_products_of_a_linear(groups) -> None:
 
 def test_mxfp8_and_mixed_products(groups) -> None:
     """BF16 forward with MXFP8 gradients: each product in its own format."""
-    linear, _, x = linear_under(groups, fprop="bf16", dgrad="mxfp8", wgrad="mxfp8")
+    linear, _, x = linear_under(
+        groups, fprop=GemmFormat.bf16, dgrad=GemmFormat.mxfp8, wgrad=GemmFormat.mxfp8
+    )
     dy = torch.randn(40, 1, linear.weight.shape[0]).bfloat16()
     y, dx, dw = products(linear, x, dy)
     x_TK, dy_TN, w = x.detach().flatten(0, 1), dy.flatten(0, 1), linear.weight.detach()

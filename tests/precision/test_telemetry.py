@@ -19,6 +19,7 @@ from nemotron_train.assemble.build import build_model, wrap_data_parallel
 from nemotron_train.compose.compose import compose_config
 from nemotron_train.config.errors import ConfigError
 from nemotron_train.optim.gradients import count_zeros
+from nemotron_train.plan.precision.resolve import resolve_plan
 from nemotron_train.platform import device
 from nemotron_train.precision.attach import PrecisionControl, global_modules
 from nemotron_train.precision.experts import EmulatedExperts
@@ -168,9 +169,11 @@ def test_numbers_of_zeros_are_finite_where_they_mean_something() -> None:
 
 def build(groups, *overrides: str):
     config = compose_config(list(overrides))
-    model = build_model(config, device.prepare(), groups)
-    telemetry = Telemetry(config, last_step=100, device="cpu")
-    control = PrecisionControl([model], config, groups, telemetry)
+    model = build_model(config, resolve_plan(config), device.prepare(), groups)
+    telemetry = Telemetry(
+        config.precision.telemetry, resolve_plan(config), last_step=100, device="cpu"
+    )
+    control = PrecisionControl([model], config, resolve_plan(config), groups, telemetry)
     return config, model, telemetry, control
 
 
@@ -299,7 +302,7 @@ def test_off_costs_nothing(groups) -> None:
     """Without telemetry no linear has an observer, and a BF16 plan takes Megatron's plain ones;
     with it, none has on the steps that are not due."""
     config = compose_config(["precision=bf16"])
-    model = build_model(config, device.prepare(), groups)
+    model = build_model(config, resolve_plan(config), device.prepare(), groups)
     assert not any(isinstance(m, EmulatedColumnParallelLinear) for m in model.modules())
     _, model, _, control = build(groups, "precision=nvfp4_all", "precision.telemetry.every=3")
     linears = [m for m in model.modules() if getattr(m, "attached", None) is not None]
@@ -336,8 +339,6 @@ def test_zero_gradients_are_counted(optimizer: str, groups) -> None:
 
 
 def test_settings_without_effect_are_refused(tmp_path: Path) -> None:
-    from nemotron_train.plan.precision.resolve import check_plan
-
     good = compose_config(["precision=bf16"])
     for changes, name in (
         ({"every": -1}, "every=-1"),
@@ -347,4 +348,4 @@ def test_settings_without_effect_are_refused(tmp_path: Path) -> None:
         telemetry = replace(good.precision.telemetry, **changes)
         config = replace(good, precision=replace(good.precision, telemetry=telemetry))
         with pytest.raises(ConfigError, match=name):
-            check_plan(config)
+            resolve_plan(config)

@@ -18,7 +18,7 @@ from PIL import Image
 
 from nemotron_train.cli.main import main
 from nemotron_train.compose.compose import compose_config
-from nemotron_train.plan.precision.resolve import formats_at, resolve
+from nemotron_train.plan.precision.resolve import resolve_plan
 from nemotron_train.precision.telemetry_record import OPERANDS, flush_rates
 from nemotron_train.report.plot.precision import plot_precision
 from nemotron_train.report.propose import Candidate, choose
@@ -27,7 +27,7 @@ from nemotron_train.report.runs.telemetry import KINDS, kind_of, layer_of
 CONFIG = compose_config(["model=tiny", "precision=bf16"])
 PATHS = [
     entry.path
-    for entry in resolve(CONFIG)
+    for entry in resolve_plan(CONFIG).at(0).linears
     if entry.path != "output_layer" and not entry.path.endswith("router")
 ]
 
@@ -68,7 +68,7 @@ def make_run(folder: Path, steps: int = 4, form: str = "nvfp4", **errors: tuple[
 def test_every_linear_has_a_kind_and_a_layer() -> None:
     for model in ("tiny", "super_120b_a12b"):
         config = compose_config([f"model={model}", "precision=nvfp4_all"])
-        for path, formats in formats_at(config, 0).items():
+        for path, formats in resolve_plan(config).at(0).formats.items():
             if formats.fprop == "nvfp4":
                 assert kind_of(path) in KINDS.values(), path
     assert layer_of("decoder.layers.12.mixer.in_proj") == "12 M"
@@ -163,8 +163,8 @@ def test_proposed_file_is_a_plan(
 
     config = compose_config(["model=tiny", f"precision={output}"])
     assert config.precision.name == "proposed"
-    flops = {entry.path: entry.flops for entry in resolve(config)}
-    kept = [path for path in PATHS if formats_at(config, 0)[path].fprop != "nvfp4"]
+    flops = {entry.path: entry.flops for entry in resolve_plan(config).at(0).linears}
+    kept = [path for path in PATHS if resolve_plan(config).at(0).formats[path].fprop != "nvfp4"]
     budget = float(knobs[0].removeprefix("budget="))
     assert sum(flops[path] for path in kept) <= budget * sum(flops[path] for path in PATHS)
     if chosen and "by=module" not in knobs:
@@ -199,7 +199,7 @@ def test_recipe_file_builds_on_a_recipe(tmp_path: Path, capsys: pytest.CaptureFi
     )
     ours = compose_config([f"precision={mine}"])
     same = compose_config(["precision=nvfp4_without_qkv", "precision.rules.mtp.enabled=false"])
-    assert formats_at(ours, 0) == formats_at(same, 0)
+    assert resolve_plan(ours).at(0).formats == resolve_plan(same).at(0).formats
     assert ours.precision.name == "mine"
     mine.write_text("defaults: [nvfp5]\n")
     assert main(["plan", f"precision={mine}"]) == 2

@@ -21,7 +21,7 @@ import yaml
 from nemotron_train.cli.main import main
 from nemotron_train.compose.compose import compose_config
 from nemotron_train.plan.precision.record import plan_record
-from nemotron_train.plan.precision.resolve import formats_at, phase_boundaries
+from nemotron_train.plan.precision.resolve import resolve_plan
 
 pytestmark = pytest.mark.usefixtures("in_small_run")
 
@@ -71,8 +71,10 @@ def test_resume_with_stochastic_rounding_through_a_phase(
 ) -> None:
     """Steps 1-10 against 1-5 and, in a new process, 6-10, a phase beginning among these."""
     config = compose_config([*small_run[1], f"precision={plan}"])
-    assert any(formats.stochastic_rounding for formats in formats_at(config, 5 * 256).values())
-    assert 5 * 256 < phase_boundaries(config)[-1] <= 9 * 256
+    assert any(
+        formats.stochastic_rounding for formats in resolve_plan(config).at(5 * 256).formats.values()
+    )
+    assert 5 * 256 < resolve_plan(config).boundaries[-1] <= 9 * 256
     whole = whole_run(small_run, plan)
     name = f"{plan}_cut"
     words = [f"name={name}", f"precision={plan}", "train.stop_after_steps=5"]
@@ -88,7 +90,9 @@ def test_checkpoint_holds_its_plan_and_no_quantized_weight(parent: Path, weights
     """The masters are FP32, and the parameters are what they round to in BF16."""
     config = compose_config([f"resume={parent}"])
     checkpoint = parent / "checkpoints" / "step_00000010"
-    assert json.loads((checkpoint / "precision.json").read_text()) == plan_record(config)
+    assert json.loads((checkpoint / "precision.json").read_text()) == plan_record(
+        resolve_plan(config)
+    )
     saved = weights(parent, 10)
     masters = [key for key in saved if key.startswith(MASTER)]
     assert len(masters) > 50

@@ -127,10 +127,11 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
     config = config_in(tmp_path)
     code = (
         "import sys, time\n"
-        "from nemotron_train.compose import compose_config\n"
-        "from nemotron_train.train.run_folder import open_run_folder\n"
+        "from nemotron_train.compose.compose import compose_config\n"
+        "from nemotron_train.run_folder.folder import open_run_folder\n"
         "config = compose_config([f'folder={sys.argv[1]}', 'name=a'])\n"
-        "folder = open_run_folder(config, config.train, '')\n"
+        "from nemotron_train.plan.derive import derive\n"
+        "folder = open_run_folder(config, derive(config), '')\n"
         "print('held', flush=True)\n"
         "time.sleep(60)\n"
     )

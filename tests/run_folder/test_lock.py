@@ -22,7 +22,7 @@ from nemotron_train.run_folder.lock import LOCK, LostRunFolder, acquire
 HOLD = """
 import sys, time
 from pathlib import Path
-from nemotron_train.train.run_lock import acquire
+from nemotron_train.run_folder.lock import acquire
 lock = acquire(Path(sys.argv[1]))
 print("held", flush=True)
 while True:

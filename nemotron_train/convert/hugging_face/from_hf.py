@@ -33,6 +33,7 @@ from nemotron_train.convert.unfinished import Unfinished, unfinished
 from nemotron_train.data.tokenize import FILE_NAME as TOKENIZER
 from nemotron_train.data.tokenize import copy_tokenizer
 from nemotron_train.plan.precision.record import plan_record
+from nemotron_train.plan.precision.resolve import resolve_plan
 from nemotron_train.run_folder import checkpoint_metadata
 from nemotron_train.run_folder.folder import write_atomically
 from nemotron_train.run_folder.integrity import (
@@ -267,7 +268,7 @@ def _blocks(
 def _texts(config: Config) -> dict[str, str]:
     """The JSON files of the checkpoint; no data.json, since no data was seen here."""
     progress = Progress(0, 0, checkpoint_metadata.NO_DATA)
-    texts = checkpoint_metadata.texts_of(progress, config, plan_record(config), {}, 0)
+    texts = checkpoint_metadata.texts_of(progress, config, plan_record(resolve_plan(config)), {}, 0)
     del texts[checkpoint_metadata.DATA]
     about = json.loads(texts[checkpoint_metadata.ABOUT])
     about |= {"optimizer": False, "imported": True}

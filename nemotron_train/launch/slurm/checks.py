@@ -15,6 +15,7 @@ from nemotron_train.data.manifest import FILE_NAME
 from nemotron_train.plan.cost.memory import heaviest_rank, rank_memory
 from nemotron_train.plan.cost.operators import GPU
 from nemotron_train.plan.derive import Derived, derive
+from nemotron_train.plan.precision.resolve import PrecisionPlan
 from nemotron_train.run_folder.branch import check_parent
 from nemotron_train.run_folder.checkpoint_metadata import check_model
 from nemotron_train.run_folder.folder import refuse_another_run, run_path
@@ -87,7 +88,7 @@ def _state_bytes(config: Config, derived: Derived) -> int:
     return max(memory.state_bytes for memory in rank_memory(config, derived, GPU))
 
 
-def problems_here(config: Config, cluster: ClusterConfig) -> list[str]:
+def problems_here(config: Config, plan: PrecisionPlan, cluster: ClusterConfig) -> list[str]:
     """What is wrong around the job, one line each: data that is missing, a run folder that holds
     another run or a checkpoint of another model. A container may see other files: there, only
     mounted paths are looked at."""
@@ -102,7 +103,7 @@ def problems_here(config: Config, cluster: ClusterConfig) -> list[str]:
                     f"nemotron-train data prepare output={path} ..."
                 )
     try:
-        refuse_another_run(config)
+        refuse_another_run(config, plan)
         _refuse_another_model(config)
     except ConfigError as error:
         found.append(str(error))

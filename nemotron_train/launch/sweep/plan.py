@@ -122,10 +122,9 @@ def plan_sweep(overrides: Sequence[str]) -> Sweep:
     groups = list(dict.fromkeys(draft.group for draft in drafts))
     baselines = _baselines(drafts, str(own.get("baseline", recipe.get("baseline", groups[0]))))
     cells = _compose(drafts, baselines, folder)
-    for cell in cells:
-        if launcher == "local":
-            derive(cell.config)
-        refuse_another_run(cell.config)  # or a finished run of another kind would count as it
+    for cell in cells if launcher == "local" else []:  # `plan_array` does it on a job's ranks
+        plan = derive(cell.config).plan
+        refuse_another_run(cell.config, plan)  # or a finished run of another kind would count as it
     return Sweep(folder, cells, launcher, int(at_once), job_words)
 
 

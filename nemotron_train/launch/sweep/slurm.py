@@ -17,7 +17,7 @@ from nemotron_train.launch.slurm.checks import branch_problem, check_memory, pro
 from nemotron_train.launch.slurm.job import Job, cluster_asked, job_of, refuse_unsafe, write_links
 from nemotron_train.launch.slurm.status import job_numbers, last_end, read_queue
 from nemotron_train.launch.sweep.plan import Sweep, is_finished
-from nemotron_train.run_folder.folder import write_atomically
+from nemotron_train.run_folder.folder import refuse_another_run, write_atomically
 
 ARRAY_FOLDER = "array"  # inside a sweep's folder: job.sh and what its tasks print
 
@@ -46,6 +46,7 @@ def plan_array(sweep: Sweep) -> Array:
             # Several cells may share a node: each takes the cores that it asked for.
             words.append(f"train.threads={cluster.cpus_per_rank}")
         job = job_of(cell.config, cluster, nodes, words)
+        refuse_another_run(cell.config, job.derived.plan)
         warning = check_memory(job.config, job.derived, cluster, nodes)
         if warning:
             print(f"nemotron-train: {cell.name}: {warning}", file=sys.stderr)
@@ -71,7 +72,7 @@ def submit_array(array: Array, console: Any) -> bool:
         return is_going
     for index in rest:
         cell, job = sweep.cells[index], array.jobs[index]
-        problems = problems_here(job.config, job.cluster)
+        problems = problems_here(job.config, job.derived.plan, job.cluster)
         if not cell.after or is_finished(sweep.folder / cell.after):
             problems += branch_problem(job.config)
         for problem in problems:

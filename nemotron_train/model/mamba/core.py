@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nemotron_train.config.errors import ConfigError
-from nemotron_train.model.mamba.chunked_scan import SPLIT_RANGE, chunked_ssd
+from nemotron_train.model.mamba.chunked_scan import chunked_ssd
+from nemotron_train.model.mamba.scan_operands import SPLIT_RANGE
 
 # Tokens a chunk on a CPU, at most. Measured on two cores, forward and backward (docs/log.md): 64
 # costs 5 to 15 % less than 32 and two thirds of 128, but more heads are steep

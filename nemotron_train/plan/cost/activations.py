@@ -22,7 +22,6 @@ from nemotron_train.plan.cost.operators import (
     Op,
     Part,
     column,
-    is_quantized,
     linear,
     norm,
     residual,
@@ -231,7 +230,7 @@ def _routed(local: Local, mlp: str, sent: int) -> tuple[list[Op], int]:
     moe, width = model.moe, expert_width(model)
     hidden = moe.expert_hidden_size // parallel.expert_tensor
     formats = [local.formats.get(f"{mlp}.experts.linear_fc{n}") for n in (1, 2)]
-    quantized = any(f is not None and is_quantized(f) for f in formats)
+    quantized = any(f is not None and f.is_quantized for f in formats)
     rows = routed_rows(local, quantized)
     x, act = rows * width * b, rows * hidden * b
     dw = moe.experts // parallel.expert * hidden * width * b

@@ -24,9 +24,8 @@ from nemotron_train.plan.architecture.layers import (
     layers,
 )
 from nemotron_train.plan.cost.memory import stage_tensors
-from nemotron_train.plan.cost.operators import GPU, WIDE, Local, is_quantized
+from nemotron_train.plan.cost.operators import GPU, WIDE, Local
 from nemotron_train.plan.derive import Derived
-from nemotron_train.plan.precision.resolve import formats_at
 
 _ALIGNED, _BUCKET = 64, 128  # elements; Megatron's optimizer/param_layout.py
 _KEPT_WIDE = ("A_log", ".D", "dt_bias")  # FP32 whatever the parameters are (model.mamba.layer)
@@ -48,7 +47,7 @@ class Traffic:
 def rank_traffic(config: Config, derived: Derived) -> list[list[Traffic]]:
     """A rank's traffic in a step, for every pipeline rank; equal purposes added up. With experts
     on several ranks it is the mean over them: routing decides who gets more."""
-    local = Local(config, formats_at(config, 0), GPU)
+    local = Local(config, derived.plan.at(0).formats, GPU)
     tensors, num_ranks = stage_tensors(config, derived), config.parallel.pipeline
     found = []
     for rank in range(num_ranks):
@@ -129,7 +128,7 @@ def _column(
     size = width * local.gathered
     if local.splits_sequence:
         formats = local.formats.get(path)
-        keeps = formats is not None and is_quantized(formats)
+        keeps = formats is not None and formats.is_quantized
         times = 1 + (not keeps) + (recompute == RecomputeMode.full)
         yield Traffic("tensor", ALL_GATHER, "activations", size * times)
         yield Traffic("tensor", REDUCE_SCATTER, "activations", size)

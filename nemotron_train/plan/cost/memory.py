@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from math import ceil, prod
 
-from nemotron_train.config.schema import Config, Dtype
+from nemotron_train.config.schema import Config, Dtype, GemmFormat
 from nemotron_train.plan.architecture.layers import (
     LayerKind,
     Linear,
@@ -27,7 +27,7 @@ from nemotron_train.plan.architecture.layers import (
 from nemotron_train.plan.cost import activations
 from nemotron_train.plan.cost.operators import CPU, Local, Machine, Op, Part
 from nemotron_train.plan.derive import Derived
-from nemotron_train.plan.precision.resolve import LinearFormats, formats_at
+from nemotron_train.plan.precision.resolve import LinearFormats
 
 _GRADIENT_BYTES = 4  # accumulated in FP32 whatever the parameters are
 _MOMENT_BYTES = 4 + 4  # AdamW's two moments
@@ -76,7 +76,7 @@ def rank_memory(config: Config, derived: Derived, machine: Machine = CPU) -> lis
     num_ranks = config.parallel.pipeline
     tensors = stage_tensors(config, derived)
     chunks = [list(range(rank, len(tensors), num_ranks)) for rank in range(num_ranks)]
-    local = Local(config, formats_at(config, 0), machine)
+    local = Local(config, derived.plan.at(0).formats, machine)
     tapes = [_stage_tape(local, derived, stage) for stage in range(len(tensors))]
     found = []
     for rank, stages in enumerate(chunks):
@@ -168,9 +168,9 @@ def _quantized(local: Local, linear: Linear) -> int:
 
 
 def _operands(formats: LinearFormats) -> int:
-    forward, backward = (form in ("nvfp4", "mxfp8") for form in (formats.fprop, formats.dgrad))
-    shared = formats.fprop == formats.dgrad == "nvfp4" and formats.weight_2d
-    return 1 if shared else forward + backward
+    if formats.fprop == formats.dgrad == GemmFormat.nvfp4 and formats.weight_2d:
+        return 1
+    return formats.fprop.is_block_scaled + formats.dgrad.is_block_scaled
 
 
 # The order of a step ------------------------------------------------------------------------

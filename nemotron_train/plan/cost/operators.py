@@ -14,7 +14,6 @@ from nemotron_train.config.schema import Config, Dtype
 from nemotron_train.plan.precision.resolve import LinearFormats
 
 WIDE = 4  # bytes of FP32
-_BLOCK_FORMATS = ("nvfp4", "mxfp8")
 
 
 @dataclass(frozen=True)
@@ -140,7 +139,7 @@ def linear(
     forward = result + wide
     backward = dx + dw + max(wide, 2 * dw * (b == 2))
     formats = local.formats.get(path)
-    if formats is not None and is_quantized(formats):
+    if formats is not None and formats.is_quantized:
         operands = 2 * tokens * (inputs + outputs)
         transformed = b * tokens * (inputs + outputs) * formats.hadamard
         forward += 2 * tokens * inputs
@@ -171,7 +170,3 @@ def row(local: Local, path: str, sizes: tuple[int, int], branch: int) -> list[Op
 
 def residual(local: Local) -> Op:
     return Op("residual", local.stream, 2 * local.stream, local.stream)
-
-
-def is_quantized(formats: LinearFormats) -> bool:
-    return any(f in _BLOCK_FORMATS for f in (formats.fprop, formats.dgrad, formats.wgrad))

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from nemotron_train.config.errors import ConfigError
-from nemotron_train.config.schema import Config, ParallelConfig
+from nemotron_train.config.schema import Config, GemmFormat, ParallelConfig
 from nemotron_train.plan.architecture.layers import Linear, Sharding
 
 # Elements that share a scale, along the dimension that a product sums over.
-BLOCK = {"nvfp4": 16, "mxfp8": 32}
+BLOCK = {GemmFormat.nvfp4: 16, GemmFormat.mxfp8: 32}
 
 # Rows to whose multiple emulation pads an expert's tokens: whole blocks in every format, so that
 # the layout of the rows does not depend on the plan.
@@ -44,7 +44,7 @@ class Padding:
 
     path: str
     role: str
-    format: str
+    format: GemmFormat
     size: int
     padded: int
 
@@ -78,11 +78,11 @@ class Formats(Protocol):
     """What blocking asks about a linear's formats (`plan.LinearFormats`)."""
 
     @property
-    def fprop(self) -> str: ...
+    def fprop(self) -> GemmFormat: ...
     @property
-    def dgrad(self) -> str: ...
+    def dgrad(self) -> GemmFormat: ...
     @property
-    def wgrad(self) -> str: ...
+    def wgrad(self) -> GemmFormat: ...
     @property
     def weight_2d(self) -> bool: ...
 
@@ -110,9 +110,9 @@ def paddings(config: Config, plan: Iterable[tuple[Linear, Formats]]) -> list[Pad
             if size % block:
                 found.append(Padding(linear.path, role, name, size, -(-size // block) * block))
         for size, cut_by in (sums["fprop"], sums["dgrad"]):
-            if formats.weight_2d and cut_by and size % BLOCK["nvfp4"]:
+            if formats.weight_2d and cut_by and size % BLOCK[GemmFormat.nvfp4]:
                 what = "its weight in nvfp4 (weight_2d=true)"
-                raise ConfigError(_cut_through(linear, what, BLOCK["nvfp4"], size, cut_by))
+                raise ConfigError(_cut_through(linear, what, BLOCK[GemmFormat.nvfp4], size, cut_by))
     return found
 
 

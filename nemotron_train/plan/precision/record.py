@@ -9,35 +9,32 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from nemotron_train.config.schema import Config
-from nemotron_train.plan.precision.resolve import LinearFormats, formats_at, phase_boundaries
+from nemotron_train.plan.precision.resolve import LinearFormats, PrecisionPlan
 from nemotron_train.plan.precision.rules import NVFP4_OPTIONS, ROLES
 
 UNKNOWN: dict[str, Any] = {"name": "unknown", "digest": "unknown"}
 
 
-def plan_record(config: Config) -> dict[str, Any]:
-    """The resolved plan as JSON values: `name`, `digest`, `parameter_dtype`, and for each phase
+def plan_record(plan: PrecisionPlan) -> dict[str, Any]:
+    """The plan as JSON values: `name`, `digest`, `parameter_dtype`, and for each phase
     `from_tokens` and `linears`, module path -> formats in words.
 
     The digest covers all but the name: two files of rules that give every linear the same formats
     at the same tokens are one plan.
     """
     resolved = {
-        "parameter_dtype": config.precision.parameter_dtype.value,
+        "parameter_dtype": plan.parameter_dtype.value,
         "phases": [
             {
-                "from_tokens": start,
-                "linears": {
-                    path: _words(formats) for path, formats in formats_at(config, start).items()
-                },
+                "from_tokens": phase.from_tokens,
+                "linears": {path: _words(formats) for path, formats in phase.formats.items()},
             }
-            for start in phase_boundaries(config)
+            for phase in plan.phases
         ],
     }
     canonical = json.dumps(resolved, sort_keys=True, separators=(",", ":"))
     digest = hashlib.sha256(canonical.encode()).hexdigest()
-    return {"name": config.precision.name, "digest": digest, **resolved}
+    return {"name": plan.name, "digest": digest, **resolved}
 
 
 def label(record: Mapping[str, Any]) -> str:

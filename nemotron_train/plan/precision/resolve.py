@@ -1,30 +1,33 @@
-"""The precision plan: which format every linear's three matrix products are computed in, and when.
+"""The precision plan: which format each matrix product of every linear is computed in, and when.
 
-Owns the resolution of a configuration to one format per module, product and phase, and its text
-(`precision.txt` in the run folder, the precision part of `plan`). Does not own: what a rule matches
-(rules.py), sizes against blocks (blocking.py), arithmetic, or any module. No torch.
+Owns: `PrecisionPlan`, resolved once from a configuration, and its phases. Does not own: what a rule
+matches (`rules`), sizes against blocks (`blocking`), its text (`text`), arithmetic, or any module.
+No torch.
 
 A linear has three products: `fprop` y = x W^T, `dgrad` dx = dy W, `wgrad` dW = dy^T x.
 """
 
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from nemotron_train.config.errors import ConfigError
 from nemotron_train.config.schema import (
     AtLeast,
     Config,
+    Dtype,
     FormatConfig,
     GemmFormat,
     PrecisionPhase,
     ProbeFormat,
 )
 from nemotron_train.plan.architecture.layers import forward_flops, linears
-from nemotron_train.plan.precision.blocking import BLOCK, EXPERT_ROWS, paddings
+from nemotron_train.plan.precision.blocking import Padding, paddings
 from nemotron_train.plan.precision.rules import (
     NVFP4_OPTIONS,
     ROLES,
+    Claim,
     check_dtype,
     check_used,
     claims,
@@ -33,20 +36,30 @@ from nemotron_train.plan.precision.rules import (
 
 @dataclass(frozen=True)
 class LinearFormats:
-    """The format of each product (`nvfp4`, `mxfp8`, `bf16` or `float32`) and NVFP4's options,
-    which are False where no product of the linear is concerned."""
+    """The format of each product and NVFP4's options, which are False where no product of the
+    linear is concerned."""
 
-    fprop: str
-    dgrad: str
-    wgrad: str
+    fprop: GemmFormat
+    dgrad: GemmFormat
+    wgrad: GemmFormat
     weight_2d: bool
     hadamard: bool
     stochastic_rounding: bool
 
+    @property
+    def products(self) -> tuple[GemmFormat, GemmFormat, GemmFormat]:
+        """The formats of fprop, dgrad and wgrad."""
+        return self.fprop, self.dgrad, self.wgrad
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether any product is in a block-scaled format."""
+        return any(product.is_block_scaled for product in self.products)
+
 
 @dataclass(frozen=True)
 class LinearPrecision:
-    """One linear module under the plan. rule: the name of what decided, its condition in
+    """One linear module under the plan. rule: the name of the rule that decided, its condition in
     parentheses. `flops` is the forward cost a token: each of the three products costs as much."""
 
     path: str
@@ -55,51 +68,155 @@ class LinearPrecision:
     flops: int
 
 
-def resolve(config: Config, tokens: int = 0) -> list[LinearPrecision]:
-    """One entry for every linear of the model, in forward order (see `shape.linears`), as the
-    optimizer step computes that starts after `tokens` trained tokens."""
-    phases = config.precision.phases
-    current = bisect_right(_phase_starts(config), tokens) - 1
-    return _resolve(config, phases[current].at_least if current >= 0 else None)
+@dataclass(frozen=True)
+class PlanPhase:
+    """The plan from `from_tokens` trained tokens until the next phase. `linears` has every linear
+    of the model, in forward order (`plan.architecture.layers.linears`); at_least: the phase's lower
+    bound, None where the rules hold as they are; paddings: sums that are padded to whole blocks."""
+
+    from_tokens: int
+    linears: tuple[LinearPrecision, ...]
+    at_least: AtLeast | None
+    paddings: tuple[Padding, ...]
+
+    @cached_property
+    def formats(self) -> Mapping[str, LinearFormats]:
+        """Module path, with layer numbers of the whole model -> formats."""
+        return {linear.path: linear.formats for linear in self.linears}
 
 
-def formats_at(config: Config, tokens: int) -> dict[str, LinearFormats]:
-    """Module path, with layer numbers of the whole model -> formats, as `resolve` has them."""
-    return {entry.path: entry.formats for entry in resolve(config, tokens)}
+@dataclass(frozen=True)
+class PrecisionPlan:
+    """A configuration's precision, resolved. `phases` begin with one at 0 tokens; linears_share:
+    the linears' share of all FLOPs of the model, the same forward and in training."""
+
+    name: str
+    model_name: str
+    parameter_dtype: Dtype
+    claims: tuple[Claim, ...]
+    phases: tuple[PlanPhase, ...]
+    linears_share: float
+
+    @property
+    def boundaries(self) -> list[int]:
+        """Trained tokens at which the formats change, in order; the first is 0. The first step that
+        starts at or after a boundary is the first under the new formats."""
+        return [phase.from_tokens for phase in self.phases]
+
+    def at(self, tokens: int) -> PlanPhase:
+        """The phase of the optimizer step that starts after `tokens` trained tokens."""
+        return self.phases[bisect_right(self.boundaries, tokens) - 1]
+
+    @cached_property
+    def formats_used(self) -> frozenset[GemmFormat]:
+        """Every format of any product of any phase, routers and the output layer included."""
+        return frozenset(
+            product
+            for phase in self.phases
+            for linear in phase.linears
+            for product in linear.formats.products
+        )
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether any product of any phase is in a block-scaled format."""
+        return any(used.is_block_scaled for used in self.formats_used)
 
 
-def phase_boundaries(config: Config) -> list[int]:
-    """Trained tokens at which `formats_at` changes, in order; the first is 0. The first step that
-    starts at or after a boundary is the first under the new formats."""
-    return sorted({0, *_phase_starts(config)})
+def resolve_plan(config: Config) -> PrecisionPlan:
+    """The plan of `config`, checked. The composition root calls this once (through
+    `plan.derive.derive`) and passes the plan on.
 
-
-def check_plan(config: Config) -> None:
-    """Raises ConfigError, one line with the knob and the names or sizes, for a rule, an option or
-    a phase that has no effect or is out of range, and for blocks that ranks would cut through."""
-    dtype = config.precision.parameter_dtype
-    plan = _resolve(config, None)
-    padding_lines(config, plan)
-    _check_telemetry(config, plan)
-    phases = config.precision.phases
-    for number, (start, phase) in enumerate(zip(_phase_starts(config), phases, strict=True)):
+    Raises ConfigError, one line with the knob and the names or sizes, for a rule, an option or a
+    phase that has no effect or is out of range, and for blocks that ranks would cut through.
+    """
+    precision = config.precision
+    rules = tuple(claims(config))
+    base = _phase(config, rules, 0, None)
+    _check_telemetry(config, base.linears)
+    starts = _phase_starts(config)
+    phases = [] if 0 in starts else [base]
+    before = base
+    for number, (start, phase) in enumerate(zip(starts, precision.phases, strict=True)):
         knob = f"precision.phases[{number}].at_least"
         bounds = {role: getattr(phase.at_least, role) for role in ROLES}
-        check_dtype(knob, bounds, dtype)
+        check_dtype(knob, bounds, precision.parameter_dtype)
         common = phase.at_least.format
         if common != GemmFormat.nvfp4:  # which raises nothing anyway
             check_used(f"{knob}.format={common}", common, bounds)
-        before, plan = plan, _resolve(config, phase.at_least)
-        if [entry.formats for entry in before] == [entry.formats for entry in plan]:
+        resolved = _phase(config, rules, start, phase.at_least)
+        if resolved.formats == before.formats:
             raise ConfigError(
                 f"{knob}: changes nothing at {start} tokens; every product already has the "
                 f"format that fprop={bounds['fprop']}, dgrad={bounds['dgrad']}, "
                 f"wgrad={bounds['wgrad']} would give it"
             )
-        padding_lines(config, plan)
+        phases.append(resolved)
+        before = resolved
+    flops = sum(linear.flops for linear in linears(config.model))
+    return PrecisionPlan(
+        name=precision.name,
+        model_name=config.model.name,
+        parameter_dtype=precision.parameter_dtype,
+        claims=rules,
+        phases=tuple(phases),
+        linears_share=flops / forward_flops(config.model, config.train.sequence_length),
+    )
 
 
-def _check_telemetry(config: Config, plan: Iterable[LinearPrecision]) -> None:
+def share_of_flops(
+    linears: Iterable[LinearPrecision], roles: Sequence[str] = ROLES
+) -> dict[GemmFormat, float]:
+    """Format -> its share of the FLOPs of these linears in these products, largest first; the
+    shares sum to 1."""
+    flops: dict[GemmFormat, int] = {}
+    for linear in linears:
+        for role in roles:
+            product: GemmFormat = getattr(linear.formats, role)
+            flops[product] = flops.get(product, 0) + linear.flops
+    total = sum(flops.values())
+    ordered = sorted(flops.items(), key=lambda item: -item[1])
+    return {product: count / total for product, count in ordered}
+
+
+def _phase(
+    config: Config, rules: Sequence[Claim], from_tokens: int, at_least: AtLeast | None
+) -> PlanPhase:
+    """Every linear's formats under the rules and a lower bound. Raises ConfigError where ranks cut
+    through blocks."""
+    by_path = {
+        linear.path: LinearPrecision(
+            path=linear.path,
+            formats=_formats(claim.format, at_least),
+            rule=claim.text,
+            flops=linear.flops,
+        )
+        for claim in rules
+        for linear in claim.linears
+    }
+    model_linears = linears(config.model)
+    resolved = tuple(by_path[linear.path] for linear in model_linears)
+    formats = [linear.formats for linear in resolved]
+    padded = paddings(config, zip(model_linears, formats, strict=True))
+    return PlanPhase(from_tokens, resolved, at_least, tuple(padded))
+
+
+def _formats(rule: FormatConfig, at_least: AtLeast | None) -> LinearFormats:
+    order = list(GemmFormat)  # from the lowest precision up
+    chosen = {role: getattr(rule, role) for role in ROLES}
+    if at_least is not None:
+        chosen = {
+            role: max(value, getattr(at_least, role), key=order.index)
+            for role, value in chosen.items()
+        }
+    options = {
+        option: getattr(rule, option) and any(chosen[r] == GemmFormat.nvfp4 for r in roles)
+        for option, roles in NVFP4_OPTIONS.items()
+    }
+    return LinearFormats(chosen["fprop"], chosen["dgrad"], chosen["wgrad"], **options)
+
+
+def _check_telemetry(config: Config, linears: Iterable[LinearPrecision]) -> None:
     telemetry = config.precision.telemetry
     if telemetry.every < 0:
         raise ConfigError(
@@ -110,38 +227,14 @@ def _check_telemetry(config: Config, plan: Iterable[LinearPrecision]) -> None:
             f"precision.telemetry.probe={telemetry.probe} has no effect without a number of steps "
             "in precision.telemetry.every"
         )
-    formats = {getattr(entry.formats, role) for entry in plan for role in ROLES}
-    measures = telemetry.probe != ProbeFormat.none or formats & set(BLOCK)
+    is_quantized = any(linear.formats.is_quantized for linear in linears)
+    measures = telemetry.probe != ProbeFormat.none or is_quantized
     if telemetry.every > 0 and not measures:
         raise ConfigError(
             f"precision.telemetry.every={telemetry.every}: precision={config.precision.name} "
             "quantizes nothing to measure; precision.telemetry.probe=nvfp4 measures what NVFP4 "
             "would lose"
         )
-
-
-def share_of_flops(
-    plan: Iterable[LinearPrecision], roles: Sequence[str] = ROLES
-) -> dict[str, float]:
-    """Format -> its share of the FLOPs of all linears in these products, largest first; the
-    shares sum to 1. Attention, scan and convolution are no linears (`linears_share`)."""
-    flops: dict[str, int] = {}
-    for entry in plan:
-        for role in roles:
-            name = getattr(entry.formats, role)
-            flops[name] = flops.get(name, 0) + entry.flops
-    total = sum(flops.values())
-    ordered = sorted(flops.items(), key=lambda item: -item[1])
-    return {name: count / total for name, count in ordered}
-
-
-def linears_share(config: Config) -> float:
-    """The linears' share of all FLOPs of the model; forward or training, it is the same."""
-    flops = sum(linear.flops for linear in linears(config.model))
-    return flops / forward_flops(config.model, config.train.sequence_length)
-
-
-# Phases -------------------------------------------------------------------------------------
 
 
 def _phase_starts(config: Config) -> list[int]:
@@ -187,137 +280,3 @@ def _phase_start(config: Config, phase: PrecisionPhase, knob: str) -> int:
             f"{knob}.with_decay=true, but optim.decay_tokens=0: the learning rate never decays"
         )
     return config.train.total_tokens - config.optim.decay_tokens
-
-
-def _resolve(config: Config, at_least: AtLeast | None) -> list[LinearPrecision]:
-    found = {
-        linear.path: LinearPrecision(
-            path=linear.path,
-            formats=_formats(claim.format, at_least),
-            rule=claim.text,
-            flops=linear.flops,
-        )
-        for claim in claims(config)
-        for linear in claim.linears
-    }
-    return [found[linear.path] for linear in linears(config.model)]
-
-
-def _formats(asked: FormatConfig, at_least: AtLeast | None) -> LinearFormats:
-    order = list(GemmFormat)  # from the lowest precision up
-    chosen = {role: getattr(asked, role) for role in ROLES}
-    if at_least is not None:
-        chosen = {
-            role: max(value, getattr(at_least, role), key=order.index)
-            for role, value in chosen.items()
-        }
-    options = {
-        option: getattr(asked, option) and any(chosen[r] == GemmFormat.nvfp4 for r in roles)
-        for option, roles in NVFP4_OPTIONS.items()
-    }
-    fprop, dgrad, wgrad = (chosen[role].value for role in ROLES)
-    return LinearFormats(fprop, dgrad, wgrad, **options)
-
-
-# Text ---------------------------------------------------------------------------------------
-
-
-def options_text(formats: LinearFormats) -> str:
-    """What the linear leaves out of NVFP4's recipe: `without hadamard`, or nothing."""
-    missing = [
-        option
-        for option, roles in NVFP4_OPTIONS.items()
-        if not getattr(formats, option) and any(getattr(formats, r) == "nvfp4" for r in roles)
-    ]
-    return f"without {', '.join(missing)}" if missing else ""
-
-
-def rule_text(entry: LinearPrecision) -> str:
-    """What chose the formats, and what is left out of NVFP4's recipe."""
-    return "; ".join(filter(None, (entry.rule, options_text(entry.formats))))
-
-
-def phase_text(config: Config, tokens: int) -> str:
-    """One line about the phase in force after `tokens` trained tokens."""
-    boundaries = phase_boundaries(config)
-    current = bisect_right(boundaries, tokens) - 1
-    reach = f"from {boundaries[current]:,}"
-    if current + 1 < len(boundaries):
-        reach += f" to {boundaries[current + 1]:,}"
-    started = bisect_right(_phase_starts(config), tokens)
-    if not started:
-        return f"{reach} tokens: the rules as they are"
-    at_least = config.precision.phases[started - 1].at_least
-    bounds = {role: getattr(at_least, role) for role in ROLES}
-    if len(set(bounds.values())) == 1:
-        bounds = {"all three products": at_least.fprop}
-    raised = [f"{value} in {role}" for role, value in bounds.items() if value != GemmFormat.nvfp4]
-    bound = f"at least {', '.join(raised)}" if raised else "the rules as they are"
-    return f"{reach} tokens: {bound}"
-
-
-def padding_lines(config: Config, plan: list[LinearPrecision]) -> list[str]:
-    """One line for every sum that is padded with zeros to whole blocks, and one for the tokens
-    of routed experts. Raises ConfigError where ranks cut through blocks."""
-    formats = [entry.formats for entry in plan]
-    padded = paddings(config, zip(linears(config.model), formats, strict=True))
-    found = [
-        f"{p.path}: {p.role} in {p.format} sums over {p.size}, padded to {p.padded}" for p in padded
-    ]
-    in_experts = {e.formats.wgrad for e in plan if ".mlp.experts." in e.path}
-    if in_experts.intersection(BLOCK):
-        found.append(
-            "routed experts: wgrad sums over an expert's tokens, padded to a multiple of "
-            f"{EXPERT_ROWS}, whole blocks in either format"
-        )
-    return found
-
-
-def plan_text(config: Config) -> str:
-    """The whole plan as aligned plain text: what `precision.txt` in the run folder holds."""
-    precision = config.precision
-    lines = [f"precision plan {precision.name}, model {config.model.name}", ""]
-    lines += ["Rules; the first that matches a linear chooses its formats."]
-    lines += _aligned(
-        [
-            ("rule", "matches", *ROLES, "linears"),
-            *(
-                (
-                    claim.name,
-                    claim.condition or "what no rule matches",
-                    *(getattr(claim.format, role).value for role in ROLES),
-                    str(len(claim.linears)),
-                )
-                for claim in claims(config)
-            ),
-        ]
-    )
-    lines += [
-        "NVFP4 has 16x16 weight blocks, a Hadamard transform of wgrad's operands and stochastic",
-        "rounding of gradients, unless a linear says without.",
-        f"Shares are of the linears' training FLOPs, {linears_share(config):.1%} of the model's.",
-    ]
-    for tokens in phase_boundaries(config):
-        plan = resolve(config, tokens)
-        lines += ["", f"Phase {phase_text(config, tokens)}"]
-        lines += _aligned([("share of FLOPs", *ROLES, "all three"), *share_rows(plan)])
-        lines += padding_lines(config, plan)
-        rows = [
-            (e.path, e.formats.fprop, e.formats.dgrad, e.formats.wgrad, rule_text(e)) for e in plan
-        ]
-        lines += ["", *_aligned([("linear", *ROLES, "rule"), *rows])]
-    return "\n".join(lines) + "\n"
-
-
-def share_rows(plan: list[LinearPrecision]) -> list[tuple[str, ...]]:
-    """Format and its share of FLOPs in fprop, dgrad, wgrad and all three, largest first."""
-    columns = [share_of_flops(plan, roles) for roles in (*((role,) for role in ROLES), ROLES)]
-    return [(name, *(f"{shares.get(name, 0):.3%}" for shares in columns)) for name in columns[-1]]
-
-
-def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]

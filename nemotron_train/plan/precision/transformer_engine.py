@@ -16,11 +16,12 @@ from itertools import accumulate
 from typing import Any
 
 from nemotron_train.config.errors import ConfigError
-from nemotron_train.config.schema import Config, Dtype, LinearKind, PrecisionRule
+from nemotron_train.config.schema import Config, Dtype, GemmFormat, LinearKind, PrecisionRule
 from nemotron_train.plan.architecture.layers import Linear, linears, parse_pattern
 from nemotron_train.plan.architecture.stages import stages
 from nemotron_train.plan.precision.blocking import shard, tokens_per_product
-from nemotron_train.plan.precision.rules import NVFP4_OPTIONS, ROLES, Claim, claims, last_layers
+from nemotron_train.plan.precision.resolve import PrecisionPlan
+from nemotron_train.plan.precision.rules import NVFP4_OPTIONS, ROLES, Claim, last_layers
 
 # Sizes of quantized products: cuBLAS wants four-bit sums in multiples of 32, and Transformer
 # Engine's NVFP4 and MXFP8 tensors want whole blocks along both dimensions.
@@ -28,7 +29,7 @@ _SIZE_MULTIPLE = 32
 
 # Rows to which Megatron pads an expert's tokens, under this format as the default
 # (moe_utils.get_align_size_for_quantization).
-_EXPERT_TOKENS = {"bf16": 1, "nvfp4": 128, "mxfp8": 32}
+_EXPERT_TOKENS = {GemmFormat.bf16: 1, GemmFormat.nvfp4: 128, GemmFormat.mxfp8: 32}
 
 # What switches an NVFP4 option off in the whole process. Transformer Engine reads them when it is
 # imported (transformer_engine/common/recipe/__init__.py, NVFP4BlockScaling).
@@ -39,14 +40,14 @@ _OPTION_OFF = {
 }
 
 _BASE = {
-    "bf16": {},
-    "mxfp8": {"fp8": "e4m3", "fp8_recipe": "mxfp8", "fp8_param": False},
-    "nvfp4": {"fp4": "e2m1", "fp4_recipe": "nvfp4", "fp4_param": False},
+    GemmFormat.bf16: {},
+    GemmFormat.mxfp8: {"fp8": "e4m3", "fp8_recipe": "mxfp8", "fp8_param": False},
+    GemmFormat.nvfp4: {"fp4": "e2m1", "fp4_recipe": "nvfp4", "fp4_param": False},
 }
 _RECIPE = {
-    "bf16": {},
-    "mxfp8": {"fp8_quantization_recipe": "mxfp8"},
-    "nvfp4": {"fp4_quantization_recipe": "nvfp4"},
+    GemmFormat.bf16: {},
+    GemmFormat.mxfp8: {"fp8_quantization_recipe": "mxfp8"},
+    GemmFormat.nvfp4: {"fp4_quantization_recipe": "nvfp4"},
 }
 _KIND_GLOB = {
     LinearKind.mamba: "*.mixer.*",
@@ -63,7 +64,7 @@ class _Matcher:
 
     name: str
     pattern: str
-    format: str
+    format: GemmFormat
     forced: bool
 
     @property
@@ -71,7 +72,7 @@ class _Matcher:
         return f"{self.format}_forced" if self.forced else self.format
 
 
-def to_transformer_engine(config: Config) -> dict[str, Any]:
+def to_transformer_engine(config: Config, plan: PrecisionPlan) -> dict[str, Any]:
     """The plan as four plain dictionaries.
 
     `configs` and `matchers`: the per-module file, for `RecipeConfig.from_config_dict`.
@@ -83,23 +84,23 @@ def to_transformer_engine(config: Config) -> dict[str, Any]:
     quantized formats chosen by layer number; sizes that the kernels refuse.
     """
     _refuse_other_dtypes_and_phases(config)
-    chosen = [claim for claim in claims(config) if claim.name != "fixed"]
+    chosen = [claim for claim in plan.claims if claim.name != "fixed"]
     for claim in chosen:
         _refuse_different_products(claim)
     _refuse_sizes(config, chosen)
-    base = config.precision.default.format.value
+    base = config.precision.default.format
     start, end = _bf16_layers(config, chosen)
     matchers = _matchers(config, chosen, base)
     _refuse_difference(config, chosen, matchers, base, (start, end))
     transformer_config: dict[str, Any] = dict(_BASE[base])
-    if base != "bf16" and (start or end):
+    if base != GemmFormat.bf16 and (start or end):
         transformer_config |= {
             "first_last_layers_bf16": True,
             "num_layers_at_start_in_bf16": start,
             "num_layers_at_end_in_bf16": end,
         }
     if _experts_quantized(chosen):
-        if base == "bf16":
+        if base == GemmFormat.bf16:
             raise ConfigError(
                 "precision.default.format=bf16 with quantized routed experts: Megatron pads the "
                 "tokens of experts only under a quantized default; exempt the other linears instead"
@@ -128,7 +129,7 @@ def _recipe(matcher: _Matcher) -> dict[str, Any]:
     return {"transformer_engine_config_type": "TEQuantizationParams", "training_recipe": recipe}
 
 
-def _matchers(config: Config, chosen: Sequence[Claim], base: str) -> list[_Matcher]:
+def _matchers(config: Config, chosen: Sequence[Claim], base: GemmFormat) -> list[_Matcher]:
     """The rules in order; those about layer numbers are `_bf16_layers`'s."""
     found = []
     for claim in chosen:
@@ -139,12 +140,12 @@ def _matchers(config: Config, chosen: Sequence[Claim], base: str) -> list[_Match
         patterns = _patterns(rule, claim.linears)
         for number, pattern in enumerate(patterns):
             name = claim.name if len(patterns) == 1 else f"{claim.name}_{number}"
-            forced = base == "bf16" and rule.format != "bf16"
-            found.append(_Matcher(name, pattern, rule.format.value, forced))
-    projection = {p.path: c.format.format.value for c in chosen for p in c.linears}.get(
-        _MTP_PROJECTION, "bf16"
+            forced = base == GemmFormat.bf16 and rule.format != GemmFormat.bf16
+            found.append(_Matcher(name, pattern, rule.format, forced))
+    projection = {p.path: c.format.format for c in chosen for p in c.linears}.get(
+        _MTP_PROJECTION, GemmFormat.bf16
     )
-    if base == "nvfp4" and projection != "bf16":
+    if base == GemmFormat.nvfp4 and projection != GemmFormat.bf16:
         # Megatron enters its FP4 context layer by layer, and this projection lies in none.
         found.insert(0, _Matcher("mtp_projection", _MTP_PROJECTION, projection, forced=True))
     return found
@@ -174,7 +175,7 @@ def _bf16_layers(config: Config, chosen: Sequence[Claim]) -> tuple[int, int]:
             continue
         at_end = last_layers(rule, num_layers)
         others = rule.match != "*" or rule.layer_type != LinearKind.any or rule.mtp or rule.experts
-        if rule.format != "bf16" or others or (at_end and rule.first_layers):
+        if rule.format != GemmFormat.bf16 or others or (at_end and rule.first_layers):
             raise ConfigError(
                 f"precision.rules.{claim.text}: Megatron chooses by layer number only whole first "
                 "or last layers, and only BF16 for them; emulation can do this"
@@ -193,7 +194,7 @@ def _num_layers(config: Config) -> int:
 
 def _experts_quantized(chosen: Sequence[Claim]) -> bool:
     return any(
-        claim.format.format != "bf16" and ".mlp.experts." in linear.path
+        claim.format.format != GemmFormat.bf16 and ".mlp.experts." in linear.path
         for claim in chosen
         for linear in claim.linears
     )
@@ -222,7 +223,7 @@ def _refuse_difference(
     config: Config,
     chosen: Sequence[Claim],
     matchers: Sequence[_Matcher],
-    base: str,
+    base: GemmFormat,
     bf16_layers: tuple[int, int],
 ) -> None:
     """Raises ConfigError at the first linear to which Megatron would give another format."""
@@ -242,10 +243,10 @@ def _refuse_difference(
 def _megatron_format(
     path: str,
     matchers: Sequence[_Matcher],
-    base: str,
+    base: GemmFormat,
     bf16_layers: tuple[int, int],
     layers_per_stage: Sequence[int],
-) -> str:
+) -> GemmFormat:
     """The format of a linear as Megatron-Core 0.19 chooses it.
 
     A layer's context quantizes between the first and last BF16 layers, counted over the decoder;
@@ -258,9 +259,9 @@ def _megatron_format(
     number = int(inside[1]) if inside else -1
     start, end = bf16_layers
     if number < 0:
-        in_context = base == "mxfp8"
+        in_context = base == GemmFormat.mxfp8
     else:
-        in_context = base != "bf16" and start <= number < sum(layers_per_stage) - end
+        in_context = base != GemmFormat.bf16 and start <= number < sum(layers_per_stage) - end
     local = path
     if path.startswith("decoder."):
         offsets = [0, *accumulate(layers_per_stage)]
@@ -268,8 +269,8 @@ def _megatron_format(
         local = path.replace(f".{number}.", f".{number - offset}.", 1)
     for matcher in matchers:
         if fnmatchcase(local, matcher.pattern):
-            return matcher.format if in_context or matcher.forced else "bf16"
-    return base if in_context else "bf16"
+            return matcher.format if in_context or matcher.forced else GemmFormat.bf16
+    return base if in_context else GemmFormat.bf16
 
 
 # What it cannot say -------------------------------------------------------------------------
@@ -301,9 +302,9 @@ def _refuse_different_products(claim: Claim) -> None:
 
 
 def _refuse_sizes(config: Config, chosen: Sequence[Claim]) -> None:
-    formats = {linear.path: c.format.format.value for c in chosen for linear in c.linears}
+    formats = {linear.path: c.format.format for c in chosen for linear in c.linears}
     for linear in linears(config.model):
-        if formats.get(linear.path, "bf16") == "bf16":
+        if formats.get(linear.path, GemmFormat.bf16) == GemmFormat.bf16:
             continue
         part = shard(linear, config.parallel)
         sizes = {
@@ -328,7 +329,7 @@ def _refuse_few_tokens(config: Config) -> None:
     train, parallel = config.train, config.parallel
     tokens = train.micro_batch_sequences * train.sequence_length // parallel.context
     tokens //= parallel.tensor if parallel.sequence else 1
-    multiple = _EXPERT_TOKENS[config.precision.default.format.value]
+    multiple = _EXPERT_TOKENS[config.precision.default.format]
     if tokens % multiple:
         raise ConfigError(
             f"routed experts: {tokens} tokens of a micro-batch on a rank are no multiple of "

@@ -17,7 +17,7 @@ from typing import Any
 from nemotron_train.config.errors import ConfigError
 from nemotron_train.config.knobs import is_free, to_plain
 from nemotron_train.config.schema import Config, Dtype
-from nemotron_train.plan.guards import QUANTIZED, plan_formats
+from nemotron_train.plan.precision.resolve import resolve_plan
 from nemotron_train.report.plan.diff import flatten
 from nemotron_train.report.runs.read import Run, read_run
 from nemotron_train.run_folder.folder import read_config
@@ -171,4 +171,4 @@ def _grouped(
 
 
 def _is_plain(config: Config) -> bool:
-    return not plan_formats(config).intersection(QUANTIZED)
+    return not resolve_plan(config).is_quantized

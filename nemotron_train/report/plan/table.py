@@ -30,17 +30,8 @@ from nemotron_train.plan.architecture.layers import (
     parameters,
 )
 from nemotron_train.plan.derive import Derived
-from nemotron_train.plan.precision.resolve import (
-    LinearPrecision,
-    linears_share,
-    padding_lines,
-    phase_boundaries,
-    phase_text,
-    resolve,
-    rule_text,
-    share_rows,
-)
-from nemotron_train.plan.precision.rules import claims
+from nemotron_train.plan.precision.resolve import PlanPhase, PrecisionPlan
+from nemotron_train.plan.precision.text import padding_lines, phase_text, rule_text, share_rows
 from nemotron_train.report.plan.communication import (
     TRAFFIC_SIZES,
     traffic_columns,
@@ -79,7 +70,7 @@ def print_plan(config: Config, derived: Derived, console: Console, *, layers: bo
     if layers:
         _print_table(console, "Every layer", _LAYER_COLUMNS, _layer_rows(config, derived))
     _print_facts(console, "Parameters", _parameter_facts(config.model))
-    _print_precision(config, console)
+    _print_precision(derived.plan, console)
     _print_facts(console, "Training", _training_facts(config, derived))
     _print_facts(console, "Ranks", _rank_facts(config, derived))
     if derived.num_ranks > 1:
@@ -242,31 +233,29 @@ _PRECISION_COLUMNS = ("count", "linears", "fprop", "dgrad", "wgrad", "FLOPs", "r
 _SHARE_COLUMNS = ("FLOPs in", "fprop", "dgrad", "wgrad", "all three")
 
 
-def _print_precision(config: Config, console: Console) -> None:
+def _print_precision(plan: PrecisionPlan, console: Console) -> None:
     """The plan of each phase: linears, shares of FLOPs, paddings; and rules without a linear."""
-    boundaries = phase_boundaries(config)
-    for tokens in boundaries:
-        plan = resolve(config, tokens)
-        phase = f", {phase_text(config, tokens)}" if len(boundaries) > 1 else ""
-        title = f"Precision ({config.precision.name}{phase})"
-        _print_table(console, title, _PRECISION_COLUMNS, _precision_rows(plan))
-        title = f"Share of the linears' FLOPs, which are {linears_share(config):.1%} of all"
-        _print_table(console, title, _SHARE_COLUMNS, share_rows(plan))
-        for line in _without_layers(padding_lines(config, plan)):
+    for phase in plan.phases:
+        which = f", {phase_text(plan, phase)}" if len(plan.phases) > 1 else ""
+        title = f"Precision ({plan.name}{which})"
+        _print_table(console, title, _PRECISION_COLUMNS, _precision_rows(phase))
+        title = f"Share of the linears' FLOPs, which are {plan.linears_share:.1%} of all"
+        _print_table(console, title, _SHARE_COLUMNS, share_rows(phase))
+        for line in _without_layers(padding_lines(phase)):
             _print_line(console, f"  {line}")
-    for claim in claims(config):
+    for claim in plan.claims:
         if not claim.linears:
             _print_line(console, f"  no linear is left for {claim.text}")
 
 
-def _precision_rows(plan: list[LinearPrecision]) -> Iterable[Sequence[str]]:
+def _precision_rows(phase: PlanPhase) -> Iterable[Sequence[str]]:
     """A row for the linears that differ in nothing but their layer: a glob that matches them."""
-    whole = sum(linear.flops for linear in plan)
+    whole = sum(linear.flops for linear in phase.linears)
     groups: dict[tuple[str, ...], list[int]] = {}
-    for linear in plan:
+    for linear in phase.linears:
         (modules,) = _without_layers([linear.path])
-        formats = (linear.formats.fprop, linear.formats.dgrad, linear.formats.wgrad)
-        groups.setdefault((modules, *formats, rule_text(linear)), []).append(linear.flops)
+        row = (modules, *linear.formats.products, rule_text(linear))
+        groups.setdefault(row, []).append(linear.flops)
     for (modules, fprop, dgrad, wgrad, rule), flops in groups.items():
         share = f"{sum(flops) / whole:.1%}"
         yield str(len(flops)), modules, fprop, dgrad, wgrad, share, rule

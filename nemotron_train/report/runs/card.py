@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from nemotron_train.config.errors import ConfigError
-from nemotron_train.config.schema import Config, RecomputeMode
-from nemotron_train.plan.guards import QUANTIZED
-from nemotron_train.plan.precision.resolve import formats_at, phase_boundaries
+from nemotron_train.config.schema import Config, GemmFormat, RecomputeMode
+from nemotron_train.plan.precision.resolve import resolve_plan
 from nemotron_train.report.runs.read import Run, read_objects
 
 GPU, CPU, EMULATED, UNVERIFIED = "ran-on-GPU", "ran-on-CPU", "emulated", "unverified"
@@ -94,8 +93,7 @@ def _formats(facts: _Facts) -> Iterator[Capability]:
     """Number formats of the products, phase by phase, as far as the run got."""
     trained = facts.run.last("tokens") or 0
     try:
-        starts = phase_boundaries(facts.config)
-        by_phase = {start: formats_at(facts.config, start) for start in starts}
+        phases = resolve_plan(facts.config).phases
     except ConfigError as error:
         yield Capability("precision plan", (UNVERIFIED,), f"cannot be resolved: {error}")
         return
@@ -103,11 +101,11 @@ def _formats(facts: _Facts) -> Iterator[Capability]:
         f"{facts.config.precision.parameter_dtype.value} parameters", True, "every step", ""
     )
     ways = {str(machine.get("block_formats")) for machine in facts.machines}
-    for form in QUANTIZED:
+    for form in (GemmFormat.nvfp4, GemmFormat.mxfp8):
         using = [
-            start
-            for start, linears in by_phase.items()
-            if any(form in (f.fprop, f.dgrad, f.wgrad) for f in linears.values())
+            phase.from_tokens
+            for phase in phases
+            if any(form in formats.products for formats in phase.formats.values())
         ]
         if not using:
             continue

@@ -1,7 +1,7 @@
 """Ends a rank whose steps have stopped coming, and leaves the stacks of its threads behind.
 
 Owns: one thread that watches the clock, `ranks/rank_0003.stacks`. Does not own: what counts as a
-sign of life (the session beats after each step and each long side job). Every rank has its own, and
+sign of life (the trainer beats after each step and each long side job). Every rank has its own, and
 needs no other: where one rank hangs, is stopped or is gone, all others wait for it in a collective,
 so all of their watchdogs bite, within a second of each other, before the collective itself gives up
 (`collective_timeout`). A rank that was stopped by a signal cannot end itself: its launcher does

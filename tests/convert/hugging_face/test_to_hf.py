@@ -270,9 +270,9 @@ MEMORY = """
 import sys
 from pathlib import Path
 from rich.console import Console
-from nemotron_train.compose import compose_config
-from nemotron_train.convert.from_hf import from_hf
-from nemotron_train.convert.to_hf import to_hf
+from nemotron_train.compose.compose import compose_config
+from nemotron_train.convert.hugging_face.from_hf import from_hf
+from nemotron_train.convert.hugging_face.to_hf import to_hf
 
 def resident(name):  # bytes; VmHWM is the peak, which clear_refs sets back
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nemotron_train.config.errors import ConfigError
-from nemotron_train.model.mamba import chunked_scan
 from nemotron_train.model.mamba import core as ssd_module
+from nemotron_train.model.mamba import scan_operands
 from nemotron_train.model.mamba.core import check_offsets, ssd
 
 NAMES = ("x", "dt", "A", "B", "C", "D", "initial")
@@ -140,7 +140,7 @@ CASES = [
 def test_equals_recurrence(monkeypatch, length, chunk, starts, with_initial, split_range) -> None:
     """Forward and every gradient in float64, for both forms of the inside of a chunk and for a
     mixture of them in one call."""
-    monkeypatch.setattr(chunked_scan, "SPLIT_RANGE", split_range)
+    monkeypatch.setattr(scan_operands, "SPLIT_RANGE", split_range)
     ids = None if starts is None else documents(starts, length)
     ours, truth = both(make_inputs(Shape(length=length)), ids, chunk, with_initial)
     assert_same(ours, truth, 1e-12)
@@ -190,7 +190,7 @@ def test_gradcheck() -> None:
 @pytest.mark.parametrize("split_range", [79.0, -1.0])
 def test_float32(monkeypatch, split_range) -> None:
     """FP32 keeps to a few units of its own rounding (6e-8) grown by sums over 150 tokens."""
-    monkeypatch.setattr(chunked_scan, "SPLIT_RANGE", split_range)
+    monkeypatch.setattr(scan_operands, "SPLIT_RANGE", split_range)
     inputs = [t.float() for t in make_inputs(Shape(length=150, head_dim=16, state=16), 0.05)]
     ids = documents([[50], [64, 99]], 150)
     ours, truth = both(inputs, ids, 64, True)
@@ -204,7 +204,7 @@ def test_bfloat16(monkeypatch, split_range) -> None:
     """BF16 inputs, FP32 sums. One rounding is 2^-8 at most and 2^-8 / 2.4 in quadratic mean; an
     operand, a result or a gradient passes through up to nine, independent: three times that, so
     2^-7 in norm leaves a margin of 1.6. dt and A see differences of such terms: twice that."""
-    monkeypatch.setattr(chunked_scan, "SPLIT_RANGE", split_range)
+    monkeypatch.setattr(scan_operands, "SPLIT_RANGE", split_range)
     exact = make_inputs(Shape(length=150, head_dim=16, state=16), 0.05)
     narrow = [t.to(torch.bfloat16 if name in "xBC" else torch.float32)
               for name, t in zip(NAMES, exact, strict=True)]  # fmt: skip
@@ -284,7 +284,7 @@ def test_documents_do_not_leak(monkeypatch, boundary, split_range, dtype) -> Non
     """Other contents in document 0 leave document 1's output and gradients alone in every bit,
     and the other way round. (Not covered: contents so steep that they change the form a head's
     chunk is computed in, which may change rounding.)"""
-    monkeypatch.setattr(chunked_scan, "SPLIT_RANGE", split_range)
+    monkeypatch.setattr(scan_operands, "SPLIT_RANGE", split_range)
     ids = documents([[boundary], [boundary]], 96)
 
     def run(seeds: tuple[int, int]) -> list[Tensor]:

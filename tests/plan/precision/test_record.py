@@ -12,7 +12,7 @@ import pytest
 from nemotron_train.compose.compose import compose_config, recipes_folder
 from nemotron_train.config.schema import Config
 from nemotron_train.plan.precision.record import label, plan_record
-from nemotron_train.plan.precision.resolve import formats_at, phase_boundaries
+from nemotron_train.plan.precision.resolve import resolve_plan
 
 PLANS = sorted(path.stem for path in (recipes_folder() / "precision").glob("*.yaml"))
 
@@ -23,14 +23,18 @@ def config_of(*overrides: str) -> Config:
 
 def resolved(config: Config) -> object:
     """All that a plan says, without its name."""
-    phases = [(start, formats_at(config, start)) for start in phase_boundaries(config)]
+    phases = [
+        (start, resolve_plan(config).at(start).formats) for start in resolve_plan(config).boundaries
+    ]
     return config.precision.parameter_dtype, phases
 
 
 def test_digests_differ_exactly_where_ready_plans_do() -> None:
     configs = [config_of(f"precision={plan}") for plan in PLANS]
     for one, other in itertools.combinations(configs, 2):
-        same = plan_record(one)["digest"] == plan_record(other)["digest"]
+        same = (
+            plan_record(resolve_plan(one))["digest"] == plan_record(resolve_plan(other))["digest"]
+        )
         assert same == (resolved(one) == resolved(other)), (one.precision, other.precision)
 
 
@@ -48,8 +52,8 @@ def test_digests_differ_exactly_where_ready_plans_do() -> None:
     ],
 )
 def test_what_changes_the_digest(overrides: list[str], same: bool) -> None:
-    plain = plan_record(config_of("precision=nvfp4_nemotron3"))
-    changed = plan_record(config_of("precision=nvfp4_nemotron3", *overrides))
+    plain = plan_record(resolve_plan(config_of("precision=nvfp4_nemotron3")))
+    changed = plan_record(resolve_plan(config_of("precision=nvfp4_nemotron3", *overrides)))
     assert (changed["digest"] == plain["digest"]) == same
 
 
@@ -58,18 +62,18 @@ def test_rules_said_in_other_words_are_the_same_plan() -> None:
     kinds = ("attention", "moe", "mtp_projection")
     rules = [f"+precision.rules.{kind}={{layer_type: {kind}, format: nvfp4}}" for kind in kinds]
     mamba = "+precision.rules.mamba={layer_type: mamba, format: bf16}"
-    one = plan_record(config_of("precision=nvfp4_all", mamba))
-    other = plan_record(config_of("precision=bf16", *rules))
+    one = plan_record(resolve_plan(config_of("precision=nvfp4_all", mamba)))
+    other = plan_record(resolve_plan(config_of("precision=bf16", *rules)))
     assert one["digest"] == other["digest"] and one["name"] != other["name"]
 
 
 def test_record_is_json_and_says_everything() -> None:
     """Read back from JSON it names every linear's products in every phase."""
     config = config_of("precision=nvfp4_bf16_forward")
-    record = json.loads(json.dumps(plan_record(config)))
-    assert [phase["from_tokens"] for phase in record["phases"]] == phase_boundaries(config)
+    record = json.loads(json.dumps(plan_record(resolve_plan(config))))
+    assert [phase["from_tokens"] for phase in record["phases"]] == resolve_plan(config).boundaries
     for phase in record["phases"]:
-        for path, formats in formats_at(config, phase["from_tokens"]).items():
+        for path, formats in resolve_plan(config).at(phase["from_tokens"]).formats.items():
             words = phase["linears"][path].split()
             assert words[:3] == [
                 f"fprop={formats.fprop}",

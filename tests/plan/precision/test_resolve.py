@@ -23,15 +23,8 @@ from nemotron_train.config.schema import AtLeast, Config, GemmFormat, PrecisionP
 from nemotron_train.plan.architecture.layers import linears
 from nemotron_train.plan.derive import derive
 from nemotron_train.plan.precision.blocking import shard
-from nemotron_train.plan.precision.resolve import (
-    LinearFormats,
-    formats_at,
-    padding_lines,
-    phase_boundaries,
-    plan_text,
-    resolve,
-    share_of_flops,
-)
+from nemotron_train.plan.precision.resolve import LinearFormats, resolve_plan, share_of_flops
+from nemotron_train.plan.precision.text import padding_lines, plan_text
 
 MODELS = ("tiny", "nano_30b_a3b", "super_120b_a12b", "ultra_550b_a55b")
 EXEMPTIONS = ("last_layers", "mtp", "latent", "qkv", "attention_out", "mamba_out")
@@ -83,7 +76,7 @@ def test_nemotron3_plan_is_the_published_table(model: str, without: str) -> None
     plan = f"nvfp4_without_{without}" if without else "nvfp4_nemotron3"
     config = config_of(f"run={model}", f"precision={plan}")
     num_layers = len(config.model.pattern.replace("|", ""))
-    for entry in resolve(config):
+    for entry in resolve_plan(config).at(0).linears:
         wanted = published_format(entry.path, num_layers, LAST_LAYERS[model], without)
         in_nvfp4 = wanted == "nvfp4"
         options = (in_nvfp4, in_nvfp4, in_nvfp4)
@@ -93,7 +86,9 @@ def test_nemotron3_plan_is_the_published_table(model: str, without: str) -> None
 @pytest.mark.parametrize("plan", ["mxfp8", "nvfp4_all"])
 @pytest.mark.parametrize("model", MODELS)
 def test_plans_without_exemptions(plan: str, model: str) -> None:
-    for path, formats in formats_at(config_of(f"run={model}", f"precision={plan}"), 0).items():
+    for path, formats in (
+        resolve_plan(config_of(f"run={model}", f"precision={plan}")).at(0).formats.items()
+    ):
         special = {"output_layer": "bf16", "router": "float32"}
         wanted = special.get(path.split(".")[-1], plan.removesuffix("_all"))
         assert (formats.fprop, formats.dgrad, formats.wgrad) == (wanted,) * 3
@@ -107,7 +102,11 @@ def test_last_layers_are_the_published_ones(model: str, counts: dict[str, int]) 
     """14 of 88 and 16 of 108 (Megatron-Bridge's recipe; arXiv 2606.15007, section 2.2)."""
     config = config_of(f"run={model}", "precision=nvfp4_nemotron3")
     letters = config.model.pattern.replace("|", "")
-    chosen = [entry.path for entry in resolve(config) if entry.rule.startswith("last_layers")]
+    chosen = [
+        entry.path
+        for entry in resolve_plan(config).at(0).linears
+        if entry.rule.startswith("last_layers")
+    ]
     numbers = {int(path.split(".")[2]) for path in chosen}
     assert Counter(letters[number] for number in numbers) == counts
     assert max(numbers) == len(letters) - 1
@@ -129,7 +128,7 @@ def test_share_of_flops_of_super() -> None:
     bf16 = 6 * (in_proj + out_proj) + 7 * experts + 8 * attention + 40 * latents + mtp + output
     together = {"nvfp4": nvfp4, "mxfp8": mxfp8, "bf16": bf16, "float32": 42 * router}
     config = config_of("run=super_120b_a12b", "precision=nvfp4_nemotron3")
-    shares = share_of_flops(resolve(config))
+    shares = share_of_flops(resolve_plan(config).at(0).linears)
     assert shares == pytest.approx({k: v / sum(together.values()) for k, v in together.items()})
     assert list(shares) == sorted(shares, key=lambda name: -shares[name])
 
@@ -142,7 +141,7 @@ def test_the_table_of_shares_in_the_guide_is_this_one() -> None:
     for plan, cells in rows:
         for model, cell in zip(MODELS, cells.split(" | "), strict=True):
             config = config_of(f"run={model}", f"precision={plan}")
-            shares = share_of_flops(resolve(config, config.train.total_tokens - 1))
+            shares = share_of_flops(resolve_plan(config).at(config.train.total_tokens - 1).linears)
             wanted = [f"{shares.get(name, 0):.1%}"[:-1] for name in ORDER[:3]]
             assert cell == " / ".join(wanted), (plan, model)
 
@@ -153,19 +152,19 @@ def test_every_plan_is_accepted_and_printed_whole(plan: str, model: str, ranks: 
     """On the sizes' own layouts, and with a line for each linear in each phase."""
     config = config_of(f"run={model}", f"precision={plan}", ranks=ranks)
     assert config.precision.name == plan
-    rows = [line.split() for line in plan_text(config).splitlines()]
-    for tokens in phase_boundaries(config):
-        for entry in resolve(config, tokens):
+    rows = [line.split() for line in plan_text(resolve_plan(config)).splitlines()]
+    for tokens in resolve_plan(config).boundaries:
+        for entry in resolve_plan(config).at(tokens).linears:
             formats = [entry.formats.fprop, entry.formats.dgrad, entry.formats.wgrad]
             assert [entry.path, *formats, *entry.rule.split()] in rows
-    assert sum(row[:1] == ["output_layer"] for row in rows) == len(phase_boundaries(config))
+    assert sum(row[:1] == ["output_layer"] for row in rows) == len(resolve_plan(config).boundaries)
 
 
 def test_written_configuration_replays_to_the_same_plan() -> None:
     config = config_of("precision=nvfp4_bf16_forward", "precision.rules.qkv.dgrad=nvfp4")
     again = to_typed(Config, asdict(config), [])
     assert again.precision == config.precision
-    assert plan_text(again) == plan_text(config)
+    assert plan_text(resolve_plan(again)) == plan_text(resolve_plan(config))
 
 
 # Rules --------------------------------------------------------------------------------------
@@ -181,7 +180,9 @@ def in_layers(*numbers: int) -> Callable[[str], bool]:
 
 
 def chosen_by_new(config: Config) -> list[str]:
-    return [entry.path for entry in resolve(config) if entry.rule.split()[0] == "new"]
+    return [
+        entry.path for entry in resolve_plan(config).at(0).linears if entry.rule.split()[0] == "new"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -215,10 +216,14 @@ def test_conditions(condition: str, wanted: Callable[[str], bool]) -> None:
 def test_formats_of_single_products() -> None:
     """A BF16 forward with a four-bit backward, without the Hadamard transform."""
     config = rule("match: '*.in_proj'", "format: nvfp4", "fprop: bf16", "hadamard: false")
-    formats = formats_at(config, 0)["decoder.layers.0.mixer.in_proj"]
-    assert formats == LinearFormats("bf16", "nvfp4", "nvfp4", True, False, True)
-    assert "new (*.in_proj); without hadamard" in plan_text(config)
-    shares = [share_of_flops(resolve(config), (role,)) for role in ("fprop", "dgrad")]
+    formats = resolve_plan(config).at(0).formats["decoder.layers.0.mixer.in_proj"]
+    assert formats == LinearFormats(
+        GemmFormat.bf16, GemmFormat.nvfp4, GemmFormat.nvfp4, True, False, True
+    )
+    assert "new (*.in_proj); without hadamard" in plan_text(resolve_plan(config))
+    shares = [
+        share_of_flops(resolve_plan(config).at(0).linears, (role,)) for role in ("fprop", "dgrad")
+    ]
     assert "nvfp4" not in shares[0] and shares[1]["nvfp4"] > 0.1
 
 
@@ -226,7 +231,9 @@ def test_first_match_wins_and_a_redundant_rule_is_no_error() -> None:
     """The attention layer of ME*E lies in the last pair, so qkv asks for what is done already."""
     config = config_of("precision=nvfp4_nemotron3", "model.pattern=ME*E", ranks=1)
     path = "decoder.layers.2.self_attention.linear_qkv"
-    assert {e.path: e.rule for e in resolve(config)}[path] == "last_layers (last 2 of 4 layers)"
+    assert {e.path: e.rule for e in resolve_plan(config).at(0).linears}[
+        path
+    ] == "last_layers (last 2 of 4 layers)"
 
 
 @pytest.mark.parametrize(
@@ -271,9 +278,12 @@ def phases(*written: str, plan: str = "nvfp4_nemotron3") -> Config:
 def test_forward_to_bf16_with_the_decay() -> None:
     config = config_of("precision=nvfp4_bf16_forward", ranks=1)
     start = config.train.total_tokens - config.optim.decay_tokens
-    assert phase_boundaries(config) == [0, start]
-    before, after = formats_at(config, start - 1), formats_at(config, start)
-    assert before == formats_at(config, 0)
+    assert resolve_plan(config).boundaries == [0, start]
+    before, after = (
+        resolve_plan(config).at(start - 1).formats,
+        resolve_plan(config).at(start).formats,
+    )
+    assert before == resolve_plan(config).at(0).formats
     for path, formats in after.items():
         old = before[path]
         assert formats.fprop == ("float32" if "router" in path else "bf16")
@@ -283,8 +293,10 @@ def test_forward_to_bf16_with_the_decay() -> None:
 def test_nvfp4_to_mxfp8_leaves_the_rest_alone() -> None:
     """Super's switch at 19 T of 25 T tokens."""
     config = config_of("run=super_120b_a12b", "precision=nvfp4_then_mxfp8", ranks=64)
-    assert phase_boundaries(config) == [0, 19_000_000_000_000]
-    before, after = (formats_at(config, tokens) for tokens in phase_boundaries(config))
+    assert resolve_plan(config).boundaries == [0, 19_000_000_000_000]
+    before, after = (
+        resolve_plan(config).at(tokens).formats for tokens in resolve_plan(config).boundaries
+    )
     for path, formats in after.items():
         assert formats.wgrad == {"nvfp4": "mxfp8"}.get(before[path].wgrad, before[path].wgrad)
         assert not (formats.weight_2d or formats.hadamard or formats.stochastic_rounding)
@@ -296,8 +308,11 @@ def test_bf16_first_and_a_phase_replaces_the_one_before() -> None:
         "{from_fraction: 0.1, at_least: {fprop: mxfp8}}",
         "{from_tokens: 200000}",
     )
-    assert phase_boundaries(config) == [0, 26_214, 200_000]
-    seen = [formats_at(config, t)["decoder.layers.0.mixer.in_proj"] for t in (0, 60_000, 250_000)]
+    assert resolve_plan(config).boundaries == [0, 26_214, 200_000]
+    seen = [
+        resolve_plan(config).at(t).formats["decoder.layers.0.mixer.in_proj"]
+        for t in (0, 60_000, 250_000)
+    ]
     assert [(f.fprop, f.dgrad) for f in seen] == [
         ("bf16", "bf16"),
         ("mxfp8", "nvfp4"),
@@ -320,8 +335,8 @@ def test_a_phase_raises_and_never_lowers(bounds: tuple, start: int, tokens: int)
     phase = PrecisionPhase(from_tokens=start, at_least=AtLeast(**roles))
     config.precision.phases = [phase]
     derive(config, 1)
-    without = formats_at(config_of("precision=nvfp4_all"), 0)
-    for path, formats in formats_at(config, tokens).items():
+    without = resolve_plan(config_of("precision=nvfp4_all")).at(0).formats
+    for path, formats in resolve_plan(config).at(tokens).formats.items():
         for role, bound in roles.items():
             old = ORDER.index(getattr(without[path], role))
             wanted = max(old, ORDER.index(bound)) if tokens >= start else old
@@ -383,15 +398,15 @@ def test_uncut_sums_are_padded_and_said() -> None:
         "train.validation_tokens=63",
     ]
     config = config_of("precision=nvfp4_all", *overrides, ranks=1)
-    lines = padding_lines(config, resolve(config))
+    lines = padding_lines(resolve_plan(config).at(0))
     assert "decoder.layers.0.mixer.in_proj: dgrad in nvfp4 sums over 908, padded to 912" in lines
     assert "decoder.layers.0.mixer.in_proj: wgrad in nvfp4 sums over 63, padded to 64" in lines
     assert lines[-1].startswith("routed experts") and "a multiple of 32" in lines[-1]
     mxfp8 = config_of("precision=mxfp8", *overrides, ranks=1)
-    lines = padding_lines(mxfp8, resolve(mxfp8))
+    lines = padding_lines(resolve_plan(mxfp8).at(0))
     assert "decoder.layers.0.mixer.in_proj: dgrad in mxfp8 sums over 908, padded to 928" in lines
     plain = config_of("precision=bf16", *overrides, ranks=1)
-    assert padding_lines(plain, resolve(plain)) == []
+    assert padding_lines(resolve_plan(plain).at(0)) == []
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from nemotron_train.compose.compose import compose_config, recipes_folder
 from nemotron_train.config.errors import ConfigError
 from nemotron_train.config.schema import Config
 from nemotron_train.plan.architecture.layers import linears
-from nemotron_train.plan.precision.resolve import formats_at
+from nemotron_train.plan.precision.resolve import resolve_plan
 from nemotron_train.plan.precision.transformer_engine import to_transformer_engine
 from nemotron_train.platform import device
 
@@ -167,8 +167,8 @@ def test_the_plan_is_the_second_reading(plan: str, run: str) -> None:
     config = native_config(plan, run)
     wanted = second_reading(plan, run)
     assert sorted(wanted) == sorted(linear.path for linear in linears(config.model))
-    last = formats_at(config, config.train.total_tokens - 1)
-    for path, formats in formats_at(config, 0).items():
+    last = resolve_plan(config).at(config.train.total_tokens - 1).formats
+    for path, formats in resolve_plan(config).at(0).formats.items():
         assert {formats.fprop, formats.dgrad, formats.wgrad} == {wanted[path]}, path
         low = wanted[path] == "nvfp4"
         fprop = "bf16" if plan == "nvfp4_bf16_forward" and wanted[path] != "float32" else None
@@ -181,7 +181,7 @@ def test_the_plan_is_the_second_reading(plan: str, run: str) -> None:
 @pytest.mark.parametrize("run", RUNS)
 def test_megatron_reads_the_plan(plan: str, run: str) -> None:
     config = native_config(plan, run)
-    native = to_transformer_engine(config)
+    native = to_transformer_engine(config, resolve_plan(config))
     wanted = second_reading(plan, run)
     for path in wanted:
         if not path.endswith(("router", "output_layer")):
@@ -195,7 +195,7 @@ def test_super_is_the_published_table() -> None:
     """arXiv 2604.12374, Table 3: NVFP4 but for the last 14 layers, latent projections, MTP and
     attention in BF16, and the Mamba output projection in MXFP8."""
     config = native_config("nvfp4_nemotron3", "super_120b_a12b")
-    native = to_transformer_engine(config)
+    native = to_transformer_engine(config, resolve_plan(config))
     for linear in linears(config.model):
         words = linear.path.split(".")
         if words[-1] in ("router", "output_layer"):
@@ -210,9 +210,11 @@ def test_super_is_the_published_table() -> None:
 
 def test_what_can_be_native_as_the_documentation_says() -> None:
     for run in ("proxy_100m", "nano_30b_a3b", "super_120b_a12b", "ultra_550b_a55b"):
-        to_transformer_engine(compose_config([f"run={run}", "precision=nvfp4_nemotron3"]))
+        config = compose_config([f"run={run}", "precision=nvfp4_nemotron3"])
+        to_transformer_engine(config, resolve_plan(config))
+    config = compose_config(["run=proxy_10m", "precision=nvfp4_nemotron3"])
     with pytest.raises(ConfigError, match="1296 output features"):
-        to_transformer_engine(compose_config(["run=proxy_10m", "precision=nvfp4_nemotron3"]))
+        to_transformer_engine(config, resolve_plan(config))
 
 
 def test_padding_of_experts_is_what_the_plan_says() -> None:
@@ -224,14 +226,15 @@ def test_padding_of_experts_is_what_the_plan_says() -> None:
 
 
 def test_tiny_itself_has_no_whole_blocks() -> None:
+    config = compose_config(["run=tiny", "precision=nvfp4_nemotron3"])
     with pytest.raises(ConfigError, match=r"mixer\.in_proj in nvfp4: 908 output features"):
-        to_transformer_engine(compose_config(["run=tiny", "precision=nvfp4_nemotron3"]))
+        to_transformer_engine(config, resolve_plan(config))
 
 
 def test_super_is_the_published_file() -> None:
     """The same choice for every linear as Megatron-Bridge's globs, and its fields around them."""
     config = compose_config(["run=super_120b_a12b", "precision=nvfp4_nemotron3"])
-    native = to_transformer_engine(config)
+    native = to_transformer_engine(config, resolve_plan(config))
     assert native["transformer_config"] == {
         "fp4": "e2m1",
         "fp4_recipe": "nvfp4",
@@ -258,7 +261,9 @@ def test_options_hold_for_the_process() -> None:
     config = compose_config(
         ["run=super_120b_a12b", "precision=nvfp4_all", "precision.default.hadamard=false"]
     )
-    assert to_transformer_engine(config)["environment"] == {"NVTE_NVFP4_DISABLE_RHT": "1"}
+    assert to_transformer_engine(config, resolve_plan(config))["environment"] == {
+        "NVTE_NVFP4_DISABLE_RHT": "1"
+    }
 
 
 def test_a_rule_with_several_conditions_becomes_its_modules() -> None:
@@ -266,7 +271,10 @@ def test_a_rule_with_several_conditions_becomes_its_modules() -> None:
     config = compose_config(
         ["run=super_120b_a12b", "precision=nvfp4_all", f"+precision.rules.new={rule}"]
     )
-    patterns = [m["pattern"] for m in to_transformer_engine(config)["matchers"].values()]
+    patterns = [
+        m["pattern"]
+        for m in to_transformer_engine(config, resolve_plan(config))["matchers"].values()
+    ]
     names = [f"decoder.layers.*.mlp.experts.linear_fc{n}" for n in (1, 2)]
     assert patterns == ["mtp.layers.0.eh_proj", *names]
 
@@ -276,7 +284,7 @@ def test_a_quantized_rule_over_an_unquantized_default() -> None:
     config = compose_config(
         ["run=super_120b_a12b", "precision=bf16", f"+precision.rules.new={rule}"]
     )
-    native = to_transformer_engine(config)
+    native = to_transformer_engine(config, resolve_plan(config))
     assert native["transformer_config"] == {}
     (recipe,) = native["configs"].values()
     assert recipe["training_recipe"] == {
@@ -316,7 +324,7 @@ def test_what_megatron_cannot_say(overrides: str, words: str) -> None:
         ["run=super_120b_a12b", "parallel.tensor=1", "parallel.sequence=false", *words_given]
     )
     with pytest.raises(ConfigError) as error:
-        to_transformer_engine(config)
+        to_transformer_engine(config, resolve_plan(config))
     assert words in str(error.value)
 
 
@@ -325,5 +333,8 @@ def test_a_layer_number_is_fine_without_pipeline_stages() -> None:
     config = compose_config(
         ["run=super_120b_a12b", "precision=nvfp4_all", f"+precision.rules.new={rule}"]
     )
-    patterns = [m["pattern"] for m in to_transformer_engine(config)["matchers"].values()]
+    patterns = [
+        m["pattern"]
+        for m in to_transformer_engine(config, resolve_plan(config))["matchers"].values()
+    ]
     assert "decoder.layers.80.*" in patterns

@@ -190,13 +190,13 @@ def test_marks_follow_the_evidence(tmp_path: Path) -> None:
     assert "resuming" not in emulated and "precision telemetry" not in emulated
 
     native = {"device": "cuda", "block_formats": "native", "ranks": 2, "mamba_kernels": True}
-    overrides = ["precision=nvfp4_all", "parallel.tensor=2", "precision.telemetry.every=10"]
+    overrides = ["precision=nvfp4_all", "parallel.pipeline=2", "precision.telemetry.every=10"]
     found = card(tmp_path / "b", *overrides, machine=native)
-    assert found["NVFP4 products"] == found["tensor parallelism over 2 ranks"] == (GPU,)
+    assert found["NVFP4 products"] == found["pipeline parallelism over 2 ranks"] == (GPU,)
     assert found["precision telemetry"] == (UNVERIFIED,), "asked for, and no record there"
 
     # MXFP8 from 3/4 of 262,144 tokens on, and the run stands at 61,440.
-    phases = "precision.phases=[{}, {from_fraction: 0.75, at_least: {format: mxfp8}}]"
+    phases = "precision.phases=[{from_fraction: 0.75, at_least: {format: mxfp8}}]"
     late = card(tmp_path / "c", "precision=nvfp4_all", phases)
     assert late["MXFP8 products"] == (UNVERIFIED,) and late["NVFP4 products"] == (EMULATED,)
 

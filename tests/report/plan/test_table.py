@@ -17,7 +17,8 @@ from nemotron_train.config.quantities import format_bytes, format_count
 from nemotron_train.config.schema import Config
 from nemotron_train.plan.architecture.layers import forward_flops, linears
 from nemotron_train.plan.derive import derive
-from nemotron_train.plan.precision.resolve import plan_text, resolve, share_of_flops
+from nemotron_train.plan.precision.resolve import resolve_plan, share_of_flops
+from nemotron_train.plan.precision.text import plan_text
 from nemotron_train.report.plan.table import print_plan
 
 RANKS = {
@@ -113,7 +114,7 @@ def test_bytes(value: int, text: str) -> None:
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", "float32"), ("bf16", "bf16")])
 def test_every_linear_has_one_precision(precision: str, dtype: str) -> None:
     config = compose_config([f"precision={precision}"])
-    plan = resolve(config)
+    plan = resolve_plan(config).at(0).linears
     assert [entry.path for entry in plan] == [linear.path for linear in linears(config.model)]
     for entry in plan:
         wanted = "float32" if entry.path.endswith("router") else dtype
@@ -125,7 +126,7 @@ def test_every_linear_has_one_precision(precision: str, dtype: str) -> None:
 
 def test_precision_text_lists_every_linear_once() -> None:
     config = compose_config(["run=super_120b_a12b"])
-    lines = plan_text(config).splitlines()
+    lines = plan_text(resolve_plan(config)).splitlines()
     for linear in linears(config.model):
         (line,) = (line for line in lines if line.split()[:1] == [linear.path])
         assert len(line.split()) >= 5

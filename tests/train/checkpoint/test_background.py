@@ -18,7 +18,7 @@ import pytest
 RANK = """
 import json, sys, threading, time
 import torch.distributed as dist
-from nemotron_train.train.background import Background, SaveFailed
+from nemotron_train.train.checkpoint.background import Background, SaveFailed
 
 dist.init_process_group("gloo")
 rank = dist.get_rank()

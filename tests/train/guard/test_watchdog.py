@@ -68,7 +68,7 @@ def test_a_suspended_job_is_no_hang(tmp_path: Path) -> None:
     code = (
         "import sys, time\n"
         "from pathlib import Path\n"
-        "from nemotron_train.train.watchdog import Watchdog\n"
+        "from nemotron_train.train.guard.watchdog import Watchdog\n"
         "with Watchdog(Path(sys.argv[1]), 0, 2.0, 2.0) as watchdog:\n"
         "    watchdog.beat(1)\n"
         "    print('started', flush=True)\n"
