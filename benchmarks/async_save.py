@@ -1,13 +1,13 @@
-"""What a checkpoint costs the training of the 10M proxy: saved in line, and beside it.
+"""Cost of a checkpoint in the training of the 10M proxy: synchronous and asynchronous save.
 
     python -m benchmarks.async_save [--rounds N] [--cpu] [--folder WHERE] [KNOB=VALUE ...]
 
-Whole steps of the proxy (random tokens, its own batch) with the run's own `Checkpoints`. The stall
-of a save beside the training is all the time that the loop spends in it: planning, the copy of the
-tensors to host memory, handing over, and one look a step until the end. Bar: stall without the copy
-at most 5% of a step. On a busy machine `--cpu` counts CPU seconds instead of the clock's, of the
-loop's thread only (for the save in line, of all threads): with train.threads=1 the times of an idle
-one, without waits for the disk.
+Takes whole steps of the proxy (random tokens, its own batch size) with the run's `Checkpoints`. The
+stall of an asynchronous save is all the time that the training loop spends on it: planning, copying
+the tensors to host memory, handing over, and one poll per step until the end. Target: stall without
+the copy at most 5% of a step. On a busy machine `--cpu` counts CPU seconds instead of wall-clock
+seconds, of the loop's thread only (for the synchronous save, of all threads). With train.threads=1
+these are the times of an idle machine, without waits for the disk.
 
 Not measured: a network file system, several ranks (each adds a gathered plan), a GPU (there the
 copy crosses the bus).
@@ -24,7 +24,8 @@ from typing import Any
 
 
 def build(words: list[str], folder: Path) -> tuple[Callable[[], object], Any, Any]:
-    """A function that takes a step, the run's `Checkpoints`, and a progress to save."""
+    """Returns a function that takes one step, the run's `Checkpoints`, and a data state to save.
+    `words`: overrides."""
     from benchmarks.our_step import RandomBatches
     from nemotron_train.compose.compose import compose_config
     from nemotron_train.data.blend import DataState
@@ -52,6 +53,7 @@ def build(words: list[str], folder: Path) -> tuple[Callable[[], object], Any, An
 
 
 def main() -> None:
+    """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--cpu", action="store_true", help="CPU seconds of the loop's thread")
@@ -65,6 +67,7 @@ def main() -> None:
 
 
 def measure(folder: Path, rounds: int, overrides: list[str], is_cpu: bool) -> None:
+    """Runs the rounds and prints the medians. `is_cpu`: count CPU seconds."""
     step, checkpoints, state = build(overrides, folder)
     from nemotron_train.run_folder.progress import Progress
     from nemotron_train.train.checkpoint import checkpoints as checkpoints_module
@@ -77,23 +80,23 @@ def measure(folder: Path, rounds: int, overrides: list[str], is_cpu: bool) -> No
         return clock() - started
 
     copies: list[float] = []
-    copied = checkpoints_module._copied
+    original_copy = checkpoints_module._copied
 
-    def timed_copy(*given: Any) -> Any:
+    def timed_copy(*arguments: Any) -> Any:
         results: list[Any] = []
-        copies.append(seconds(lambda: results.append(copied(*given))))
+        copies.append(seconds(lambda: results.append(original_copy(*arguments))))
         return results[0]
 
     checkpoints_module._copied = timed_copy
     number = iter(range(1, 10**6))
-    for _ in range(2):  # first of all: allocations, the host copies, the writer's thread
+    for _ in range(2):  # warm-up: allocations, host copies, the writer thread
         step()
         checkpoints.start(Progress(next(number), 0, state))
         checkpoints.poll(wait=True)
     copies.clear()
-    alone, in_line, stalls, beside, until_done = [], [], [], [], []
+    undisturbed, in_line, stalls, while_saving, until_done = [], [], [], [], []
     for _ in range(rounds):
-        alone.append(seconds(step))
+        undisturbed.append(seconds(step))
         began = time.process_time() if is_cpu else clock()
         checkpoints.save(Progress(next(number), 0, state))
         in_line.append((time.process_time() if is_cpu else clock()) - began)
@@ -104,21 +107,21 @@ def measure(folder: Path, rounds: int, overrides: list[str], is_cpu: bool) -> No
             steps.append(seconds(step))
             stall += seconds(checkpoints.poll)
         until_done.append(time.perf_counter() - began)
-        beside.append(statistics.median(steps))
+        while_saving.append(statistics.median(steps))
         stalls.append(stall)
     size = sum(path.stat().st_size for path in folder.rglob("*.distcp"))
     kind = "CPU seconds of the loop" if is_cpu else f"load average {os.getloadavg()[0]:.1f}"
     print(f"{size / 1e6:.0f} MB, {rounds} rounds, medians; {kind}")
-    step_time, copy, stall = map(statistics.median, (alone, copies, stalls))
-    rest = stall - copy
+    step_time, copy, stall = map(statistics.median, (undisturbed, copies, stalls))
+    other = stall - copy
     print(f"step alone                      {1000 * step_time:8.0f} ms")
     print(f"save in line                    {1000 * statistics.median(in_line):8.0f} ms")
     print(f"save beside: the loop's stall   {1000 * stall:8.0f} ms")
     print(f"  of it copy to host memory     {1000 * copy:8.0f} ms")
     print(
-        f"  of it all else                {1000 * rest:8.0f} ms, {rest / step_time:.1%} of a step"
+        f"  of it all else                {1000 * other:8.0f} ms, {other / step_time:.1%} of a step"
     )
-    print(f"step while the writer works     {1000 * statistics.median(beside):8.0f} ms")
+    print(f"step while the writer works     {1000 * statistics.median(while_saving):8.0f} ms")
     if not is_cpu:
         print(f"until the checkpoint is there   {1000 * statistics.median(until_done):8.0f} ms")
 

@@ -1,11 +1,11 @@
-"""Training tokens a second of our model and of Hugging Face NemotronHForCausalLM on this CPU.
+"""Training tokens per second of our model and of Hugging Face NemotronHForCausalLM on this CPU.
 
     python -m benchmarks.cpu_step [--rounds 9] [--dtypes float32 bfloat16] [--profile]
 
-Each half lives in its own process with the same threads and allocator settings, keeps its model,
-and steps only when told to: ours, the peer, ours, ... so both see the same machine and never
-compute at once. Printed: median tokens a second, the median of the rounds' ratios, and the share
-of this machine's own measured matrix-product rate that our step's model FLOPs reach.
+Each half runs in its own process with the same threads and allocator settings, and keeps its model.
+The halves take steps in turn (ours, the peer, ours, ...), so both see the same machine and never
+compute at the same time. Prints median tokens per second, the median ratio over the rounds, and our
+step's model FLOPs as a share of this machine's measured matrix-product rate.
 """
 
 import argparse
@@ -62,7 +62,7 @@ def _profile(step: Callable[[], float]) -> str:
 
 
 def _serve(half: str, dtype: str, num_threads: int, tuned: bool, pipe: Connection) -> None:
-    """Child process: build once, then answer "step" with seconds and "profile" with a table."""
+    """Child process: builds once, then answers "step" with seconds and "profile" with a table."""
     if tuned:
         keep_freed_memory()
     step = _build(half, dtype, num_threads)
@@ -76,7 +76,7 @@ def _serve(half: str, dtype: str, num_threads: int, tuned: bool, pipe: Connectio
 
 
 class Half:
-    """One process that holds one model and waits between its steps."""
+    """A process that holds one model and takes a step on request."""
 
     def __init__(self, half: str, dtype: str, num_threads: int, tuned: bool) -> None:
         spawn = multiprocessing.get_context("spawn")
@@ -87,22 +87,24 @@ class Half:
         other_end.close()
 
     def ask(self, request: str) -> object:
-        """Send a request and wait for its answer; EOFError if the process has died."""
+        """Sends a request and waits for the answer. Raises EOFError if the process has died."""
         self._pipe.send(request)
         return self._pipe.recv()
 
     def seconds(self) -> float:
+        """Takes one step; returns its seconds."""
         answer = self.ask("step")
         assert isinstance(answer, float)
         return answer
 
     def stop(self) -> None:
+        """Ends the process and waits for it."""
         self._pipe.send("stop")
         self._process.join()
 
 
 def _product_rate(dtype: str, num_threads: int) -> float:
-    """FLOPs a second of a square matrix product, median of 30."""
+    """FLOPs per second of a square matrix product, median of 30."""
     product = Half("product", dtype, num_threads, tuned=True)
     seconds = [product.seconds() for _ in range(35)][5:]
     product.stop()
@@ -117,10 +119,11 @@ def compare(
     with_profile: bool,
     halves: list[str],
 ) -> None:
-    """Measure one dtype in turn and print its lines."""
+    """Measures the halves in turn for one dtype and prints the results. `tuned`: allocator settings
+    as in `pretrain`."""
     workers = {half: Half(half, dtype, num_threads, tuned) for half in halves}
     for worker in workers.values():
-        for _ in range(2):  # warm up: kernels chosen, memory touched
+        for _ in range(2):  # warm-up: kernel selection, first memory use
             worker.seconds()
     seconds: dict[str, list[float]] = {half: [] for half in halves}
     for _ in range(num_rounds):
@@ -150,6 +153,7 @@ def compare(
 
 
 def main() -> None:
+    """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--halves", nargs="+", choices=HALVES, default=list(HALVES))

@@ -1,15 +1,15 @@
-"""Decoding with a long context: tokens a second, the hybrid against an attention model of the same
-active size, and against Hugging Face's NemotronH with its own cache.
+"""Decoding speed with a long context: the hybrid against an attention model of the same active size
+and against Hugging Face's NemotronH with its own cache.
 
     python -m benchmarks.generation [--threads 2] [--dtype bfloat16] [--contexts 1024 ...]
         [--no-peer] [--cpu-seconds] [--plot FILE.png]
 
-One sequence, greedy choice left out: a pass of one token and its logits, median of 24, models in
-turn. Weights are random, and the context's keys and values are random numbers put into the caches:
-decoding costs the same as after a real prefill, which 64k tokens of attention would make take an
-hour. The attention model has an attention layer in each place of a Mamba-2 layer, with as many
-query heads as make its active parameters those of the hybrid. `--cpu-seconds` counts this thread's
-processor time: steadier on a shared machine.
+One sequence; times the forward call of one token and its logits, without sampling; median of 24,
+models in turn. Weights are random, and so are the keys and values of the context, which are written
+directly into the KV caches: decoding costs the same as after a real prefill, which would take an
+hour for 64k tokens of attention. The attention model replaces each Mamba-2 layer with an attention
+layer, with the number of query heads that gives the hybrid's number of active parameters.
+`--cpu-seconds` counts this thread's CPU time, which varies less on a shared machine.
 """
 
 import argparse
@@ -35,17 +35,18 @@ WARM_UP, MEASURED = 4, 24
 def our_decoding(
     dtype: str, overrides: list[str], platform: Any, groups: Any
 ) -> tuple[Any, Callable]:
-    """The model, and a function that makes a decoding step at a context."""
+    """Returns the model's configuration and a function: context length -> (decoding step, bytes of
+    the decode state)."""
     from nemotron_train.assemble.build import build_model
     from nemotron_train.model.decode_state import DecodeStates
 
     config = configuration(dtype, overrides)
     model = build_model(config, resolve_plan(config), platform, groups).eval()
 
-    def at(context: int) -> tuple[Callable[[], object], int]:
-        states, where = DecodeStates(1), torch.device("cpu")
+    def prepare(context: int) -> tuple[Callable[[], object], int]:
+        states, cpu = DecodeStates(1), torch.device("cpu")
         with torch.inference_mode():
-            model.decode(torch.arange(8), states.next_batch([8], where))
+            model.decode(torch.arange(8), states.next_batch([8], cpu))
             for cache in states.attention.values():
                 cache.reserve(context + WARM_UP + MEASURED)
                 cache.keys_BGLD.normal_()
@@ -54,22 +55,22 @@ def our_decoding(
 
         def step() -> object:
             with torch.inference_mode():
-                new = states.next_batch([1], where)
-                return model.logits(model.decode(torch.tensor([7]), new))
+                batch = states.next_batch([1], cpu)
+                return model.logits(model.decode(torch.tensor([7]), batch))
 
         return step, states.constant_bytes + context * states.bytes_per_token
 
-    return config.model, at
+    return config.model, prepare
 
 
 def peer_decoding(dtype: str) -> Callable:
-    """Hugging Face's NemotronH in the same dimensions."""
+    """As `our_decoding`, for Hugging Face's NemotronH with the same dimensions; bytes are 0."""
     from benchmarks.peer_nemotron_h import build_peer
 
     warnings.filterwarnings("ignore")
     model: Any = build_peer(dtype).eval()
 
-    def at(context: int) -> tuple[Callable[[], object], int]:
+    def prepare(context: int) -> tuple[Callable[[], object], int]:
         with torch.inference_mode():
             cache = model(input_ids=torch.arange(8)[None], use_cache=True).cache
             for layer in cache.layers:
@@ -86,13 +87,13 @@ def peer_decoding(dtype: str) -> Callable:
 
         return step, 0
 
-    return at
+    return prepare
 
 
 def measure(
     makers: dict[str, Callable], context: int, clock: Callable[[], float]
 ) -> dict[str, float]:
-    """Seconds a token of each model; prints a line with them and the memory of the states."""
+    """Returns the seconds per token of each model; prints them with the memory of the states."""
     steps = {name: at(context) for name, at in makers.items()}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(WARM_UP + MEASURED):
@@ -101,33 +102,36 @@ def measure(
             step()
             if number >= WARM_UP:
                 seconds[name].append(clock() - start)
-    middle = {name: statistics.median(values) for name, values in seconds.items()}
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
     parts = []
     for name, (_, num_bytes) in steps.items():
         memory = f", {num_bytes / 1e6:.1f} MB" if num_bytes else ""
-        times = f", the hybrid {middle[name] / middle[HYBRID]:.2f}x" if name != HYBRID else ""
+        gain = f", the hybrid {medians[name] / medians[HYBRID]:.2f}x" if name != HYBRID else ""
         parts.append(
-            f"{name} {middle[name] * 1e3:.2f} ms = {1 / middle[name]:.0f} tokens/s{memory}{times}"
+            f"{name} {medians[name] * 1e3:.2f} ms = {1 / medians[name]:.0f} tokens/s{memory}{gain}"
         )
     print(f"context {context:>6,}: " + "; ".join(parts), flush=True)
-    return middle
+    return medians
 
 
-def plot(path: str, found: dict[int, dict[str, float]], subtitle: str) -> None:
-    """Tokens a second, and how many times as many the hybrid decodes, over the context."""
+def plot(path: str, seconds_by_context: dict[int, dict[str, float]], subtitle: str) -> None:
+    """Plots tokens per second and the hybrid's speedup over the context length. `found`: context ->
+    model -> seconds per token."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     rates, ratios = figure.subplots(1, 2)
-    contexts = list(found)
-    for number, name in enumerate(found[contexts[0]]):
-        seconds = [found[context][name] for context in contexts]
+    contexts = list(seconds_by_context)
+    for number, name in enumerate(seconds_by_context[contexts[0]]):
+        seconds = [seconds_by_context[context][name] for context in contexts]
         rates.plot(contexts, [1 / s for s in seconds], "o-", color=f"C{number}", label=name)
         if name != HYBRID:
-            times = [s / found[c][HYBRID] for s, c in zip(seconds, contexts, strict=True)]
-            ratios.plot(contexts, times, "o-", color=f"C{number}", label=f"over {name}")
+            speedups = [
+                s / seconds_by_context[c][HYBRID] for s, c in zip(seconds, contexts, strict=True)
+            ]
+            ratios.plot(contexts, speedups, "o-", color=f"C{number}", label=f"over {name}")
     rates.set_ylabel("tokens a second")
     ratios.set_ylabel("times as fast, the hybrid")
     ratios.axhline(1, color="0.4", linewidth=1)
@@ -144,6 +148,7 @@ def plot(path: str, found: dict[int, dict[str, float]], subtitle: str) -> None:
 
 
 def main() -> None:
+    """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--cpu-seconds", action="store_true", help="processor time, one thread")
@@ -164,10 +169,16 @@ def main() -> None:
     if not arguments.no_peer:
         makers[PEER] = peer_decoding(arguments.dtype)
     clock = time.thread_time if arguments.cpu_seconds else time.perf_counter
-    found = {context: measure(makers, context, clock) for context in arguments.contexts}
+    seconds_by_context = {
+        context: measure(makers, context, clock) for context in arguments.contexts
+    }
     process_groups.stop()
     if arguments.plot:
-        plot(arguments.plot, found, f"{arguments.dtype}, {platform.describe().split(' · ')[0]}")
+        plot(
+            arguments.plot,
+            seconds_by_context,
+            f"{arguments.dtype}, {platform.describe().split(' · ')[0]}",
+        )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Text from one checkpoint, greedily: our engine, plain and with its own drafts, against
-transformers' `generate` on the converted checkpoint.
+"""Greedy text generation from one checkpoint: our engine, plain and with speculative decoding,
+against transformers' `generate` on the converted checkpoint.
 
     python -m benchmarks.generation_peer runs/tiny@256 [--threads 2] [--prompt-tokens 64 1024]
 
-The whole call is timed, prefill included: one held-out prompt, `--new-tokens` tokens after it. Both
-sides take turns, `--rounds` times, and the best time counts. transformers runs in a process of its
-own, with torch's own kernels, its default cache and the checkpoint's dtype; its fused Mamba kernels
-need a GPU. The tokens of the two are compared: they are the same model.
+Times the whole call, prefill included: one held-out prompt and `--new-tokens` new tokens. The sides
+take turns for `--rounds` rounds; the best time counts. transformers runs in its own process with
+torch's kernels, its default cache and the checkpoint's dtype; its fused Mamba kernels need a GPU.
+Also counts how many first tokens are the same, since all sides use the same model.
 """
 
 import argparse
@@ -24,7 +24,8 @@ from rich.console import Console
 
 
 def serve(folder: str, threads: int) -> None:
-    """The peer's process: a prompt and a number of tokens a line in, seconds and tokens out."""
+    """The peer's process. Each input line is JSON [prompt, number of tokens]; each answer line is
+    "answer" and JSON [seconds, new tokens]."""
     import torch
     from transformers import AutoModelForCausalLM  # pyright: ignore[reportMissingImports]
 
@@ -52,7 +53,8 @@ Timed = Callable[[list[int], int], tuple[float, list[int]]]
 
 @contextmanager
 def peer(folder: Path, threads: int) -> Iterator[Timed]:
-    """transformers' generate in another process."""
+    """transformers' `generate` in another process, as a function: (prompt, number of tokens) ->
+    (seconds, new tokens). Raises RuntimeError if that process ends."""
     command = [sys.executable, "-m", "benchmarks.generation_peer", str(folder)]
     process = subprocess.Popen(
         [*command, "--serve", "--threads", str(threads)],
@@ -62,11 +64,11 @@ def peer(folder: Path, threads: int) -> Iterator[Timed]:
         text=True,
     )
     assert process.stdin is not None and process.stdout is not None
-    asked, answers = process.stdin, process.stdout
+    requests, answers = process.stdin, process.stdout
 
     def generate(prompt: list[int], num_tokens: int) -> tuple[float, list[int]]:
-        asked.write(json.dumps([prompt, num_tokens]) + "\n")
-        asked.flush()
+        requests.write(json.dumps([prompt, num_tokens]) + "\n")
+        requests.flush()
         for line in answers:
             if line.startswith("answer "):
                 seconds, tokens = json.loads(line.removeprefix("answer "))
@@ -76,12 +78,12 @@ def peer(folder: Path, threads: int) -> Iterator[Timed]:
     try:
         yield generate
     finally:
-        asked.close()
+        requests.close()
         process.wait()
 
 
 def measure(run: str, arguments: argparse.Namespace) -> None:
-    """Print tokens a second of each, by prompt length."""
+    """Prints the tokens per second of each side for each prompt length."""
     from nemotron_train.convert.hugging_face.to_hf import to_hf
     from nemotron_train.evaluate.acceptance import held_out_prompts, validation_folders
     from nemotron_train.generate.checkpoint import open_checkpoint
@@ -102,8 +104,8 @@ def measure(run: str, arguments: argparse.Namespace) -> None:
                     engine = Engine(model.model, None, model.platform.device)
                     knobs = DecodingKnobs(num_tokens, speculative=speculative)
                     start = time.perf_counter()
-                    (found,) = engine.generate([prompt], Sampling(temperature=0), knobs)
-                    return time.perf_counter() - start, found.new
+                    (sequence,) = engine.generate([prompt], Sampling(temperature=0), knobs)
+                    return time.perf_counter() - start, sequence.new
 
                 return generate
 
@@ -118,11 +120,11 @@ def _compare(
     sides: dict[str, Timed], prompt: list[int], arguments: argparse.Namespace, console: Console
 ) -> None:
     best, tokens = dict.fromkeys(sides, float("inf")), {}
-    for _ in range(1 + arguments.rounds):  # the first one warms up
+    for _ in range(1 + arguments.rounds):  # the first round is a warm-up
         for name, generate in sides.items():
             seconds, tokens[name] = generate(prompt, arguments.new_tokens)
             best[name] = min(best[name], seconds)
-    same = min(_num_same(found, tokens["transformers"]) for found in tokens.values())
+    same = min(_num_same(new, tokens["transformers"]) for new in tokens.values())
     rates = {name: arguments.new_tokens / seconds for name, seconds in best.items()}
     parts = [
         f"{name} {rate:.0f} tokens/s ({rate / rates['transformers']:.2f}x)"
@@ -134,12 +136,14 @@ def _compare(
     )
 
 
-def _num_same(one: list[int], other: list[int]) -> int:
-    pairs = enumerate(zip(one, other, strict=True))
-    return next((place for place, (a, b) in pairs if a != b), len(one))
+def _num_same(tokens: list[int], reference: list[int]) -> int:
+    """Length of the common prefix."""
+    pairs = enumerate(zip(tokens, reference, strict=True))
+    return next((index for index, (a, b) in pairs if a != b), len(tokens))
 
 
 def main() -> None:
+    """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("run", help="RUN_FOLDER@STEP, with multi-token prediction")
     parser.add_argument("--threads", type=int, default=2)

@@ -1,13 +1,14 @@
-"""How far the losses of each parallel layout lie from one rank's: `python -m benchmarks.layouts`.
+"""Differences between the losses of each parallel layout and of one rank.
+
+    python -m benchmarks.layouts
 
 Trains the tiny recipe (Mamba-2, attention, LatentMoE, two multi-token-prediction depths, packed
-documents; 4 sequences of 128 tokens a step) for ten steps in FP32 on one rank, then under every
-layout of LAYOUTS on two and four ranks over gloo, and prints the largest relative differences as
-the table in docs/parallelism.md.
-Numbers, not speed: the ranks share the cores of one machine.
+documents; 4 sequences of 128 tokens per step) for ten steps in FP32 on one rank, then under every
+layout of LAYOUTS on two and four ranks over gloo. Prints the largest relative differences as the
+table in docs/parallelism.md. Not a speed test: the ranks share the cores of one machine.
 
-Also what tests/distributed starts its ranks with: `run_world` runs a list of `Job`s, one after the
-other, on one set of processes. Arguments of a rank: `--rank FOLDER`; its jobs lie there.
+tests/distributed starts its ranks with this module too: `run_world` runs a list of `Job`s one after
+the other on one set of processes. Argument of a rank: `--rank FOLDER`, the folder with its jobs.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-# Name in the table -> ranks, overrides. Data parallelism is what is left of the ranks.
+# Name in the table -> (ranks, overrides). The remaining factor of the ranks is data parallelism.
 LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "DP2": (2, []),
     "TP2": (2, ["parallel=tensor2"]),
@@ -72,8 +73,8 @@ TINY = [
 
 @dataclass
 class Job:
-    """One training of a world: up to step `steps`, from initial weights or from the checkpoint
-    folder `load`, with a checkpoint at step `save_at` (0: none)."""
+    """One training run: up to step `steps`, from initial weights or from the checkpoint folder
+    `load`, with a checkpoint at step `save_at` (0: none)."""
 
     name: str
     overrides: list[str]
@@ -84,8 +85,8 @@ class Job:
 
 @dataclass
 class Outcome:
-    """What a job saw. Digests of weights are by global parameter name, over whole tensors put
-    together from all ranks; `checkpoint` is the folder saved at `save_at`."""
+    """Result of a job. Weight digests: global parameter name -> digest of the whole tensor,
+    assembled from all ranks. `checkpoint`: the folder saved at `save_at`."""
 
     name: str
     rows: list[dict[str, float]] = field(default_factory=list)  # metrics of every step
@@ -96,12 +97,13 @@ class Outcome:
     checkpoint: str = ""
 
     def between(self, first: int, last: int) -> "Outcome":
-        """The same with the rows of the steps after `first` up to `last` only."""
+        """A copy with only the rows of steps `first` + 1 to `last`."""
         return replace(self, rows=[row for row in self.rows if first < row["step"] <= last])
 
 
 def run_world(num_ranks: int, jobs: Sequence[Job], folder: Path, timeout: int) -> list[Outcome]:
-    """Run `jobs` on `num_ranks` processes that stand in `folder`; `timeout` seconds for all."""
+    """Runs `jobs` on `num_ranks` processes with working directory `folder`. `timeout`: seconds per
+    process. Raises RuntimeError with their output if a process fails."""
     with tempfile.TemporaryDirectory() as exchange, socket.socket() as probe:
         Path(exchange, "jobs.json").write_text(json.dumps([asdict(job) for job in jobs]))
         probe.bind(("127.0.0.1", 0))
@@ -109,15 +111,19 @@ def run_world(num_ranks: int, jobs: Sequence[Job], folder: Path, timeout: int) -
         probe.close()
         processes = []
         for rank in range(num_ranks):
-            place = {"RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1"}
-            place |= {"WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks, "MASTER_PORT": port}
-            place |= {"OMP_NUM_THREADS": 1}
+            variables = {"RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1"}
+            variables |= {
+                "WORLD_SIZE": num_ranks,
+                "LOCAL_WORLD_SIZE": num_ranks,
+                "MASTER_PORT": port,
+            }
+            variables |= {"OMP_NUM_THREADS": 1}
             command = [sys.executable, os.path.abspath(__file__), "--rank", exchange]
             processes.append(
                 subprocess.Popen(
                     command,
                     cwd=folder,
-                    env=os.environ | {name: str(value) for name, value in place.items()},
+                    env=os.environ | {name: str(value) for name, value in variables.items()},
                     stdout=subprocess.PIPE,
                     stderr=subprocess.STDOUT,
                     text=True,
@@ -135,7 +141,7 @@ def run_world(num_ranks: int, jobs: Sequence[Job], folder: Path, timeout: int) -
 
 
 def difference(ours: Outcome, reference: Outcome, name: str) -> float:
-    """Largest relative difference of a metric over all steps, the same in both."""
+    """Largest relative difference of a metric over all steps; both must have the same steps."""
     pairs = zip(ours.rows, reference.rows, strict=True)
     return max(abs(a[name] - b[name]) / abs(b[name]) for a, b in pairs)
 
@@ -144,7 +150,7 @@ def difference(ours: Outcome, reference: Outcome, name: str) -> float:
 
 
 def work(exchange: Path) -> None:
-    """One rank of a world: its jobs, in order."""
+    """Main function of a rank: runs its jobs in order. COLLECTIVE."""
     from nemotron_train.platform import device
 
     platform = device.prepare(1)
@@ -156,7 +162,7 @@ def work(exchange: Path) -> None:
     for job in jobs:
         outcomes.append(asdict(_train(job, platform)))
         parallel_state.destroy_model_parallel()
-        gc.collect()  # models and buffers refer to each other
+        gc.collect()  # models and buffers form reference cycles
         if dist.get_rank() == 0:
             (exchange / "outcomes.json").write_text(json.dumps(outcomes))
     dist.barrier()
@@ -203,40 +209,40 @@ def _train(job: Job, platform: Any) -> Outcome:
 
 
 def _sample_ids(trainer: Any, progress: Any) -> list[int]:
-    """Ids of the step that starts at `progress`, in the order of the ranks' rows. COLLECTIVE."""
+    """Sample ids of the step that starts at `progress`, ordered by the ranks' rows. COLLECTIVE."""
     import torch.distributed as dist
 
     batch, _ = trainer.train_data.take(
         progress.data, trainer.derived.sequences_per_step, trainer.train_step.rank_rows
     )
-    mine = (trainer.train_step.rank_rows[0], batch.sample_ids_B.tolist())
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    return [number for _, ids in sorted(dict(everyone).items()) for number in ids]
+    local = (trainer.train_step.rank_rows[0], batch.sample_ids_B.tolist())
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, local)
+    return [number for _, ids in sorted(dict(gathered).items()) for number in ids]
 
 
 def weight_digests(trainer: Any) -> dict[str, str]:
-    """SHA-256 of every parameter and buffer by its global name, put together from all ranks'
-    shards; fails where two ranks hold the same part and not the same numbers. COLLECTIVE."""
+    """Global name -> SHA-256 of every parameter and buffer, assembled from all ranks' shards.
+    Asserts that ranks that hold the same part hold the same values. COLLECTIVE."""
     import numpy as np
     import torch.distributed as dist
 
     from nemotron_train.check.state import model_metadata, weight_shards
 
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, weight_shards(trainer.chunks, model_metadata(trainer.groups)))
-    whole: dict[str, np.ndarray] = {}
-    for shard in (shard for shards in everyone for shard in shards):
-        full = whole.setdefault(shard.name, np.full(shard.global_shape, np.nan, np.float32))
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, weight_shards(trainer.chunks, model_metadata(trainer.groups)))
+    tensors: dict[str, np.ndarray] = {}
+    for shard in (shard for shards in gathered for shard in shards):
+        tensor = tensors.setdefault(shard.name, np.full(shard.global_shape, np.nan, np.float32))
         sizes = zip(shard.offset, shard.values.shape, strict=True)
-        held = full[tuple(slice(start, start + size) for start, size in sizes)]
-        same = np.isnan(held) | (held == shard.values)
+        part = tensor[tuple(slice(start, start + size) for start, size in sizes)]
+        same = np.isnan(part) | (part == shard.values)
         assert same.all(), f"ranks differ in {shard.name}"
-        held[...] = shard.values
-    assert not any(np.isnan(full).any() for full in whole.values()), "a part is on no rank"
+        part[...] = shard.values
+    assert not any(np.isnan(tensor).any() for tensor in tensors.values()), "a part is on no rank"
     return {
-        name: hashlib.sha256(full.tobytes()).hexdigest()[:16]
-        for name, full in sorted(whole.items())
+        name: hashlib.sha256(tensor.tobytes()).hexdigest()[:16]
+        for name, tensor in sorted(tensors.items())
     }
 
 
@@ -244,6 +250,7 @@ def weight_digests(trainer: Any) -> dict[str, str]:
 
 
 def main() -> None:
+    """Command line."""
     parser = argparse.ArgumentParser(description="Losses of every layout against one rank's.")
     parser.add_argument("--rank", help=argparse.SUPPRESS)
     parser.add_argument("--folder", default="runs", help="where data and scratch files go")
@@ -256,17 +263,17 @@ def main() -> None:
     folder = Path(arguments.folder).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     common = [*TINY, "data.embedded_folder=data/python_stdlib", *arguments.overrides]
-    (one,) = run_world(1, [Job("one rank", common, 10)], folder, 600)
-    wanted = [name for name in LAYOUTS if name in arguments.only]
+    (reference,) = run_world(1, [Job("one rank", common, 10)], folder, 600)
+    selected = [name for name in LAYOUTS if name in arguments.only]
     print("| layout | ranks | " + " | ".join(COMPARED) + " | initial weights |")
     print("|---|---|" + "---|" * len(COMPARED) + "---|")
     for num_ranks in (2, 4):
-        names = [name for name in wanted if LAYOUTS[name][0] == num_ranks]
+        names = [name for name in selected if LAYOUTS[name][0] == num_ranks]
         jobs = [Job(name, common + LAYOUTS[name][1], 10) for name in names]
         outcomes = run_world(num_ranks, jobs, folder, timeout=3600) if jobs else []
         for outcome in outcomes:
-            cells = [f"{difference(outcome, one, name):.1e}" for name in COMPARED]
-            same = outcome.weights_at_start == one.weights_at_start
+            cells = [f"{difference(outcome, reference, name):.1e}" for name in COMPARED]
+            same = outcome.weights_at_start == reference.weights_at_start
             cells.append("identical" if same else "DIFFER")
             print(f"| {outcome.name} | {num_ranks} | " + " | ".join(cells) + " |", flush=True)
 

@@ -1,16 +1,16 @@
-"""Memory a rank: what `nemotron-train plan` predicts against what a step on this machine holds.
+"""Memory per rank: the prediction of `nemotron-train plan` against a measured step.
 
-    python -m benchmarks.memory [CASE ...]     # a Markdown table; no CASE: all of them
+    python -m benchmarks.memory [CASE ...]     # a Markdown table; without CASE: all cases
 
-Measured: bytes of live tensors, from torch's profiler, which sees every allocation and release of
-torch's CPU allocator from before the model is built; the peak is that of the second step (the first
-leaves quantized weights behind). With --resident: the growth of the peak resident set over what the
-imports left, without the profiler. It holds what was allocated and freed while building and the C
-library's and oneDNN's caches, too; MiB, as everything in the tables.
+Measures the bytes of live tensors with torch's profiler, which records every allocation and release
+of torch's CPU allocator, starting before the model is built. The peak is that of the second step
+(the first creates the quantized weights). With --resident: the growth of the peak resident set
+since the imports, without the profiler. It also includes memory freed during building and the
+caches of the C library and of oneDNN. All numbers in the tables are MiB.
 
-Rows are packed as the prediction assumes: a short document in front of a long one, so that every
-mask exists and attention still sees (almost) whole rows. The router's load is whatever the initial
-weights give; `max_vio` is the fullest expert's over the mean, for which the prediction takes 1.25.
+Rows are packed as the prediction assumes: a short document before a long one, so that every mask
+exists and attention still covers almost whole rows. The router's load follows from the initial
+weights. `max_vio` is the fullest expert's load over the mean; the prediction assumes 1.25.
 """
 
 import argparse
@@ -66,12 +66,12 @@ def _recompute(mode: str) -> list[str]:
 
 
 def _long(length: int) -> list[str]:
-    """One row a micro-batch, two a step."""
+    """Overrides for one row of `length` tokens per micro-batch, two per step."""
     batch = [f"train.{name}={2 * length}" for name in ("global_batch_tokens", "validation_tokens")]
     return [f"train.sequence_length={length}", "train.micro_batch_sequences=1", *batch]
 
 
-# Ranks, and what differs from MODEL.
+# Name -> (ranks, overrides on top of MODEL).
 CASES: dict[str, tuple[int, list[str]]] = {
     "FP32": (1, []),
     "FP32, 2,048 tokens a row": (1, ["train.sequence_length=2048"]),
@@ -101,14 +101,15 @@ CASES: dict[str, tuple[int, list[str]]] = {
 
 
 def configuration(case: str) -> Config:
+    """The configuration of a case of CASES."""
     return compose_config([*MODEL, *CASES[case][1]])
 
 
-SHORT_DOCUMENT = 4  # tokens of the first of two documents in every row
+SHORT_DOCUMENT = 4  # tokens of the first of the two documents in each row
 
 
 class PackedRows:
-    """Random tokens, two documents a row, whatever the state."""
+    """Training data: random tokens, two documents per row, independent of the data state."""
 
     def __init__(self, config: Config) -> None:
         self._random = np.random.default_rng(0)
@@ -116,6 +117,7 @@ class PackedRows:
         self._length = config.train.sequence_length
 
     def take(self, state: object, num_sequences: int, rank_slice: tuple[int, int]) -> tuple:
+        """(batch with the rows of `rank_slice`, unchanged state)."""
         from nemotron_train.data.batches import Batch
 
         num_rows = rank_slice[1] - rank_slice[0]
@@ -135,7 +137,7 @@ class PackedRows:
 
 @dataclass(frozen=True)
 class Timeline:
-    """Live bytes of torch's CPU allocator over time, and named moments. Times in ns."""
+    """Live bytes of torch's CPU allocator over time, and named points in time. Times in ns."""
 
     times: list[int]
     live: list[int]
@@ -143,18 +145,19 @@ class Timeline:
     marks: dict[str, int]
 
     def at(self, time: int) -> int:
+        """Live bytes at a point in time."""
         position = int(np.searchsorted(self.times, time, side="right"))
         return self.live[position - 1] if position else 0
 
     def peak(self, start: int, end: int) -> int:
-        """Largest number of live bytes between two moments."""
+        """Largest number of live bytes between two points in time."""
         first, last = np.searchsorted(self.times, [start, end], side="right")
         return max([self.at(start), *self.live[first:last]])
 
 
 class Run:
-    """This rank's part of a run on random rows. The imports are done when it exists, and nothing
-    is built yet. COLLECTIVE."""
+    """This rank's part of a run on random rows. The constructor imports everything and builds
+    nothing. COLLECTIVE."""
 
     def __init__(self, config: Config) -> None:
         from nemotron_train.platform import device
@@ -166,7 +169,8 @@ class Run:
         self.groups = process_groups.start(config.parallel, self.platform.backend)
 
     def steps(self, num_steps: int, mark: Callable[[str], Any]) -> None:
-        """Builds the model and takes steps; marks `built`, then `step_1` ... behind each."""
+        """Builds the model and takes steps. Calls `mark` with "built", then with "step_1", ...
+        after each step."""
         from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
         from nemotron_train.assemble.build import build_chunks, wrap_chunks
@@ -199,7 +203,7 @@ class Run:
             mark(f"step_{step + 1}")
 
     def recorded(self, num_steps: int = 2) -> Timeline:
-        """The same under the profiler."""
+        """As `steps`, under the profiler; returns the memory timeline."""
         from torch.profiler import ProfilerActivity, profile, record_function
 
         def mark(name: str) -> None:
@@ -212,9 +216,9 @@ class Run:
 
 
 def _timeline(profiler: Any) -> Timeline:
-    """From the profiler's tree of events. It watches one thread, not what gloo's threads release.
-    So a block allocated inside an exchange, whose address is handed out again or which is
-    never released, counts as released when that exchange ends."""
+    """Builds the timeline from the profiler's event tree. The profiler records one thread only and
+    misses releases by gloo's threads. So a block allocated inside an exchange counts as released
+    when that exchange ends, if its address is reused or its release is never recorded."""
     allocations, spans, marks = [], [], {}
     stack = [(event, 0) for event in profiler.profiler.kineto_results.experimental_event_tree()]
     while stack:
@@ -232,17 +236,17 @@ def _timeline(profiler: Any) -> Timeline:
             exchange_end = max(exchange_end, end)
         stack += [(child, exchange_end) for child in event.children]
 
-    changes, held = [], {}  # held: address -> size, end of the exchange it belongs to
+    changes, live_blocks = [], {}  # held: address -> size, end of the exchange it belongs to
     for time, address, size, exchange_end in sorted(allocations):
-        before = held.pop(address, None)
+        before = live_blocks.pop(address, None)
         if size > 0:
             if before is not None:
                 changes.append((before[1] or time, -before[0]))
-            held[address] = (size, exchange_end)
+            live_blocks[address] = (size, exchange_end)
             changes.append((time, size))
         elif before is not None:
             changes.append((time, -before[0]))
-    changes += [(end, -size) for size, end in held.values() if end]
+    changes += [(end, -size) for size, end in live_blocks.values() if end]
     changes.sort()
     live = np.cumsum([size for _, size in changes]).tolist()
     return Timeline([time for time, _ in changes], live, sorted(spans), marks)
@@ -252,34 +256,34 @@ def _timeline(profiler: Any) -> Timeline:
 
 
 def measure(config: Config) -> dict[str, Any]:
-    """Predicted and measured bytes of this rank; COLLECTIVE."""
+    """Predicted and measured bytes of this rank. COLLECTIVE."""
     num_ranks, rank = (int(os.environ.get(n, d)) for n, d in (("WORLD_SIZE", "1"), ("RANK", "0")))
     run = Run(config)
     timeline = run.recorded()
     start, end = timeline.marks["step_1"], timeline.marks["step_2"]
     machine = machine_here()
     predicted = rank_memory(config, derive(config, num_ranks), machine)
-    own = predicted[rank * config.parallel.pipeline // num_ranks]
+    rank_prediction = predicted[rank * config.parallel.pipeline // num_ranks]
     return {
         "rank": rank,
-        "predicted": own.peak_bytes,
-        "predicted_lasting": own.lasting_bytes,
+        "predicted": rank_prediction.peak_bytes,
+        "predicted_lasting": rank_prediction.lasting_bytes,
         "measured": timeline.peak(start, end),
         "measured_built": timeline.at(timeline.marks["built"]),
         "max_vio": run.max_vio,
-        "memory": asdict(own),
+        "memory": asdict(rank_prediction),
     }
 
 
 def machine_here() -> Machine:
-    """What the prediction has to know of this machine."""
+    """The properties of this machine that the prediction needs."""
     from nemotron_train.platform import bfloat16_products
 
     return Machine(wide_products=bfloat16_products.needed(), collective_copies=True)
 
 
 def measure_resident(config: Config) -> dict[str, Any]:
-    """Growth of this rank's peak resident set over what the imports left; COLLECTIVE."""
+    """Growth of this rank's peak resident set since the imports, in bytes. COLLECTIVE."""
     run = Run(config)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     run.steps(2, lambda name: None)
@@ -288,7 +292,8 @@ def measure_resident(config: Config) -> dict[str, Any]:
 
 
 def on_ranks(case: str, resident: bool = False) -> list[dict[str, Any]]:
-    """One measurement of a case in processes of its own, the first rank's first."""
+    """Measures a case in new processes; one result per rank, in rank order. Raises RuntimeError if
+    a rank fails."""
     num_ranks = CASES[case][0]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -296,9 +301,13 @@ def on_ranks(case: str, resident: bool = False) -> list[dict[str, Any]]:
     command = [sys.executable, "-m", "benchmarks.memory", "--rank", case]
     processes = []
     for rank in range(num_ranks):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks}
-        place |= {"LOCAL_WORLD_SIZE": num_ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        environment = os.environ | {name: str(value) for name, value in place.items()}
+        variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks}
+        variables |= {
+            "LOCAL_WORLD_SIZE": num_ranks,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
+        environment = os.environ | {name: str(value) for name, value in variables.items()}
         processes.append(
             subprocess.Popen(
                 [*command, "--resident"] if resident else command,
@@ -309,16 +318,17 @@ def on_ranks(case: str, resident: bool = False) -> list[dict[str, Any]]:
                 text=True,
             )
         )
-    found = []
+    results = []
     for process in processes:
         out, err = process.communicate(timeout=600)
         if process.returncode:
             raise RuntimeError(f"{case}: a rank ended with {process.returncode}\n{err}")
-        found.append(json.loads(out.splitlines()[-1]))
-    return found
+        results.append(json.loads(out.splitlines()[-1]))
+    return results
 
 
 def main() -> None:
+    """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("cases", nargs="*", metavar="CASE", help=", ".join(CASES))
     parser.add_argument("--rank", metavar="CASE", help=argparse.SUPPRESS)

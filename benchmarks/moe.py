@@ -1,11 +1,11 @@
-"""Routed experts on this CPU: which form of the grouped product is fastest, and what moving tokens
-to their experts costs, ours against Megatron-Core's.
+"""Routed experts on this CPU: the fastest form of the grouped product, and the cost of permuting
+tokens to their experts, ours against Megatron-Core's.
 
     python -m benchmarks.moe [--threads 2] [--cpu-seconds]
 
-Milliseconds, forward and backward, median of runs in turn. `--cpu-seconds` counts this thread's
-processor time instead, with one thread: steadier on a shared machine, and without the cost of
-starting threads that makes many small products slow.
+Prints milliseconds of forward and backward, median of runs in turn. `--cpu-seconds` counts this
+thread's CPU time instead, with one thread: it varies less on a shared machine and leaves out the
+cost of starting threads, which slows down many small products.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from torch import Tensor
 from nemotron_train.platform import device
 from nemotron_train.platform.allocator import keep_freed_memory
 
-# Tokens, choices a token, experts, expert input width, expert hidden width.
+# Tokens, experts per token, experts, expert input width, expert hidden width.
 SHAPES = (
     (2048, 4, 32, 64, 128),  # the step benchmark's
     (2048, 4, 16, 64, 128),
@@ -31,7 +31,7 @@ SHAPES = (
 def medians(
     functions: dict[str, Callable[[], object]], clock: Callable[[], float], num_runs: int = 15
 ) -> dict[str, float]:
-    """Median milliseconds of each function, all in turn."""
+    """Median milliseconds of each function, run in turn, after two warm-up rounds."""
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for run in range(num_runs + 2):
         for name, function in functions.items():
@@ -47,7 +47,8 @@ def _gradients(function: Callable[[], Tensor], inputs: tuple[Tensor, ...]) -> Ca
 
 
 def measure(shape: tuple[int, ...], dtype: torch.dtype, clock: Callable[[], float]) -> dict:
-    """One shape's rows: experts packed, experts padded, both with and without permutation."""
+    """Median milliseconds for one shape of SHAPES: experts packed and padded (with permutation),
+    `routed_mlp`, and the permutation alone, ours and Megatron's."""
     from megatron.core.transformer.moe import moe_utils
 
     from nemotron_train.model.moe import core as ours
@@ -61,7 +62,7 @@ def measure(shape: tuple[int, ...], dtype: torch.dtype, clock: Callable[[], floa
     probabilities = torch.rand(num_tokens, num_choices, generator=generator).requires_grad_()
     weight1 = torch.randn(num_experts, hidden, width).to(dtype).requires_grad_()
     weight2 = torch.randn(num_experts, width, hidden).to(dtype).requires_grad_()
-    everything = (x, probabilities, weight1, weight2)
+    inputs = (x, probabilities, weight1, weight2)
 
     def routed(max_padding: int) -> Callable[[], Tensor]:
         def run() -> Tensor:
@@ -94,10 +95,10 @@ def measure(shape: tuple[int, ...], dtype: torch.dtype, clock: Callable[[], floa
 
     return medians(
         {
-            "experts packed": _gradients(routed(0), everything),
-            "experts padded": _gradients(routed(num_tokens), everything),
+            "experts packed": _gradients(routed(0), inputs),
+            "experts padded": _gradients(routed(num_tokens), inputs),
             "routed_mlp": _gradients(
-                lambda: ours.routed_mlp(x, experts, probabilities, weight1, weight2)[0], everything
+                lambda: ours.routed_mlp(x, experts, probabilities, weight1, weight2)[0], inputs
             ),
             "moving, ours": _gradients(move_ours, (x, probabilities)),
             "moving, Megatron": _gradients(move_megatron, (x, probabilities)),
@@ -107,6 +108,7 @@ def measure(shape: tuple[int, ...], dtype: torch.dtype, clock: Callable[[], floa
 
 
 def main() -> None:
+    """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--cpu-seconds", action="store_true")

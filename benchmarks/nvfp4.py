@@ -1,14 +1,14 @@
-"""What emulated quantization costs, against the copy that bounds it, the product it serves, and
-torchao.
+"""Cost of emulated quantization, against a plain copy, the matrix product it feeds, and torchao.
 
     python -m benchmarks.nvfp4 [--rows 2048] [--columns 1024] [--threads 2] [--device cpu]
 
-Every kind is timed in turn, many rounds in one process, and quoted as the median of its ratio to
-a copy in the same round: other load on the machine then touches both. The floor is what must move
-(x read twice, once for the tensor's maximum, the BF16 operand written once) over the copy's
-bandwidth. The product is compared with the plain BF16 one, quantization to packed codes with
-torchao's NVFP4 on the same tensor (`pip install nemotron-train[benchmark]`), as it is and through
-torch.compile, after a check that codes and scales agree.
+Times all kinds in turn for many rounds in one process. Each is given as the median ratio to a copy
+in the same round, so other load on the machine affects both. The floor is the minimal memory
+traffic (x read twice, once for the tensor's maximum, and the BF16 operand written once) divided by
+the copy's bandwidth. The block-scaled product is compared with the plain BF16 product. Quantization
+to packed codes is compared with torchao's NVFP4 on the same tensor
+(`pip install nemotron-train[benchmark]`), eager and with torch.compile, after a check that codes
+and scales agree.
 """
 
 import argparse
@@ -29,7 +29,7 @@ COPY = "copy (BF16)"
 
 
 def kinds(rows: int, columns: int, device: str) -> dict[str, tuple[Callable[[], object], float]]:
-    """Name → what is timed, and the bytes an element it cannot avoid moving."""
+    """Name -> (function to time, minimal memory traffic in bytes per element)."""
     x = torch.randn(rows, columns, device=device).bfloat16()
     target = torch.empty_like(x)
     words = RandomWords(seed=1, stream=1)
@@ -53,7 +53,8 @@ def kinds(rows: int, columns: int, device: str) -> dict[str, tuple[Callable[[], 
 
 
 def products(rows: int, columns: int, device: str) -> dict[str, Callable[[], object]]:
-    """Square products [rows, columns] x [columns, columns]; operands are already quantized."""
+    """Name -> product [rows, columns] x [columns, columns]. Operands are quantized beforehand,
+    except in the last entry."""
     x = torch.randn(rows, columns, device=device).bfloat16()
     w = torch.randn(columns, columns, device=device).bfloat16()
     a, b = nvfp4_operand(x), nvfp4_operand(w, block="2d")
@@ -68,7 +69,7 @@ def products(rows: int, columns: int, device: str) -> dict[str, Callable[[], obj
 
 
 def against_torchao(rows: int, columns: int) -> dict[str, Callable[[], object]]:
-    """Quantization of one tensor to packed codes, ours first; empty without torchao."""
+    """Name -> quantization of one tensor to packed codes, ours first; {} without torchao."""
     if find_spec("torchao") is None:
         return {}
     from torchao.prototype.mx_formats.nvfp4_tensor import (  # pyright: ignore[reportMissingImports]
@@ -82,9 +83,9 @@ def against_torchao(rows: int, columns: int) -> dict[str, Callable[[], object]]:
 
     x = torch.randn(rows, columns).bfloat16()
     ours, (their_scales, their_codes) = quantize_nvfp4(x), theirs(x)
-    # Their block scales take another road of roundings: for some amax a few in a thousand differ.
-    for mine, other in ((ours.codes, their_codes), (ours.scales, their_scales)):
-        assert (mine == other.view(torch.uint8).view_as(mine)).float().mean() > 0.98
+    # Their block scales are rounded differently: for some amax, a few in a thousand differ.
+    for our_part, their_part in ((ours.codes, their_codes), (ours.scales, their_scales)):
+        assert (our_part == their_part.view(torch.uint8).view_as(our_part)).float().mean() > 0.98
     compiled = torch.compile(theirs)
     return {
         "ours": lambda: quantize_nvfp4(x),
@@ -108,6 +109,7 @@ def time_in_turn(functions: dict[str, Callable[[], object]], rounds: int) -> dic
 
 
 def main() -> None:
+    """Command line."""
     parser = argparse.ArgumentParser(description="What emulated quantization costs")
     parser.add_argument("--rows", type=int, default=2048)
     parser.add_argument("--columns", type=int, default=1024)
@@ -145,13 +147,15 @@ def main() -> None:
 def _compare(
     title: str, ratio_title: str, functions: dict[str, Callable[[], object]], rounds: int
 ) -> None:
-    """Print each function's median and the median of its ratios to the first one's."""
+    """Prints each function's median and the median of its ratios to the first function."""
     print(f"\n{title:32}{'ms':>12}{ratio_title:>8}")
     seconds = time_in_turn(functions, rounds)
     first = next(iter(seconds.values()))
-    for name, mine in seconds.items():
-        ratio = statistics.median(one / other for one, other in zip(mine, first, strict=True))
-        print(f"{name:32}{statistics.median(mine) * 1e3:12.2f}{ratio:8.2f}")
+    for name, values in seconds.items():
+        ratio = statistics.median(
+            value / reference for value, reference in zip(values, first, strict=True)
+        )
+        print(f"{name:32}{statistics.median(values) * 1e3:12.2f}{ratio:8.2f}")
 
 
 if __name__ == "__main__":

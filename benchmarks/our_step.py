@@ -1,6 +1,6 @@
-"""Our half of the step benchmark: a whole training step of our model on random tokens.
+"""Our half of the step benchmark: a complete training step of our model on random tokens.
 
-The same code path as `pretrain`: Megatron's schedule, gradient buffers, AdamW, the metrics.
+Uses the same code path as `pretrain`: Megatron's schedule, gradient buffers, AdamW, the metrics.
 """
 
 from collections.abc import Callable, Sequence
@@ -37,7 +37,7 @@ NUM_ROWS, NUM_TOKENS = 4, 512
 
 
 def configuration(dtype: str, overrides: Sequence[str] = ()) -> Config:
-    """The benchmark's configuration; dtype "float32" or "bfloat16"."""
+    """The benchmark's configuration. `dtype`: "float32" or "bfloat16"."""
     return compose_config(
         [
             *DIMENSIONS,
@@ -52,13 +52,14 @@ def configuration(dtype: str, overrides: Sequence[str] = ()) -> Config:
 
 
 class RandomBatches:
-    """Hands out random tokens, one document a row, whatever the state."""
+    """Training data: random tokens, one document per row, independent of the data state."""
 
     def __init__(self, vocab_size: int) -> None:
         self._random = np.random.default_rng(0)
         self._vocab_size = vocab_size
 
     def take(self, state: object, num_sequences: int, rank_slice: tuple[int, int]) -> tuple:
+        """(batch with the rows of `rank_slice`, unchanged state)."""
         from nemotron_train.data.batches import Batch
 
         shape = (rank_slice[1] - rank_slice[0], NUM_TOKENS + 1)
@@ -77,12 +78,12 @@ class RandomBatches:
 def our_step(
     dtype: str, num_threads: int = 2, overrides: Sequence[str] = ()
 ) -> Callable[[], float]:
-    """Build the model and return a function that takes one step and returns its loss."""
+    """Builds the model; returns a function that takes one step and returns its loss."""
     return build_step(configuration(dtype, overrides), num_threads)
 
 
 def build_step(config: Config, num_threads: int = 2) -> Callable[[], float]:
-    """`our_step` of any configuration whose sequence length is NUM_TOKENS."""
+    """As `our_step`, for any configuration with sequence length NUM_TOKENS."""
     platform = device.prepare(num_threads)
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 

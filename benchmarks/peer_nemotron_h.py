@@ -1,9 +1,9 @@
 """The peer's half of the step benchmark: Hugging Face NemotronHForCausalLM on random weights.
 
-Set up as its users would, and in its favour: its fastest experts on a CPU (grouped products,
-its default), torch's fused AdamW over its parameters as they are (BF16 parameters mean BF16
-optimizer state), no gradient clipping, no metrics. Its fused Mamba kernels need a GPU; on a CPU
-it runs its own torch form, which `peer_step` checks.
+Configured as its users would, and in its favour: its fastest experts on a CPU (grouped products,
+its default), torch's fused AdamW on its parameters (BF16 parameters mean BF16 optimizer state), no
+gradient clipping, no metrics. Its fused Mamba kernels need a GPU; on a CPU it runs its torch
+implementation, which `build_peer` checks.
 """
 
 import warnings
@@ -19,7 +19,7 @@ LAYER_TYPES = {"M": "linear_attention", "*": "full_attention", "E": "moe"}
 
 
 def peer_config(model: ModelConfig, sequence_length: int) -> Any:
-    """`NemotronHConfig` of the same dimensions; its Mamba chunk size stays its default, 128."""
+    """`NemotronHConfig` with the same dimensions; its Mamba chunk size keeps the default, 128."""
     from transformers.models.nemotron_h import NemotronHConfig  # pyright: ignore[reportMissingImports]
 
     return NemotronHConfig(
@@ -47,18 +47,18 @@ def peer_config(model: ModelConfig, sequence_length: int) -> Any:
 
 
 def build_peer(dtype: str) -> torch.nn.Module:
-    """The peer on the CPU with random weights, cast whole to `dtype`."""
+    """The peer on the CPU with random weights, all cast to `dtype`."""
     from transformers.models.nemotron_h import NemotronHForCausalLM, modeling_nemotron_h  # pyright: ignore[reportMissingImports]
 
     model = NemotronHForCausalLM(peer_config(configuration(dtype).model, NUM_TOKENS))
-    # Each hub function is its torch form when this returns None: no fused kernel is installed.
+    # None means that no fused kernel is installed and the model runs its torch implementation.
     fused = modeling_nemotron_h.mamba2_split_conv1d_scan_combined(*[None] * 7)
     assert fused is None, "the peer found a fused Mamba kernel: not the comparison meant here"
     return model.to(getattr(torch, dtype)).train()
 
 
 def peer_step(dtype: str, num_threads: int = 2) -> Callable[[], float]:
-    """Build the peer and return a function that takes one step and returns its loss."""
+    """Builds the peer; returns a function that takes one step and returns its loss."""
     torch.set_num_threads(num_threads)
     torch.manual_seed(0)
     warnings.filterwarnings("ignore")

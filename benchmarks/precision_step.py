@@ -1,18 +1,17 @@
-"""Step time and memory of an emulated precision plan over BF16's, on the 10M proxy and this CPU.
+"""Step time and memory of emulated precision plans relative to BF16, on the 10M proxy and this CPU.
 
     python -m benchmarks.precision_step [--plans bf16 nvfp4_nemotron3] [--rounds 9] [--profile]
 
-Each plan has a process of its own with the same threads and allocator settings, keeps its model,
-and steps only when told to: the first plan, the second, the first, ... so all see the same
-machine and never compute at once. Every other plan is compared with the first. Memory is the
-peak resident size of the process over its steps, and that less what it was with everything
-imported and nothing built. CPU seconds, of all threads, hardly depend on what else the machine
-does: with --threads 1 they are the step time of an idle one (threads that wait for each other
-count as busy).
+Each plan runs in its own process with the same threads and allocator settings, and keeps its model.
+The plans take steps in turn, so all see the same machine and never compute at the same time. Every
+other plan is compared with the first. Memory is the peak resident size of the process over its
+steps, and the same minus the size after all imports, before the model is built. CPU seconds (all
+threads) hardly depend on other load: with --threads 1 they are the step time of an idle machine
+(threads that wait for each other count as busy).
 
-The sequences and micro-batches are those of recipes/train/proxy_10m, whose steps have four
-micro-batches to our one unless --micro-batches says otherwise: one is the worst case, since a
-weight is quantized once a step.
+Sequences and micro-batches are those of recipes/train/proxy_10m. Its steps have four micro-batches;
+the default here is one (--micro-batches), the worst case, because a weight is quantized once per
+step.
 """
 
 import argparse
@@ -39,8 +38,8 @@ def _profile(step: Callable[[], float]) -> str:
 
 
 def _memory(field: str) -> float:
-    """MiB of this process: VmRSS, resident now; VmHWM, resident at most so far. NaN where the
-    system has no such file."""
+    """MiB of this process: VmRSS, the current resident size; VmHWM, the peak so far. NaN if the
+    system has no /proc/self/status."""
     path = Path("/proc/self/status")
     lines = path.read_text("utf-8").splitlines() if path.exists() else []
     kib = [int(line.split()[1]) for line in lines if line.startswith(field)]
@@ -48,11 +47,11 @@ def _memory(field: str) -> float:
 
 
 def _serve(overrides: list[str], num_threads: int, pipe: Connection) -> None:
-    """Child process: build once, then answer "step" with (seconds, CPU seconds), "profile" with a
-    table and "memory" with (MiB before the model, MiB at most)."""
+    """Child process: builds once, then answers "step" with (seconds, CPU seconds), "profile" with a
+    table and "memory" with (MiB before the model, peak MiB)."""
     keep_freed_memory()
     from benchmarks.our_step import build_step
-    from nemotron_train import run  # noqa: F401  everything imported, for the memory before
+    from nemotron_train import run  # noqa: F401  import everything before measuring
     from nemotron_train.compose.compose import compose_config
 
     before = _memory("VmRSS")
@@ -69,7 +68,7 @@ def _serve(overrides: list[str], num_threads: int, pipe: Connection) -> None:
 
 
 class Worker:
-    """One process that holds one model and waits between its steps."""
+    """A process that holds one model and takes a step on request."""
 
     def __init__(self, overrides: list[str], num_threads: int) -> None:
         spawn = multiprocessing.get_context("spawn")
@@ -80,18 +79,20 @@ class Worker:
         other_end.close()
 
     def ask(self, request: str):
-        """Send a request and wait for its answer; EOFError if the process has died."""
+        """Sends a request and waits for the answer. Raises EOFError if the process has died."""
         self._pipe.send(request)
         return self._pipe.recv()
 
     def stop(self) -> None:
+        """Ends the process and waits for it."""
         self._pipe.send("stop")
         self._process.join()
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Of one plan: seconds and CPU seconds of each round, MiB before the model and at most."""
+    """Results of one plan: seconds and CPU seconds of each round, MiB before the model, peak
+    MiB."""
 
     seconds: list[float]
     cpu_seconds: list[float]
@@ -102,9 +103,9 @@ class Measured:
 def measure(
     workers: dict[str, Worker], num_rounds: int, num_warm_up: int = 2
 ) -> dict[str, Measured]:
-    """All plans in turn, round by round."""
+    """Measures all plans in turn, round by round."""
     for worker in workers.values():
-        for _ in range(num_warm_up):  # kernels chosen, compiled and memory touched
+        for _ in range(num_warm_up):  # kernel selection, compilation, first memory use
             worker.ask("step")
     steps: dict[str, list[tuple[float, float]]] = {plan: [] for plan in workers}
     for _ in range(num_rounds):
@@ -117,30 +118,31 @@ def measure(
 
 
 def table(measured: dict[str, Measured]) -> str:
-    """One line a plan; ratios against the first."""
+    """One line per plan, with ratios to the first plan."""
     first = next(iter(measured.values()))
     lines = [
         f"{'plan':28}{'median ms':>10}{'fastest':>9}{'x median':>10}{'x fastest':>10}"
         f"{'x CPU':>7}{'peak MiB':>10}{'x':>6}{'model MiB':>11}{'x':>6}"
     ]
-    for plan, one in measured.items():
+    for plan, run in measured.items():
         ratio, cpu_ratio = (
-            statistics.median(a / b for a, b in zip(mine, of_first, strict=True))
-            for mine, of_first in (
-                (one.seconds, first.seconds),
-                (one.cpu_seconds, first.cpu_seconds),
+            statistics.median(a / b for a, b in zip(values, of_first, strict=True))
+            for values, of_first in (
+                (run.seconds, first.seconds),
+                (run.cpu_seconds, first.cpu_seconds),
             )
         )
-        own, own_first = one.peak - one.before, first.peak - first.before
+        model, base = run.peak - run.before, first.peak - first.before
         lines.append(
-            f"{plan:28}{statistics.median(one.seconds) * 1e3:10.0f}{min(one.seconds) * 1e3:9.0f}"
-            f"{ratio:10.2f}{min(one.seconds) / min(first.seconds):10.2f}{cpu_ratio:7.2f}"
-            f"{one.peak:10.0f}{one.peak / first.peak:6.2f}{own:11.0f}{own / own_first:6.2f}"
+            f"{plan:28}{statistics.median(run.seconds) * 1e3:10.0f}{min(run.seconds) * 1e3:9.0f}"
+            f"{ratio:10.2f}{min(run.seconds) / min(first.seconds):10.2f}{cpu_ratio:7.2f}"
+            f"{run.peak:10.0f}{run.peak / first.peak:6.2f}{model:11.0f}{model / base:6.2f}"
         )
     return "\n".join(lines)
 
 
 def main() -> None:
+    """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--plans", nargs="+", default=["bf16", "nvfp4_nemotron3"])
     parser.add_argument("--model", default="proxy_10m")

@@ -1,11 +1,11 @@
-"""How long `nemotron-train report` takes for many long runs, and how large its page is.
+"""Time of `nemotron-train report` for many long runs, and the size of its page.
 
     python benchmarks/report_page.py                      # 20 runs of 100,000 steps
     python benchmarks/report_page.py --runs 4 --steps 10000 --keep /tmp/report_page
 
-Writes made-up run folders (numbers as a run of the embedded default logs them, experts'
-loads included), then runs the command as a user does, in a fresh process. The files are in the page
-cache then, as after a run; reading them from a cold disk adds what the disk takes. Linux.
+Writes synthetic run folders (the same metrics as a run of the embedded default, expert loads
+included), then runs the command in a new process, as a user does. The files are then in the page
+cache, as after a run; reading them from a cold disk takes longer. Linux only.
 """
 
 import argparse
@@ -26,6 +26,7 @@ PARTS = ("data", "forward_backward", "gradient_reduce", "optimizer")
 
 
 def write_run(folder: Path, number: int, num_steps: int) -> None:
+    """Writes a synthetic run folder. `number`: seed of its random numbers."""
     folder.mkdir(parents=True)
     generator = np.random.default_rng(number)
     losses = 3 + 5 / np.sqrt(1 + np.arange(num_steps) / 50)
@@ -61,7 +62,7 @@ def write_run(folder: Path, number: int, num_steps: int) -> None:
 
 
 def timed_report(folder: Path) -> tuple[float, float, float]:
-    """Seconds of the whole command, of the processor in it, and its peak memory in GiB."""
+    """(wall-clock seconds, CPU seconds, peak memory in GiB) of the report command."""
     command = [sys.executable, "-m", "nemotron_train", "report", str(folder)]
     before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
@@ -71,6 +72,7 @@ def timed_report(folder: Path) -> tuple[float, float, float]:
 
 
 def main() -> None:
+    """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--steps", type=int, default=100_000)

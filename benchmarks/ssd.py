@@ -1,11 +1,12 @@
-"""Speed of the Mamba-2 core on this CPU, forward and backward, beside Hugging Face's mixer.
+"""Speed of the Mamba-2 core on this CPU, forward and backward, against Hugging Face's mixer.
 
     python -m benchmarks.ssd [--rounds 15] [--threads 2] [--dtypes float32 bfloat16]
 
-Rows: our core (convolution, dt, SSD, gated norm) alone; our whole mixer, that is the core between
-two plain linears of the sizes the peer has; the peer's NemotronHMamba2Mixer, which cannot be
-timed without its projections. One process, in turn, same weights' sizes and allocator settings;
-medians. The share compares the matrix products' FLOPs with the rate of a 1024-wide product.
+Rows: our core (convolution, dt, SSD, gated norm) alone; our whole mixer, which is the core between
+two plain linears of the peer's sizes; the peer's NemotronHMamba2Mixer, which cannot be timed
+without its projections. All run in turn in one process, with the same weight sizes and allocator
+settings; medians. The share is the matrix products' FLOPs relative to the rate of a 1024-wide
+product.
 """
 
 import argparse
@@ -32,7 +33,7 @@ TOKENS = BATCH * LENGTH
 
 
 class Mixer(nn.Module):
-    """The mixer's arithmetic with our kernels; initialized as `assemble.initialize` does."""
+    """A Mamba-2 mixer with our kernels, initialized as in `assemble.initialize`."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
@@ -49,6 +50,8 @@ class Mixer(nn.Module):
         self.norm_weight = nn.Parameter(torch.ones(INNER, dtype=dtype))
 
     def core(self, projected: Tensor) -> Tensor:
+        """Convolution, dt, SSD and gated norm: [BATCH, LENGTH, INNER + CONV + HEADS] -> [...,
+        INNER]."""
         z, xbc, dt = projected.split([INNER, CONV, HEADS], dim=-1)
         xbc = causal_conv(xbc, self.conv_weight, self.conv_bias)
         x, B, C = xbc.split([INNER, GROUPS * STATE, GROUPS * STATE], dim=-1)
@@ -67,10 +70,12 @@ class Mixer(nn.Module):
         )
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """[BATCH, LENGTH, HIDDEN] -> the same shape."""
         return self.out_proj(self.core(self.in_proj(hidden)))
 
 
 def peer_mixer(dtype: torch.dtype) -> nn.Module:
+    """Hugging Face's mixer with the same dimensions and random weights."""
     from transformers.models.nemotron_h import NemotronHConfig  # pyright: ignore[reportMissingImports]
     from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHMamba2Mixer  # pyright: ignore[reportMissingImports]
 
@@ -88,40 +93,43 @@ def peer_mixer(dtype: torch.dtype) -> nn.Module:
 
 
 def core_flops() -> int:
-    """Matrix products of one forward and backward of the SSD core at the longer chunk."""
+    """FLOPs of the SSD core's matrix products, forward and backward, at the longer chunk."""
     within = 3 * CPU_CHUNKS[0] * (GROUPS * STATE + INNER)  # scores, output and their gradients
     states = 6 * STATE * INNER
     return 2 * TOKENS * (within + states)
 
 
 def projection_flops() -> int:
+    """FLOPs of the two projections, forward and backward."""
     return 6 * TOKENS * HIDDEN * (INNER + CONV + HEADS + INNER)
 
 
 def round_trip(function: Callable[[Tensor], Tensor], example: Tensor) -> Callable[[], None]:
-    """A callable that runs forward and backward once on that input."""
+    """A callable that runs forward and backward once on `example`."""
     x = example.detach().requires_grad_()
     gradient = torch.randn_like(function(x))
 
-    def once() -> None:
+    def run() -> None:
         x.grad = None
         function(x).backward(gradient)
 
-    return once
+    return run
 
 
 def seconds(function: Callable[[], Any]) -> float:
+    """Wall-clock seconds of one call."""
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
 
 
 def measure(dtype: torch.dtype, rounds: int) -> None:
+    """Measures one dtype in turn and prints the results."""
     torch.manual_seed(0)
     ours, peer = Mixer(dtype), peer_mixer(dtype)
     a = torch.randn(1024, 1024).to(dtype)
-    # What a normalized residual stream and its projection look like: the decays, on which the
-    # core's speed depends a little, are then those of a fresh model.
+    # Distributed like a normalized residual stream, so the decays are those of an untrained model:
+    # the core's speed depends on them slightly.
     hidden = torch.randn(BATCH, LENGTH, HIDDEN).to(dtype)
     projected = ours.in_proj(hidden)
     cases: dict[str, tuple[Callable[[], Any], int]] = {
@@ -134,7 +142,7 @@ def measure(dtype: torch.dtype, rounds: int) -> None:
     for index in range(rounds + 2):
         for name, (function, _) in cases.items():
             elapsed = seconds(function)
-            if index >= 2:  # the first rounds warm up
+            if index >= 2:  # the first two rounds are warm-up
                 times[name].append(elapsed)
     median = {name: statistics.median(values) for name, values in times.items()}
     rate = cases["product"][1] / median["product"]
@@ -149,12 +157,13 @@ def measure(dtype: torch.dtype, rounds: int) -> None:
 
 
 def main() -> None:
+    """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     arguments = parser.parse_args()
-    transformers.logging.set_verbosity_error()  # it says on every build that no kernel is fused
+    transformers.logging.set_verbosity_error()  # hides the warning about missing fused kernels
     keep_freed_memory()
     torch.set_num_threads(arguments.threads)
     for name in arguments.dtypes:

@@ -1,6 +1,6 @@
 """nemotron_train: pretraining of Nemotron-3-style hybrid models on Megatron-Core.
 
-Importing this package imports no torch; the verbs that need it import it themselves.
+Importing this package does not import torch. The commands that need torch import it.
 """
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""`python -m nemotron_train`: the same as the console script `nemotron-train`."""
+"""`python -m nemotron_train` does the same as the console script `nemotron-train`."""
 
 import sys
 

@@ -1,5 +1,7 @@
-"""Composition root: a configuration becomes objects, and training runs. Reads like a table of
-contents; every object is passed, none is looked up.
+"""`pretrain`: builds all objects of a run from its configuration, and runs the training.
+
+This module is the composition root: objects are created here and passed on as arguments. There are
+no globals and no registries.
 """
 
 import os
@@ -31,9 +33,9 @@ EXIT_DONE, EXIT_FAILED, EXIT_STOPPED = 0, 1, 3
 
 
 def pretrain(config: Config) -> int:
-    """Train, or go on training, the run that `config` describes. Returns the exit code.
+    """Start or resume the run that `config` describes. Returns the exit code of the process.
 
-    Raises ConfigError where the configuration, the data or the run folder is wrong.
+    Raises ConfigError if the configuration, the data or the run folder is not valid.
     """
     started = time.monotonic()
     derived = derive(config, int(os.environ.get("WORLD_SIZE", "1")))
@@ -89,9 +91,10 @@ def open_folder(
     train_data: BatchSource,
     console: Console,
 ) -> tuple[RunFolder | None, Record | None]:
-    """The run folder and the parent of a branch, on the first rank; None on the others. COLLECTIVE.
+    """Open the run folder, on the first rank. COLLECTIVE.
 
-    Raises ConfigError or CrashLoop on every rank where the first rank must refuse the start.
+    Returns the run folder and, for a new branch, the record of its parent; (None, None) on all
+    other ranks. Raises ConfigError or CrashLoop on every rank if the first rank refuses the start.
     """
     from nemotron_train.platform import groups as process_groups
     from nemotron_train.run_folder.branch import check_branch
@@ -122,25 +125,26 @@ def open_folder(
 
 
 def machine_record(runtime: Runtime, derived: Derived) -> dict[str, Any]:
-    """What computes, for environment.json (docs/metrics.md)."""
+    """Device, number of ranks and kernels, for environment.json (docs/metrics.md)."""
     platform, backend = runtime.platform, runtime.backend
-    formats = "native" if backend.native else "emulated" if backend.text else "none"
+    block_formats = "native" if backend.native else "emulated" if backend.text else "none"
     return {
         "device": platform.device,
         "device_name": platform.device_name,
         "ranks": derived.num_ranks,
         "transformer_engine": platform.transformer_engine,
         "mamba_kernels": platform.mamba_kernels,
-        "block_formats": formats,
+        "block_formats": block_formats,
     }
 
 
 def train(
     trainer: Any, folder: RunFolder | None, parent: Record | None, started: float
 ) -> Literal["done", "stopped"]:
-    """Train from the newest checkpoint on; returns how that ended.
+    """Train from the newest checkpoint on; return whether the run is done or was stopped.
 
-    started: of `time.monotonic`, when the process began.
+    trainer: a `Trainer` (its module can only be imported after `start_runtime`). started:
+    `time.monotonic()` at the start of the process.
     """
     config, console = trainer.config, trainer.console
     progress = trainer.resume()
@@ -164,27 +168,31 @@ def record_start(
     progress: Progress,
     parent: Record | None,
 ) -> None:
-    """Tells of a branch (`parent`, as lineage.json has it) or of another precision plan than
-    before: one line on the terminal, one in metrics.jsonl, and lineage.json."""
-    config, console, plan = trainer.config, trainer.console, trainer.plan_record
+    """Record a new branch, added data phases or a switch of the precision plan.
+
+    Each gets a line on the terminal, a line in metrics.jsonl and an entry in lineage.json.
+    parent: the entry `branched_from` of a new branch, else None.
+    """
+    config, console = trainer.config, trainer.console
+    plan = trainer.plan_record
     event: dict[str, Any] = {"step": progress.step, "tokens": progress.tokens}
     before = trainer.plan_before or folder.plan_before
     if parent is not None:
         before = parent["precision"]["before"]
-        changed = [f"; {k} {old!r} -> {new!r}" for k, (old, new) in parent["changed"].items()]
+        changed_knobs = [f"; {k} {old!r} -> {new!r}" for k, (old, new) in parent["changed"].items()]
         plans = {"precision_before": before, "precision_after": brief(plan)}
         writer.write({"kind": "branch", **event, "branched_from": config.branch, **plans})
         console.print(
             f"{folder.path} begins at step {progress.step} of {parent['run']}; precision plan "
-            f"{label(before)} -> {label(plan)}{''.join(changed)}",
+            f"{label(before)} -> {label(plan)}{''.join(changed_knobs)}",
             highlight=False,
             soft_wrap=True,
         )
     if parent is None and folder.adds_phases:
         folder.record_phases(progress.step, progress.tokens, config.data.phases)
-        starts = ", ".join(str(phase.from_tokens) for phase in config.data.phases)
-        writer.write({"kind": "phases", **event, "from_tokens": starts})
-        console.print(f"data.phases: phases were added; they begin at {starts} tokens")
+        from_tokens = ", ".join(str(phase.from_tokens) for phase in config.data.phases)
+        writer.write({"kind": "phases", **event, "from_tokens": from_tokens})
+        console.print(f"data.phases: phases were added; they begin at {from_tokens} tokens")
     if parent is None and before is not None:
         folder.record_switch(progress.step, progress.tokens, before, plan, config.precision)
         plans = {"precision_before": brief(before), "precision_after": brief(plan)}
@@ -199,7 +207,10 @@ def record_start(
 def open_writer(
     config: Config, folder: RunFolder, resume_step: int, console: Console
 ) -> MetricsWriter:
-    """metrics.jsonl and the sinks that the configuration asks for."""
+    """Open metrics.jsonl and the sinks that the configuration enables.
+
+    resume_step: step of the checkpoint that training continues from; 0 for a new run.
+    """
     sinks = open_sinks(
         config.logging,
         folder.path,
@@ -213,14 +224,14 @@ def open_writer(
 
 
 def finish(folder: RunFolder, summary: dict[str, Any], console: Console) -> None:
-    """summary.json and loss.png, and the last lines a person reads."""
+    """Write summary.json and the plots, and print the final lines."""
     folder.write_summary(summary)
-    picture = plot_loss(folder.path)
-    precision_picture = plot_precision(folder.path)
-    nats = "nats a token"
+    loss_plot = plot_loss(folder.path)
+    precision_plot = plot_precision(folder.path)
+    unit = "nats a token"
     if summary["finished"]:
         console.print(
-            f"validation loss {summary['validation_loss']:.3f} {nats}; the corpus's unigram "
+            f"validation loss {summary['validation_loss']:.3f} {unit}; the corpus's unigram "
             f"entropy is {summary['unigram_entropy']:.3f}",
             highlight=False,
         )
@@ -231,6 +242,6 @@ def finish(folder: RunFolder, summary: dict[str, Any], console: Console) -> None
             highlight=False,
             soft_wrap=True,
         )
-    console.print(f"{folder.path}: loss curve in {picture.name}", highlight=False)
-    if precision_picture is not None:
-        console.print(f"precision telemetry in {precision_picture.name}", highlight=False)
+    console.print(f"{folder.path}: loss curve in {loss_plot.name}", highlight=False)
+    if precision_plot is not None:
+        console.print(f"precision telemetry in {precision_plot.name}", highlight=False)

@@ -10,6 +10,7 @@ Not covered: names reached through objects that are passed, and imports by strin
 import ast
 import graphlib
 import re
+import runpy
 import subprocess
 import sys
 from collections.abc import Mapping, Set
@@ -202,6 +203,12 @@ def test_a_cycle_of_folders_is_found() -> None:
     assert {"plan", "plan.precision"} <= set(cycle(folder_imports(violated)))
 
 
+def test_the_picture_is_drawn_from_these_imports() -> None:
+    """`python docs/architecture.py` draws it anew."""
+    drawn = runpy.run_path(str(ROOT / "docs" / "architecture.py"))
+    assert (ROOT / "docs" / "architecture.svg").read_text("utf-8") == drawn["picture"]()
+
+
 def test_megatron_core_has_one_border() -> None:
     assert [name for name in _importers("megatron") if not _matches(name, KNOW_MEGATRON)] == []
 
@@ -257,17 +264,26 @@ def _c_functions(text: str) -> list[tuple[str, int]]:
 
 
 def _js_functions(text: str) -> list[tuple[str, int]]:
-    """Name and length of each named function of a script, by its indentation."""
+    """First line and length of each function, method and arrow function with a body in braces.
+    They end at the next `}` with the same indentation."""
+    kinds = (
+        r"(?:async )?function\b.*[({]",  # function name(...) {
+        r"(?:\w+ )*[*#]?\w+\(.*\) \{",  # name(...) {
+        r".*=> \{",  # const name = (...) => {
+    )
     functions, lines = [], text.splitlines()
     for number, line in enumerate(lines):
-        if begun := re.match(r"(\s*)(?:async )?function\s*(\w+)", line):
-            end = next(n for n in range(number, len(lines)) if lines[n] == begun[1] + "}")
-            functions.append((begun[2], end - number + 1))
+        if begun := re.match(rf"(\s*)(?:{'|'.join(kinds)})(?:\s*//.*)?$", line):
+            close = begun[1] + "}"
+            end = next(n for n in range(number + 1, len(lines)) if lines[n].startswith(close))
+            functions.append((line.strip(), end - number + 1))
     return functions
 
 
 SCRIPTS = sorted(
-    str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*") if path.suffix in (".c", ".h")
+    str(path.relative_to(PACKAGE))
+    for path in PACKAGE.rglob("*")
+    if path.suffix in (".c", ".h", ".js")
 )
 
 
@@ -284,3 +300,41 @@ def test_c_and_javascript_stay_short(name: str) -> None:
 @pytest.mark.parametrize("name", MODULES)
 def test_each_module_says_what_it_is(name: str) -> None:
     assert ast.get_docstring(TREES[name]), "a module docstring says what it owns and what not"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_each_public_function_has_a_docstring(name: str) -> None:
+    """Functions and classes at the top of a file, and methods of public classes, but for methods
+    that fill a slot which torch, argparse or a protocol of ours defines."""
+    missing = [
+        where
+        for where, node in _public(TREES[name])
+        if not ast.get_docstring(node) and not _is_slot(node)
+    ]
+    assert not missing, missing
+
+
+Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+
+
+def _public(tree: ast.Module) -> list[tuple[str, Definition]]:
+    definitions: list[tuple[str, Definition]] = []
+    for node in tree.body:
+        if isinstance(node, Definition) and not node.name.startswith("_"):
+            definitions.append((node.name, node))
+            if isinstance(node, ast.ClassDef):
+                methods = [n for n in node.body if isinstance(n, ast.FunctionDef)]
+                definitions += [
+                    (f"{node.name}.{m.name}", m) for m in methods if not m.name.startswith("_")
+                ]
+    return definitions
+
+
+def _is_slot(node: Definition) -> bool:
+    """A body of `...` declares a protocol; forward and backward of an autograd function are
+    described by the function's class."""
+    if isinstance(node, ast.ClassDef):
+        return False
+    body = node.body[-1]
+    is_declaration = isinstance(body, ast.Expr) and isinstance(body.value, ast.Constant)
+    return is_declaration and len(node.body) == 1

@@ -1,1 +1,1 @@
-"""Builds the Megatron-Core model: specs, transformer config, weights at the start."""
+"""Builds the Megatron-Core model: specs, transformer config, initial weights, recomputation."""

@@ -1,7 +1,7 @@
 """Builds the model of a configuration on this rank: specs, initial weights, Megatron's DDP.
 
-A rank holds one chunk of the model, the layers of its pipeline stage; with interleaved stages
-(`parallel.virtual_pipeline`) several, in the order of the forward pass.
+A rank holds one chunk of the model: the layers of its pipeline stage. With interleaved stages
+(`parallel.virtual_pipeline`) it holds several, in the order of the forward pass.
 """
 
 from collections.abc import Sequence
@@ -28,8 +28,8 @@ from nemotron_train.precision.native import transformer_fields
 
 
 def megatron_pattern(config: Config) -> str:
-    """The pattern in Megatron's grammar: "|" between stages, "/" and the block's pattern once a
-    multi-token-prediction depth."""
+    """The layer pattern in Megatron's grammar: "|" between pipeline stages, then "/" and the
+    block's pattern for each multi-token-prediction depth."""
     mtp = config.model.mtp
     return stage_pattern(config) + f"/{mtp.pattern}" * mtp.depths
 
@@ -41,7 +41,7 @@ def build_model(
     groups: ProcessGroupCollection,
     native: bool = False,
 ) -> NemotronModel:
-    """`build_chunks` where a rank holds one chunk."""
+    """`build_chunks` for a rank with one chunk."""
     (model,) = build_chunks(config, plan, platform, groups, native)
     return model
 
@@ -53,25 +53,26 @@ def build_chunks(
     groups: ProcessGroupCollection,
     native: bool = False,
 ) -> list[NemotronModel]:
-    """This rank's part of the model, with initial weights, on the platform's device.
+    """This rank's chunks of the model, with initial weights, on the platform's device.
 
-    native: Transformer Engine computes the plan's block formats (`precision.backend`). Under
+    native: Transformer Engine computes the plan's block-scaled formats (`precision.backend`). Under
     `torch.device("meta")` the parameters stay on the meta device, without values.
     """
-    # One object for all chunks: the schedule reads the first's, where a trainer sets functions.
+    # All chunks share one TransformerConfig: the trainer sets functions on the first chunk's, and
+    # the pipeline schedule reads them there.
     fields = transformer_fields(config, plan) if native else {}
-    translated = transformer_config(config, platform, fields)
+    model_config = transformer_config(config, platform, fields)
     emulated = emulates(config, plan) and not native
     part = parts(platform.transformer_engine, emulated=emulated, native=native)
     return [
-        _build_chunk(config, translated, part, groups, native, chunk)
+        _build_chunk(config, model_config, part, groups, native, chunk)
         for chunk in range(config.parallel.virtual_pipeline)
     ]
 
 
 def _build_chunk(
     config: Config,
-    translated: TransformerConfig,
+    model_config: TransformerConfig,
     part: Parts,
     groups: ProcessGroupCollection,
     native: bool,
@@ -81,7 +82,7 @@ def _build_chunk(
     rank, num_ranks = groups.pp.rank(), groups.pp.size()
     submodules = stack_submodules(config, part, native)
     model = NemotronModel(
-        config=translated,
+        config=model_config,
         hybrid_stack_spec=stack_spec(submodules, part.norm),
         vocab_size=config.model.vocab_size,
         max_sequence_length=config.train.sequence_length,
@@ -109,7 +110,8 @@ def wrap_chunks(
 def wrap_data_parallel(
     model: NemotronModel, config: Config, groups: ProcessGroupCollection
 ) -> DistributedDataParallel:
-    """Megatron's DDP: FP32 gradient buffers, summed (not averaged) over data-parallel ranks."""
+    """Megatron's DDP: FP32 gradient buffers, summed (not averaged) over data-parallel ranks.
+    Sets `shows_gradient` on every parameter."""
     parallel = config.parallel
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -123,7 +125,7 @@ def wrap_data_parallel(
     if parallel.distributed_optimizer:
         layout = DistributedOptimizer.compute_full_param_layout(
             list(model.parameters()),
-            # Without overlap there is one bucket.
+            # None: one bucket, since nothing overlaps.
             parallel.bucket_parameters if parallel.overlap_gradient_reduce else None,
             groups.dp_cp.size(),
             ddp_config,
@@ -147,10 +149,10 @@ def wrap_data_parallel(
 
 
 def _wait_for_whole_layers(wrapped: DistributedDataParallel) -> None:
-    """Let each layer wait for all of its weights before it computes.
+    """Make each MoE layer wait for the all-gather of all its parameters before it computes.
 
-    UPSTREAM(megatron-core 0.19.2): a module waits for its own parameters when it is called, but
-    experts' weights and a router's are read by the layer above, without a call.
+    UPSTREAM(megatron-core 0.19.2): a module waits for its own parameters when it is called. But the
+    MoE layer reads the weights of experts and router without calling the modules that hold them.
     """
     model: Any = wrapped
 
@@ -166,17 +168,17 @@ def _wait_for_whole_layers(wrapped: DistributedDataParallel) -> None:
 
 
 def _count_padding_between_buckets(buffer: PerBufferParamLayout) -> None:
-    """Let all buckets but the last count their padding as elements.
+    """Count the padding of all buckets but the last as elements.
 
     UPSTREAM(megatron-core 0.19.2): a checkpoint of the distributed optimizer leaves out the
     padding between buckets and then reads parameters at offsets that include it. With an
-    embedding on two pipeline stages (its own bucket) the optimizer's state would be shifted and
-    its end lost; upstream warns of «data corruption» and goes on.
+    embedding on two pipeline stages (its own bucket), the optimizer state would be shifted and
+    its end lost; upstream warns of 'data corruption' and continues.
     """
     for bucket, (start, end) in enumerate(buffer.bucket_indices[:-1]):
         buffer.per_bucket_numel_unpadded[bucket] = end - start
 
 
 def count_parameters(model: torch.nn.Module) -> int:
-    """Elements of all parameters on this rank."""
+    """Number of elements of all parameters of `model` on this rank."""
     return sum(parameter.numel() for parameter in model.parameters())

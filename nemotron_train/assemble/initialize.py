@@ -1,12 +1,12 @@
-"""Initial weights, the same under every layout.
+"""Initial weights, identical under every layout.
 
-Each tensor is drawn whole from a generator seeded by the run's seed and the tensor's global
-name, and every rank keeps its shard: no rank's draws depend on which others exist. Megatron's
-own initialization draws shard by shard and gives other weights under another layout.
+Every rank draws each whole tensor from a generator seeded by the run's seed and the tensor's global
+name, and keeps its shard. The values therefore do not depend on the number of ranks. Megatron's own
+initialization draws each shard separately and gives different weights under another layout.
 
-Distributions are Nemotron 3's: normal(0, init_std) for linears and embeddings, the projections
-that write to the residual stream divided by sqrt(layers) (Megatron's rule for hybrids), and
-Mamba-2's for A, dt and the convolution (arXiv 2405.21060 and state-spaces/mamba's mamba2.py).
+Distributions are those of Nemotron 3: normal(0, init_std) for linears and embeddings, with the
+projections that write to the residual stream divided by sqrt(layers) (Megatron's rule for hybrids),
+and Mamba-2's for A, dt and the convolution (arXiv 2405.21060 and state-spaces/mamba's mamba2.py).
 """
 
 import hashlib
@@ -32,7 +32,8 @@ def _generator(seed: int, name: str) -> torch.Generator:
 def global_parameters(
     model: NemotronModel,
 ) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """(name, parameter) with decoder layers numbered from 0 over all pipeline stages."""
+    """(global name, parameter) of this rank: decoder layers are numbered from 0 over all pipeline
+    stages."""
     for name, parameter in model.named_parameters():
         match = re.match(r"decoder\.layers\.(\d+)\.(.*)", name)
         if match:
@@ -44,7 +45,7 @@ def global_parameters(
 def draw(
     name: str, shape: tuple[int, ...], model: ModelConfig, generator: torch.Generator
 ) -> torch.Tensor:
-    """The whole initial tensor called `name`, FP32."""
+    """The whole (unsharded) initial tensor with this global name, FP32."""
     last = name.rsplit(".", 1)[-1]
     mamba: MambaConfig = model.mamba
     if name.endswith(("norm.weight", "layernorm.weight")):
@@ -70,7 +71,8 @@ def draw(
 
 @torch.no_grad()
 def initialize(model: NemotronModel, config: ModelConfig, seed: int) -> None:
-    """Fill every parameter of `model` with its shard of the run's initial weights."""
+    """Fill every parameter of `model` with its shard of the initial weights. Each expert is drawn
+    separately, from its global index, so the result does not depend on expert parallelism."""
     groups = model.pg_collection
     for name, parameter in global_parameters(model):
         if getattr(parameter, "is_expert", False):
@@ -82,7 +84,7 @@ def initialize(model: NemotronModel, config: ModelConfig, seed: int) -> None:
                 full = draw(name, shape, config, _generator(seed, expert_name))
                 dim = parameter.partition_dim - 1  # type: ignore[attr-defined]
                 parameter[index].copy_(full.chunk(num_shards, dim)[shard])
-        elif hasattr(parameter, "expert_index"):  # one expert's own matrix (`native_experts`)
+        elif hasattr(parameter, "expert_index"):  # the matrix of one expert (`model.moe.native`)
             shard, num_shards = groups.expt_tp.rank(), groups.expt_tp.size()
             stacked = name.rstrip("0123456789")
             index: int = parameter.expert_index  # type: ignore[attr-defined]

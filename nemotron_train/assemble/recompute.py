@@ -1,14 +1,16 @@
-"""Activation recomputation: a part of a layer keeps its inputs and runs again for its gradient.
+"""Activation recomputation: a part of a layer saves its inputs and runs again in the backward pass.
 
-Owns: the running again, and that nothing counts it twice. Does not own: which parts do so
-(`assemble.specs` reads `train.recompute`), what it saves (`plan.cost.activations`).
+Owns: the second run, and that counters (router statistics, call numbers) do not count it. Does not
+own: which parts recompute (`assemble.specs` reads `train.recompute`), the memory estimate
+(`plan.cost.activations`).
 
-torch's own checkpoint (arXiv 1604.06174) in its form that keeps the graph of the first run and
-replaces what it saved. Gradients then flow as without it, in the same order and dtype, so they are
-equal bit for bit; Megatron-Core's form (tensor_parallel/random.py, CheckpointFunction) backwards
-every use of a weight apart, and a multi-token-prediction block that is used twice adds up its BF16
-gradients otherwise. Our layers draw no random numbers: stochastic rounding's words are a function
-of the step and of the number of the call, which the second run gets from the first.
+It uses torch's non-reentrant checkpoint (arXiv 1604.06174), which keeps the graph of the first run
+and recomputes only the saved tensors. Gradients flow as without it, in the same order and dtype, so
+they are equal bit for bit. Megatron-Core's checkpoint (tensor_parallel/random.py,
+CheckpointFunction) runs a separate backward for every use of a weight. A multi-token-prediction
+block that is used twice would then sum its BF16 gradients differently. Our layers draw no random
+numbers: the random words of stochastic rounding are a function of the step and the call number, and
+the second run reuses the call numbers of the first.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,11 +25,13 @@ from nemotron_train.model.moe.router import SigmoidRouter
 
 
 class _SecondRun:
-    """Around a second run of a part of `owner`: linears number their calls as in the first one,
-    and routers and linears forget it. May be entered again (telemetry differentiates apart)."""
+    """Context manager around the second run of a part of `owner`. Linears number their calls as in
+    the first run, and at exit the counters of linears and routers are restored. May be entered
+    several times (telemetry runs a separate backward)."""
 
     def __init__(self, owner: torch.nn.Module) -> None:
-        self._attached: list[Any] = []  # of `precision.linear`, which lies above this module
+        # Objects of `precision.linear`, which this module must not import (a higher layer).
+        self._attached: list[Any] = []
         self._routers: list[Any] = []
         for module in owner.modules():
             attached = getattr(module, "attached", None)
@@ -35,18 +39,18 @@ class _SecondRun:
                 self._attached.append(attached)
             if isinstance(module, SigmoidRouter):
                 self._routers.append(module)
-        self._calls_then = [attached.calls for attached in self._attached]
+        self._calls_at_first_run = [attached.calls for attached in self._attached]
 
     def __enter__(self) -> None:
-        self._calls_now = [attached.calls for attached in self._attached]
-        self._set_calls(self._calls_then)
+        self._calls_before = [attached.calls for attached in self._attached]
+        self._set_calls(self._calls_at_first_run)
         self._counts = [
             (router.local_tokens_per_expert.clone(), router.load_balance_loss_sum)
             for router in self._routers
         ]
 
     def __exit__(self, *exception: object) -> None:
-        self._set_calls(self._calls_now)
+        self._set_calls(self._calls_before)
         for router, (tokens_E, loss_sum) in zip(self._routers, self._counts, strict=True):
             router.local_tokens_per_expert.copy_(tokens_E)
             router.load_balance_loss_sum = loss_sum
@@ -57,23 +61,25 @@ class _SecondRun:
 
 
 def _contexts(owner: torch.nn.Module) -> tuple[Any, Any]:
-    """What surrounds the first and the second run."""
+    """The context managers of the first and of the second run; called before the first run."""
     return nullcontext(), _SecondRun(owner)
 
 
 def recomputing(owner: type, methods: Sequence[str] = ("forward",), native: bool = False) -> type:
-    """`owner`, whose `methods` keep their inputs and outputs only, and run again in the backward
-    pass. What they return does not change, nor does any gradient in any bit.
+    """A subclass of `owner` whose `methods` save only their inputs and run again in the backward
+    pass. Their results and all gradients stay the same, bit for bit.
 
-    COLLECTIVE where the methods are: the backward pass repeats their exchanges, on every rank at
-    the same place. native: Transformer Engine's checkpoint, which brings its quantization contexts
-    back (translated, not run on a GPU).
+    COLLECTIVE if the methods are: the backward pass repeats their communication, in the same order
+    on every rank. native: use Transformer Engine's checkpoint, which restores its quantization
+    contexts (written, not run on a GPU).
     """
     parts = {name: _run_again(getattr(owner, name), native) for name in methods}
     return type(f"Recomputing{owner.__name__}", (owner,), parts)
 
 
 def _run_again(plain: Callable[..., Any], native: bool) -> Callable[..., Any]:
+    """The method `plain` with recomputation; without gradients it just calls `plain`."""
+
     def method(self: torch.nn.Module, *args: Any, **named: Any) -> Any:
         if not torch.is_grad_enabled():
             return plain(self, *args, **named)

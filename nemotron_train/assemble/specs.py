@@ -1,8 +1,9 @@
 """The spec tree: which class fills each slot of Megatron's `HybridStack`.
 
-One switch: with Transformer Engine the parallel linears, norms and attention are its own,
-otherwise Megatron's plain ones and ours; a plan with block formats takes emulated linears. The
-Mamba-2 mixer and the router are ours on both sides, and so are the experts but for native plans.
+There are three sets of classes (`parts`). With Transformer Engine: its parallel linears, norms and
+attention. Without it: our subclasses of Megatron's linears, and our norm and attention. A precision
+plan with emulated block-scaled formats: emulating linears and experts. The Mamba-2 mixer and the
+router are always ours; the experts are ours except under a native plan.
 """
 
 from collections.abc import Sequence
@@ -51,7 +52,7 @@ from nemotron_train.precision.linear import (
 
 @dataclass(frozen=True)
 class Parts:
-    """The classes that differ between a machine with Transformer Engine and one without."""
+    """The classes that depend on Transformer Engine and on the precision plan."""
 
     column_parallel: type
     row_parallel: type
@@ -62,8 +63,9 @@ class Parts:
 
 
 def parts(transformer_engine: bool, emulated: bool = False, native: bool = False) -> Parts:
-    """Linears that emulate a precision plan, Transformer Engine's layers (translated, not run on a
-    GPU; its grouped experts too where it computes block formats), or the plain ones."""
+    """The classes for this machine and plan: emulating ones if `emulated`, else Transformer
+    Engine's if it is installed (written, not run on a GPU), else the plain ones. With `native`,
+    Transformer Engine computes the block-scaled formats and the experts use its grouped linears."""
     if emulated:
         return Parts(
             EmulatedColumnParallelLinear,
@@ -100,17 +102,21 @@ def parts(transformer_engine: bool, emulated: bool = False, native: bool = False
 
 
 def stack_submodules(config: Config, part: Parts, native: bool = False) -> HybridStackSubmodules:
-    """The layers behind the letters M, * and E, and the multi-token-prediction block; each kind's
-    recomputation is a matter of the class that fills a slot."""
+    """The layers for the pattern letters M, * and E, and the multi-token-prediction block. A layer
+    kind with recomputation gets a recomputing subclass in its slot."""
     model, recompute = config.model, config.train.recompute
     full, selective = RecomputeMode.full, RecomputeMode.selective
-    again = partial(_recomputing_if, native=native)
+    maybe_recomputing = partial(_recomputing_if, native=native)
+    # Transformer Engine computes nothing inside `mix`: plain checkpoint, native=False.
+    mixer_class = maybe_recomputing(
+        recompute.mamba == selective, Mamba2Mixer, ["mix"], native=False
+    )
     mamba_layer = ModuleSpec(
-        module=again(recompute.mamba == full, MambaBlock),
+        module=maybe_recomputing(recompute.mamba == full, MambaBlock),
         submodules=MambaLayerSubmodules(
             norm=part.norm,
             mixer=ModuleSpec(
-                module=again(recompute.mamba == selective, Mamba2Mixer, ["mix"], native=False),
+                module=mixer_class,
                 params={"mamba": model.mamba},
                 submodules=Mamba2MixerSubmodules(part.column_parallel, part.row_parallel),
             ),
@@ -118,7 +124,7 @@ def stack_submodules(config: Config, part: Parts, native: bool = False) -> Hybri
         ),
     )
     attention_layer = ModuleSpec(
-        module=again(recompute.attention == full, AttentionBlock),
+        module=maybe_recomputing(recompute.attention == full, AttentionBlock),
         submodules=TransformerLayerSubmodules(
             input_layernorm=part.norm,
             self_attention=ModuleSpec(
@@ -126,7 +132,9 @@ def stack_submodules(config: Config, part: Parts, native: bool = False) -> Hybri
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=part.column_parallel,
-                    core_attention=again(recompute.attention == selective, part.core_attention),
+                    core_attention=maybe_recomputing(
+                        recompute.attention == selective, part.core_attention
+                    ),
                     linear_proj=part.row_parallel,
                 ),
             ),
@@ -156,6 +164,7 @@ def stack_submodules(config: Config, part: Parts, native: bool = False) -> Hybri
 
 def _moe_layer(config: Config, part: Parts, native: bool) -> ModuleSpec:
     model, mode = config.model, config.train.recompute.moe
+    # Selective recomputation covers both entry points of `GroupedExperts`.
     methods = ["forward", "routed"] if issubclass(part.experts, GroupedExperts) else ["forward"]
     experts = _recomputing_if(mode == RecomputeMode.selective, part.experts, methods, native)
     moe = partial(
@@ -184,6 +193,6 @@ def _moe_layer(config: Config, part: Parts, native: bool) -> ModuleSpec:
 
 
 def _recomputing_if(
-    is_wanted: bool, owner: type, methods: Sequence[str] = ("forward",), native: bool = False
+    condition: bool, owner: type, methods: Sequence[str] = ("forward",), native: bool = False
 ) -> type:
-    return recomputing(owner, methods, native) if is_wanted else owner
+    return recomputing(owner, methods, native) if condition else owner

@@ -1,5 +1,6 @@
-"""Our configuration in Megatron-Core's words: `TransformerConfig`. Their names appear here and
-at the modules that subclass theirs, nowhere else.
+"""Translation of our configuration to Megatron-Core's `TransformerConfig`.
+
+Megatron's field names appear only here and in the modules that subclass Megatron's.
 """
 
 from collections.abc import Mapping
@@ -16,9 +17,10 @@ from nemotron_train.platform.device import TORCH_DTYPES, Platform
 def transformer_config(
     config: Config, platform: Platform, precision_fields: Mapping[str, Any] | None = None
 ) -> TransformerConfig:
-    """Translate the model, precision and layout into the object every Megatron module reads.
+    """Translate model, precision and layout into the object that every Megatron module reads.
 
-    precision_fields: what a native plan adds (`precision.native.transformer_fields`)."""
+    precision_fields: additional fields of a native plan (`precision.native.transformer_fields`).
+    """
     model, parallel = config.model, config.parallel
     dtype = TORCH_DTYPES[config.precision.parameter_dtype]
     num_layers = len(model.pattern.replace("|", ""))
@@ -80,7 +82,7 @@ def transformer_config(
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
-        # Initialization is ours (assemble.initialize): the same weights under every layout.
+        # We initialize the weights (assemble.initialize): the same values under every layout.
         perform_initialization=False,
         use_cpu_initialization=platform.device == "cpu",
         gradient_accumulation_fusion=False,

@@ -1,1 +1,1 @@
-"""Proofs that a user runs on their own configuration: layouts, resume, precision."""
+"""Checks that users run on their own configuration: layout, resume and precision."""

@@ -1,8 +1,8 @@
-"""Text for the checks: prepared data of a few kilobytes a source, the same on every machine.
+"""Synthetic prepared data for the checks, a few kilobytes a source, identical on every machine.
 
-Documents are shorter than a sequence and differ in length, so that rows are packed and document
-boundaries fall everywhere. The user's own data stay out of it: they may lie on a cluster, and their
-vocabulary would be most of a shrunk model. No torch.
+Documents are shorter than a sequence and vary in length, so rows are packed and document boundaries
+fall at many positions. The user's own data is not used: it may be on a cluster, and its vocabulary
+would dominate a shrunk model. No torch.
 """
 
 import json
@@ -17,8 +17,10 @@ _LETTERS = "etaoinshrdlucmfwypvbgkjqxz"
 
 
 def write_sources(folder: Path, count: int) -> None:
-    """Prepare `count` sources under `folder`, all with the tokenizer of the first; those that are
-    there already are kept."""
+    """Prepare `count` sources under `folder`, all with the tokenizer of the first one.
+
+    Existing sources are kept.
+    """
     for number in range(count):
         output = source_folder(folder, number)
         text = folder / f"source_{number}.jsonl"
@@ -40,15 +42,15 @@ def write_sources(folder: Path, count: int) -> None:
 
 
 def _documents(seed: int) -> list[str]:
-    """Words drawn by rank from a vocabulary of made-up ones, as in a text the first ones most."""
-    words = random.Random(0)
+    """Documents of made-up words with word frequency 1 / rank, as in natural text."""
+    word_random = random.Random(0)
     vocabulary = [
-        "".join(words.choices(_LETTERS, range(26, 0, -1), k=words.randint(1, 7)))
+        "".join(word_random.choices(_LETTERS, range(26, 0, -1), k=word_random.randint(1, 7)))
         for _ in range(_WORDS)
     ]
-    draws = random.Random(f"documents {seed}")
+    document_random = random.Random(f"documents {seed}")
     weights = [1 / rank for rank in range(1, _WORDS + 1)]
     return [
-        " ".join(draws.choices(vocabulary, weights, k=draws.randint(3, 40)))
+        " ".join(document_random.choices(vocabulary, weights, k=document_random.randint(3, 40)))
         for _ in range(_DOCUMENTS)
     ]

@@ -1,11 +1,11 @@
-"""`check parallel`: one training step of the asked layout against one rank, gradient by gradient.
+"""`check parallel`: compares training in the configured layout with training on one rank.
 
-Owns the order of the proof, its verdict and its text. Does not own: what is shrunk
-(`plan.shrink`), ranks (`check.ranks`), what they record (`check.worker`), arithmetic
-(`check.compare`). No torch in this process.
+Owns: the order of the comparisons, the verdict and the printed text. Does not own: how the
+configuration is shrunk (`plan.shrink`), starting ranks (`check.ranks`), what they record
+(`check.worker`), arithmetic (`check.compare`). No torch in this process.
 
-Where the whole layout differs, its dimensions are checked alone, then in pairs, and the smallest
-combination that differs is named.
+If the full layout differs, the check runs each parallel dimension alone, then pairs of dimensions,
+and names the smallest combination that differs.
 """
 
 import json
@@ -32,25 +32,30 @@ from nemotron_train.check.ranks import Ranks, RanksFailed
 from nemotron_train.config.schema import Config
 from nemotron_train.plan.shrink import Shrunk, alone, dimensions, one_rank, shrink
 
-# Relative differences that sums in another order explain, by kind of comparison; "output": of
-# losses and of modules. What a step changed is a quotient of two moments, and steps may cancel.
+# Largest relative differences that a different summation order explains, by kind of comparison.
+# "output" covers losses and module outputs. An update is a quotient of two moments, and the updates
+# of several steps may cancel, so its limit is wider.
 LIMITS = {"initial weight": 0.0, "output": 1e-4, "gradient": 1e-4, "update": 2e-3}
-# Under the plan's own formats one rounding more or less begins a cascade: NVFP4 under tensor
-# parallelism was measured at 2e-4, 0.25 and 0.5. Only what is missing or doubled is seen.
+# Limits under the precision plan's own formats, where one different rounding starts a cascade:
+# NVFP4 with tensor parallelism was measured at 2e-4, 0.25 and 0.5 (output, gradient, update). These
+# limits only detect missing or doubled contributions.
 OWN_PRECISION_LIMITS = {"initial weight": 0.0, "output": 5e-2, "gradient": 0.4, "update": 0.9}
-_ROWS = 12
-# AdamW's first step is the gradient's sign, and rounding would decide it for vanishing elements; an
-# epsilon above these keeps their steps small.
+_ROWS = 12  # modules in the printed table, or more if more differ
+# AdamW's first step is the sign of the gradient, so rounding decides it for near-zero elements. An
+# epsilon above their size keeps those steps small.
 _EPSILON = 1e-6
-# At the rates of large models a step would be lost in the rounding of weights of size one.
+# With the learning rate of a large model, rounding would hide the update of weights of size one.
 _RATE = 1e-3
-# The load-balance loss must weigh enough for a wrong factor before it to be seen beside the rest.
+# The load-balance loss needs enough weight for a wrong factor in it to be visible.
 _LOAD_BALANCE = 1e-2
 
 
 @dataclass(frozen=True)
 class ParallelCheck:
-    """What is asked of a check besides the configuration."""
+    """Options of `check parallel` besides the configuration.
+
+    own_precision: keep the precision plan and use wide limits; otherwise train in FP32.
+    """
 
     folder: Path
     max_ranks: int = 4
@@ -59,21 +64,26 @@ class ParallelCheck:
 
     @property
     def limits(self) -> dict[str, float]:
+        """Largest allowed relative difference by kind of comparison."""
         return OWN_PRECISION_LIMITS if self.own_precision else LIMITS
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A layout against one rank. losses: name -> largest relative difference over the steps."""
+    """Result of comparing a layout with one rank.
+
+    losses: name -> largest relative difference over the steps.
+    """
 
     modules: list[ModuleDifference]
     losses: dict[str, float]
-    first_output: str  # the first module, in the order of the forward pass, whose output differs
+    first_output: str  # first module in forward order whose output differs; "" if none
     limits: dict[str, float]
-    failed: str = ""  # why there is nothing to compare
+    failed: str = ""  # error of the run; "" if it finished
 
     @property
     def differing(self) -> list[ModuleDifference]:
+        """The modules with at least one difference above its limit."""
         return [
             row
             for row in self.modules
@@ -82,32 +92,37 @@ class Outcome:
 
     @property
     def equal(self) -> bool:
+        """Whether the run finished and all its differences are within the limits."""
         losses = all(value <= self.limits["output"] for value in self.losses.values())
         return losses and not (self.failed or self.differing or self.first_output)
 
     @property
     def culprit(self) -> str:
-        """Where the difference begins: in the forward pass, or else, as a wrong gradient spreads
-        towards the embedding, in the module nearest to the loss."""
+        """The module where the difference starts; "" if no module differs.
+
+        This is the first module whose forward output differs. If all outputs agree, it is the
+        differing module nearest to the loss, because a wrong gradient propagates towards the
+        embedding.
+        """
         if self.first_output:
             return self.first_output
         return max((row.module for row in self.differing), key=depth, default="")
 
 
-def check_parallel(config: Config, asked: ParallelCheck, console: Console, ranks: Ranks) -> bool:
-    """Whether the layout of `config`, shrunk, trains as one rank does; tells what differs.
+def check_parallel(config: Config, options: ParallelCheck, console: Console, ranks: Ranks) -> bool:
+    """Whether `config`, shrunk, trains in its layout as on one rank. Prints what differs.
 
-    Raises ConfigError for a layout that cannot be shrunk, RanksFailed where one rank alone fails.
+    Raises ConfigError if the layout cannot be shrunk, RanksFailed if the one-rank run fails.
     """
-    shrunk = shrink_for_proof(config, asked)
-    tell_shrunk(shrunk, console)
+    shrunk = shrink_for_proof(config, options)
+    print_shrunk(shrunk, console)
     names = dimensions(shrunk.config, shrunk.num_ranks)
     if not names:
         console.print("the layout is one rank: there is nothing to compare")
         return True
-    proof = Proof(asked, ranks, shrunk)
+    proof = Proof(options, ranks, shrunk)
     outcome = proof.outcome("layout", shrunk.config, shrunk.num_ranks)
-    _tell(outcome, console)
+    _print_outcome(outcome, console)
     label = _label(shrunk.config, names, shrunk.num_ranks)
     if outcome.equal:
         console.print(f"equal: {label} trains as one rank does", highlight=False)
@@ -117,14 +132,17 @@ def check_parallel(config: Config, asked: ParallelCheck, console: Console, ranks
     return False
 
 
-def shrink_for_proof(config: Config, asked: ParallelCheck) -> Shrunk:
-    """`config` shrunk, with what lets a fault be told from rounding."""
+def shrink_for_proof(config: Config, options: ParallelCheck) -> Shrunk:
+    """Shrink `config` and raise the knobs that make an error distinguishable from rounding.
+
+    Raises ConfigError if the layout cannot be shrunk.
+    """
     shrunk = shrink(
         config,
-        asked.folder / "data",
-        max_ranks=asked.max_ranks,
-        steps=asked.steps,
-        own_precision=asked.own_precision,
+        options.folder / "data",
+        max_ranks=options.max_ranks,
+        steps=options.steps,
+        own_precision=options.own_precision,
     )
     optim = shrunk.config.optim
     optim.epsilon = max(optim.epsilon, _EPSILON)
@@ -136,31 +154,37 @@ def shrink_for_proof(config: Config, asked: ParallelCheck) -> Shrunk:
 
 
 class Proof:
-    """Runs layouts and holds each against one rank, which is run once, at the start."""
+    """Runs layouts and compares each with the one-rank run, which the constructor runs once."""
 
-    def __init__(self, asked: ParallelCheck, ranks: Ranks, shrunk: Shrunk) -> None:
-        self.asked, self.shrunk, self.ranks = asked, shrunk, ranks
-        write_sources(asked.folder / "data", shrunk.sources)
+    def __init__(self, options: ParallelCheck, ranks: Ranks, shrunk: Shrunk) -> None:
+        self.options = options
+        self.shrunk = shrunk
+        self.ranks = ranks
+        write_sources(options.folder / "data", shrunk.sources)
         self._reference = self._run("one_rank", one_rank(shrunk.config), 1)
 
     def _run(self, name: str, config: Config, num_ranks: int) -> Path:
-        path = self.asked.folder / f"{name}.yaml"
+        path = self.options.folder / f"{name}.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(OmegaConf.structured(config), path)
         task = {
             "kind": "layout",
             "config": str(path),
-            "run_folder": str(self.asked.folder / name),
-            "steps": self.asked.steps,
+            "run_folder": str(self.options.folder / name),
+            "steps": self.options.steps,
         }
         return self.ranks.run(name, task, num_ranks)
 
     def outcome(self, name: str, config: Config, num_ranks: int) -> Outcome:
+        """Run `config` on `num_ranks` ranks in the subfolder `name` and compare it with one rank.
+
+        If a rank fails, returns an Outcome whose `failed` holds the error.
+        """
         try:
             folder = self._run(name, config, num_ranks)
         except RanksFailed as error:
-            return Outcome([], {}, "", self.asked.limits, str(error))
-        return _compare(self._reference, folder, self.asked.limits)
+            return Outcome([], {}, "", self.options.limits, str(error))
+        return _compare(self._reference, folder, self.options.limits)
 
 
 def _compare(reference: Path, folder: Path, limits: dict[str, float]) -> Outcome:
@@ -170,18 +194,18 @@ def _compare(reference: Path, folder: Path, limits: dict[str, float]) -> Outcome
         "gradient": differences(expected["gradient"], ours["gradient"]),
         "update": differences(expected["final"], ours["final"], expected["initial"]),
     }
-    records, (one,) = read_values(folder), read_values(reference)
+    records, (reference_record,) = read_values(folder), read_values(reference)
     losses = {
         name: max(
             _relative(mine[name], theirs[name])
             for record in records
-            for mine, theirs in zip(record["losses"], one["losses"], strict=True)
+            for mine, theirs in zip(record["losses"], reference_record["losses"], strict=True)
         )
-        for name in one["losses"][0]
+        for name in reference_record["losses"][0]
         if name.startswith(("loss", "mtp_loss", "load_balance_loss", "grad_norm"))
     }
-    first = _first_output(one, records, limits["output"])
-    return Outcome(by_module(kinds), losses, first, limits)
+    first_output = _first_output(reference_record, records, limits["output"])
+    return Outcome(by_module(kinds), losses, first_output, limits)
 
 
 def _relative(ours: float, expected: float) -> float:
@@ -191,76 +215,81 @@ def _relative(ours: float, expected: float) -> float:
     return difference if np.isfinite(difference) else float("inf")
 
 
-def _first_output(one: Any, records: list[Any], tolerance: float) -> str:
-    """The first module whose output, added up over the ranks, is not that of one rank. A sum along
-    a direction may cancel, so it is held against the size of what it adds up."""
-    for path, expected in sorted(one["trace"].items(), key=lambda entry: order_of_output(entry[0])):
+def _first_output(reference: Any, records: list[Any], tolerance: float) -> str:
+    """The first module whose fingerprint, summed over the ranks, differs from one rank's; or "".
+
+    A projection on a direction may cancel to near zero, so its difference is relative to at least
+    the root of the sum of squares.
+    """
+    for path, expected in sorted(
+        reference["trace"].items(), key=lambda entry: order_of_output(entry[0])
+    ):
         sums = [record["trace"][path] for record in records if path in record["trace"]]
         ours = np.sum(sums, axis=0) if sums else np.zeros(2)
-        size = expected[0]
-        squares = abs(ours[0] - size) / max(size, 1e-30)
-        along = abs(ours[1] - expected[1]) / max(abs(expected[1]), np.sqrt(size), 1e-30)
-        if not max(squares, along) <= tolerance:
+        square_sum = expected[0]
+        squares = abs(ours[0] - square_sum) / max(square_sum, 1e-30)
+        projection = abs(ours[1] - expected[1]) / max(abs(expected[1]), np.sqrt(square_sum), 1e-30)
+        if not max(squares, projection) <= tolerance:
             return path
     return ""
 
 
 def order_of_output(path: str) -> tuple[Any, ...]:
-    """Sorts modules by when their output is complete: what lies inside a layer before the layer."""
+    """Sort key of a module by when its output is complete: submodules before their layer."""
     return (*depth(path), -path.count("."), path)
 
 
 def _bisect(proof: Proof, names: list[str], console: Console) -> None:
-    """The dimensions alone, then in pairs, until a combination differs."""
+    """Check the dimensions alone, then in pairs. Stop at the first size at which some differ."""
     config = proof.shrunk.config
     parallel = config.parallel
     replicas = proof.shrunk.num_ranks // (parallel.tensor * parallel.pipeline * parallel.context)
     sizes = [size for size in (1, 2) if size < len(names)]
     for size in sizes:
-        found = []
+        differing = []
         for chosen in combinations(names, size):
-            part, num_ranks = alone(config, chosen, max(2, replicas))
-            if num_ranks > proof.asked.max_ranks:
+            reduced, num_ranks = alone(config, chosen, max(2, replicas))
+            if num_ranks > proof.options.max_ranks:
                 continue
-            outcome = proof.outcome("_and_".join(chosen) + "_alone", part, num_ranks)
+            outcome = proof.outcome("_and_".join(chosen) + "_alone", reduced, num_ranks)
             if not outcome.equal:
-                found.append((chosen, outcome))
-        for chosen, outcome in found:
+                differing.append((chosen, outcome))
+        for chosen, outcome in differing:
             console.print(
                 f"differs already with {' and '.join(chosen)} alone"
                 + (f", first in {outcome.culprit}" if outcome.culprit else ""),
                 highlight=False,
             )
-        if found:
+        if differing:
             return
     if len(names) > 1:
         console.print(f"only {' and '.join(names)} together differ", highlight=False)
 
 
-# What is read and told ----------------------------------------------------------------------
+# Reading and printing -----------------------------------------------------------------------
 
 
 def read_shards(folder: Path) -> dict[str, list[Shard]]:
-    """Kind of record -> the shards of all ranks."""
-    found: dict[str, list[Shard]] = {}
+    """Read the shards of all ranks from `folder`, by kind of record."""
+    shards: dict[str, list[Shard]] = {}
     for path in sorted(folder.glob("rank_*.json")):
         rank = int(path.stem.removeprefix("rank_"))
         with np.load(path.with_suffix(".npz"), allow_pickle=False) as arrays:
             for entry in json.loads(path.read_text())["shards"]:
                 shape, offset = tuple(entry["shape"]), tuple(entry["offset"])
                 shard = Shard(entry["name"], shape, offset, arrays[entry["array"]], rank)
-                found.setdefault(entry["kind"], []).append(shard)
-    return found
+                shards.setdefault(entry["kind"], []).append(shard)
+    return shards
 
 
 def read_values(folder: Path) -> list[dict[str, Any]]:
-    """The plain values of every rank, in order."""
+    """Read the recorded values of every rank from `folder`, in rank order."""
     paths = sorted(folder.glob("rank_*.json"), key=lambda path: int(path.stem[5:]))
     return [json.loads(path.read_text())["values"] for path in paths]
 
 
-def tell_shrunk(shrunk: Shrunk, console: Console) -> None:
-    """What the configuration was shrunk to, one line a part of it."""
+def print_shrunk(shrunk: Shrunk, console: Console) -> None:
+    """Print what shrinking changed, one line for each section of the configuration."""
     parts: dict[str, list[str]] = {}
     for knob, was, now in shrunk.changes:
         part, _, name = knob.rpartition(".")
@@ -280,7 +309,7 @@ def _label(config: Config, names: list[str], num_ranks: int) -> str:
     return f"{' '.join(parts)} on {num_ranks} ranks"
 
 
-def _tell(outcome: Outcome, console: Console) -> None:
+def _print_outcome(outcome: Outcome, console: Console) -> None:
     if outcome.failed:
         console.print(outcome.failed, markup=False, highlight=False)
         return
@@ -296,9 +325,9 @@ def _tell(outcome: Outcome, console: Console) -> None:
         name = worst.name.removeprefix(f"{row.module}.") + note
         table.add_row(row.module, *numbers, name, str(worst.rank))
     console.print(table)
-    rest = outcome.modules[len(shown) :]
-    if rest:
-        console.print(f"{len(rest)} more modules, none above {rest[0].relative:.1e}")
+    hidden = outcome.modules[len(shown) :]
+    if hidden:
+        console.print(f"{len(hidden)} more modules, none above {hidden[0].relative:.1e}")
     losses = [f"{name} {value:.1e}" for name, value in outcome.losses.items()]
     console.print("of the losses: " + ", ".join(losses), highlight=False, soft_wrap=True)
     if outcome.first_output:

@@ -1,7 +1,7 @@
-"""`check precision`: what the linears of the built model carry, against the plan, phase by phase.
+"""`check precision`: compares the formats of the built model's linears with the plan, by phase.
 
-Owns the comparison and its text. Does not own: the plan (`plan.precision.resolve`), how it is
-attached (`precision.attach`), ranks (`check.ranks`). No torch in this process.
+Owns: the comparison and its printed text. Does not own: the plan (`plan.precision.resolve`), how it
+is attached (`precision.attach`), ranks (`check.ranks`). No torch in this process.
 """
 
 from dataclasses import asdict
@@ -13,23 +13,27 @@ from rich.console import Console
 from rich.table import Table
 
 from nemotron_train.check.data import write_sources
-from nemotron_train.check.parallel import read_values, tell_shrunk
+from nemotron_train.check.parallel import print_shrunk, read_values
 from nemotron_train.check.ranks import Ranks
 from nemotron_train.config.schema import Config, GemmFormat
 from nemotron_train.plan.precision.resolve import resolve_plan
 from nemotron_train.plan.shrink import shrink
 
-# A format that is a dtype -> that of the weight.
+# Format without quantization -> torch dtype of the weight.
 _DTYPES = {"bf16": "torch.bfloat16", "float32": "torch.float32"}
 
 
 def check_precision(
     config: Config, folder: Path, max_ranks: int, console: Console, ranks: Ranks
 ) -> bool:
-    """Whether every linear of `config`, shrunk, carries what the plan says in every phase."""
+    """Whether every linear of `config`, shrunk, has its planned formats in every phase.
+
+    Prints one table a phase. Raises ConfigError if the configuration cannot be shrunk, RanksFailed
+    if a rank fails.
+    """
     data = folder / "data"
     shrunk = shrink(config, data, max_ranks=max_ranks, steps=8, own_precision=True)
-    tell_shrunk(shrunk, console)
+    print_shrunk(shrunk, console)
     write_sources(data, shrunk.sources)
     path = folder / "model.yaml"
     folder.mkdir(parents=True, exist_ok=True)
@@ -44,9 +48,12 @@ def check_precision(
     for number, start in enumerate(starts):
         planned = {name: asdict(f) for name, f in plan.phases[number].formats.items()}
         carried = [(record["weights"], record["formats"][number]) for record in records]
-        rows = [(name, want, problem_of(name, want, carried)) for name, want in planned.items()]
+        rows = [
+            (name, planned_formats, problem_of(name, planned_formats, carried))
+            for name, planned_formats in planned.items()
+        ]
         wrong += sum(bool(problem) for _, _, problem in rows)
-        _tell(f"from {start:,} tokens", rows, console)
+        _print_phase(f"from {start:,} tokens", rows, console)
     console.print("as planned" if not wrong else f"{wrong} linears are not as planned")
     return wrong == 0
 
@@ -54,9 +61,10 @@ def check_precision(
 def problem_of(
     path: str, planned: dict[str, Any], carried: list[tuple[dict[str, str], dict[str, Any]]]
 ) -> str:
-    """What is wrong with the linear at `path`, over all ranks; "" when nothing is.
+    """The problem with the linear at `path` on any rank; "" if there is none.
 
-    carried: of each rank, dtypes of weights by path and formats by path.
+    planned: the linear's formats by role ("fprop", "dgrad", "wgrad", ...). carried: for each rank,
+    the dtypes of its weights by path and the formats of its linears by path.
     """
     holders = [(dtypes, formats) for dtypes, formats in carried if path in dtypes]
     if not holders:
@@ -78,7 +86,7 @@ def _products(formats: dict[str, Any]) -> str:
     return "/".join(formats[role] for role in ("fprop", "dgrad", "wgrad"))
 
 
-def _tell(title: str, rows: list[tuple[str, dict[str, Any], str]], console: Console) -> None:
+def _print_phase(title: str, rows: list[tuple[str, dict[str, Any], str]], console: Console) -> None:
     table = Table(title=title, title_justify="left")
     for heading in ("linear", "planned (fprop/dgrad/wgrad)", "carried"):
         table.add_column(heading, overflow="fold")

@@ -1,7 +1,7 @@
-"""The ranks of a check: processes on this machine, over loopback and gloo, whatever GPUs there are.
+"""Starts the ranks of a check: CPU processes on this machine, with gloo over loopback.
 
-Owns their environment, their logs, and that none outlives the check. Does not own what they do
-(`check.worker`). No torch.
+Owns: their environment, their logs, and that no rank outlives the check. GPUs are hidden from the
+ranks. Does not own: what a rank does (`check.worker`). No torch.
 """
 
 import json
@@ -21,15 +21,15 @@ _TAIL_LINES = 25
 
 
 class RanksFailed(RuntimeError):
-    """A rank ended with an error or did not end; its last words are in the message."""
+    """A rank failed, was killed, or did not end in time. The message has the end of its log or its
+    path."""
 
 
 class Ranks:
-    """Starts tasks on ranks, one after the other.
+    """Runs tasks on ranks, one task at a time.
 
-    folder: gets a folder a task. limit_seconds: for one task, since a layout fault may show as
-    ranks that wait for each other for ever. worker: what Python runs in each rank, with the task's
-    file as its last argument.
+    folder: gets one subfolder a task. limit_seconds: time limit of one task; a wrong layout may
+    deadlock. worker: Python arguments of each rank; the task file is appended as the last argument.
     """
 
     def __init__(
@@ -44,22 +44,23 @@ class Ranks:
         self._limit, self._worker = limit_seconds, list(worker)
 
     def run(self, name: str, task: dict[str, Any], num_ranks: int) -> Path:
-        """Run `task` on `num_ranks` ranks; returns the folder that it wrote into.
+        """Run `task` on `num_ranks` ranks and return its output folder.
 
-        Raises RanksFailed with the end of the log of the rank that failed first.
+        Raises RanksFailed if a rank fails, is killed, or exceeds the time limit. For a failure, the
+        message holds the end of the log of the lowest failed rank.
         """
         folder = self.folder / name
         folder.mkdir(parents=True, exist_ok=True)
-        for old in folder.glob("rank_*"):
-            old.unlink()
+        for stale in folder.glob("rank_*"):
+            stale.unlink()
         path = folder / "task.json"
         path.write_text(json.dumps(task | {"output": str(folder)}, indent=1))
         started = time.monotonic()
-        doing = f"{name.replace('_', ' ')}: {num_ranks} rank{'s' if num_ranks > 1 else ''}"
-        with self._console.status(doing):
+        description = f"{name.replace('_', ' ')}: {num_ranks} rank{'s' if num_ranks > 1 else ''}"
+        with self._console.status(description):
             self._wait(self._start(path, num_ranks), folder, name)
         seconds = time.monotonic() - started
-        self._console.print(f"ran {doing}, {seconds:.0f} s", highlight=False)
+        self._console.print(f"ran {description}, {seconds:.0f} s", highlight=False)
         return folder
 
     def _start(self, task: Path, num_ranks: int) -> list[subprocess.Popen]:
@@ -70,12 +71,12 @@ class Ranks:
         shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "CUDA_VISIBLE_DEVICES": ""}
         processes = []
         for rank in range(num_ranks):
-            own = shared | {"RANK": rank, "LOCAL_RANK": rank}
+            environment = shared | {"RANK": rank, "LOCAL_RANK": rank}
             with open(task.with_name(f"rank_{rank}.log"), "wb") as log:
                 processes.append(
                     subprocess.Popen(
                         [sys.executable, *self._worker, str(task)],
-                        env=os.environ | {name: str(value) for name, value in own.items()},
+                        env=os.environ | {name: str(value) for name, value in environment.items()},
                         stdout=log,
                         stderr=subprocess.STDOUT,
                     )
@@ -83,7 +84,7 @@ class Ranks:
         return processes
 
     def _wait(self, processes: list[subprocess.Popen], folder: Path, name: str) -> None:
-        """Until all have ended well; the first that has not ends the others."""
+        """Wait until all processes end. The first failure or the deadline kills the others."""
         deadline = time.monotonic() + self._limit
         try:
             while any(process.poll() is None for process in processes):
@@ -101,6 +102,7 @@ class Ranks:
                     process.kill()
                     process.wait()
         for rank, process in enumerate(processes):
+            # Ranks that this function killed have a negative code; report the one that failed.
             if process.returncode > 0:
                 log = (folder / f"rank_{rank}.log").read_text(errors="replace")
                 tail = "\n".join(log.rstrip().splitlines()[-_TAIL_LINES:])

@@ -1,8 +1,8 @@
-"""One rank of a check: builds the trainer that `pretrain` builds, trains it, records what it saw.
+"""One rank of a check: builds the same trainer as `pretrain`, trains, and records the results.
 
 Run as `python -m nemotron_train.check.worker TASK.json`; `check.ranks` starts one process a rank.
-A task names the configuration's file, what to record, and the folder that the record goes to:
-`rank_0.npz` with the arrays, `rank_0.json` with the rest. Does not own any comparison.
+A task names the configuration file, what to record, and the output folder. Rank 0 writes its arrays
+to `rank_0.npz` and everything else to `rank_0.json`, and so on. Does not own: any comparison.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ from nemotron_train.run_folder.metric_groups import is_timing
 
 
 def main(task_path: str) -> None:
-    """Do the task on this rank."""
+    """Run the task in the file `task_path` on this rank (RANK, WORLD_SIZE from the environment)."""
     task = json.loads(Path(task_path).read_text())
     config = compose_config([], Path(task["config"]))
     derived = derive(config, int(os.environ["WORLD_SIZE"]))
@@ -39,7 +39,7 @@ def main(task_path: str) -> None:
     from nemotron_train.platform import groups as process_groups
     from nemotron_train.train.trainer import Trainer
 
-    # Every process of one run starts alike, so that a state which a checkpoint forgot shows.
+    # All processes start with the same seeds, so state missing from the checkpoint becomes visible.
     random.seed(config.train.seed)
     np.random.seed(config.train.seed)
     train_data, validation_data = open_data(config, lambda text: None)
@@ -67,7 +67,10 @@ def main(task_path: str) -> None:
 
 
 class RecordedBatches:
-    """The run's batches, and which samples this rank was given."""
+    """Wraps a BatchSource and records the samples of every batch of this rank.
+
+    taken: for each batch, {"samples": sample id -> digest of its tokens}.
+    """
 
     def __init__(self, source: BatchSource) -> None:
         self._source = source
@@ -76,6 +79,7 @@ class RecordedBatches:
     def take(
         self, state: DataState, num_sequences: int, rank_slice: tuple[int, int] | None = None
     ) -> tuple[Batch, DataState]:
+        """As `BatchSource.take`, and record the samples."""
         batch, after = self._source.take(state, num_sequences, rank_slice)
         digest = [hashlib.sha256(row.tobytes()).hexdigest()[:16] for row in batch.tokens_BS]
         samples = zip(batch.sample_ids_B.tolist(), digest, strict=True)
@@ -87,7 +91,7 @@ class RecordedBatches:
 
 
 class Record:
-    """What one rank saw: shards by kind, and plain values."""
+    """The record of one rank: shards by kind, and JSON values by name."""
 
     def __init__(self, folder: Path, rank: int) -> None:
         self._folder, self.rank = folder, rank
@@ -96,13 +100,15 @@ class Record:
         self.values: dict[str, Any] = {}
 
     def add(self, kind: str, shards: list[Shard]) -> None:
+        """Copy `shards` into the record under `kind`."""
         for shard in shards:
             array = f"a{len(self._arrays)}"
             self._arrays[array] = shard.values.copy()
-            place = {"name": shard.name, "shape": shard.global_shape, "offset": shard.offset}
-            self._index.append({"kind": kind, "array": array} | place)
+            location = {"name": shard.name, "shape": shard.global_shape, "offset": shard.offset}
+            self._index.append({"kind": kind, "array": array} | location)
 
     def write(self) -> None:
+        """Write `rank_N.npz` and `rank_N.json`."""
         arrays: Any = self._arrays
         np.savez(self._folder / f"rank_{self.rank}.npz", **arrays)
         described = {"shards": self._index, "values": self.values}
@@ -110,8 +116,8 @@ class Record:
 
 
 def record_layout(trainer: Any, batches: RecordedBatches, record: Record, steps: int) -> None:
-    """Initial weights, the first step's module outputs and gradients, every step's losses, and the
-    weights in the end."""
+    """Train `steps` steps. Record the initial and final weights, the output fingerprints and
+    gradients of the first step, and the losses of every step."""
     from nemotron_train.check import state
 
     models = trainer.chunks
@@ -136,25 +142,29 @@ def record_layout(trainer: Any, batches: RecordedBatches, record: Record, steps:
 
 
 class GradientsReady:
-    """The trainer's precision control, which the trainer tells when the gradients are complete; the
-    first time, `then` is told too."""
+    """Wraps the trainer's precision control to call `callback` once, when the gradients of the
+    first step are complete."""
 
-    def __init__(self, precision: Any, then: Any) -> None:
-        self._precision, self._then = precision, then
+    def __init__(self, precision: Any, callback: Any) -> None:
+        self._precision, self._callback = precision, callback
 
     def gradients_ready(self, model: Any) -> None:
+        """Called by the trainer when all gradients of a step are complete."""
         self._precision.gradients_ready(model)
-        then, self._then = self._then, None
-        if then is not None:
-            then()
+        callback = self._callback
+        self._callback = None  # only once
+        if callback is not None:
+            callback()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._precision, name)
 
 
 def record_formats(trainer: Any, record: Record, starts: list[int]) -> None:
-    """What every linear of this rank carries in the phases that begin at `starts` trained tokens:
-    formats where it can quantize, or else the dtype of its weight."""
+    """Record the formats of every linear of this rank in each phase, and the dtypes of all weights.
+
+    starts: first token of each phase. A linear that cannot quantize has a dtype only.
+    """
     from nemotron_train.check import state
 
     record.values["weights"] = state.weight_dtypes(trainer.chunks)
@@ -162,22 +172,29 @@ def record_formats(trainer: Any, record: Record, starts: list[int]) -> None:
     for start in starts:
         trainer.precision.before_step(0, start)
         attached = trainer.precision.attached()
-        record.values["formats"].append({path: asdict(f) for path, f in attached.items()})
+        record.values["formats"].append(
+            {linear: asdict(entry) for linear, entry in attached.items()}
+        )
 
 
 class Rows(list[dict[str, Any]]):
-    """Takes the lines of metrics.jsonl in the place of its writer."""
+    """Collects the lines of metrics.jsonl in memory; replaces the metrics writer."""
 
     def write(self, metrics: Mapping[str, Any]) -> None:
+        """Append one line without its timings, which differ between runs."""
         self.append({name: value for name, value in metrics.items() if not is_timing(name)})
 
     def rewind(self, step: int) -> None:
+        """Raises RuntimeError: the guard must not roll back during a check."""
         raise RuntimeError(f"the guard went back to step {step} in a check")
 
 
 def record_training(trainer: Any, batches: RecordedBatches, record: Record) -> None:
-    """Train from the newest checkpoint in the run folder, or from the start, to the end or to
-    train.stop_after_steps; what a resumed run must agree with, on this rank and on disk."""
+    """Train to the end or to train.stop_after_steps, and record what a resumed run must reproduce.
+
+    Starts from the newest checkpoint in the run folder, or from step 0. Rank 0 also records digests
+    of the last checkpoint.
+    """
     from nemotron_train.check import state
 
     trainer.run_folder.mkdir(parents=True, exist_ok=True)
@@ -198,7 +215,7 @@ def record_training(trainer: Any, batches: RecordedBatches, record: Record) -> N
 
 
 def _plain(metrics: dict[str, Any]) -> dict[str, float]:
-    """The metrics that are one number."""
+    """The scalar metrics."""
     return {
         name: value.item() if isinstance(value, torch.Tensor) else float(value)
         for name, value in metrics.items()

@@ -1,1 +1,1 @@
-"""The command line: one file a verb group. Parses words, composes a configuration, calls."""
+"""The command line, one file per verb group: parses arguments and calls the implementation."""

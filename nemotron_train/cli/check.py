@@ -1,4 +1,4 @@
-"""The `check` verbs: what they take, their help, their exit codes. Imports the work when asked."""
+"""The `check` verbs: arguments, help and exit codes. Imports the implementation on use."""
 
 import argparse
 import sys
@@ -16,8 +16,10 @@ EQUAL, DIFFERS = 0, 1
 def _exit_code(
     name: str, arguments: argparse.Namespace, check: Callable[[Config, Path, Any, Any], bool]
 ) -> int:
-    """Of `check` (configuration, folder, console, ranks), which tells whether all is equal; run in
-    a folder that no other check works in."""
+    """Run `check(configuration, folder, console, ranks)` in a locked folder; return its exit code.
+
+    check: returns whether everything is equal.
+    """
     from nemotron_train.check.ranks import Ranks, RanksFailed
     from nemotron_train.platform.lock import exclusive
 
@@ -33,27 +35,30 @@ def _exit_code(
 
 
 def run_check_parallel(arguments: argparse.Namespace) -> int:
+    """Run `check parallel`; returns EQUAL or DIFFERS."""
     from nemotron_train.check.parallel import ParallelCheck, check_parallel
 
     def check(config: Config, folder: Path, console: Any, ranks: Any) -> bool:
-        asked = ParallelCheck(folder, arguments.ranks, arguments.steps, arguments.own_precision)
-        return check_parallel(config, asked, console, ranks)
+        options = ParallelCheck(folder, arguments.ranks, arguments.steps, arguments.own_precision)
+        return check_parallel(config, options, console, ranks)
 
     return _exit_code("parallel", arguments, check)
 
 
 def run_check_resume(arguments: argparse.Namespace) -> int:
+    """Run `check resume`; returns EQUAL or DIFFERS."""
     from nemotron_train.check.resume import ResumeCheck, check_resume
 
     def check(config: Config, folder: Path, console: Any, ranks: Any) -> bool:
-        stamp = Path(config.resume) / "checkpoints" if config.resume else None
-        asked = ResumeCheck(folder, arguments.ranks, arguments.steps, stamp)
-        return check_resume(config, asked, console, ranks)
+        stamp_folder = Path(config.resume) / "checkpoints" if config.resume else None
+        options = ResumeCheck(folder, arguments.ranks, arguments.steps, stamp_folder)
+        return check_resume(config, options, console, ranks)
 
     return _exit_code("resume", arguments, check)
 
 
 def run_check_precision(arguments: argparse.Namespace) -> int:
+    """Run `check precision`; returns EQUAL or DIFFERS."""
     from nemotron_train.check.precision import check_precision
 
     def check(config: Config, folder: Path, console: Any, ranks: Any) -> bool:
@@ -70,8 +75,8 @@ def _whole_number(text: str) -> int:
 
 def _ranks_and_steps(parser: argparse.ArgumentParser, steps: int) -> None:
     run_arguments(parser)
-    for name, default, what in (("ranks", 4, "processes at most"), ("steps", steps, "of AdamW")):
-        text = f"{what} (default {default})"
+    for name, default, meaning in (("ranks", 4, "processes at most"), ("steps", steps, "of AdamW")):
+        text = f"{meaning} (default {default})"
         parser.add_argument(f"--{name}", type=_whole_number, default=default, help=text)
 
 

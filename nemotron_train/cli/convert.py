@@ -1,4 +1,4 @@
-"""The `convert` verbs: what they take, their help, exit codes. Imports the work when asked."""
+"""The `convert` verbs: arguments, help and exit codes. Imports the implementation on use."""
 
 import argparse
 import tempfile
@@ -12,6 +12,7 @@ from nemotron_train.config.schema import Config, Dtype
 
 
 def run_convert_merge(arguments: argparse.Namespace) -> int:
+    """Run `convert merge`. Words with `=` are knobs, all others are checkpoints."""
     from nemotron_train.convert.merge_weights import MergeConfig
 
     knobs = [word for word in arguments.words if "=" in word]
@@ -28,6 +29,7 @@ def _merge_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_convert_to_hf(arguments: argparse.Namespace) -> int:
+    """Run `convert to-hf`."""
     from nemotron_train.convert.hugging_face.to_hf import to_hf
 
     to_hf(
@@ -57,21 +59,22 @@ def _to_hf_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_convert_from_hf(arguments: argparse.Namespace) -> int:
-    from nemotron_train.convert.hugging_face import config as theirs
+    """Run `convert from-hf`: write the model's recipe and, if there are weights, a run folder."""
+    from nemotron_train.convert.hugging_face import config as hf_config
     from nemotron_train.convert.hugging_face.fields import has_weights
     from nemotron_train.plan.derive import derive
 
     folder, console = arguments.folder, open_console()
-    name = theirs.model_name(folder)
-    read = theirs.read_model(folder, name, frozenset(arguments.ignore))
-    recipe = theirs.recipe_text(read.model, folder)
+    name = hf_config.model_name(folder)
+    hf_model = hf_config.read_model(folder, name, frozenset(arguments.ignore))
+    recipe = hf_config.recipe_text(hf_model.model, folder)
     output = arguments.out or Path("runs") / name
     checked = _compose(recipe, [])
     checked.name = output.name
-    derive(checked)  # its checks: can there be such a model, and a run of that name?
+    derive(checked)  # checks the model and the name of the run
     if arguments.recipe is not None:
         _write_new(arguments.recipe, recipe)
-    console.print(theirs.summary(read.model), highlight=False, soft_wrap=True)
+    console.print(hf_config.summary(hf_model.model), highlight=False, soft_wrap=True)
     if not has_weights(folder):
         console.print("no weights there: the recipe alone", highlight=False)
         if arguments.recipe is None:
@@ -83,10 +86,10 @@ def run_convert_from_hf(arguments: argparse.Namespace) -> int:
         return 0
     words = list(arguments.overrides)
     if not any(word.startswith("precision=") for word in words):
-        words.insert(0, f"precision={'fp32' if read.dtype == Dtype.float32 else 'bf16'}")
+        words.insert(0, f"precision={'fp32' if hf_model.dtype == Dtype.float32 else 'bf16'}")
     config = _compose(recipe, words)
     config.name, config.folder = output.name, str(output.parent)
-    theirs.check_overrides(read.model, config.model, folder)
+    hf_config.check_overrides(hf_model.model, config.model, folder)
     from nemotron_train.convert.hugging_face.from_hf import from_hf
 
     from_hf(folder, config, output, console, shard_bytes=_shard_bytes(arguments.shard_gib))
@@ -94,7 +97,7 @@ def run_convert_from_hf(arguments: argparse.Namespace) -> int:
 
 
 def _compose(recipe: str, overrides: Sequence[str]) -> Config:
-    """pretrain's configuration with this recipe of a model."""
+    """Compose pretrain's configuration with the text `recipe` as its model recipe."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.yaml"
         file.write_text(recipe, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What `nemotron-train data prepare` and `nemotron-train data inspect` show."""
+"""Terminal output of `nemotron-train data prepare` and `nemotron-train data inspect`."""
 
 import time
 from pathlib import Path
@@ -11,19 +11,23 @@ from rich.table import Table
 
 from nemotron_train.config.errors import ConfigError
 from nemotron_train.data import prepare
-from nemotron_train.data.indexed import ShardEntry, ShardReader, file_sha256
+from nemotron_train.data.indexed import ShardEntry, ShardReader
 from nemotron_train.data.manifest import Manifest, load_manifest
 from nemotron_train.data.tokenize import load_tokenizer
+from nemotron_train.platform.files import file_sha256
 
-_PLAIN_SECONDS = 10.0  # between two lines where there is no terminal
+_PLAIN_SECONDS = 10.0  # between two progress lines without a terminal
 _SAMPLE_TOKENS = 80
 
 
 def run_prepare(config: prepare.PrepareConfig) -> None:
-    """Prepare data with a progress display; ends with a summary. ConfigError as `prepare`."""
+    """Prepare data with a progress display and print a summary.
+
+    Raises ConfigError as `prepare.prepare` does.
+    """
     console = Console(highlight=False)
-    began = time.monotonic()
-    last = prepare.Progress()
+    start = time.monotonic()
+    latest = prepare.Progress()
     if console.is_terminal:
         columns = (
             SpinnerColumn(),
@@ -35,8 +39,8 @@ def run_prepare(config: prepare.PrepareConfig) -> None:
             task = bar.add_task("reading", total=None)
 
             def show(progress: prepare.Progress) -> None:
-                nonlocal last
-                last = progress
+                nonlocal latest
+                latest = progress
                 bar.update(
                     task,
                     total=progress.bytes_total or None,
@@ -46,17 +50,17 @@ def run_prepare(config: prepare.PrepareConfig) -> None:
 
             manifest = prepare.prepare(config, show)
     else:
-        shown = began
+        last_printed = start
 
-        def tell(progress: prepare.Progress) -> None:
-            nonlocal last, shown
-            last = progress
-            if time.monotonic() - shown >= _PLAIN_SECONDS:
-                shown = time.monotonic()
+        def print_line(progress: prepare.Progress) -> None:
+            nonlocal latest, last_printed
+            latest = progress
+            if time.monotonic() - last_printed >= _PLAIN_SECONDS:
+                last_printed = time.monotonic()
                 print(_line(progress), flush=True)
 
-        manifest = prepare.prepare(config, tell)
-    _summary(console, Path(config.output), manifest, last, time.monotonic() - began)
+        manifest = prepare.prepare(config, print_line)
+    _summary(console, Path(config.output), manifest, latest, time.monotonic() - start)
 
 
 def _line(progress: prepare.Progress) -> str:
@@ -107,10 +111,10 @@ def _print_manifest(console: Console, folder: Path, manifest: Manifest) -> None:
 
 
 def inspect(path: str | Path, samples: int = 3) -> str | None:
-    """Print what a prepared folder holds, some documents decoded, and check every file.
+    """Print the contents of a prepared folder and some decoded documents, and verify every file.
 
-    Returns the first thing found wrong with the shards, or None. Raises ConfigError if the
-    folder cannot be read as prepared data at all.
+    samples: documents per split. Returns the first problem with the tokenizer or the shards, or
+    None. Raises ConfigError if the folder holds no readable prepared data.
     """
     folder = Path(path)
     console = Console(highlight=False, soft_wrap=True)
@@ -129,10 +133,10 @@ def inspect(path: str | Path, samples: int = 3) -> str | None:
             for entry, document in _spread(split.shards, samples):
                 tokens = ShardReader(folder, entry.name).document(document)
                 text = loaded.decode(tokens[:_SAMPLE_TOKENS])
-                more = " …" if tokens.size > _SAMPLE_TOKENS else ""
+                ellipsis = " …" if tokens.size > _SAMPLE_TOKENS else ""
                 console.print(
                     f"--- {name}: document {document} of {entry.name}, {tokens.size:,} tokens\n"
-                    f"{text}{more}",
+                    f"{text}{ellipsis}",
                     markup=False,
                 )
     except ConfigError as error:
@@ -142,38 +146,39 @@ def inspect(path: str | Path, samples: int = 3) -> str | None:
 
 
 def run_inspect(path: str | Path, samples: int = 3) -> None:
-    """`inspect`, with what it finds wrong raised as ConfigError."""
+    """Run `inspect`. Raises ConfigError if it finds a problem."""
     if problem := inspect(path, samples):
         raise ConfigError(problem)
 
 
 def _verify(folder: Path, entry: ShardEntry, manifest: Manifest) -> None:
-    """Check a shard's files whole; ConfigError naming the first wrong one."""
+    """Verify a shard against its manifest entry: checksums, counts, token ids. Raises ConfigError
+    for the first file that is wrong."""
     shard = ShardReader(folder, entry.name)
     for path, expected in ((shard.bin_path, entry.bin_sha256), (shard.idx_path, entry.idx_sha256)):
         if file_sha256(path) != expected:
             raise ConfigError(f"{path}: its checksum is not the manifest's; damaged or exchanged")
     shard.verify()
-    found: dict[str, Any] = {
+    counted: dict[str, Any] = {
         "documents": shard.documents,
         "tokens": shard.num_tokens,
         "max_token_id": int(shard.tokens.max()),
     }
-    for name, value in found.items():
+    for name, value in counted.items():
         if value != getattr(entry, name):
             raise ConfigError(
                 f"{shard.bin_path}: {name} is {value}, the manifest says {getattr(entry, name)}"
             )
-    if found["max_token_id"] >= manifest.tokenizer.vocab_size or shard.tokens.min() < 0:
+    if counted["max_token_id"] >= manifest.tokenizer.vocab_size or shard.tokens.min() < 0:
         raise ConfigError(f"{shard.bin_path}: holds ids outside the tokenizer's vocabulary")
 
 
 def _spread(shards: tuple[ShardEntry, ...], count: int) -> list[tuple[ShardEntry, int]]:
-    """Up to `count` documents, evenly spread over a split: (shard, document within it)."""
+    """Up to `count` documents, evenly spread over a split: (shard, document index in the shard)."""
     ends = np.cumsum([shard.documents for shard in shards])
-    wanted = sorted({int(ends[-1]) * i // count for i in range(count)}) if count > 0 else []
+    numbers = sorted({int(ends[-1]) * i // count for i in range(count)}) if count > 0 else []
     spread = []
-    for number in wanted:
+    for number in numbers:
         index = int(np.searchsorted(ends, number, side="right"))
         spread.append((shards[index], number - int(ends[index]) + shards[index].documents))
     return spread

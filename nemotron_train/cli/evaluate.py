@@ -1,5 +1,5 @@
-"""The verbs `evaluate loss`, `evaluate nll-by-position` and `evaluate harness`: what they take,
-their help. Imports the work when asked."""
+"""The verbs `evaluate loss`, `evaluate nll-by-position` and `evaluate harness`: arguments and help.
+Imports the implementation on use."""
 
 import argparse
 
@@ -8,6 +8,7 @@ from nemotron_train.cli.verbs import Verb
 
 
 def run_loss(arguments: argparse.Namespace) -> int:
+    """Run `evaluate loss`."""
     from nemotron_train.evaluate.knobs import LossConfig
 
     (run,), knobs = runs_and_knobs(LossConfig, arguments.words)
@@ -18,6 +19,7 @@ def run_loss(arguments: argparse.Namespace) -> int:
 
 
 def run_positions(arguments: argparse.Namespace) -> int:
+    """Run `evaluate nll-by-position` on up to 8 checkpoints."""
     from nemotron_train.evaluate.knobs import PositionsConfig
 
     runs, knobs = runs_and_knobs(PositionsConfig, arguments.words, most_runs=8)
@@ -28,6 +30,7 @@ def run_positions(arguments: argparse.Namespace) -> int:
 
 
 def run_harness(arguments: argparse.Namespace) -> int:
+    """Run `evaluate harness`."""
     from nemotron_train.evaluate.knobs import HarnessConfig
 
     (run,), knobs = runs_and_knobs(HarnessConfig, arguments.words)

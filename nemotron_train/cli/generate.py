@@ -1,5 +1,5 @@
-"""The verbs `generate` and `evaluate ...`: what they take, their help, exit codes. Imports the work
-when asked."""
+"""The verbs `generate` and `evaluate acceptance`: arguments, help and exit codes. Imports the
+implementation on use. `evaluate` verbs share `runs_and_knobs`."""
 
 import argparse
 from collections.abc import Sequence
@@ -9,13 +9,16 @@ from nemotron_train.cli.verbs import Verb
 from nemotron_train.compose.compose import parse_overrides, to_typed
 from nemotron_train.config.errors import ConfigError
 
-# Taken as typed, spaces, quotes and brackets included, and more than once.
+# Knobs whose value is taken literally (spaces, quotes, brackets) and that may be repeated.
 _TEXTS = ("prompt", "stop", "data")
 
 
 def runs_and_knobs(schema: Any, words: Sequence[str], most_runs: int = 1) -> tuple[list[str], Any]:
-    """The runs that are named and the typed knobs, checked and the platform prepared for them.
-    Raises ConfigError."""
+    """Parse `words` into run names and typed knobs of the dataclass `schema`.
+
+    Also checks the model knobs and prepares the platform, which must happen before Megatron-Core is
+    imported. Raises ConfigError if a knob is wrong, or there is no run or more than `most_runs`.
+    """
     texts: dict[str, list[str]] = {}
     runs, overrides = [], []
     for word in words:
@@ -27,16 +30,16 @@ def runs_and_knobs(schema: Any, words: Sequence[str], most_runs: int = 1) -> tup
         else:
             runs.append(word)
     if not 1 <= len(runs) <= most_runs:
-        asked = "one run is needed" if most_runs == 1 else f"name one run or up to {most_runs}"
-        given = f"{len(runs)} are given: {' '.join(runs)}" if runs else "none is given"
-        raise ConfigError(f"{asked}, RUN_FOLDER or RUN_FOLDER@STEP; {given}")
+        expected = "one run is needed" if most_runs == 1 else f"name one run or up to {most_runs}"
+        actual = f"{len(runs)} are given: {' '.join(runs)}" if runs else "none is given"
+        raise ConfigError(f"{expected}, RUN_FOLDER or RUN_FOLDER@STEP; {actual}")
     knobs = to_typed(schema, texts, parse_overrides(overrides))
     _prepare(knobs)
     return runs, knobs
 
 
 def _prepare(knobs: Any) -> None:
-    """Before Megatron-Core is imported."""
+    """Check the model knobs and prepare the platform. Call before importing Megatron-Core."""
     from nemotron_train.generate.knobs import check_model_knobs
     from nemotron_train.platform import device
 
@@ -45,6 +48,7 @@ def _prepare(knobs: Any) -> None:
 
 
 def run_generate(arguments: argparse.Namespace) -> int:
+    """Run `generate`."""
     from nemotron_train.generate.knobs import GenerateConfig
 
     (run,), knobs = runs_and_knobs(GenerateConfig, arguments.words)
@@ -55,6 +59,7 @@ def run_generate(arguments: argparse.Namespace) -> int:
 
 
 def run_evaluate_acceptance(arguments: argparse.Namespace) -> int:
+    """Run `evaluate acceptance`."""
     from nemotron_train.generate.knobs import AcceptanceConfig
 
     (run,), knobs = runs_and_knobs(AcceptanceConfig, arguments.words)
@@ -65,6 +70,7 @@ def run_evaluate_acceptance(arguments: argparse.Namespace) -> int:
 
 
 def run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of a verb that takes runs and knobs."""
     parser.add_argument("words", nargs="+", metavar="RUN | KNOB=VALUE")
 
 

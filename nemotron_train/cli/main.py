@@ -1,8 +1,8 @@
-"""The command line: verbs, their help, exit codes.
+"""The command line: verbs, help and exit codes.
 
-Owns: `nemotron-train VERB ...`. Does not own: how overrides become a configuration (`compose`),
-what that means (`plan.derive`), nor any work: each verb imports its own, so that `--help` and
-`plan` never load torch.
+Owns: `nemotron-train VERB ...`. Does not own: composing a configuration from overrides (`compose`),
+deriving a plan (`plan.derive`), or the implementation of the verbs. Each verb imports its
+implementation on use, so that `--help` and `plan` never load torch.
 """
 
 import argparse
@@ -28,6 +28,7 @@ EXIT_DONE, EXIT_FAILED, EXIT_CONFIG = 0, 1, 2
 
 
 def run_pretrain(arguments: argparse.Namespace) -> int:
+    """Run `pretrain`; returns its exit code (docs/cli.md)."""
     config = compose_config(arguments.overrides, arguments.config)
     from nemotron_train.run import pretrain
 
@@ -35,19 +36,20 @@ def run_pretrain(arguments: argparse.Namespace) -> int:
 
 
 def run_plan(arguments: argparse.Namespace) -> int:
-    asked = [text for text in arguments.overrides if text.startswith("ranks=")]
-    others = [text for text in arguments.overrides if not text.startswith("ranks=")]
+    """Run `plan`: print the plan of a configuration or, with --why, the origin of one knob."""
+    ranks_words = [text for text in arguments.overrides if text.startswith("ranks=")]
+    overrides = [text for text in arguments.overrides if not text.startswith("ranks=")]
     if arguments.why:
         from nemotron_train.report.plan.why import explain, print_why
 
-        print_why(explain(arguments.why, others, arguments.config), open_console())
+        print_why(explain(arguments.why, overrides, arguments.config), open_console())
         return EXIT_DONE
-    config = compose_config(others, arguments.config)
+    config = compose_config(overrides, arguments.config)
     from nemotron_train.plan.backend import check_planned
     from nemotron_train.plan.derive import derive
     from nemotron_train.report.plan.table import print_plan
 
-    num_ranks = _parse_ranks(asked[-1]) if asked else _smallest_num_ranks(config)
+    num_ranks = _parse_ranks(ranks_words[-1]) if ranks_words else _smallest_num_ranks(config)
     console, derived = open_console(), derive(config, num_ranks)
     warnings = check_planned(config, derived.plan)
     print_plan(config, derived, console, layers=arguments.layers)
@@ -57,6 +59,7 @@ def run_plan(arguments: argparse.Namespace) -> int:
 
 
 def run_data_prepare(arguments: argparse.Namespace) -> int:
+    """Run `data prepare`."""
     from nemotron_train.cli.data import run_prepare
     from nemotron_train.data.prepare import PrepareConfig
 
@@ -65,6 +68,7 @@ def run_data_prepare(arguments: argparse.Namespace) -> int:
 
 
 def run_data_inspect(arguments: argparse.Namespace) -> int:
+    """Run `data inspect`."""
     from nemotron_train.cli.data import run_inspect
 
     run_inspect(arguments.path)
@@ -72,6 +76,7 @@ def run_data_inspect(arguments: argparse.Namespace) -> int:
 
 
 def run_propose(arguments: argparse.Namespace) -> int:
+    """Run `precision propose`."""
     from nemotron_train.report.propose import ProposeConfig, propose
 
     knobs = to_typed(ProposeConfig, {}, parse_overrides(arguments.overrides))
@@ -87,7 +92,7 @@ def _parse_ranks(text: str) -> int:
 
 
 def _smallest_num_ranks(config: Config) -> int:
-    """The fewest ranks that hold the layout: both the dense and the expert groups must divide."""
+    """The smallest number of ranks that both the dense and the expert groups divide."""
     parallel = config.parallel
     dense = parallel.tensor * parallel.context
     return parallel.pipeline * math.lcm(dense, parallel.expert * parallel.expert_tensor)
@@ -220,7 +225,7 @@ def _dispatch(words: Sequence[str]) -> int:
         return EXIT_DONE
     num_words = 1 if words[0] in VERBS and " ".join(words[:2]) not in VERBS else 2
     name = " ".join(words[:num_words])
-    first_words = {known.split()[0] for known in VERBS if " " in known} - set(VERBS)
+    first_words = {verb_name.split()[0] for verb_name in VERBS if " " in verb_name} - set(VERBS)
     if name.removesuffix(" --help").removesuffix(" -h") in first_words:
         print(_overview())
         return EXIT_DONE
@@ -240,7 +245,7 @@ def _dispatch(words: Sequence[str]) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb and returns its exit code; the contract's codes are in docs/cli.md."""
+    """Run one verb and return its exit code (docs/cli.md)."""
     try:
         return _dispatch(sys.argv[1:] if argv is None else argv)
     except ConfigError as error:

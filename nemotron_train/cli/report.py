@@ -1,4 +1,5 @@
-"""The verbs `report` and `report diff`: what their arguments mean. Imports no work. No torch."""
+"""The verbs `report` and `report diff`: arguments and help. Imports the implementation on use. No
+torch."""
 
 import argparse
 from pathlib import Path
@@ -7,6 +8,7 @@ from nemotron_train.cli.verbs import Verb, open_console
 
 
 def run_report(arguments: argparse.Namespace) -> int:
+    """Run `report` and print the paths of the written files."""
     from nemotron_train.report.write import report
 
     console = open_console()
@@ -16,6 +18,7 @@ def run_report(arguments: argparse.Namespace) -> int:
 
 
 def run_diff(arguments: argparse.Namespace) -> int:
+    """Run `report diff`."""
     from nemotron_train.report.plan.diff import print_diff
 
     print_diff(arguments.runs, open_console(), show_all=arguments.all)

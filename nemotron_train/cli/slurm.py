@@ -1,4 +1,4 @@
-"""The `slurm` verbs: what they take, their help, their exit codes. Imports the work when asked."""
+"""The `slurm` verbs: arguments, help and exit codes. Imports the implementation on use."""
 
 import argparse
 import sys
@@ -11,7 +11,11 @@ _DONE = 0
 
 
 def run_slurm(arguments: argparse.Namespace) -> int:
-    from nemotron_train.launch.slurm.checks import branch_problem, check_memory, problems_here
+    """Run `slurm`: submit a job, or print its script with --dry-run.
+
+    Raises ConfigError for the first problem; with --dry-run, prints problems as warnings.
+    """
+    from nemotron_train.launch.slurm.checks import branch_problems, check_memory, local_problems
     from nemotron_train.launch.slurm.job import plan_job, render, submit
     from nemotron_train.launch.sweep.plan import is_finished
 
@@ -19,7 +23,9 @@ def run_slurm(arguments: argparse.Namespace) -> int:
     warning = check_memory(job.config, job.derived, job.cluster, job.nodes)
     if warning:
         print(f"nemotron-train: {warning}", file=sys.stderr)
-    problems = problems_here(job.config, job.derived.plan, job.cluster) + branch_problem(job.config)
+    problems = local_problems(job.config, job.derived.plan, job.cluster) + branch_problems(
+        job.config
+    )
     if arguments.dry_run:
         for problem in problems:
             print(f"nemotron-train: would be refused here: {problem}", file=sys.stderr)
@@ -36,6 +42,7 @@ def run_slurm(arguments: argparse.Namespace) -> int:
 
 
 def run_slurm_status(arguments: argparse.Namespace) -> int:
+    """Run `slurm status`."""
     from nemotron_train.launch.slurm.status import print_status
 
     print_status(arguments.folders or [Path("runs")], open_console())

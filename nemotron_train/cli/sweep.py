@@ -1,4 +1,4 @@
-"""The `sweep` verb: what it takes, its help, its exit codes. Imports the work when asked."""
+"""The `sweep` verb: arguments, help and exit codes. Imports the implementation on use."""
 
 import argparse
 import sys
@@ -9,6 +9,7 @@ _DONE, _FAILED = 0, 1
 
 
 def run_sweep(arguments: argparse.Namespace) -> int:
+    """Run `sweep`; writes the report once a baseline is finished. Returns 1 if a run failed."""
     from nemotron_train.launch.sweep.local import run_here
     from nemotron_train.launch.sweep.plan import is_finished, plan_sweep
     from nemotron_train.launch.sweep.slurm import plan_array, render_array, submit_array

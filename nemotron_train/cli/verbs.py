@@ -1,4 +1,4 @@
-"""What a verb of the command line is, and what several of them share. Imports no work."""
+"""The `Verb` type and helpers that several verbs share. Imports no implementation."""
 
 import argparse
 import sys
@@ -18,7 +18,11 @@ The knobs and their defaults: nemotron_train/config/schema.py; a mistyped one is
 
 @dataclass(frozen=True)
 class Verb:
-    """One verb of the command line; `arguments` declares what it takes."""
+    """One verb of the command line.
+
+    summary: its line in the overview. run: executes it and returns the exit code. arguments:
+    declares its arguments. epilog: text after the options in its help.
+    """
 
     summary: str
     run: Callable[[argparse.Namespace], int]
@@ -27,7 +31,7 @@ class Verb:
 
 
 def run_arguments(parser: argparse.ArgumentParser) -> None:
-    """What a verb takes that composes a run's configuration."""
+    """Declare the arguments of a verb that composes a run's configuration."""
     parser.add_argument("overrides", nargs="*", metavar="KNOB=VALUE")
     parser.add_argument(
         "--config",
@@ -38,7 +42,7 @@ def run_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def open_console() -> Any:
-    """The terminal, or a pipe, in which tables are not broken."""
+    """A rich console on stdout, wide enough for tables if stdout is a pipe."""
     from rich.console import Console
 
     # A pipe has no width; 80 columns would break the tables.

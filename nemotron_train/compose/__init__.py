@@ -1,1 +1,1 @@
-"""Recipes and overrides to a typed configuration. The only package that knows Hydra."""
+"""Recipes and command-line overrides to a typed configuration. The only package that uses Hydra."""

@@ -1,13 +1,13 @@
-"""How words on the command line become a typed configuration. The only file that knows Hydra.
+"""Command-line arguments to a typed configuration. The only file that uses Hydra.
 
-Owns: the grammar of overrides, the merge into dataclasses and its order (`layers`), the message
-that names a wrong knob. Does not own: files (`recipe_files`), what a configuration means
-(`plan.derive`), the verbs.
+Owns: the grammar of overrides, the merge into dataclasses and its order (`layers`), the error
+message for a wrong knob. Does not own: files (`recipe_files`), the meaning of a configuration
+(`plan.derive`), the commands.
 
-Hydra composes `recipes/pretrain.yaml` with the chosen groups (`model=tiny`; a path, such as
-`precision=mine.yaml`, is a file of the user's own); every other override is then set on
-`OmegaConf.structured(Config)`, which refuses an unknown knob or a wrong type. Interpolations are
-resolved last, so they follow an override. Hydra is imported when needed.
+Hydra composes `recipes/pretrain.yaml` with the selected recipes (`model=tiny`; a path such as
+`precision=mine.yaml` selects a user's file). All other overrides are then set on
+`OmegaConf.structured(Config)`, which rejects unknown knobs and wrong types. Interpolations are
+resolved last, so they use overridden values. Hydra is imported only when needed.
 """
 
 import dataclasses
@@ -34,9 +34,9 @@ from nemotron_train.run_folder.lineage import LINEAGE, apply_recorded, parse_bra
 
 @dataclass(frozen=True)
 class Layer:
-    """One thing that sets knobs. source: a file, or words of the command line; tree: what it sets,
-    as plain values with interpolations unresolved; replaces: "" or the part of the configuration
-    of which nothing set before remains."""
+    """One source of knob values. source: a file or a command-line argument; tree: the values it
+    sets, plain and with interpolations unresolved; replaces: the part of the configuration from
+    which this layer removes all earlier values, or ""."""
 
     source: str
     tree: dict[str, Any]
@@ -46,10 +46,10 @@ class Layer:
 def compose_config(overrides: Sequence[str], config_file: Path | None = None) -> Config:
     """The configuration of a run.
 
-    Starts from `resume=FOLDER`'s own config.yaml, from that of the run in `branch=FOLDER@STEP`,
-    from `config_file`, or from the recipes. A whole config.yaml takes one recipe, `precision`; a
-    branch also a `run` that sets single knobs and picks no other recipes.
-    Raises ConfigError naming the knob, the recipe or the file that is wrong.
+    It starts from the config.yaml of the run in `resume=FOLDER` or `branch=FOLDER@STEP`, from
+    `config_file`, or from the recipes. A complete config.yaml can be combined with a `precision`
+    recipe only; a branch also with a `run` recipe that sets single knobs and selects no other
+    recipes. Raises ConfigError with the knob, the recipe or the file that is wrong.
     """
     groups, values, resume, branch = _sorted_overrides(overrides, config_file)
     if not (resume or branch or config_file):
@@ -70,48 +70,49 @@ def compose_config(overrides: Sequence[str], config_file: Path | None = None) ->
 
 
 def layers(overrides: Sequence[str], config_file: Path | None = None) -> list[Layer]:
-    """Everything that `compose_config` lays over the schema's defaults, in its order. Raises
-    ConfigError where it does."""
+    """All sources that `compose_config` merges over the schema's defaults, in merge order. Raises
+    ConfigError in the same cases."""
     from omegaconf import OmegaConf
 
     groups, values, resume, branch = _sorted_overrides(overrides, config_file)
-    found: list[Layer] = []
+    result: list[Layer] = []
     if resume or branch:
         folder = Path(resume) if resume else parse_branch(branch)[0]
         stored = load_yaml(folder / "config.yaml", f"resume={resume}" if resume else branch)
         loaded = _load_run_config(folder) if resume else _load_parent_config(branch)
-        found.append(Layer(str(folder / "config.yaml"), _raw(stored)))
+        result.append(Layer(str(folder / "config.yaml"), _raw(stored)))
         changed = differences(_raw(stored), _raw(loaded))
         for knob, (_, value) in changed.items():
             is_recorded = knob.startswith(("precision.", "data.phases"))
             source = str(folder / LINEAGE) if is_recorded else "what this start is"
-            found.append(Layer(source, _nested(knob, value)))
+            result.append(Layer(source, _nested(knob, value)))
     elif config_file is not None:
-        found.append(Layer(str(config_file), _raw(load_yaml(config_file, "--config"))))
-    if not found:
-        found += _recipe_layers(list(groups.values()))
+        result.append(Layer(str(config_file), _raw(load_yaml(config_file, "--config"))))
+    if not result:
+        result += _recipe_layers(list(groups.values()))
     else:
-        if "precision" in groups:  # all of it
-            found.append(Layer(f"precision={groups['precision'].value()}", {}, "precision"))
-            found += [
+        if "precision" in groups:  # replaces the whole precision part
+            result.append(Layer(f"precision={groups['precision'].value()}", {}, "precision"))
+            result += [
                 layer
                 for layer in _recipe_layers([groups["precision"]])
                 if list(layer.tree) == ["precision"] or layer.replaces == "precision"
             ]
         if "run" in groups:
             path, recipe = load_run_recipe(groups["run"].value())
-            found.append(Layer(str(path), _raw(recipe)))
+            result.append(Layer(str(path), _raw(recipe)))
     for override in values:
-        plain = OmegaConf.create({"value": override.value()})
-        value = OmegaConf.to_container(plain, resolve=False)["value"]  # type: ignore[index]
-        found.append(Layer(override.input_line, _nested(override.key_or_group, value)))
-    return found
+        wrapped = OmegaConf.create({"value": override.value()})
+        value = OmegaConf.to_container(wrapped, resolve=False)["value"]  # type: ignore[index]
+        result.append(Layer(override.input_line, _nested(override.key_or_group, value)))
+    return result
 
 
 def _sorted_overrides(
     overrides: Sequence[str], config_file: Path | None
 ) -> tuple[dict[str, Any], list[Any], str, str]:
-    """Overrides that pick recipes, by group; those that set knobs; `resume=`, `branch=` or ""."""
+    """The overrides that select recipes, by group; the overrides that set knobs; the values of
+    `resume=` and `branch=`, or ""."""
     parsed = parse_overrides(overrides)
     groups = {override.key_or_group: override for override in parsed if _is_group(override)}
     values = [override for override in parsed if not _is_group(override)]
@@ -119,8 +120,12 @@ def _sorted_overrides(
         next((str(o.value()) for o in values if o.key_or_group == knob), "")
         for knob in ("resume", "branch")
     )
-    given = {"resume=": bool(resume), "branch=": bool(branch), "--config": config_file is not None}
-    starts = [name for name, is_given in given.items() if is_given]
+    is_start_given = {
+        "resume=": bool(resume),
+        "branch=": bool(branch),
+        "--config": config_file is not None,
+    }
+    starts = [name for name, is_given in is_start_given.items() if is_given]
     if len(starts) > 1:
         raise ConfigError(f"{' and '.join(starts)} exclude each other: give one of them")
     for group, override in groups.items() if starts else ():
@@ -133,7 +138,10 @@ def _sorted_overrides(
 
 
 def to_typed(schema: type, base: Any, overrides: Sequence[Any]) -> Any:
-    """An instance of the dataclass `schema`, filled from `base`, then from Hydra overrides."""
+    """An instance of the dataclass `schema`, filled from `base` and then from Hydra overrides.
+
+    Raises ConfigError for an unknown knob, a value of a wrong type, and a knob that is not set.
+    """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -152,8 +160,11 @@ def to_typed(schema: type, base: Any, overrides: Sequence[Any]) -> Any:
 
 
 def parse_overrides(overrides: Sequence[str], sweeps: bool = False) -> list[Any]:
-    """Hydra's `Override` objects; ConfigError for what is no `KNOB=VALUE`, or, unless `sweeps`
-    are taken, for several values at once."""
+    """Parse overrides into Hydra's `Override` objects.
+
+    Raises ConfigError for an argument that is not `KNOB=VALUE`, for the deletion of a knob, and,
+    unless `sweeps` is true, for an override with several values.
+    """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
@@ -177,7 +188,7 @@ def parse_overrides(overrides: Sequence[str], sweeps: bool = False) -> list[Any]
 
 
 def _is_group(override: Any) -> bool:
-    """Whether an override picks a recipe file (`model=tiny`) rather than setting a knob."""
+    """Whether an override selects a recipe file (`model=tiny`) instead of setting a knob."""
     folder = recipes_folder() / override.key_or_group
     return (
         "." not in override.key_or_group and folder.is_dir() and isinstance(override.value(), str)
@@ -203,7 +214,7 @@ def _compose_recipes(groups: Sequence[Any]) -> Any:
 
 
 def _chosen(groups: Sequence[Any]) -> tuple[list[str], dict[str, Path]]:
-    """The choices among our recipes in Hydra's words, and the files of the user's own by group."""
+    """The selections of built-in recipes as Hydra overrides, and the users' own files by group."""
     chosen, files = [], {}
     fields = {field.name for field in dataclasses.fields(Config)}
     for override in groups:
@@ -218,13 +229,13 @@ def _chosen(groups: Sequence[Any]) -> tuple[list[str], dict[str, Path]]:
                 f"there are {', '.join(choices)}; a file of your own is given by its path, "
                 "which ends in .yaml"
             )
-        # A group of pretrain.yaml's defaults is replaced, any other one is added.
+        # Hydra syntax: no prefix replaces a group in the defaults of pretrain.yaml, + adds another.
         chosen.append(f"{'' if group in fields else '+'}{group}={choice}")
     return chosen, files
 
 
 def _recipe_layers(groups: Sequence[Any]) -> list[Layer]:
-    """The files that `_compose_recipes` merges, in its order."""
+    """The files that `_compose_recipes` merges, in merge order."""
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
@@ -237,19 +248,19 @@ def _recipe_layers(groups: Sequence[Any]) -> list[Layer]:
             defaults = loader.compute_defaults_list("pretrain", chosen, RunMode.RUN).defaults
     except HydraException as error:
         raise ConfigError(f"the recipes do not compose: {str(error).splitlines()[0]}") from error
-    found = []
+    result = []
     for default in defaults:
         name, package = default.config_path or "", default.package or ""
         if not name.startswith("hydra/"):
             path = recipes_folder() / f"{name}.yaml"
             tree = _raw(load_yaml(path, name))
             tree.pop("defaults", None)
-            found.append(Layer(str(path), _nested(package, tree) if package else tree))
+            result.append(Layer(str(path), _nested(package, tree) if package else tree))
     for group, path in files.items():
-        found.append(Layer(f"{group}={path}", {}, group))
+        result.append(Layer(f"{group}={path}", {}, group))
         chain = recipe_chain(group, path)
-        found += [Layer(str(file), _nested(group, _raw(tree))) for file, tree in chain]
-    return found
+        result += [Layer(str(file), _nested(group, _raw(tree))) for file, tree in chain]
+    return result
 
 
 def _raw(config: Any) -> dict[str, Any]:
@@ -267,7 +278,7 @@ def _nested(knob: str, value: Any) -> dict[str, Any]:
 
 
 def _load_run_config(folder: Path) -> Any:
-    """config.yaml of the run folder to resume, pointed at where that folder lies now."""
+    """config.yaml of the run folder to resume, with the current location of that folder."""
     base = _load_from_run(folder, f"resume={folder}")
     base.update({"name": folder.resolve().name, "folder": str(folder.parent)})
     base.update({"resume": str(folder)})
@@ -275,27 +286,28 @@ def _load_run_config(folder: Path) -> Any:
 
 
 def _load_parent_config(branch: str) -> Any:
-    """config.yaml of the run to branch from, with the plan its checkpoint was trained under, and a
-    name that says where the new run comes from."""
+    """config.yaml of the run to branch from, with the precision plan of its checkpoint and a name
+    for the new run that contains the parent's name and step."""
     folder, step = parse_branch(branch)
     base = _load_from_run(folder, f"branch={branch}", step)
     name = f"{folder.resolve().name}_at_{step}_${{precision.name}}"
     base.update({"name": name, "folder": str(folder.parent), "branch": f"{folder}@{step}"})
-    base.update({"fresh_data": False})  # asked of the parent, if at all, and not of this one
+    base.update({"fresh_data": False})  # not inherited from the parent
     return base
 
 
-def _load_from_run(folder: Path, asked: str, before_step: int | None = None) -> Any:
-    """config.yaml of a run folder, with the precision plan and the phases that came since."""
+def _load_from_run(folder: Path, requested_by: str, before_step: int | None = None) -> Any:
+    """config.yaml of a run folder, with the precision plan and the data phases that later starts
+    (before `before_step`, if given) have recorded."""
     from omegaconf import OmegaConf
 
     if not folder.is_dir():
-        raise ConfigError(f"{asked}: no such run folder")
-    base = load_yaml(folder / "config.yaml", asked)
+        raise ConfigError(f"{requested_by}: no such run folder")
+    base = load_yaml(folder / "config.yaml", requested_by)
     apply_recorded(base, folder, before_step)
-    # Stopping early, or another plan, was asked of the process of then, not of the run.
-    once = {"train": {"stop_after_steps": 0}, "switch_precision": False}
-    return OmegaConf.merge(base, once)
+    # These knobs applied to one earlier process, not to the run.
+    one_time_knobs = {"train": {"stop_after_steps": 0}, "switch_precision": False}
+    return OmegaConf.merge(base, one_time_knobs)
 
 
 def _set_knob(config: Any, override: Any) -> None:
@@ -304,7 +316,7 @@ def _set_knob(config: Any, override: Any) -> None:
 
     key, value = override.key_or_group, override.value()
     try:
-        if override.is_add():  # an entry of a table such as precision.rules
+        if override.is_add():  # adds an entry to a table such as precision.rules
             for name in reversed(key.split(".")):
                 value = {name: value}
             with open_dict(config):
@@ -312,7 +324,7 @@ def _set_knob(config: Any, override: Any) -> None:
         else:
             OmegaConf.update(config, key, value)
     except ValidationError as error:
-        # Token counts are written 1e9 by people who count them; an int field takes that too.
+        # Users write token counts as 1e9, which parses as a float; accept it for an int field.
         if not (isinstance(value, float) and value.is_integer()):
             raise ConfigError(f"{override.input_line}: {str(error).splitlines()[0]}") from error
         OmegaConf.update(config, key, int(value))
@@ -323,7 +335,7 @@ def _knobs(config: Any, prefix: str = "") -> Iterator[str]:
 
     for key in config:
         yield f"{prefix}{key}"
-        # Before the recipes are merged, what an interpolation refers to may be missing.
+        # Before the recipes are merged, the target of an interpolation may be missing.
         unset = OmegaConf.is_missing(config, key) or OmegaConf.is_interpolation(config, key)
         if not unset and OmegaConf.is_dict(config[key]):
             yield from _knobs(config[key], f"{prefix}{key}.")

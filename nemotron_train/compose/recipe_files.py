@@ -1,8 +1,8 @@
-"""Recipe files and stored configurations on disk: finding them, reading them, naming what is wrong.
+"""Recipe files and stored configurations on disk: lookup, loading and error messages.
 
-Owns: the recipes folder, a recipe of the user's own with what it names under `defaults`. Does not
-own: Hydra's composition of ours, nor the grammar of overrides (`compose`). OmegaConf is imported
-when needed.
+Owns: the recipes folder, and users' own recipe files with the recipes that they list under
+`defaults`. Does not own: Hydra's composition of the built-in recipes, or the grammar of overrides
+(both in `compose`). OmegaConf is imported only when needed.
 """
 
 import difflib
@@ -16,22 +16,23 @@ RECIPE_FILE_ENDS = (".yaml", ".yml")
 
 
 def recipes_folder() -> Path:
-    """The folder of recipes: inside an installed package, beside the package in a checkout."""
+    """The folder of built-in recipes: inside an installed package, or beside it in a checkout."""
     package = Path(__file__).resolve().parent.parent
     inside = package / "recipes"
     return inside if inside.is_dir() else package.parent / "recipes"
 
 
 def load_recipe_file(group: str, path: Path) -> Any:
-    """A recipe of the user's own. Like ours it may name others of its group under `defaults`, and
-    then says only what differs."""
+    """Load a user's recipe file. Like a built-in recipe, it may list recipes of its group under
+    `defaults` and override some of their knobs. Raises ConfigError (see `load_yaml`)."""
     from omegaconf import OmegaConf
 
     return OmegaConf.merge({}, *(tree for _, tree in recipe_chain(group, path)))
 
 
 def recipe_chain(group: str, path: Path) -> list[tuple[Path, Any]]:
-    """The files that a recipe of the user's own is merged from, in order."""
+    """(path, contents) of each file that a user's recipe is merged from, in merge order. Raises
+    ConfigError (see `load_yaml`)."""
     loaded = load_yaml(path, f"{group}={path}")
     defaults = list(loaded.pop("defaults", []))
     chain: list[tuple[Path, Any]] = []
@@ -44,17 +45,21 @@ def recipe_chain(group: str, path: Path) -> list[tuple[Path, Any]]:
 
 
 def with_run_recipe(base: Any, choice: str) -> Any:
-    """The knobs of recipes/run/CHOICE.yaml (or a file of the user's own) laid over a parent's
-    configuration."""
+    """`base`, the configuration of a parent run, with the knobs of recipes/run/CHOICE.yaml (or of a
+    user's file) merged over it."""
     from omegaconf import OmegaConf
 
     return OmegaConf.merge(base, load_run_recipe(choice)[1])
 
 
 def load_run_recipe(choice: str) -> tuple[Path, Any]:
+    """Path and contents of a run recipe, given by its name or by the path of a file.
+
+    Raises ConfigError if there is no such recipe, or if it selects other recipes under `defaults`.
+    """
     path = Path(choice)
     if not choice.endswith(RECIPE_FILE_ENDS):
-        choices = sorted(found.stem for found in (recipes_folder() / "run").glob("*.yaml"))
+        choices = sorted(file.stem for file in (recipes_folder() / "run").glob("*.yaml"))
         if choice not in choices:
             raise ConfigError(
                 f"run={choice}: no such recipe{nearest(choice, choices)}; "
@@ -71,24 +76,29 @@ def load_run_recipe(choice: str) -> tuple[Path, Any]:
     return path, recipe
 
 
-def load_yaml(path: Path, asked: str) -> Any:
+def load_yaml(path: Path, requested_by: str) -> Any:
+    """Load a YAML file as an OmegaConf dictionary.
+
+    requested_by: the option that names the file, for the error message. Raises ConfigError if the
+    file is missing, is not readable or does not contain a dictionary.
+    """
     from omegaconf import OmegaConf
     from yaml import YAMLError
 
     try:
         loaded = OmegaConf.load(path)
     except FileNotFoundError:
-        raise ConfigError(f"{asked}: there is no {path}") from None
+        raise ConfigError(f"{requested_by}: there is no {path}") from None
     except (OSError, UnicodeDecodeError, YAMLError) as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"{asked}: {path} cannot be read ({reason})") from error
+        raise ConfigError(f"{requested_by}: {path} cannot be read ({reason})") from error
     if not OmegaConf.is_dict(loaded):
-        raise ConfigError(f"{asked}: {path} holds no configuration")
+        raise ConfigError(f"{requested_by}: {path} holds no configuration")
     return loaded
 
 
 def nearest(name: str, names: Sequence[str]) -> str:
-    """« (did you mean x?)» for the closest known name, or nothing."""
+    """' (did you mean NAME?)' with the closest of `names`, or ''."""
     leaf = name.rpartition(".")[2]
     close = [known for known in names if known.rpartition(".")[2] == leaf]
     close = close or difflib.get_close_matches(name, names, n=1)

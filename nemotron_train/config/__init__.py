@@ -1,1 +1,1 @@
-"""What a user asks for: every knob, its checks against nothing but itself, and the errors."""
+"""The user configuration: every knob, the checks of single values, and the errors."""

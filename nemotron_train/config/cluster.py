@@ -1,8 +1,8 @@
-"""What a Slurm cluster is and how a job uses it: `recipes/cluster/`, as a typed dataclass.
+"""Description of a Slurm cluster and of a job on it: `recipes/cluster/` as a typed dataclass.
 
-Owns these knobs and the checks on them alone: every value that reaches a job script is validated
-here. Does not own the script (`launch.slurm.job`), nor whether a run fits (`launch.slurm.checks`).
-No torch.
+Owns: these knobs and the checks of their values; every value that is written into a job script is
+validated here. Does not own: the script (`launch.slurm.job`), or whether a run fits the cluster
+(`launch.slurm.checks`). No torch.
 """
 
 import re
@@ -12,57 +12,56 @@ from enum import StrEnum
 from omegaconf import MISSING
 
 from nemotron_train.config.errors import ConfigError
+from nemotron_train.config.secrets import is_secret_name
 
 
 class Launcher(StrEnum):
-    """Who starts the ranks of a node."""
+    """The program that starts the ranks of a node."""
 
-    srun = "srun"  # one Slurm task a rank
-    torchrun = "torchrun"  # one Slurm task a node, which starts the node's ranks
+    srun = "srun"  # one Slurm task per rank
+    torchrun = "torchrun"  # one Slurm task per node; torchrun starts the ranks of the node
 
 
 @dataclass
 class ClusterConfig:
-    """A cluster and the job's use of it. An empty text leaves a choice to Slurm."""
+    """A cluster and the resources that a job requests. An empty string means Slurm's default."""
 
     name: str = MISSING
     partition: str = ""
     account: str = ""
     qos: str = ""
-    constraint: str = ""  # nodes' features, as sbatch takes them
-    gpus_per_node: int = MISSING  # 0: the ranks compute on CPUs
-    gpu_memory_gib: float = 0.0  # what a run may need of each GPU; 0: not checked
-    ranks_per_node: int = MISSING  # one a GPU, where there are GPUs
+    constraint: str = ""  # node features, in the syntax of sbatch --constraint
+    gpus_per_node: int = MISSING  # 0: train on CPUs
+    gpu_memory_gib: float = 0.0  # memory of each GPU, to check that the run fits; 0: no check
+    ranks_per_node: int = MISSING  # must equal gpus_per_node unless that is 0
     cpus_per_rank: int = MISSING
-    exclusive: bool = False  # no other job on the nodes, and all of their memory
-    segment_nodes: int = 0  # nodes come in blocks of so many inside one NVLink domain; 0: any
-    time_limit_minutes: int = MISSING  # of one start of the job
-    signal_lead_seconds: int = MISSING  # so long before the limit the run saves and stops
-    requeue: bool = True  # start again after the time limit, preemption, a failed rank or node
-    chain_links: int = 1  # jobs submitted at once, one running after the other
+    exclusive: bool = False  # reserve whole nodes, with all of their memory
+    segment_nodes: int = 0  # nodes per block; a block is inside one NVLink domain; 0: no blocks
+    time_limit_minutes: int = MISSING  # limit for each start of the job
+    signal_lead_seconds: int = MISSING  # the run saves and stops this long before the time limit
+    requeue: bool = True  # restart after the time limit, preemption, or failure of a rank or node
+    chain_links: int = 1  # number of jobs submitted at once; each starts when the previous one ends
     launcher: Launcher = Launcher.srun
-    python: str = ""  # the interpreter in the job; "": this one, or python3 in a container
+    python: str = ""  # interpreter in the job; "": the current one, or python3 in a container
     container_image: str = ""  # for pyxis (srun --container-image); "": no container
     container_mounts: list[str] = field(default_factory=list)  # SOURCE:DESTINATION[:FLAGS]
-    environment: dict[str, str] = field(default_factory=dict)  # NCCL's settings; never a secret
-    network_interface: str = ""  # where ranks meet, such as eth0 (for gloo and NCCL)
-    scratch: str = ""  # a folder on every node's own disk, for temporary files
+    environment: dict[str, str] = field(default_factory=dict)  # such as NCCL settings; no secrets
+    network_interface: str = ""  # interface for gloo and NCCL, such as eth0
+    scratch: str = ""  # folder for temporary files on the local disk of every node
 
 
 _WORD = re.compile(r"[A-Za-z0-9_.-]+")
 _WORDS = re.compile(r"[A-Za-z0-9_.,-]+")
 _CONSTRAINT = re.compile(r"[A-Za-z0-9_.,&|*()\[\]-]+")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_SECRET_VARIABLE = re.compile(
-    r"(api_?key|access_?key|private_?key|secret|passw|credential|_auth|_token$|^token$|_pat$)", re.I
-)
-# Set by the job script from what Slurm says; a recipe's value would break the rendezvous.
-_OWN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
-_OWN_VARIABLES += ("MASTER_PORT",)
+# The job script sets these from Slurm's variables. A value from a recipe would break the
+# rendezvous.
+_JOB_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
+_JOB_VARIABLES += ("MASTER_PORT",)
 
 
 def check_cluster(cluster: ClusterConfig) -> None:
-    """Raises ConfigError at the first value that is wrong or must not reach a job script."""
+    """Raises ConfigError at the first value that is out of range or unsafe in a job script."""
     for knob in ("ranks_per_node", "cpus_per_rank", "time_limit_minutes", "chain_links"):
         if getattr(cluster, knob) < 1:
             raise ConfigError(f"cluster.{knob}={getattr(cluster, knob)}: must be 1 or more")
@@ -85,7 +84,7 @@ def check_cluster(cluster: ClusterConfig) -> None:
 
 
 def _check_texts(cluster: ClusterConfig) -> None:
-    for knob, allowed, words in (
+    for knob, allowed, allowed_text in (
         ("name", _WORD, "letters, digits, _ . and -"),
         ("account", _WORD, "letters, digits, _ . and -"),
         ("qos", _WORD, "letters, digits, _ . and -"),
@@ -95,7 +94,7 @@ def _check_texts(cluster: ClusterConfig) -> None:
     ):
         value = getattr(cluster, knob)
         if value and not allowed.fullmatch(value):
-            raise ConfigError(f"cluster.{knob}={value!r}: use {words} only")
+            raise ConfigError(f"cluster.{knob}={value!r}: use {allowed_text} only")
     for knob in ("python", "container_image", "scratch"):
         refuse_control_characters(f"cluster.{knob}", getattr(cluster, knob))
     if cluster.scratch and not cluster.scratch.startswith("/"):
@@ -113,16 +112,16 @@ def _check_texts(cluster: ClusterConfig) -> None:
 
 
 def _check_variable(name: str, value: str) -> None:
-    """An environment variable that goes into the script as plain text. Its value is not shown
-    where the name says that it is a secret."""
+    """Check an environment variable, which the script stores as plain text. The error message does
+    not print the value if the name looks like a secret."""
     if not _VARIABLE.fullmatch(name):
         raise ConfigError(f"cluster.environment: {name!r} is no name of a variable")
-    if _SECRET_VARIABLE.search(name):
+    if is_secret_name(name):
         raise ConfigError(
             f"cluster.environment.{name} looks like a secret, and a job script is no place for "
             "one: export it in your own environment, which sbatch hands on, or use ~/.netrc"
         )
-    if name in _OWN_VARIABLES:
+    if name in _JOB_VARIABLES:
         raise ConfigError(
             f"cluster.environment.{name}: the job script sets it itself; leave it out"
         )
@@ -130,6 +129,7 @@ def _check_variable(name: str, value: str) -> None:
 
 
 def refuse_control_characters(knob: str, text: str) -> None:
-    """A newline in a value could begin a line of its own in a script. Raises ConfigError."""
+    """Raises ConfigError if `text` has a newline or another control character: a newline could
+    start a new command in a job script."""
     if any(not character.isprintable() for character in text):
         raise ConfigError(f"{knob}={text!r}: line breaks and control characters are refused")

@@ -1,7 +1,7 @@
-"""Which knobs may differ between the processes of one run, and which differ.
+"""Comparison of two configurations, and the knobs that may change when a run is resumed.
 
 Owns: the list of free knobs, the comparison of two configurations. Does not own: what a run does
-about a difference (`run_folder`, `branch`). No torch.
+about a difference (`run_folder`). No torch.
 """
 
 import dataclasses
@@ -11,8 +11,8 @@ from typing import Any
 
 from nemotron_train.config.schema import Config
 
-# Knobs that may differ between the processes of one run: where it lies, when it saves, looks and
-# reports, how many threads it uses. Everything else would change the trajectory.
+# Knobs that may differ between the processes of one run: its location, when it saves, validates and
+# reports, the number of threads. A change of any other knob would change the training trajectory.
 FREE_KNOBS = (
     "name",
     "folder",
@@ -36,37 +36,39 @@ PHASES = "data.phases"
 
 
 def changed_knobs(old: Config, new: Config) -> dict[str, list[Any]]:
-    """Dotted knob -> [old value, new value], for all that can change the trajectory but the
-    precision plan (`plan.precision.record` tells two of them apart)."""
+    """Dotted knob -> [old value, new value], for every changed knob that can change the training
+    trajectory. The precision plan is left out: `plan.precision.record` compares plans."""
     old = dataclasses.replace(old, branch=new.branch, precision=new.precision)
-    different = differences(to_plain(old), to_plain(new))
-    return {knob: values for knob, values in different.items() if not is_free(knob)}
+    changes = differences(to_plain(old), to_plain(new))
+    return {knob: values for knob, values in changes.items() if not is_free(knob)}
 
 
 def adds_phases(knob: str, old: Any, new: Any) -> bool:
-    """Whether a change of the blend only adds phases after those there were. That none of them
-    should have begun already is the data's to say, which knows how far the run is."""
+    """Whether a change of `data.phases` only appends phases. The data module checks that none of
+    the added phases has already begun, because it knows how far the run is."""
     return knob == PHASES and isinstance(old, list) and new[: len(old)] == old
 
 
 def is_free(knob: str) -> bool:
-    """Whether a change of `knob` leaves the trajectory alone."""
+    """Whether `knob` may change without changing the training trajectory."""
     return any(knob == free or knob.startswith(f"{free}.") for free in FREE_KNOBS)
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> dict[str, list[Any]]:
-    """Dotted knob -> [old value, new value], where two plain trees differ."""
+    """Dotted knob -> [old value, new value], for every leaf where two trees of plain values differ.
+    A leaf that one tree lacks has the value None."""
     if isinstance(old, dict) and isinstance(new, dict):
-        found: dict[str, list[Any]] = {}
+        changes: dict[str, list[Any]] = {}
         for key in [*new, *(key for key in old if key not in new)]:
             name = f"{prefix}.{key}" if prefix else str(key)
-            found |= differences(old.get(key), new.get(key), name)
-        return found
+            changes |= differences(old.get(key), new.get(key), name)
+        return changes
     return {} if old == new else {prefix: [old, new]}
 
 
 def to_plain(value: Any) -> Any:
-    """Dataclasses, enums, paths and tuples as what YAML and JSON can hold."""
+    """Convert dataclasses, enums (to their names), paths and tuples to values that YAML and JSON
+    can store."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         names = [entry.name for entry in dataclasses.fields(value)]
         return {name: to_plain(getattr(value, name)) for name in names}

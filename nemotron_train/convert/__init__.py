@@ -1,1 +1,1 @@
-"""Checkpoints to other checkpoints: merged, and to and from Hugging Face."""
+"""Checkpoint conversion: merging checkpoints, export to and import from Hugging Face."""

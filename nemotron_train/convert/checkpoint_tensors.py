@@ -1,9 +1,8 @@
-"""Tensors of a checkpoint one at a time, without a model: reading any layout, writing one file.
+"""Reads and writes the tensors of a checkpoint one at a time, without a model. Reads any layout.
 
-Owns: torch's distributed format as far as whole tensors and ranges of their rows go. Does not own:
-what is done with them (`merge`, `to_hf`, `from_hf`), what makes a checkpoint trustworthy
-(`run_folder.integrity`). Nothing is unpickled but through the closed list of names and
-`weights_only=True`.
+Owns: torch's distributed checkpoint format, for whole tensors and ranges of their rows. Does not
+own: the use of the tensors (`merge`, `to_hf`, `from_hf`), the integrity of a checkpoint
+(`run_folder.integrity`). Unpickles only with a closed list of names or with `weights_only=True`.
 """
 
 import io
@@ -31,16 +30,16 @@ from nemotron_train.run_folder.integrity import METADATA, damage, load_metadata
 
 OPTIMIZER = "optimizer."
 MASTER = "optimizer.state.param."
-COMMON = "common_state/shard_0_1"  # where Megatron looks for what is no tensor
+COMMON = "common_state/shard_0_1"  # where Megatron-Core looks for objects that are not tensors
 
 
 def shard_name(number: int) -> str:
-    """File name of a shard; each holds any number of tensors."""
+    """File name of a shard. A shard holds any number of tensors."""
     return f"__{number}_0.distcp"
 
 
 class CheckpointReader:
-    """The model's tensors of an undamaged checkpoint. Raises ConfigError for a damaged one."""
+    """Reads the model tensors of a checkpoint. Raises ConfigError if the checkpoint is damaged."""
 
     def __init__(self, folder: Path) -> None:
         problem = damage(folder)
@@ -58,7 +57,7 @@ class CheckpointReader:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name -> shape of every tensor of the model, the optimizer's left out."""
+        """Name -> shape of every model tensor, without the optimizer's."""
         return {
             name: tuple(tensor.size)
             for name, tensor in self._tensors.items()
@@ -66,13 +65,14 @@ class CheckpointReader:
         }
 
     def read(self, name: str) -> torch.Tensor:
-        """The whole tensor `name`, its FP32 master where the checkpoint has one. Memory: the tensor
-        and its largest chunk, or the tensor alone where it was saved in one piece."""
+        """The whole tensor `name`, from its FP32 master weights if the checkpoint has them. Memory:
+        the tensor plus its largest chunk, or the tensor alone if it was saved in one piece."""
         return self.read_rows(name, 0, self._tensor(name).size[0])
 
     def blocks(self, name: str) -> list[tuple[int, int]]:
-        """The ranges of rows [start, stop), in order, in which the tensor was saved: reading these
-        with `read_rows` reads no chunk twice. One range where the cut is no cut by rows."""
+        """The row ranges [start, stop), ascending, in which the tensor was saved. Reading these
+        ranges with `read_rows` reads no chunk twice. One range if the tensor is not split by rows
+        alone."""
         saved = self._tensor(name)
         ranges = {(chunk.offsets[0], chunk.offsets[0] + chunk.sizes[0]) for chunk in saved.chunks}
         ordered = sorted(ranges)
@@ -81,7 +81,8 @@ class CheckpointReader:
         return [(0, saved.size[0])]
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows [start, stop) of the tensor `name`, made of `blocks`; otherwise as `read`."""
+        """Rows [start, stop) of the tensor `name`; the range must consist of whole `blocks`.
+        Otherwise as `read`."""
         saved = self._tensor(name)
         chunks = [c for c in saved.chunks if start <= c.offsets[0] and c.offsets[0] < stop]
         rows = torch.Size([stop - start, *saved.size[1:]])
@@ -90,12 +91,13 @@ class CheckpointReader:
         whole = torch.empty(rows, dtype=saved.properties.dtype)
         for chunk in chunks:
             first, *others = zip(chunk.offsets, chunk.sizes, strict=True)
-            where = [slice(first[0] - start, first[0] - start + first[1])]
-            where += [slice(offset, offset + length) for offset, length in others]
-            whole[tuple(where)] = self._read_chunk(name, chunk)
+            target = [slice(first[0] - start, first[0] - start + first[1])]
+            target += [slice(offset, offset + length) for offset, length in others]
+            whole[tuple(target)] = self._read_chunk(name, chunk)
         return whole
 
     def _stored(self, name: str) -> str:
+        """Name of the FP32 master weights if there are any, else `name`."""
         return MASTER + name if MASTER + name in self._tensors else name
 
     def _tensor(self, name: str) -> Any:
@@ -110,7 +112,7 @@ class CheckpointReader:
 
 @dataclass(frozen=True)
 class Place:
-    """Where some rows of a tensor lie; plain values but for the dtype's name."""
+    """Location of some rows of a tensor in a shard, as JSON-serializable values."""
 
     name: str
     shape: tuple[int, ...]  # of the whole tensor
@@ -123,10 +125,10 @@ class Place:
 
 
 class CheckpointWriter:
-    """Writes tensors one after another, whole or in ranges of rows, into shards of a folder that
-    Megatron-Core loads under any layout; nothing is held but the tensor at hand.
+    """Writes tensors one by one, whole or in row ranges, into the shards of a folder that
+    Megatron-Core can load under any layout. Holds only the current tensor in memory.
 
-    `places`: what was written before, by a writer that was cut off."""
+    `places`: rows that an interrupted writer has already written."""
 
     def __init__(self, folder: Path, places: Iterable[Place] = ()) -> None:
         self._folder = folder
@@ -135,12 +137,13 @@ class CheckpointWriter:
         self._opened: BinaryIO | None = None
 
     def open_shard(self, number: int) -> None:
-        """From here on, write into that shard, anew. The first one needs no opening."""
+        """Starts an empty shard for the following writes. Shard 0 is opened automatically."""
         self.close_shard()
         self._shard = number
         self._opened = open(self._folder / shard_name(number), "wb")  # noqa: SIM115
 
     def close_shard(self) -> None:
+        """Closes the current shard file, if one is open."""
         if self._opened is not None:
             self._opened.close()
         self._opened = None
@@ -153,27 +156,29 @@ class CheckpointWriter:
         return self._opened
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Append a tensor."""
+        """Appends a whole tensor."""
         self.write_rows(name, tensor.shape, 0, tensor)
 
     def write_rows(
         self, name: str, shape: Sequence[int], first_row: int, rows: torch.Tensor
     ) -> None:
-        """Append some rows of the tensor `name`, whose `shape` is that of the whole. All rows are
-        to be written in the end, each once, all of one dtype."""
+        """Appends some rows of the tensor `name`. `shape`: shape of the whole tensor. Every row
+        must be written exactly once, all with the same dtype."""
         file = self._file
         offset = file.tell()
         if rows.untyped_storage().nbytes() != rows.nbytes or not rows.is_contiguous():
-            rows = rows.clone(memory_format=torch.contiguous_format)  # a view is saved whole
+            rows = rows.clone(
+                memory_format=torch.contiguous_format
+            )  # saving a view would save its whole storage
         torch.save(rows, file)
         dtype = str(rows.dtype).removeprefix("torch.")
         place = (first_row, rows.shape[0], self._shard, offset, file.tell() - offset)
         self.places.append(Place(name, tuple(shape), dtype, *place))
 
     def finish(self) -> None:
-        """Write what names the tensors; the folder can then be committed."""
+        """Writes the checkpoint metadata. After that the folder can be committed."""
         tensors: dict[str, Any] = {}
-        where: dict[Any, Any] = {}
+        storage: dict[Any, Any] = {}
         for place in self.places:
             offsets = torch.Size([place.first_row, *[0] * (len(place.shape) - 1)])
             chunk = ChunkStorageMetadata(offsets, torch.Size([place.num_rows, *place.shape[1:]]))
@@ -182,12 +187,12 @@ class CheckpointWriter:
                 tensors[place.name] = TensorStorageMetadata(properties, torch.Size(place.shape), [])
             tensors[place.name].chunks.append(chunk)
             index = MetadataIndex(place.name, offsets)
-            where[index] = _StorageInfo(shard_name(place.shard), place.offset, place.length)
+            storage[index] = _StorageInfo(shard_name(place.shard), place.offset, place.length)
         buffer, file = io.BytesIO(), self._file
         torch.save([{}], buffer)
         common = _StorageInfo(shard_name(self._shard), file.tell(), len(buffer.getvalue()))
         file.write(buffer.getvalue())
-        tensors[COMMON], where[MetadataIndex(COMMON)] = BytesStorageMetadata(), common
+        tensors[COMMON], storage[MetadataIndex(COMMON)] = BytesStorageMetadata(), common
         self.close_shard()
         with open(self._folder / METADATA, "wb") as file:
-            pickle.dump(Metadata(tensors, storage_data=where), file)
+            pickle.dump(Metadata(tensors, storage_data=storage), file)

@@ -1,11 +1,12 @@
 """`convert merge`: the weighted mean of checkpoints, as a run folder to branch from.
 
-Owns: which checkpoints can be merged, the folder that results. Does not own: the weights of each
-(`weights`), the file format (`tensors`). Streams: one tensor of the mean and one of a checkpoint
-are in memory, whatever the model's size.
+Owns: which checkpoints can be merged, the resulting folder. Does not own: the weight of each
+checkpoint (`merge_weights`), the file format (`checkpoint_tensors`). Streams: only one tensor of
+the mean and one of a checkpoint are in memory, for any model size.
 
-The mean is of the FP32 masters where there are any and of every buffer (router biases); it is
-stored in FP32. The optimizer is dropped: its moments belong to a place that nobody was at.
+The mean uses the FP32 master weights if there are any, and includes every buffer (router biases).
+It is stored in FP32. The optimizer state is dropped: its moments do not belong to the merged
+weights.
 """
 
 import json
@@ -20,13 +21,14 @@ from rich.console import Console
 from nemotron_train.config.errors import ConfigError
 from nemotron_train.convert.checkpoint_tensors import CheckpointReader, CheckpointWriter
 from nemotron_train.convert.merge_weights import MergeConfig, Weights, merge_weights
+from nemotron_train.platform.files import write_atomically, write_durably
 from nemotron_train.run_folder import checkpoint_metadata
 from nemotron_train.run_folder.branch import branch_checkpoint
-from nemotron_train.run_folder.folder import write_atomically
-from nemotron_train.run_folder.integrity import commit, partial_folder, step_folder, write_durably
+from nemotron_train.run_folder.integrity import commit, partial_folder, step_folder
 from nemotron_train.run_folder.lineage import LINEAGE, parse_branch, read_lineage
 from nemotron_train.run_folder.progress import Progress
 
+# Files copied unchanged from the latest checkpoint.
 FROM_LAST = (
     checkpoint_metadata.PROGRESS,
     checkpoint_metadata.PRECISION,
@@ -36,11 +38,11 @@ FROM_LAST = (
 
 
 def merge(checkpoints: Sequence[str], config: MergeConfig, console: Console) -> Path:
-    """Merge the checkpoints (each RUN@STEP) into the run folder `config.output`; returns the new
-    checkpoint, of the latest one's step and data position.
+    """Merges the checkpoints (each RUN@STEP) into the run folder `config.output`. Returns the new
+    checkpoint folder, which has the step and data position of the latest checkpoint.
 
-    Raises ConfigError where one is missing or damaged, where they are not of one model, where two
-    are at the same token count, and where the output exists.
+    Raises ConfigError if a checkpoint is missing or damaged, if they are not of the same model, if
+    two have the same token count, or if the output is not set or exists.
     """
     if not config.output:
         raise ConfigError("output is not set: give output=RUN_FOLDER")
@@ -77,6 +79,7 @@ def merge(checkpoints: Sequence[str], config: MergeConfig, console: Console) -> 
 
 
 def _check_same_model(readers: Sequence[CheckpointReader]) -> None:
+    """Raises ConfigError if names or shapes of tensors differ."""
     first = readers[0]
     for other in readers[1:]:
         names = first.shapes.keys() ^ other.shapes.keys()
@@ -117,7 +120,8 @@ def _write(
 
 
 def _mean(readers: Sequence[CheckpointReader], weights: Sequence[float], name: str) -> torch.Tensor:
-    """Weighted mean of a tensor in FP32; what does not float is the latest one's."""
+    """Weighted mean of a tensor in FP32. A tensor that is not floating-point is taken from the
+    latest checkpoint."""
     mean: torch.Tensor | None = None
     for reader, weight in zip(reversed(readers), reversed(weights), strict=True):
         tensor = reader.read(name)
@@ -135,7 +139,8 @@ def _mean(readers: Sequence[CheckpointReader], weights: Sequence[float], name: s
 def _make_run_folder(
     output: Path, last: Path, sources: Sequence[tuple[Path, str]], weights: Sequence[float]
 ) -> None:
-    """What makes it a run to branch from: the latest run's configuration, and where it is from."""
+    """Writes the latest run's configuration and the lineage, so that runs can branch from the
+    folder."""
     write_atomically(output / "config.yaml", (last / "config.yaml").read_text())
     parts = [{"checkpoint": t, "weight": w} for (_, t), w in zip(sources, weights, strict=True)]
     lineage = {**read_lineage(last), "merged_from": parts}

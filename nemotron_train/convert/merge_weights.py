@@ -1,17 +1,17 @@
-"""How much each checkpoint counts in a merge: uniform, linear, or so that it emulates a decay.
+"""The weight of each checkpoint in a merge: uniform, linear, or emulating a learning-rate decay.
 
 Pure functions of token counts. No torch.
 
-The emulation (arXiv 2507.17634, section 3): weights trained at a constant learning rate move by
-steps, and a decayed rate would have scaled each step down by s in [0, 1]. With checkpoints theta_0
-… theta_n over the stretch that is to be the decay, the move from theta_(k-1) to theta_k scaled by
-d_k, the mean of s there, gives
+The emulation (arXiv 2507.17634, section 3): training at a constant learning rate changes the
+weights step by step; a decayed rate would have scaled each step by s in [0, 1]. Let theta_0 …
+theta_n be the checkpoints over the decay period, and d_k the mean of s between theta_(k-1) and
+theta_k. Scaling the change from theta_(k-1) to theta_k by d_k gives
 
     theta = theta_0 + sum_k d_k (theta_k - theta_(k-1)) = sum_k w_k theta_k
     w_0 = 1 - d_1,  w_k = d_k - d_(k+1),  w_n = d_n
 
-a weighted mean, since d falls. It is exact where the gradients would have been the same under the
-decay, which for a real run they are not quite.
+This is a weighted mean, since d decreases. It is exact only if the gradients under the decay would
+have been the same, which holds approximately for a real run.
 """
 
 from collections.abc import Sequence
@@ -25,16 +25,18 @@ from nemotron_train.config.schema import DecayStyle
 
 
 class Weights(StrEnum):
-    uniform = "uniform"  # all the same
-    linear = "linear"  # 1, 2, … from the earliest to the latest
-    wsd = "wsd"  # emulates a decay of the learning rate over the checkpoints
+    """How checkpoints are weighted in a merge."""
+
+    uniform = "uniform"  # all equal
+    linear = "linear"  # proportional to 1, 2, … from the earliest to the latest
+    wsd = "wsd"  # emulates a learning-rate decay over the checkpoints
 
 
 @dataclass
 class MergeConfig:
     """Knobs of `convert merge`."""
 
-    output: str = ""  # the run folder to make; it must not exist
+    output: str = ""  # run folder to create; it must not exist
     weights: Weights = Weights.uniform
     decay_style: DecayStyle = DecayStyle.minus_sqrt  # of weights=wsd
 
@@ -42,7 +44,7 @@ class MergeConfig:
 def merge_weights(
     kind: Weights, tokens: Sequence[int], style: DecayStyle = DecayStyle.minus_sqrt
 ) -> list[float]:
-    """A weight a checkpoint, in the order of `tokens` (ascending); they sum to 1.
+    """One weight per checkpoint, in the order of `tokens` (ascending token counts); they sum to 1.
 
     Raises ConfigError for weights=wsd with fewer than two checkpoints.
     """
@@ -55,13 +57,14 @@ def merge_weights(
     if count < 2:
         raise ConfigError("weights=wsd: a decay needs two checkpoints or more, one at its start")
     length = tokens[-1] - tokens[0]
-    places = [(count - tokens[0]) / length for count in tokens]
-    scales = [1.0, *(mean_scale(a, b, style) for a, b in pairwise(places)), 0.0]
+    positions = [(count - tokens[0]) / length for count in tokens]
+    scales = [1.0, *(mean_scale(a, b, style) for a, b in pairwise(positions)), 0.0]
     return [before - after for before, after in pairwise(scales)]
 
 
 def mean_scale(start: float, end: float, style: DecayStyle) -> float:
-    """Mean of s(x), `optim.schedule`'s share of the rate that is left, for x from start to end."""
+    """Mean of s(x) for x from `start` to `end` (fractions of the decay). s is the decay factor of
+    `optim.schedule`."""
     width = end - start
     match style:
         case DecayStyle.linear:

@@ -1,7 +1,8 @@
-"""A folder that is made file by file beside its place, and appears there complete or not at all.
+"""A folder that is built file by file next to its destination and moved there when complete.
 
-Owns: what of it survives a process that was cut off, the rename at the end. Does not own: what is
-in the files. The record of finished files holds their digests, so that a torn one is made again.
+Owns: which finished files an interrupted process leaves for the next one, the final rename. Does
+not own: the content of the files. The record of finished files holds their digests, so a torn file
+is written again.
 """
 
 import json
@@ -12,16 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from nemotron_train.config.errors import ConfigError
-from nemotron_train.platform.files import flush_to_disk
+from nemotron_train.platform.files import file_sha256, flush_to_disk, write_atomically
 from nemotron_train.platform.lock import exclusive
-from nemotron_train.run_folder.folder import write_atomically
-from nemotron_train.run_folder.integrity import file_sha256
 
 RECORD = ".conversion.json"
 
 
 class Unfinished:
-    """The folder in the making; `folder` is where files go until `finish`."""
+    """A folder under construction. `folder`: where files are written until `finish`; `final`: its
+    destination."""
 
     def __init__(self, final: Path, source: Mapping[str, Any]) -> None:
         self.final, self._source = final, json.loads(json.dumps(source))
@@ -29,7 +29,7 @@ class Unfinished:
         self._done: dict[str, dict[str, Any]] = {}
 
     def kept(self, name: str) -> Any | None:
-        """What was noted with the finished file `name`; None where it has to be made."""
+        """The note stored with the finished file `name`; None if the file must be written."""
         entry = self._done.get(name)
         return None if entry is None else entry["note"]
 
@@ -38,12 +38,13 @@ class Unfinished:
         return self._done[name]["sha256"]
 
     def done(self, name: str, sha256: str, note: Any = True) -> None:
-        """The file `name` is complete and on the disk."""
+        """Records that the file `name` is complete and flushed to disk. `note`: any JSON value but
+        null."""
         self._done[name] = {"sha256": sha256, "note": note}
         self._write()
 
     def finish(self) -> None:
-        """Put the folder in its place."""
+        """Flushes everything to disk and moves the folder to its destination."""
         (self.folder / RECORD).unlink()
         for path in self.folder.rglob("*"):
             flush_to_disk(path)
@@ -52,6 +53,8 @@ class Unfinished:
         flush_to_disk(self.final.parent)
 
     def _begin(self) -> None:
+        """Keeps the intact files of an interrupted process with the same source, or starts
+        empty."""
         record = self.folder / RECORD
         try:
             before = json.loads(record.read_text(encoding="utf-8"))
@@ -76,10 +79,11 @@ class Unfinished:
 
 @contextmanager
 def unfinished(final: Path, source: Mapping[str, Any], knob: str) -> Iterator[Unfinished]:
-    """Make `final` from `source` (plain values that identify it): goes on where a process with the
-    same source was cut off, and begins anew otherwise. An error leaves what is finished.
+    """Context manager that builds the folder `final`. `source`: plain values that identify its
+    input. Continues the work of an interrupted process with the same source, else starts anew.
+    After an error, finished files stay.
 
-    Raises ConfigError naming `knob` where `final` is there already or another process makes it.
+    Raises ConfigError, naming `knob`, if `final` exists or another process is building it.
     """
     with exclusive(final, wait=False):
         if final.exists():
@@ -88,5 +92,5 @@ def unfinished(final: Path, source: Mapping[str, Any], knob: str) -> Iterator[Un
         making._begin()
         yield making
         making.finish()
-        # Whoever opened it meanwhile finds `final` in its place.
+        # A process that opened the lock in the meantime finds that `final` exists.
         final.with_name(f".{final.name}.lock").unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Text to batches: tokenizers, shards, manifests, blends, the resumable batch source.
+"""From text to batches: tokenizers, shards, manifests, blends, the resumable batch source.
 
 No torch: batches are NumPy arrays.
 """

@@ -1,7 +1,8 @@
-"""The batch source: state in, (batch, state) out, and the data it reads never changes.
+"""The batch source: a pure function from a data state to (batch, next state).
 
-It owns no cursor: who keeps the state decides where training stands, and taking the same state
-twice gives the same batch twice. numpy only; moving to a device is the step's business.
+Owns: batches of the blend as NumPy arrays. Does not own: the cursor. The caller keeps the state,
+and the same state gives the same batch each time. Moving batches to a device belongs to the
+training step.
 """
 
 from collections.abc import Sequence
@@ -22,19 +23,19 @@ from nemotron_train.data.blend import (
     schedule,
 )
 from nemotron_train.data.fingerprint import describe
-from nemotron_train.data.indexed import file_sha256
 from nemotron_train.data.tokenize import FILE_NAME as TOKENIZER_FILE
 from nemotron_train.data.windows import WindowedSource
+from nemotron_train.platform.files import file_sha256
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Some rows of the global order. B sequences, S sequence length.
+    """Some rows of the global sample order. B sequences, S sequence length.
 
-    The label of a position is the token after it. Where that is the first token of another
-    document the loss mask is 0: nothing announces it. `document_ids_BS` numbers the documents of
-    a row 0, 1, 2, …, for masking attention and resetting state. `sample_ids_B` numbers samples
-    through the whole run; `origins_B3` says what each is: (source, epoch, window).
+    The label of a position is the next token. If that is the first token of another document, the
+    loss mask is 0, because the model cannot predict it. `document_ids_BS` numbers the documents of
+    a row 0, 1, 2, …, for attention masks and state resets. `sample_ids_B` numbers the samples of
+    the whole run. `origins_B3` is (source, epoch, window) of each sample.
     """
 
     tokens_BS: np.ndarray  # int64
@@ -45,9 +46,11 @@ class Batch:
     origins_B3: np.ndarray  # int64
 
     def cut(self, length: int) -> "Batch":
-        """The same tokens in rows of `length`, a divisor of S. Rows share their border token with
-        the next already, so these are the windows that a source with that sequence length cuts.
-        A cut row keeps the sample id and origin of the row it is from."""
+        """The same tokens in shorter rows: `length` must divide S.
+
+        Consecutive windows already share one token, so the result has the windows of a source with
+        that sequence length. A shorter row keeps the sample id and origin of its original row.
+        """
         num_rows, whole = self.tokens_BS.shape
         assert whole % length == 0, f"rows of {whole} cut into {length}"
         pieces = whole // length
@@ -63,14 +66,14 @@ class Batch:
 
 
 class BatchSource:
-    """Samples of the configured blend, in an order that depends on nothing but the
-    configuration, the data and the seed. Validation is read in file order, unshuffled.
+    """Samples of the configured blend. Their order depends only on the configuration, the data and
+    the seed. Validation is read in file order, without shuffling.
 
-    Opens and checks all data at once, so that bad input stops a run before it trains. Raises
-    ConfigError for what WindowedSource and blend.py refuse, an empty blend, phases out of order,
-    and tokenizers that differ between the sources or from `data.tokenizer`.
+    Opens and checks all data at the start, so that bad input stops a run before training. Raises
+    ConfigError for data that WindowedSource or blend.py rejects, an empty blend, phases out of
+    order, and tokenizers that differ between sources or from `data.tokenizer`.
 
-    `description`: what a checkpoint remembers of the data (`data.fingerprint`).
+    `description`: the description of the data for a checkpoint (`data.fingerprint`).
     """
 
     def __init__(
@@ -83,16 +86,18 @@ class BatchSource:
         vocab_size: int,
     ) -> None:
         assert split in ("train", "validation")
-        self._split, self._seed, self._sequence_length = split, seed, sequence_length
+        self._split = split
+        self._seed = seed
+        self._sequence_length = sequence_length
         if split == "train":
-            self._knob, wanted = "data.phases", list(config.phases)
+            self._knob, phases = "data.phases", list(config.phases)
         else:
-            self._knob, wanted = "data.validation", [DataPhase(0, config.validation)]
-        _check_phases(wanted, self._knob)
+            self._knob, phases = "data.validation", [DataPhase(0, config.validation)]
+        _check_phases(phases, self._knob)
         self._sources: dict[str, WindowedSource] = {}
         by_path: dict[str, WindowedSource] = {}
         self._phases = []
-        for number, phase in enumerate(wanted):
+        for number, phase in enumerate(phases):
             knob = f"data.phases[{number}].blend" if split == "train" else "data.validation"
             for entry in phase.blend:
                 if entry.path not in by_path:
@@ -105,7 +110,7 @@ class BatchSource:
                         shuffle=split == "train",
                     )
             self._phases.append(_phase(phase, by_path, knob))
-        self.description = describe(config, wanted, by_path, sequence_length, seed)
+        self.description = describe(config, phases, by_path, sequence_length, seed)
         for source in by_path.values():
             self._sources.setdefault(source.key, source)
         self._keys = list(self._sources)
@@ -113,27 +118,27 @@ class BatchSource:
 
     @property
     def folders(self) -> list[Path]:
-        """The folders of the sources, in the order of `Batch.origins_B3`'s first column."""
+        """The folders of the sources, indexed by the first column of `Batch.origins_B3`."""
         return [source.folder for source in self._sources.values()]
 
     @property
     def fingerprint(self) -> str:
-        """Identifies all data and all phases of this source."""
+        """SHA-256 that identifies all data and all phases of this source."""
         return fingerprint(self._phases, len(self._phases))
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the split in all sources, each counted once."""
+        """Number of tokens of the split in all sources, each source counted once."""
         return sum(source.num_tokens for source in self._sources.values())
 
     @property
     def num_samples(self) -> int:
-        """Samples an epoch of every source gives together: what one pass over all data takes."""
+        """Number of samples in one epoch of every source: one pass over all data."""
         return sum(source.num_windows for source in self._sources.values())
 
     @property
     def unigram_entropy(self) -> float:
-        """Nats a token of this split, the sources weighted by their tokens."""
+        """Unigram entropy of this split in nats per token, averaged over sources by tokens."""
         weighted = sum(
             source.num_tokens * source.manifest.splits[self._split].unigram_entropy
             for source in self._sources.values()
@@ -141,7 +146,7 @@ class BatchSource:
         return weighted / self.num_tokens
 
     def epochs(self, state: DataState) -> dict[str, float]:
-        """How often each folder has been read by now."""
+        """Epochs read of each folder at `state`, fractional."""
         return {
             str(source.folder): state.drawn.get(key, 0) / source.num_windows
             for key, source in self._sources.items()
@@ -161,8 +166,8 @@ class BatchSource:
     ) -> tuple[Batch, DataState]:
         """The next `num_sequences` samples, and the state after them.
 
-        With `rank_slice` = (start, stop) only these rows are read and returned; the state is
-        that after all of them, equal on every rank. Raises ConfigError if `state` belongs to
+        With `rank_slice` = (start, stop), only these rows are read and returned. The returned state
+        is the one after all samples, equal on every rank. Raises ConfigError if `state` belongs to
         other data, another blend, sequence length or seed.
         """
         check_state(
@@ -198,6 +203,7 @@ class BatchSource:
 
 
 def _check_phases(phases: Sequence[DataPhase], knob: str) -> None:
+    """Raises ConfigError if a blend is empty or the phases are out of order."""
     if not phases or not phases[0].blend:
         raise ConfigError(f"{knob}: empty; name at least one folder with prepared data")
     if phases[0].from_tokens != 0:
@@ -213,7 +219,8 @@ def _check_phases(phases: Sequence[DataPhase], knob: str) -> None:
 
 
 def _phase(phase: DataPhase, by_path: dict[str, WindowedSource], knob: str) -> Phase:
-    """The phase with its folders replaced by what identifies their data."""
+    """The phase with its folders replaced by the keys of their data. Raises ConfigError if two
+    folders hold the same data or a weight is invalid."""
     entries: list[BlendSource] = list(phase.blend)
     keys = [by_path[entry.path].key for entry in entries]
     for index, key in enumerate(keys):
@@ -227,7 +234,8 @@ def _phase(phase: DataPhase, by_path: dict[str, WindowedSource], knob: str) -> P
 
 
 def _check_tokenizers(folder: str, sources: Sequence[WindowedSource]) -> None:
-    """All ids must mean the same, and what the run will decode with must be what encoded them."""
+    """Raises ConfigError unless all sources were encoded with the tokenizer in `folder`, which the
+    run uses for decoding."""
     path = Path(folder) / TOKENIZER_FILE
     if not path.is_file():
         raise ConfigError(f"data.tokenizer={folder}: holds no {TOKENIZER_FILE}")

@@ -1,8 +1,8 @@
-"""Which source the next sample comes from: phases of blends, and the state that says how far.
+"""Chooses the source of each sample: phases of blends, and the data state.
 
-Pure bookkeeping: no files, no tokens. A schedule is a function from state to state that costs a
-few integer operations a sample, so every rank computes the whole order alone and the order does
-not depend on how many ranks there are.
+Owns: the order of sources and the state. Does not own: files and tokens (`windows`). The schedule
+is a function from state to state that costs a few integer operations per sample. Every rank
+computes the whole order, so the order does not depend on the number of ranks.
 """
 
 import hashlib
@@ -18,14 +18,14 @@ from nemotron_train.config.errors import ConfigError
 
 @dataclass(frozen=True)
 class Phase:
-    """The blend from `from_tokens` on: source keys and integer weights in their exact ratio."""
+    """The blend from `from_tokens` on: (source key, integer weight) pairs in the exact ratio."""
 
     from_tokens: int
     weights: tuple[tuple[str, int], ...]
 
 
 class Draw(NamedTuple):
-    """One sample of the order: from which source, and how many it had given before."""
+    """One sample of the order: its source, and the number of samples drawn from it before."""
 
     source: str
     drawn: int
@@ -33,10 +33,11 @@ class Draw(NamedTuple):
 
 @dataclass(frozen=True)
 class DataState:
-    """Where the data stands: all that a resumed run needs, and what it must agree with.
+    """The position in the data: all that a resumed run needs, and the values it must match.
 
-    `samples` were taken in all, `drawn` of them by source key, `phase_drawn` since the current
-    phase began. A source keeps its `drawn` across phases, so nothing is repeated or lost.
+    samples: number of samples taken so far. drawn: samples by source key. phase_drawn: samples by
+    source key since the current phase began. `drawn` of a source carries over to the next phase, so
+    no data is repeated or lost.
     """
 
     split: str
@@ -54,25 +55,25 @@ class DataState:
         return self.samples * self.sequence_length
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON values."""
+        """The state as JSON values."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, raw: Any) -> "DataState":
-        """The inverse of `to_dict`; ConfigError if `raw` is not such a dictionary."""
-        numbers = {"sequence_length": 1, "seed": None, "samples": 0, "phase": 0}  # lower limits
+        """The inverse of `to_dict`. Raises ConfigError if `raw` is not such a dictionary."""
+        numbers = {"sequence_length": 1, "seed": None, "samples": 0, "phase": 0}  # name -> minimum
         texts, counts = ("split", "fingerprint"), ("phase_drawn", "drawn")
         if not isinstance(raw, dict) or set(raw) != {*numbers, *texts, *counts}:
             raise ConfigError("the checkpoint's data state has not the fields of this version")
         for name, value in raw.items():
             if name in texts:
-                good = type(value) is str
+                is_valid = type(value) is str
             elif name in counts:
-                good = type(value) is dict and all(_is_count(count) for count in value.values())
+                is_valid = type(value) is dict and all(_is_count(count) for count in value.values())
             else:
-                lowest = numbers[name]
-                good = type(value) is int and (lowest is None or value >= lowest)
-            if not good:
+                minimum = numbers[name]
+                is_valid = type(value) is int and (minimum is None or value >= minimum)
+            if not is_valid:
                 raise ConfigError(f"the checkpoint's data state is damaged: {name}={value!r}")
         return cls(**raw)
 
@@ -82,39 +83,43 @@ def _is_count(value: Any) -> bool:
 
 
 def exact_weights(weights: Sequence[float], knob: str) -> list[int]:
-    """Integers in the exact ratio of these decimal weights; ConfigError if one is not > 0."""
+    """Integers in the exact ratio of these decimal weights. Raises ConfigError if a weight is not
+    above 0 or is infinite."""
     for index, weight in enumerate(weights):
         if not 0 < weight < float("inf"):
             raise ConfigError(f"{knob}[{index}].weight={weight}: must be a number above 0")
-    # str: 0.1 means one tenth, not the nearest double.
+    # Through str, so that 0.1 means one tenth, not the nearest double.
     fractions = [Fraction(str(weight)) for weight in weights]
     denominator = lcm(*(fraction.denominator for fraction in fractions))
     return [int(fraction * denominator) for fraction in fractions]
 
 
 def next_source(phase: Phase, drawn: Mapping[str, int]) -> str:
-    """The source of the next sample of a phase, given what each has given in it.
+    """The source of the next sample of a phase. `drawn`: samples by source key in this phase.
 
-    Balinski and Young's quota method ("The quota method of apportionment", 1975): among the
-    sources that are below their share of the next total, the one with the largest weight per
-    sample it would then have. At every length each source's count lies between its exact share
-    rounded down and rounded up. Taking the largest deficit instead would not keep that with
-    three sources or more. Ties go to the source listed first.
+    Balinski and Young's quota method ("The quota method of apportionment", 1975): among the sources
+    below their share of the next total, choose the one with the largest weight / (count + 1). At
+    every length, the count of each source then lies between its exact share rounded down and
+    rounded up. Choosing the largest deficit would not guarantee this for three or more sources.
+    Ties go to the source listed first.
     """
     total_weight = sum(weight for _, weight in phase.weights)
     next_total = sum(drawn.values()) + 1
-    best, best_weight, best_count = "", 0, 1
+    best = ""
+    best_weight, best_count = 0, 1
     for source, weight in phase.weights:
         count = drawn.get(source, 0)
         below_share = count * total_weight < weight * next_total
         if below_share and weight * best_count > best_weight * (count + 1):
-            best, best_weight, best_count = source, weight, count + 1
+            best = source
+            best_weight, best_count = weight, count + 1
     assert best, "counts that sum to less than the next total leave one source below its share"
     return best
 
 
 def fingerprint(phases: Sequence[Phase], phase: int) -> str:
-    """Identifies the order up to and including a phase: later phases may still be edited."""
+    """SHA-256 that identifies the order up to and including a phase. Later phases may still be
+    edited."""
     history = [(entry.from_tokens, entry.weights) for entry in phases[: phase + 1]]
     return hashlib.sha256(json.dumps(history).encode()).hexdigest()
 
@@ -122,7 +127,7 @@ def fingerprint(phases: Sequence[Phase], phase: int) -> str:
 def schedule(
     phases: Sequence[Phase], state: DataState, num_samples: int
 ) -> tuple[list[Draw], DataState]:
-    """The next samples of the order and the state after them.
+    """The next `num_samples` samples of the order, and the state after them.
 
     A phase begins with the first sample that starts at or after its `from_tokens`.
     """
@@ -158,7 +163,8 @@ def check_state(
     seed: int,
     knob: str,
 ) -> None:
-    """ConfigError, saying which knob, if `state` was not made with these phases and numbers."""
+    """Raises ConfigError, naming the knob, if `state` does not match these phases, this sequence
+    length or this seed."""
     assert state.split == split, f"a state of the {state.split} split given to {split}"
     for name, value in (("sequence_length", sequence_length), ("seed", seed)):
         before = getattr(state, name)
@@ -168,13 +174,13 @@ def check_state(
                 "set it back or start a new run"
             )
     known = {source for phase in phases for source, _ in phase.weights}
-    gone = sorted(set(state.drawn) - known)
-    here = fingerprint(phases, state.phase) if state.phase < len(phases) else "none"
-    if gone or here != state.fingerprint:
-        what = f"; source {gone[0]} is gone" if gone else ""
+    missing = sorted(set(state.drawn) - known)
+    actual = fingerprint(phases, state.phase) if state.phase < len(phases) else "none"
+    if missing or actual != state.fingerprint:
+        note = f"; source {missing[0]} is gone" if missing else ""
         raise ConfigError(
             f"{knob}: the checkpoint was made with other data or another blend (fingerprint "
-            f"{state.fingerprint[:16]}, now {here[:16]}{what}); restore the files and the phases "
+            f"{state.fingerprint[:16]}, now {actual[:16]}{note}); restore the files and the phases "
             "up to here, or start a new run"
         )
     later = phases[state.phase + 1 :]

@@ -1,7 +1,7 @@
-"""The embedded default: the Python standard library's own source, as prepared data.
+"""The embedded default corpus: the source code of the Python standard library, as prepared data.
 
-Nothing is downloaded: the text is what every Python brings along. It depends on the Python
-version, which is why a corpus is rebuilt when its fingerprint no longer fits.
+Nothing is downloaded: the text is part of every Python installation. It depends on the Python
+version, so the corpus is rebuilt if its fingerprint no longer matches.
 """
 
 import hashlib
@@ -30,19 +30,20 @@ from nemotron_train.platform.files import flush_to_disk
 from nemotron_train.platform.lock import exclusive
 
 _KIND = "python_stdlib"
-_RECIPE = 1  # raise it when the choice of files, the split or the tokenizer's training changes
+_RECIPE = 1  # increase it if the choice of files, the split or the tokenizer training changes
 _VALIDATION_SHARE = 0.08  # of the files
-_FEWEST_FILES = 100  # a stripped or zipped library is no corpus
+_FEWEST_FILES = 100  # a stripped or zipped library has fewer, too few for a corpus
 _SHARD_TOKENS = 1 << 30
 
-Texts = dict[str, str]  # name relative to the library's folder → source
+Texts = dict[str, str]  # file name relative to the library folder → source code
 
 
 def read_corpus(root: Path | None = None) -> Texts:
-    """The library's source files, by sorted relative name; those that are not UTF-8 are left out.
+    """The source files of the library under `root`, sorted by relative name.
 
-    Left out too: tests (not installed everywhere), `encodings` (tables of numbers), and what
-    belongs to this machine rather than to Python (build configuration, installed packages).
+    Left out: files that are not UTF-8 or are empty, tests (not installed everywhere), `encodings`
+    (tables of numbers), and files specific to this machine (build configuration, installed
+    packages).
     """
     root = root or Path(sysconfig.get_paths()["stdlib"])
     texts = {}
@@ -61,20 +62,20 @@ def read_corpus(root: Path | None = None) -> Texts:
 
 
 def _is_library_folder(name: str) -> bool:
-    # site-packages, lib-dynload, config-3.12-…: what is no package name is no part of Python.
+    # Not a valid package name (site-packages, lib-dynload, config-3.12-…): not part of the library.
     is_test = name in ("test", "tests") or name.endswith("_test")
     return name.isidentifier() and name not in ("encodings", "__pycache__") and not is_test
 
 
 def split_of(name: str) -> str:
-    """The split of a file, by a hash of its relative name."""
+    """The split of a file ("train" or "validation"), chosen by a hash of its relative name."""
     digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
     held_out = int.from_bytes(digest, "little") < _VALIDATION_SHARE * 2.0**64
     return "validation" if held_out else "train"
 
 
 def corpus_fingerprint(texts: Texts) -> str:
-    """SHA-256 over names and texts."""
+    """SHA-256 over names and texts, in order."""
     digest = hashlib.sha256()
     for name, text in texts.items():
         for part in (name.encode(), text.encode()):
@@ -85,12 +86,14 @@ def corpus_fingerprint(texts: Texts) -> str:
 def build_embedded(
     folder: str | Path, vocab_size: int, progress: Callable[[str], None] = print
 ) -> Manifest:
-    """Make sure `folder` holds the embedded corpus for this vocabulary; returns its manifest.
+    """Make sure that `folder` holds the embedded corpus for this vocabulary. Returns its manifest.
 
-    A fitting folder is reused as it is, another corpus's is replaced; `progress` gets a line
-    where it takes time. Any number of processes may call this at once: one builds, the others
-    wait. The folder appears complete or not at all. Raises ConfigError if the folder holds
-    something else (it is never deleted), or if this Python has no source files.
+    A folder with this corpus is reused; one with an older embedded corpus is replaced. `progress`
+    gets lines of text while the corpus is built. Several processes may call this at once: one
+    builds, the others wait. The folder appears only when complete.
+
+    Raises ConfigError if the folder holds anything else (it is then not deleted), or if this Python
+    has no source files.
     """
     folder = Path(folder)
     texts = read_corpus()
@@ -107,7 +110,7 @@ def build_embedded(
     }
     with exclusive(folder, wait=True):
         if folder.exists():
-            manifest = _manifest_of_ours(folder)
+            manifest = _load_embedded_manifest(folder)
             if manifest.source == source:
                 return manifest
         progress(f"building the embedded corpus in {folder} (once) from {len(texts)} files")
@@ -126,8 +129,8 @@ def build_embedded(
     return manifest
 
 
-def _manifest_of_ours(folder: Path) -> Manifest:
-    """The manifest of an embedded corpus; ConfigError if the folder is anything else."""
+def _load_embedded_manifest(folder: Path) -> Manifest:
+    """The manifest of an embedded corpus. Raises ConfigError if the folder holds anything else."""
     if not (folder / FILE_NAME).is_file():
         raise ConfigError(
             f"data.embedded_folder={folder}: exists and holds no {FILE_NAME}; choose another folder"
@@ -152,7 +155,7 @@ def _build(work: Path, texts: Texts, vocab_size: int, source: dict[str, object])
         )
         for split in SPLITS
     }
-    # Single texts, not a batch: the batch call's threads gain nothing over it on two cores.
+    # Encode texts one by one: the threads of the batch call gain nothing on two cores.
     for name, text in texts.items():
         writers[split_of(name)].add(np.append(loaded.encode(text), end_id))
     counts = {split: writer.close() for split, writer in writers.items()}
@@ -165,7 +168,7 @@ def _build(work: Path, texts: Texts, vocab_size: int, source: dict[str, object])
 
 
 def _replace(work: Path, folder: Path) -> None:
-    """Put `work` in the place of `folder`; a process that has the old files open keeps them."""
+    """Replace `folder` with `work`. A process with the old files open can still read them."""
     if folder.exists():
         old = folder.with_name(folder.name + ".old")
         if old.exists():

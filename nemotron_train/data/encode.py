@@ -18,16 +18,19 @@ from nemotron_train.data.tokenize import LoadedTokenizer, load_tokenizer
 
 @dataclass(frozen=True)
 class BadRecord:
+    """A record without a usable text."""
+
     where: str  # file:line
     why: str
 
 
 @dataclass(frozen=True)
 class EncodedBatch:
-    """Documents of a raw batch, in order, each ended by the end-of-document id.
+    """The documents of a raw batch, in order, each followed by the end-of-document id.
 
-    `ids` [tokens] holds them back to back; `lengths` [documents]; `held_out` bool [documents]
-    is true for validation.
+    ids: [tokens], all documents concatenated. lengths: int64 [documents], in tokens. held_out:
+    bool [documents], True for validation. bad: the records without a usable text. num_empty:
+    number of empty texts, which are left out.
     """
 
     ids: np.ndarray
@@ -40,11 +43,11 @@ class EncodedBatch:
 def documents(
     batch: RawBatch, text_field: str, text_documents: TextDocuments
 ) -> Iterator[str | BadRecord]:
-    """What the records of a batch say: a text, possibly empty, or why there is none."""
+    """The text of each record of a batch, possibly empty, or a BadRecord with the reason."""
     for number, record in _records(batch, text_documents):
         try:
             text = _text(batch.format, record, text_field)
-            text.encode()  # JSON can smuggle in half a surrogate pair
+            text.encode()  # fails on an unpaired surrogate, which JSON can contain
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             reason = str(error) or type(error).__name__
             yield BadRecord(f"{batch.name}:{number}" if number else batch.name, reason)
@@ -53,7 +56,7 @@ def documents(
 
 
 def _records(batch: RawBatch, text_documents: TextDocuments) -> Iterator[tuple[int, Any]]:
-    """(line or row number, 0 for a whole file; the record)."""
+    """(line or row number, or 0 for a whole file; record) pairs."""
     by_line = text_documents == TextDocuments.line
     whole_file = batch.format == InputFormat.text and not by_line
     if isinstance(batch.payload, list):
@@ -61,13 +64,13 @@ def _records(batch: RawBatch, text_documents: TextDocuments) -> Iterator[tuple[i
     elif whole_file:
         yield 0, batch.payload
     else:
-        # Only a newline ends a line: str.splitlines would also cut at U+2028 inside JSON.
+        # Only a newline ends a line; str.splitlines would also split at U+2028 within JSON.
         lines = batch.payload.removesuffix(b"\n").split(b"\n")
         yield from enumerate(lines, batch.first_line)
 
 
 def _text(record_format: InputFormat, record: Any, text_field: str) -> str:
-    """The text of one record; raises ValueError, KeyError or TypeError with the reason."""
+    """The text of one record. Raises ValueError, KeyError or TypeError with the reason."""
     if record_format == InputFormat.text:
         text = _utf8(record)
     elif record_format == InputFormat.jsonl:
@@ -95,9 +98,9 @@ def _utf8(record: bytes) -> str:
 
 
 def is_held_out(text: str, fraction: float) -> bool:
-    """Whether a document belongs to validation: decided by its content alone.
+    """Whether a document belongs to the validation split: a hash of its content decides.
 
-    So equal documents fall on the same side, whatever the order, the shard or the worker.
+    Equal documents thus go to the same split, for any order, shard or worker.
     """
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") < fraction * 2.0**64
@@ -115,7 +118,9 @@ class Encoder:
     validation_fraction: float
 
     def encode(self, batch: RawBatch) -> EncodedBatch:
-        pieces, held_out, bad, num_empty = [], [], [], 0
+        """Decode and tokenize all records of a batch. Bad records are listed, not raised."""
+        pieces, held_out, bad = [], [], []
+        num_empty = 0
         for text in documents(batch, self.text_field, self.text_documents):
             if isinstance(text, BadRecord):
                 bad.append(text)
@@ -134,7 +139,8 @@ class Encoder:
         )
 
 
-_encoder: Encoder | None = None  # one a worker process: a tokenizer is too large to send along
+# One per worker process: a tokenizer is too large to send with every batch.
+_encoder: Encoder | None = None
 
 
 def start_worker(folder: str, *settings: Any) -> None:
@@ -145,7 +151,8 @@ def start_worker(folder: str, *settings: Any) -> None:
 
 
 def _end_with_parent() -> None:
-    # A killed parent closes no queue: the workers hold both ends of it, and would wait for ever.
+    # Workers hold both ends of the queue, so a killed parent does not close it. Without this thread
+    # they would wait forever.
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
@@ -153,6 +160,6 @@ def _end_with_parent() -> None:
 
 
 def encode_in_worker(batch: RawBatch) -> EncodedBatch:
-    """Encode a batch in a process that `start_worker` has prepared."""
+    """Encode a batch. Runs in a worker that `start_worker` initialized."""
     assert _encoder is not None
     return _encoder.encode(batch)

@@ -1,8 +1,8 @@
-"""What a run remembers of its data, and what has changed since, in words.
+"""The description of a run's data in a checkpoint, and a message about what has changed since.
 
-Owns: the description kept in every checkpoint (`data.json`), its comparison. Does not own: the
-digest in the data's cursor, which refuses the same changes without saying which (`blend`). NumPy
-and torch are not needed.
+Owns: the description stored in every checkpoint (`data.json`), and its comparison. Does not own:
+the digest in the data state, which detects the same changes but does not name them (`blend`). No
+direct use of NumPy or torch.
 
     sequence_length, seed, tokenizer (SHA-256)
     phases: from_tokens, blend: path, weight, data (the key of the folder's shards)
@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from nemotron_train.config.schema import DataConfig, DataPhase
-from nemotron_train.data.indexed import file_sha256
 from nemotron_train.data.tokenize import FILE_NAME as TOKENIZER_FILE
 from nemotron_train.data.windows import WindowedSource
+from nemotron_train.platform.files import file_sha256
 
 REMEDY = (
     "put it back, add another phase to data.phases instead (from a token count not reached yet), "
@@ -30,7 +30,7 @@ def describe(
     sequence_length: int,
     seed: int,
 ) -> dict[str, Any]:
-    """The data as JSON values; `sources` by path."""
+    """The description of the data, as JSON values. `sources`: by path."""
     tokenizer = Path(config.tokenizer) / TOKENIZER_FILE
     return {
         "sequence_length": sequence_length,
@@ -50,9 +50,9 @@ def describe(
 
 
 def changed_data(before: Mapping[str, Any], now: Mapping[str, Any], phase: int) -> str:
-    """The first change that matters to a run in `phase`, in words that name the knob; "" for none.
+    """A message about the first change that affects a run in `phase`, naming the knob; "" if none.
 
-    Later phases may change, and so may the paths: a folder that was moved holds the same data.
+    Later phases may change. Paths may change too: a moved folder holds the same data.
     """
     for name in ("sequence_length", "seed"):
         if before[name] != now[name]:
@@ -73,15 +73,16 @@ def changed_data(before: Mapping[str, Any], now: Mapping[str, Any], phase: int) 
 
 
 def _changed_blend(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -> str:
-    keys, paths = [entry["data"] for entry in new], [entry["path"] for entry in new]
+    keys = [entry["data"] for entry in new]
+    paths = [entry["path"] for entry in new]
     for entry in old:
         if entry["data"] in keys:
             continue
         if entry["path"] in paths:
-            there = new[paths.index(entry["path"])]["data"]
+            new_key = new[paths.index(entry["path"])]["data"]
             return (
                 f"{entry['path']} holds other tokens than before (checksum {entry['data']}, now "
-                f"{there})"
+                f"{new_key})"
             )
         return f"{entry['path']} is gone"
     added = [entry for entry in new if entry["data"] not in [e["data"] for e in old]]
@@ -89,9 +90,9 @@ def _changed_blend(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, 
         return f"{added[0]['path']} is new"
     if [entry["data"] for entry in old] != keys:
         return f"the order was {', '.join(e['path'] for e in old)}, now {', '.join(paths)}"
-    for was, is_now in zip(old, new, strict=True):
-        if was["weight"] != is_now["weight"]:
-            return f"the weight of {was['path']} was {was['weight']}, now {is_now['weight']}"
+    for before, now in zip(old, new, strict=True):
+        if before["weight"] != now["weight"]:
+            return f"the weight of {before['path']} was {before['weight']}, now {now['weight']}"
     return ""
 
 

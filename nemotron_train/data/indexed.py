@@ -1,15 +1,14 @@
-"""Megatron `.bin/.idx` shards: a writer that can be killed, a reader that distrusts.
+"""Megatron `.bin/.idx` shards: a writer that can continue after a kill, a reader with checks.
 
-The format is Megatron-Core's (`megatron/core/datasets/indexed_dataset.py`). `NAME.bin` holds the
-token ids back to back. `NAME.idx` holds, little-endian: the magic `MMIDIDX\\0\\0`, u64 version 1,
-u8 dtype code, u64 number of sequences n, u64 n + 1, then int32 [n] lengths in tokens, int64 [n]
-byte offsets into `.bin`, int64 [n + 1] document boundaries counted in sequences. Here a sequence
-is a document, so the boundaries are 0..n.
+Owns: reading and writing of shards. Does not own: the manifest of a folder of shards (manifest.py).
 
-What the folder of shards says about itself is manifest.py's business.
+The format is that of Megatron-Core (`megatron/core/datasets/indexed_dataset.py`). `NAME.bin` holds
+the token ids, concatenated. `NAME.idx` holds, little-endian: the magic `MMIDIDX\\0\\0`, u64 version
+1, u8 dtype code, u64 number of sequences n, u64 n + 1, then int32 [n] lengths in tokens, int64 [n]
+byte offsets into `.bin`, int64 [n + 1] document boundaries counted in sequences. Here a sequence is
+a document, so the boundaries are 0..n.
 """
 
-import hashlib
 import os
 import struct
 from dataclasses import dataclass
@@ -18,18 +17,18 @@ from pathlib import Path
 import numpy as np
 
 from nemotron_train.config.errors import ConfigError
-from nemotron_train.platform.files import flush_to_disk
+from nemotron_train.platform.files import file_sha256, flush_to_disk, replacing
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
 _DTYPE_OF_CODE = {4: np.dtype("<i4"), 8: np.dtype("<u2")}
 _CODE_OF_DTYPE = {dtype: code for code, dtype in _DTYPE_OF_CODE.items()}
-_COUNT_CHUNK = 1 << 22  # tokens counted at once, so that a finished shard costs no memory
+_COUNT_CHUNK = 1 << 22  # tokens read at a time when counting, so that memory use stays small
 
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """What is known of a finished shard."""
+    """The manifest entry of a finished shard."""
 
     name: str  # file name without .bin/.idx
     documents: int
@@ -40,26 +39,23 @@ class ShardEntry:
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """The dtype Megatron's own writer picks: uint16 below 65500 ids, else int32."""
+    """The dtype that Megatron's own writer uses: uint16 below 65500 ids, else int32."""
     return np.dtype("<u2") if vocab_size < 65500 else np.dtype("<i4")
 
 
-def file_sha256(path: Path) -> str:
-    """The SHA-256 of a file's bytes, in hexadecimal."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 class ShardWriter:
-    """Appends documents to one shard; the final names appear only in `finish`.
+    """Appends documents to one shard. Only `finish` creates the files with their final names.
 
-    While it grows, a shard is `NAME.bin.partial` (token ids) and `NAME.lengths.partial` (int32,
-    one a document). After `sync`, both survive a kill, and a new writer made with
-    `documents=<number at that sync>` drops whatever came later and goes on.
+    Until then a shard is `NAME.bin.partial` (token ids) and `NAME.lengths.partial` (int32, one per
+    document). After `sync`, both survive a kill. A new writer with `documents=<number at that
+    sync>` drops everything written later and continues.
     """
 
     def __init__(self, folder: Path, name: str, dtype: np.dtype, *, documents: int = 0) -> None:
-        self.name, self.dtype, self.documents, self.tokens = name, dtype, documents, 0
+        self.name = name
+        self.dtype = dtype
+        self.documents = documents
+        self.tokens = 0
         self._folder = folder
         self._bin_path = folder / f"{name}.bin"
         self._idx_path = folder / f"{name}.idx"
@@ -67,7 +63,7 @@ class ShardWriter:
         self.lengths_path = folder / f"{name}.lengths.partial"
         self._idx_path.unlink(missing_ok=True)
         if documents:
-            if not self._bin_partial.exists():  # killed between finish() and the journal's commit
+            if not self._bin_partial.exists():  # killed between finish() and the journal commit
                 os.replace(self._bin_path, self._bin_partial)
             lengths = np.fromfile(self.lengths_path, dtype="<i4", count=documents)
             self.tokens = int(lengths.sum(dtype=np.int64))
@@ -80,7 +76,7 @@ class ShardWriter:
         self._lengths = self.lengths_path.open(mode)
 
     def add(self, tokens: np.ndarray) -> None:
-        """Append one document: integer [tokens], every id within the dtype."""
+        """Append one document: integer [tokens], not empty. Every id must fit the dtype."""
         assert tokens.size, "a document has at least its end-of-document token"
         self._bin.write(tokens.astype(self.dtype, copy=False).tobytes())
         self._lengths.write(struct.pack("<i", tokens.size))
@@ -94,16 +90,16 @@ class ShardWriter:
             os.fsync(stream.fileno())
 
     def abandon(self) -> None:
-        """Close the files as they are."""
+        """Close the files without finishing the shard."""
         self._bin.close()
         self._lengths.close()
 
     def finish(self, vocab_size: int) -> tuple[ShardEntry, np.ndarray]:
-        """Write the index, give both files their names, and read the tokens back once.
+        """Write the index, give both files their final names, and read the tokens back once.
 
-        Returns the entry and how often each id occurs: int64 [vocab_size]. The lengths file
-        stays, so that a journal that has not heard of the end can still reopen the shard;
-        delete `lengths_path` once it has.
+        Returns the entry and the count of each token id: int64 [vocab_size]. The lengths file
+        stays, so that the shard can be reopened from a journal written before `finish`. Delete
+        `lengths_path` after the next journal commit.
         """
         self.sync()
         self.abandon()
@@ -123,23 +119,19 @@ class ShardWriter:
 
 
 def write_index(path: Path, lengths: np.ndarray, dtype: np.dtype) -> None:
-    """Write the `.idx` of documents of these lengths (int32 [documents]), atomically."""
+    """Write the `.idx` of documents with these lengths (int32 [documents]) atomically."""
     ends = np.cumsum(lengths, dtype=np.int64) * dtype.itemsize
     header = _HEADER.pack(_MAGIC, 1, _CODE_OF_DTYPE[dtype], len(lengths), len(lengths) + 1)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as stream:
+    with replacing(path, durable=True) as temporary, temporary.open("wb") as stream:
         stream.write(header)
         stream.write(lengths.astype("<i4").tobytes())
         stream.write((ends - lengths.astype(np.int64) * dtype.itemsize).astype("<i8").tobytes())
         stream.write(np.arange(len(lengths) + 1, dtype="<i8").tobytes())
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(partial, path)
     flush_to_disk(path.parent)
 
 
 def count_tokens(path: Path, dtype: np.dtype, vocab_size: int) -> np.ndarray:
-    """How often each id occurs in a `.bin` file: int64 [vocab_size]."""
+    """The count of each token id in a `.bin` file: int64 [vocab_size]."""
     counts = np.zeros(vocab_size, dtype=np.int64)
     with path.open("rb") as stream:
         while (chunk := np.fromfile(stream, dtype=dtype, count=_COUNT_CHUNK)).size:
@@ -150,13 +142,14 @@ def count_tokens(path: Path, dtype: np.dtype, vocab_size: int) -> np.ndarray:
 class ShardReader:
     """A memory-mapped shard: `tokens` [num_tokens] and `lengths` int32 [documents] are views.
 
-    Raises ConfigError, naming the file, if a file is missing, is no shard, or if the sizes of
-    `.bin` and `.idx` do not fit together. That costs a few reads whatever the shard's size;
-    `verify` reads everything.
+    Raises ConfigError, naming the file, if a file is missing or not a shard, or if the sizes of
+    `.bin` and `.idx` do not match. These checks need a few reads for any shard size; `verify` reads
+    the whole index.
     """
 
     def __init__(self, folder: Path, name: str) -> None:
-        self.bin_path, self.idx_path = folder / f"{name}.bin", folder / f"{name}.idx"
+        self.bin_path = folder / f"{name}.bin"
+        self.idx_path = folder / f"{name}.idx"
         for path in (self.bin_path, self.idx_path):
             if not path.is_file():
                 raise ConfigError(f"{path}: this shard file is missing; prepare the data again")
@@ -181,7 +174,8 @@ class ShardReader:
         self.tokens = np.memmap(self.bin_path, dtype=self.dtype, mode="r").view(np.ndarray)
 
     def _read_header(self) -> tuple[np.dtype, int]:
-        """(dtype, number of documents), checked against the size of the index file."""
+        """(dtype, number of documents). Raises ConfigError if the header is invalid or does not
+        match the size of the index file."""
         path = self.idx_path
         with path.open("rb") as stream:
             header = stream.read(_HEADER.size)
@@ -209,19 +203,19 @@ class ShardReader:
         return _DTYPE_OF_CODE[code], sequences
 
     def offset(self, document: int) -> int:
-        """Where a document begins, in tokens; `offset(documents)` is the shard's length."""
+        """Where a document begins, in tokens. `offset(documents)` is the length of the shard."""
         if document == self.documents:
             last = document - 1
             return int(self._byte_offsets[last]) // self.dtype.itemsize + int(self.lengths[last])
         return int(self._byte_offsets[document]) // self.dtype.itemsize
 
     def document(self, index: int) -> np.ndarray:
-        """One document's ids: a view of the file, [tokens]."""
+        """The token ids of one document: a view of the file, [tokens]."""
         begin = self.offset(index)
         return self.tokens[begin : begin + int(self.lengths[index])]
 
     def verify(self) -> None:
-        """Check every entry of the index; raises ConfigError naming the first wrong one."""
+        """Check every entry of the index. Raises ConfigError, naming the first wrong entry."""
         ends = np.cumsum(self.lengths, dtype=np.int64)
         expected = (ends - self.lengths) * self.dtype.itemsize
         wrong = (self._byte_offsets != expected) | (self.lengths < 0)

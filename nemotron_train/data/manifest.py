@@ -1,16 +1,15 @@
-"""`manifest.json`: what a folder of prepared data says about itself, read with suspicion.
+"""`manifest.json`: the description of a folder of prepared data. Reading it checks every field.
 
-A folder of prepared data is
+A folder of prepared data contains
 
-    manifest.json                 written last; a folder without it is no data
-    tokenizer/tokenizer.json      the tokenizer its ids belong to
+    manifest.json                 written last; a folder without it is not prepared data
+    tokenizer/tokenizer.json      the tokenizer of its ids
     train_00000.bin/.idx …        the shards (indexed.py)
-    validation_00000.bin/.idx …   held out, by document
+    validation_00000.bin/.idx …   whole documents held out for validation
 """
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -20,7 +19,7 @@ import numpy as np
 
 from nemotron_train.config.errors import ConfigError
 from nemotron_train.data.indexed import ShardEntry
-from nemotron_train.platform.files import flush_to_disk
+from nemotron_train.platform.files import flush_to_disk, write_atomically
 
 FORMAT_VERSION = 1
 FILE_NAME = "manifest.json"
@@ -29,7 +28,7 @@ SPLITS = ("train", "validation")
 
 @dataclass(frozen=True)
 class TokenizerEntry:
-    """The tokenizer the ids belong to; `vocab_size` is its largest id plus one."""
+    """The tokenizer of the token ids. `vocab_size` is its largest id plus one."""
 
     sha256: str  # of tokenizer/tokenizer.json
     vocab_size: int
@@ -40,8 +39,8 @@ class TokenizerEntry:
 class SplitEntry:
     """The shards of `train` or of `validation`, in order, and their totals.
 
-    `unigram_entropy` (nats a token) is the loss of a model that knows only how often each token
-    of this split occurs: what a language model must beat.
+    `unigram_entropy` (nats per token) is the loss of a model that knows only the frequency of each
+    token in this split. A language model must do better.
     """
 
     shards: tuple[ShardEntry, ...]
@@ -52,7 +51,9 @@ class SplitEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    source: Mapping[str, Any]  # where the data came from; shown, and compared when rebuilding
+    """The content of `manifest.json`."""
+
+    source: Mapping[str, Any]  # origin of the data; displayed, and compared when rebuilding
     dtype: str
     tokenizer: TokenizerEntry
     splits: Mapping[str, SplitEntry]
@@ -61,19 +62,19 @@ class Manifest:
 
 
 def unigram_entropy(counts: np.ndarray) -> float:
-    """Entropy in nats of the distribution these counts (int64 [vocab_size]) stand for."""
-    share = counts[counts > 0] / counts.sum()
-    return float(-(share * np.log(share)).sum())
+    """Entropy, in nats, of the distribution given by these counts (int64 [vocab_size])."""
+    shares = counts[counts > 0] / counts.sum()
+    return float(-(shares * np.log(shares)).sum())
 
 
 def split_fingerprint(split: SplitEntry) -> str:
-    """SHA-256 over the hashes of a split's shards, in order."""
+    """SHA-256 over the hashes of the shards of a split, in order."""
     hashes = [(shard.bin_sha256, shard.idx_sha256) for shard in split.shards]
     return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
 
 
 def data_fingerprint(splits: Mapping[str, SplitEntry]) -> str:
-    """SHA-256 over all shard hashes of a folder."""
+    """SHA-256 over all shard hashes of a folder, by split."""
     parts = [(name, split_fingerprint(splits[name])) for name in SPLITS if name in splits]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
@@ -85,9 +86,9 @@ def build_manifest(
     shards: Mapping[str, list[ShardEntry]],
     counts: Mapping[str, np.ndarray],
 ) -> Manifest:
-    """A manifest of finished shards; `counts[split]` is how often each id occurs in a split.
+    """The manifest of finished shards. `counts[split]`: count of each token id, int64 [vocab_size].
 
-    A split without a shard is left out.
+    A split without shards is left out.
     """
     splits = {
         name: SplitEntry(
@@ -103,26 +104,21 @@ def build_manifest(
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write `manifest.json` atomically; call it when everything it names is durable."""
+    """Write `manifest.json` atomically. Call it when all files that it names are durable."""
     write_json(folder / FILE_NAME, asdict(manifest))
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Replace a JSON file atomically and durably."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w") as stream:
-        json.dump(content, stream, indent=2)
-        stream.write("\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(partial, path)
+    """Write or replace a JSON file atomically and durably."""
+    write_atomically(path, json.dumps(content, indent=2) + "\n")
     flush_to_disk(path.parent)
 
 
 def load_manifest(folder: Path) -> Manifest:
-    """Read and check `manifest.json`; ConfigError names the file and what is wrong with it.
+    """Read and check `manifest.json`. Raises ConfigError, naming the file, if it is missing or
+    invalid.
 
-    The shards themselves are not opened: that is ShardReader's part.
+    The shards are not opened: ShardReader does that.
     """
     path = folder / FILE_NAME
     if not folder.is_dir():
@@ -149,14 +145,14 @@ def load_manifest(folder: Path) -> Manifest:
 
 
 def _parse(raw: dict[str, Any]) -> Manifest:
-    """A Manifest from untrusted JSON; KeyError, TypeError or ValueError if it is none."""
+    """A Manifest from untrusted JSON. Raises KeyError, TypeError or ValueError if it is invalid."""
     splits = {}
     for name, split in raw["splits"].items():
         if name not in SPLITS:
             raise ValueError(f"unknown split {name!r}")
         shards = tuple(_typed(ShardEntry, shard) for shard in split["shards"])
         for shard in shards:
-            # The name is joined to the folder: it must not lead out of it.
+            # The name is joined to the folder path, so it must not point outside the folder.
             if not shard.name or Path(shard.name).name != shard.name:
                 raise ValueError(f"shard name {shard.name!r} is no plain file name")
         entropy = split["unigram_entropy"]
@@ -186,7 +182,8 @@ def _parse(raw: dict[str, Any]) -> Manifest:
 
 
 def _typed(kind: type, raw: dict[str, Any]) -> Any:
-    """A flat dataclass of str and int fields from JSON, each field's type checked."""
+    """A flat dataclass of str and int fields from JSON. Raises KeyError or TypeError if a field is
+    missing or has the wrong type."""
     for field in fields(kind):
         value = raw[field.name]
         if type(value) is not field.type or (field.type is int and value < 0):

@@ -1,4 +1,4 @@
-"""The training and validation batches that a configuration asks for. No torch."""
+"""Opens the training and validation data of a configuration. No torch."""
 
 from collections.abc import Callable
 
@@ -8,9 +8,10 @@ from nemotron_train.data.corpus import build_embedded
 
 
 def open_data(config: Config, say: Callable[[str], None]) -> tuple[BatchSource, BatchSource]:
-    """Training and validation batches; the embedded corpus is built on first use.
+    """Batch sources for training and validation. The embedded corpus is built on first use.
 
-    Raises ConfigError for data that is missing, damaged or of another vocabulary.
+    `say` prints progress lines. Raises ConfigError if data is missing, damaged or has another
+    vocabulary.
     """
     if config.data.kind == DataKind.embedded:
         build_embedded(config.data.embedded_folder, config.model.vocab_size, progress=say)

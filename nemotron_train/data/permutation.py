@@ -1,7 +1,7 @@
 """Pseudo-random permutations that are pure functions of a key.
 
-They are built on an integer hash of our own choice instead of `numpy.random`, whose stream may
-change between numpy versions: a resumed run must see the order the first process saw.
+They use a fixed integer hash, not `numpy.random`, whose stream may change between NumPy versions:
+a resumed run must see the same order as the first process.
 """
 
 import hashlib
@@ -9,7 +9,7 @@ import json
 
 import numpy as np
 
-_ROUNDS = 6  # four are enough for a pseudo-random permutation; small domains mix worse
+_ROUNDS = 6  # four suffice for a pseudo-random permutation; small domains need more to mix well
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -27,17 +27,18 @@ def mix64(values: np.ndarray) -> np.ndarray:
 
 
 def shuffled(count: int, key: int) -> np.ndarray:
-    """The numbers 0..count-1 in the order of `key`: int64 [count]; O(count) memory."""
+    """The numbers 0..count-1 in the order chosen by `key`: int64 [count]. O(count) memory."""
     with np.errstate(over="ignore"):
         hashes = mix64(np.uint64(key) + np.arange(count, dtype=np.uint64) * _GOLDEN)
     return np.argsort(hashes, kind="stable")
 
 
 def permute(positions: np.ndarray, count: int, key: int) -> np.ndarray:
-    """Where the permutation of 0..count-1 chosen by `key` sends `positions`: int64 [n] → [n].
+    """Map `positions` by the permutation of 0..count-1 that `key` chooses: int64 [n] → [n].
 
-    A balanced Feistel network over the next even power of two, walked until it falls below
-    `count` (fewer than four steps on average). O(n) memory however large `count` is.
+    A balanced Feistel network over the next power of two with an even exponent, applied repeatedly
+    until the value is below `count` (fewer than four steps on average). O(n) memory for any
+    `count`.
     """
     half_bits = max(1, ((count - 1).bit_length() + 1) // 2)
     shift, mask = np.uint64(half_bits), np.uint64((1 << half_bits) - 1)

@@ -1,8 +1,8 @@
-"""`nemotron-train data prepare`: text → shards with a manifest, in workers, resumable.
+"""`nemotron-train data prepare`: text → shards with a manifest, in parallel, resumable.
 
-One process reads and writes in the order of the input; workers decode and tokenize. So the
-shards do not depend on the number of workers, nor on how often the work was interrupted: a
-journal of source positions lies in `OUTPUT.partial`, which becomes OUTPUT when all is done.
+One process reads and writes in the order of the input; workers decode and tokenize. So the shards
+do not depend on the number of workers. They do not depend on interruptions either: a journal of
+input positions is kept in `OUTPUT.partial`, which is renamed to OUTPUT at the end.
 """
 
 import hashlib
@@ -57,41 +57,44 @@ from nemotron_train.platform.files import flush_to_disk
 from nemotron_train.platform.lock import exclusive
 
 _JOURNAL = "journal.json"
-_COMMIT_TOKENS = 1 << 22  # the work a kill costs at most: seconds on one worker
+_COMMIT_TOKENS = 1 << 22  # tokens between commits: the work a kill loses, seconds on one worker
 _SHOWN_BAD_RECORDS = 5
 
 
 class OnBad(StrEnum):
+    """What to do at a bad record."""
+
     stop = "stop"
     skip = "skip"
 
 
 @dataclass
 class PrepareConfig:
-    """What to read, which tokenizer, where to write. One of `tokenizer` and
-    `train_tokenizer_vocab_size` must be given."""
+    """The knobs of `data prepare`. Exactly one of `tokenizer` and `train_tokenizer_vocab_size` must
+    be given."""
 
     input: str = MISSING  # file, folder, glob pattern, or with format=dataset a name or folder
-    output: str = MISSING  # folder to make
+    output: str = MISSING  # folder to create
     format: InputFormat = InputFormat.by_name
     text_field: str = "text"  # JSONL field, or Parquet or data set column
-    text_documents: TextDocuments = TextDocuments.file  # what a document of a text file is
+    text_documents: TextDocuments = TextDocuments.file  # what one document is, in text files
     dataset_config: str = ""
     dataset_split: str = "train"
     tokenizer: str = ""  # folder that holds tokenizer.json
     train_tokenizer_vocab_size: int = 0  # 0: use `tokenizer`
-    train_tokenizer_bytes: int = 256 * 1024 * 1024  # text from the input's beginning it sees
+    train_tokenizer_bytes: int = 256 * 1024 * 1024  # bytes of training text, from the input's start
     end_of_document_token: str = END_OF_DOCUMENT
     validation_fraction: float = 0.01  # of the documents, chosen by a hash of their content
     shard_tokens: int = 100_000_000
     max_documents: int = 0  # 0: all
-    workers: int = 2  # processes that tokenize; 1: no process is started
+    workers: int = 2  # processes that tokenize; 1: tokenize in this process
     on_bad: OnBad = OnBad.stop  # at a record that is not UTF-8, not JSON or has no text
 
 
 @dataclass
 class Progress:
-    """How far a preparation is; also what the journal stores of it."""
+    """Progress of a preparation. The journal stores it too. `empty` and `bad` count records without
+    text and bad records, which are left out."""
 
     documents: int = 0
     tokens: int = 0
@@ -99,18 +102,18 @@ class Progress:
     bad: int = 0
     bad_examples: list[str] = field(default_factory=list)
     bytes_read: int = 0
-    bytes_total: int = 0  # 0: not known
+    bytes_total: int = 0  # 0: unknown
 
 
 Report = Callable[[Progress], None]
 
 
 def prepare(config: PrepareConfig, report: Report = lambda progress: None) -> Manifest:
-    """Make `config.output` and return its manifest; `report` is called after every batch.
+    """Create `config.output` and return its manifest. `report` is called after every batch.
 
-    Returns at once if the output is there and was made of the same input with the same settings.
-    Raises ConfigError for wrong settings, unreadable input, a bad record under on_bad=stop, an
-    output that is something else, or an unfinished output of other settings.
+    Returns at once if the output exists and was made from the same input with the same settings.
+    Raises ConfigError for wrong settings, unreadable input, a bad record with on_bad=stop, an
+    output folder with other content, or an unfinished output with other settings.
     """
     _check(config)
     output = Path(config.output)
@@ -130,7 +133,8 @@ def prepare(config: PrepareConfig, report: Report = lambda progress: None) -> Ma
         if output.exists() and not (output.is_dir() and not any(output.iterdir())):
             raise ConfigError(f"output={output}: exists and is no prepared data; choose another")
         work = output.with_name(output.name + ".partial")
-        if not (work / FILE_NAME).is_file():  # it is there if we were killed in the next lines
+        # The manifest already exists if an earlier process was killed in the lines after this `if`.
+        if not (work / FILE_NAME).is_file():
             _Preparation(config, inputs, source, work).run(report)
         manifest = load_manifest(work)
         remove_working_files(work)
@@ -164,7 +168,8 @@ def _check(config: PrepareConfig) -> None:
 
 
 def _source(config: PrepareConfig, inputs: list[InputFile]) -> dict[str, Any]:
-    """Everything the output depends on; workers and on_bad may change while it is unfinished."""
+    """Everything the output depends on. `workers` and `on_bad` are not included: they may change
+    when an unfinished preparation continues."""
     settings = {
         name: str(value) if isinstance(value, StrEnum) else value
         for name, value in asdict(config).items()
@@ -179,12 +184,15 @@ def _source(config: PrepareConfig, inputs: list[InputFile]) -> dict[str, Any]:
 
 
 class _Preparation:
-    """One run over the input, from the beginning or from where the journal says."""
+    """One run over the input, from the start or from the position in the journal."""
 
     def __init__(
         self, config: PrepareConfig, inputs: list[InputFile], source: dict[str, Any], work: Path
     ) -> None:
-        self._config, self._inputs, self._source, self._work = config, inputs, source, work
+        self._config = config
+        self._inputs = inputs
+        self._source = source
+        self._work = work
         journal = self._open_journal()
         self._tokenizer = self._make_tokenizer(journal is not None)
         tokenizer_folder = work / "tokenizer"
@@ -208,10 +216,13 @@ class _Preparation:
         }
 
     def _open_journal(self) -> dict[str, Any] | None:
-        """The journal of an earlier attempt, or an empty work folder."""
+        """The journal of an earlier attempt; None, with the work folder emptied, if there is none.
+
+        Raises ConfigError if the earlier attempt had other settings.
+        """
         path = self._work / _JOURNAL
         journal = json.loads(path.read_text()) if path.is_file() else None
-        if journal is None or not journal["progress"]["documents"]:  # nothing worth keeping
+        if journal is None or not journal["progress"]["documents"]:  # nothing to continue
             if self._work.exists():
                 shutil.rmtree(self._work)
             self._work.mkdir(parents=True)
@@ -226,26 +237,26 @@ class _Preparation:
             )
         return journal
 
-    def _make_tokenizer(self, have_one: bool) -> LoadedTokenizer:
+    def _make_tokenizer(self, exists: bool) -> LoadedTokenizer:
         folder, config = self._work / "tokenizer", self._config
-        if have_one:
+        if exists:
             return load_tokenizer(folder)
         if config.tokenizer:
             copy_tokenizer(Path(config.tokenizer), folder)
             return load_tokenizer(folder)
-        return train_tokenizer(self._sample(), config.train_tokenizer_vocab_size, folder)
+        return train_tokenizer(self._tokenizer_texts(), config.train_tokenizer_vocab_size, folder)
 
-    def _sample(self) -> Iterator[str]:
-        """Training documents from the beginning of the input, up to train_tokenizer_bytes."""
-        left, config = self._config.train_tokenizer_bytes, self._config
+    def _tokenizer_texts(self) -> Iterator[str]:
+        """Documents of the train split from the start of the input, up to train_tokenizer_bytes."""
+        bytes_left, config = self._config.train_tokenizer_bytes, self._config
         for batch in self._batches(Position()):
             for text in encode.documents(batch, config.text_field, config.text_documents):
                 if isinstance(text, str) and not encode.is_held_out(
                     text, config.validation_fraction
                 ):
                     yield text
-                    left -= len(text.encode())
-                    if left <= 0:
+                    bytes_left -= len(text.encode())
+                    if bytes_left <= 0:
                         return
 
     def _batches(self, start: Position) -> Iterator[RawBatch]:
@@ -257,23 +268,24 @@ class _Preparation:
         return read_files(self._inputs, start, config.text_field, config.text_documents)
 
     def run(self, report: Report) -> None:
-        """Read, encode and write what is left; the work folder then holds finished data."""
+        """Read, encode and write the remaining input. The work folder then holds finished data."""
         try:
             self._commit()
             committed = self._progress.tokens
             for batch, encoded in self._encoded():
-                shards = self._num_shards()
+                shards_before = self._num_shards()
                 self._write(batch, encoded)
                 report(self._progress)
                 due = self._progress.tokens - committed >= _COMMIT_TOKENS
-                if due or self._num_shards() > shards or self._enough():
+                if due or self._num_shards() > shards_before or self._reached_limit():
                     self._commit()
                     committed = self._progress.tokens
-                if self._enough():
+                if self._reached_limit():
                     break
             self._finish()
         except BaseException:
-            # A buffer flushed late, by the garbage collector, would spoil a continuation.
+            # Close the files now: a buffer that the garbage collector flushes later would corrupt
+            # the files of a continuation.
             for writer in self._writers.values():
                 writer.abandon()
             raise
@@ -281,12 +293,12 @@ class _Preparation:
     def _num_shards(self) -> int:
         return sum(len(writer.finished) for writer in self._writers.values())
 
-    def _enough(self) -> bool:
+    def _reached_limit(self) -> bool:
         limit = self._config.max_documents
         return bool(limit) and self._progress.documents >= limit
 
     def _encoded(self) -> Iterator[tuple[RawBatch, encode.EncodedBatch]]:
-        """Batches and what the workers made of them, in input order, with few in flight."""
+        """Raw and encoded batches, in input order. At most 2 * workers + 1 are in flight."""
         config = self._config
         settings = (
             self._end_id,
@@ -296,29 +308,29 @@ class _Preparation:
             config.validation_fraction,
         )
         batches = self._batches(self._position)
-        if self._enough():
+        if self._reached_limit():
             return
         if config.workers == 1:
             encoder = encode.Encoder(self._tokenizer, *settings)
             for batch in batches:
                 yield batch, encoder.encode(batch)
             return
-        # spawn: a fork would copy locks that the tokenizer library's threads may hold.
+        # spawn: a fork could copy a locked lock of the tokenizer library's threads.
         pool = ProcessPoolExecutor(
             config.workers,
             mp_context=multiprocessing.get_context("spawn"),
             initializer=encode.start_worker,
             initargs=(str(self._work / "tokenizer"), *settings),
         )
-        flying: deque[tuple[RawBatch, Future[encode.EncodedBatch]]] = deque()
+        in_flight: deque[tuple[RawBatch, Future[encode.EncodedBatch]]] = deque()
         try:
             for batch in batches:
-                flying.append((batch, pool.submit(encode.encode_in_worker, batch)))
-                if len(flying) > 2 * config.workers:
-                    first, future = flying.popleft()
+                in_flight.append((batch, pool.submit(encode.encode_in_worker, batch)))
+                if len(in_flight) > 2 * config.workers:
+                    first, future = in_flight.popleft()
                     yield first, future.result()
-            while flying:
-                first, future = flying.popleft()
+            while in_flight:
+                first, future = in_flight.popleft()
                 yield first, future.result()
         finally:
             pool.shutdown(cancel_futures=True)
@@ -339,7 +351,7 @@ class _Preparation:
         progress.bytes_read = batch.bytes_read
         pieces = np.split(encoded.ids, np.cumsum(encoded.lengths)[:-1]) if encoded.ids.size else []
         for piece, held_out in zip(pieces, encoded.held_out, strict=True):
-            if self._enough():
+            if self._reached_limit():
                 break
             self._writers["validation" if held_out else "train"].add(piece)
             progress.documents += 1
@@ -347,7 +359,7 @@ class _Preparation:
         self._position = batch.after
 
     def _commit(self) -> None:
-        """Make the position and everything written up to it durable together."""
+        """Make the position, and everything written up to it, durable together."""
         journal = {
             "source": self._source,
             "position": asdict(self._position),
@@ -356,7 +368,7 @@ class _Preparation:
         }
         write_json(self._work / _JOURNAL, journal)
         for writer in self._writers.values():
-            writer.stored()
+            writer.on_state_saved()
 
     def _finish(self) -> None:
         if not self._progress.documents:

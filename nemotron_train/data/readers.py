@@ -1,7 +1,7 @@
-"""Inputs of `data prepare` as a stream of raw batches, each with the position after it.
+"""Reads the inputs of `data prepare` as a stream of raw batches, each with the position after it.
 
-The reading process only cuts: a batch is bytes or values as they stand in the input, and
-encode.py makes documents of it in a worker. A position is enough to go on after a kill.
+The reading process does not decode. A batch holds bytes or values as they are in the input;
+encode.py turns it into documents in a worker. A position is enough to continue after a kill.
 """
 
 import codecs
@@ -24,6 +24,8 @@ _COMPRESSED = (".gz", ".zst")
 
 
 class InputFormat(StrEnum):
+    """The format of the input."""
+
     by_name = "by_name"  # .jsonl .ndjson .json, .parquet; any other file is text
     text = "text"
     jsonl = "jsonl"
@@ -32,22 +34,30 @@ class InputFormat(StrEnum):
 
 
 class TextDocuments(StrEnum):
+    """What counts as one document in text files."""
+
     file = "file"  # a text file is one document
-    package = "package"  # all text files below one entry of the input folder are one document
+    package = "package"  # all text files under one entry of the input folder are one document
     line = "line"  # a line is one document
 
 
 @dataclass(frozen=True)
 class InputFile:
+    """An input file and its state when it was listed."""
+
     path: Path
     format: InputFormat  # text, jsonl or parquet
     size: int  # bytes
-    modified: int  # ns; a changed file must not be continued
+    modified: int  # ns; a preparation must not continue if it changed
 
 
 @dataclass(frozen=True)
 class Position:
-    """How far the input has been read: which file, bytes (lines) or rows of it, and its line."""
+    """How far the input has been read.
+
+    file: index of the file. offset: bytes of the decompressed file (text, jsonl) or rows (parquet,
+    dataset) read. line: lines read.
+    """
 
     file: int = 0
     offset: int = 0
@@ -56,32 +66,38 @@ class Position:
 
 @dataclass(frozen=True)
 class RawBatch:
-    """`payload` is bytes of whole lines (jsonl, text lines), the bytes of a whole file (text), or
-    a list of values (parquet, dataset). `first_line` counts from 1."""
+    """A piece of the input, not yet decoded.
+
+    payload: the bytes of whole lines (jsonl, text lines), the bytes of a whole file or package
+    (text), or a list of values (parquet, dataset). name: of the file, for messages. first_line:
+    line or row number of the first record, from 1; 0 for a whole file. after: the position after
+    this batch.
+    """
 
     format: InputFormat
     payload: bytes | list[Any]
     name: str
     first_line: int
     after: Position
-    bytes_read: int  # of all input files, so far; 0 if their size is not known
+    bytes_read: int  # of all input files so far; 0 if their size is unknown
 
 
 def list_inputs(where: str, input_format: InputFormat) -> list[InputFile]:
-    """The files a path, folder or glob stands for, sorted by path; hidden files are left out.
+    """The files of a path, folder or glob pattern, sorted by path. In a folder, hidden files are
+    left out.
 
-    Raises ConfigError if there are none.
+    Raises ConfigError if there are no files.
     """
     root = Path(where)
     if root.is_dir():
-        found = [
+        paths = [
             path
             for path in root.rglob("*")
             if not any(part.startswith(".") for part in path.relative_to(root).parts)
         ]
     else:
-        found = [root] if root.is_file() else [Path(p) for p in glob.glob(where, recursive=True)]
-    files = sorted((path for path in found if path.is_file()), key=lambda path: path.as_posix())
+        paths = [root] if root.is_file() else [Path(p) for p in glob.glob(where, recursive=True)]
+    files = sorted((path for path in paths if path.is_file()), key=lambda path: path.as_posix())
     if not files:
         raise ConfigError(
             f"input={where}: no file, folder or pattern with files; for a Hugging Face data set "
@@ -90,8 +106,8 @@ def list_inputs(where: str, input_format: InputFormat) -> list[InputFile]:
     inputs = []
     for path in files:
         status = path.stat()
-        of_file = _format_of(path) if input_format == InputFormat.by_name else input_format
-        inputs.append(InputFile(path, of_file, status.st_size, status.st_mtime_ns))
+        file_format = _format_of(path) if input_format == InputFormat.by_name else input_format
+        inputs.append(InputFile(path, file_format, status.st_size, status.st_mtime_ns))
     return inputs
 
 
@@ -106,32 +122,33 @@ def _format_of(path: Path) -> InputFormat:
 def read_files(
     files: list[InputFile], start: Position, text_field: str, text_documents: TextDocuments
 ) -> Iterator[RawBatch]:
-    """All batches of `files` after `start`, in order."""
-    before = sum(entry.size for entry in files[: start.file])
+    """All batches of `files` after `start`, in order. Raises ConfigError, naming the file, if one
+    cannot be read or has no column `text_field`."""
+    bytes_before = sum(entry.size for entry in files[: start.file])
     if text_documents == TextDocuments.package:
-        yield from _read_packages(files, start.file, before)
+        yield from _read_packages(files, start.file, bytes_before)
         return
     for index in range(start.file, len(files)):
         entry = files[index]
         begin = start if index == start.file else Position(index)
         if entry.format == InputFormat.parquet:
-            yield from _read_parquet(entry, begin, text_field, before)
+            yield from _read_parquet(entry, begin, text_field, bytes_before)
         elif entry.format == InputFormat.text and text_documents == TextDocuments.file:
             raw, stream = _open(entry.path)
             with raw, stream:
                 payload = _read(stream, str(entry.path), -1)
-            after, done = Position(index + 1), before + entry.size
-            yield RawBatch(InputFormat.text, payload, str(entry.path), 0, after, done)
+            after, bytes_read = Position(index + 1), bytes_before + entry.size
+            yield RawBatch(InputFormat.text, payload, str(entry.path), 0, after, bytes_read)
         else:
-            yield from _read_lines(entry, begin, before)
-        before += entry.size
+            yield from _read_lines(entry, begin, bytes_before)
+        bytes_before += entry.size
 
 
-def _read_packages(files: list[InputFile], first: int, before: int) -> Iterator[RawBatch]:
-    """A batch a package: its files in the order of their paths, a newline between them. Long
-    documents whose parts refer to one another, of texts that are short by themselves.
+def _read_packages(files: list[InputFile], first: int, bytes_before: int) -> Iterator[RawBatch]:
+    """One batch per package: its files in the order of their paths, separated by newlines. This
+    makes long documents, whose parts refer to one another, from short files.
 
-    Raises ConfigError for a file that is no text: rows have no package.
+    Raises ConfigError if a file is not text: rows have no package.
     """
     for entry in files:
         if entry.format != InputFormat.text:
@@ -148,15 +165,17 @@ def _read_packages(files: list[InputFile], first: int, before: int) -> Iterator[
             with raw, stream:
                 part = _read(stream, str(files[last].path), -1).removeprefix(codecs.BOM_UTF8)
             parts.append(part if part.endswith(b"\n") else part + b"\n")
-            before += files[last].size
+            bytes_before += files[last].size
             last += 1
         after = Position(last)
-        yield RawBatch(InputFormat.text, b"".join(parts), str(root / package), 0, after, before)
+        yield RawBatch(
+            InputFormat.text, b"".join(parts), str(root / package), 0, after, bytes_before
+        )
         first = last
 
 
 def _open(path: Path) -> tuple[IO[bytes], IO[bytes]]:
-    """(the file as it lies on disk, its decompressed bytes): the same object if it is plain."""
+    """(the raw file, its decompressed stream); the same object if the file is not compressed."""
     raw = path.open("rb")
     if path.suffix == ".gz":
         return raw, gzip.GzipFile(fileobj=raw)  # pyright: ignore[reportReturnType]
@@ -167,11 +186,13 @@ def _open(path: Path) -> tuple[IO[bytes], IO[bytes]]:
     return raw, raw
 
 
-def _read_lines(entry: InputFile, begin: Position, before: int) -> Iterator[RawBatch]:
-    """Batches of whole lines; a compressed file is decompressed again up to `begin`."""
+def _read_lines(entry: InputFile, begin: Position, bytes_before: int) -> Iterator[RawBatch]:
+    """Batches of whole lines. A compressed file is decompressed again up to `begin`."""
     raw, stream = _open(entry.path)
-    name, offset, line = str(entry.path), begin.offset, begin.line
-    rest = b""
+    name = str(entry.path)
+    offset = begin.offset
+    line = begin.line
+    partial_line = b""
     with raw, stream:
         if stream is raw:
             raw.seek(offset)
@@ -183,25 +204,26 @@ def _read_lines(entry: InputFile, begin: Position, before: int) -> Iterator[RawB
                 skip -= skipped
         while True:
             chunk = _read(stream, name, _BATCH_BYTES)
-            payload, newline, tail = (rest + chunk).rpartition(b"\n")
-            if chunk and not newline:  # one line longer than a batch
-                rest = tail
+            payload, newline, tail = (partial_line + chunk).rpartition(b"\n")
+            if chunk and not newline:  # the line is longer than a batch
+                partial_line = tail
                 continue
-            # At the end of the file a last line without a newline is a line too.
-            payload, rest = (payload + newline, tail) if chunk else (rest, b"")
+            # At the end of the file, a last line without a newline counts as a line.
+            payload, partial_line = (payload + newline, tail) if chunk else (partial_line, b"")
             if payload:
-                lines = payload.count(b"\n")
+                num_lines = payload.count(b"\n")
                 offset += len(payload)
-                after = Position(begin.file, offset, line + lines)
-                done = before + min(raw.tell(), entry.size)
-                yield RawBatch(entry.format, payload, name, line + 1, after, done)
-                line += lines
+                after = Position(begin.file, offset, line + num_lines)
+                bytes_read = bytes_before + min(raw.tell(), entry.size)
+                yield RawBatch(entry.format, payload, name, line + 1, after, bytes_read)
+                line += num_lines
             if not chunk:
                 return
 
 
 def _read(stream: IO[bytes], name: str, size: int) -> bytes:
-    """Up to `size` bytes (-1: all); ConfigError naming the file if it cannot be decompressed."""
+    """Up to `size` bytes (-1: all). Raises ConfigError, naming the file, if it cannot be read or
+    decompressed."""
     try:
         return stream.read(size)
     except (EOFError, OSError, zlib.error) as error:
@@ -209,9 +231,9 @@ def _read(stream: IO[bytes], name: str, size: int) -> bytes:
 
 
 def _read_parquet(
-    entry: InputFile, begin: Position, text_field: str, before: int
+    entry: InputFile, begin: Position, text_field: str, bytes_before: int
 ) -> Iterator[RawBatch]:
-    """Batches of rows, row group by row group; groups that lie before `begin` are not read."""
+    """Batches of rows, one row group at a time. Row groups before `begin` are not read."""
     import pyarrow
     import pyarrow.parquet
 
@@ -237,17 +259,18 @@ def _read_parquet(
                 values = batch.column(0).to_pylist()[skip:]
                 first, row = row + skip, row + batch.num_rows
                 if values:
-                    done = before + entry.size * row // table.metadata.num_rows
+                    bytes_read = bytes_before + entry.size * row // table.metadata.num_rows
                     after = Position(begin.file, row)
-                    yield RawBatch(entry.format, values, name, first + 1, after, done)
+                    yield RawBatch(entry.format, values, name, first + 1, after, bytes_read)
 
 
 def read_dataset(
     name: str, config_name: str, split: str, text_field: str, start: Position
 ) -> Iterator[RawBatch]:
-    """Batches of rows of a Hugging Face data set, streamed; ConfigError if it cannot be opened.
+    """Batches of rows of a Hugging Face data set, streamed. Raises ConfigError if it cannot be
+    opened or has no column `text_field`.
 
-    The library brings torch into this process when it is installed; the workers stay without.
+    The `datasets` library imports torch, if installed, into this process, but not into the workers.
     """
     import datasets
 

@@ -1,7 +1,7 @@
-"""One split written as shard after shard, with a state from which writing can go on.
+"""Writes one split as a sequence of shards, with a state from which writing can continue.
 
-The state is JSON; whoever keeps it (prepare.py's journal) calls `state`, stores what it returns,
-then calls `stored`. A writer made from a stored state continues to byte-identical shards.
+The state is JSON. The caller (the journal of prepare.py) calls `state`, stores the result, then
+calls `on_state_saved`. A writer created from a stored state continues with byte-identical shards.
 """
 
 from dataclasses import asdict
@@ -18,8 +18,8 @@ _COUNTS = ".counts.npy"  # how often each id occurs in a finished shard
 class SplitWriter:
     """Writes documents into shards `SPLIT_00000`, `SPLIT_00001`, … of one folder.
 
-    A shard ends before the document that would take it past `shard_tokens`; only a document
-    longer than that makes a larger shard, of its own.
+    A shard ends before the document that would make it longer than `shard_tokens`. A document
+    longer than `shard_tokens` gets a shard of its own. `state`: continue from this state.
     """
 
     def __init__(
@@ -32,10 +32,14 @@ class SplitWriter:
         shard_tokens: int,
         state: dict[str, Any] | None = None,
     ) -> None:
-        self._folder, self._split, self._dtype = folder, split, dtype
-        self._vocab_size, self._shard_tokens = vocab_size, shard_tokens
+        self._folder = folder
+        self._split = split
+        self._dtype = dtype
+        self._vocab_size = vocab_size
+        self._shard_tokens = shard_tokens
         self._shard: ShardWriter | None = None
-        self._spent: list[Path] = []  # length files of shards that ended since the last `stored`
+        # Length files of shards finished since the last `on_state_saved`.
+        self._obsolete_lengths: list[Path] = []
         self.finished: list[ShardEntry] = []
         if state:
             self.finished = [ShardEntry(**entry) for entry in state["finished"]]
@@ -47,7 +51,7 @@ class SplitWriter:
         return ShardWriter(self._folder, name, self._dtype, documents=documents)
 
     def add(self, tokens: np.ndarray) -> None:
-        """Append one document, integer [tokens]."""
+        """Append one document: integer token ids [tokens]."""
         shard = self._shard
         if shard and shard.tokens + tokens.size > self._shard_tokens:
             self._finish(shard)
@@ -60,14 +64,14 @@ class SplitWriter:
         entry, counts = shard.finish(self._vocab_size)
         np.save(self._counts_path(entry.name), counts)
         self.finished.append(entry)
-        self._spent.append(shard.lengths_path)
+        self._obsolete_lengths.append(shard.lengths_path)
         self._shard = None
 
     def _counts_path(self, name: str) -> Path:
         return self._folder / f"{name}{_COUNTS}"
 
     def state(self) -> dict[str, Any]:
-        """Make everything added so far durable and describe it."""
+        """Make everything added so far durable. Returns the state, as JSON values."""
         if self._shard:
             self._shard.sync()
         return {
@@ -75,19 +79,20 @@ class SplitWriter:
             "open_documents": self._shard.documents if self._shard else 0,
         }
 
-    def stored(self) -> None:
-        """The last `state` is safe: drop what only an older one would need."""
-        for path in self._spent:
+    def on_state_saved(self) -> None:
+        """Call when the last `state` is durable: deletes files that only older states need."""
+        for path in self._obsolete_lengths:
             path.unlink()
-        self._spent = []
+        self._obsolete_lengths = []
 
     def abandon(self) -> None:
-        """Close the files without finishing; the last stored state can still be continued."""
+        """Close the files without finishing. A writer can still continue from the last stored
+        state."""
         if self._shard:
             self._shard.abandon()
 
     def close(self) -> np.ndarray:
-        """Finish the last shard; returns how often each id occurs: int64 [vocab_size]."""
+        """Finish the last shard. Returns the count of each token id: int64 [vocab_size]."""
         if self._shard:
             self._finish(self._shard)
         total = np.zeros(self._vocab_size, dtype=np.int64)
@@ -97,7 +102,7 @@ class SplitWriter:
 
 
 def remove_working_files(folder: Path) -> None:
-    """Remove what only a continuation would need, once a folder's manifest is written."""
-    for pattern in (f"*{_COUNTS}", "*.lengths.partial"):
+    """Delete the files that only a continuation needs. Call it when the manifest is written."""
+    for pattern in (f"*{_COUNTS}", "*.lengths.partial", ".*.idx", ".*.json"):
         for path in folder.glob(pattern):
             path.unlink()

@@ -1,7 +1,7 @@
-"""Tokenizers: load one from a folder, train a byte-level BPE, encode without surprises.
+"""Tokenizers: load one from a folder, train a byte-level BPE, encode without added tokens.
 
-Only `tokenizers` is used, so any tokenizer that ships a `tokenizer.json` works, Hugging Face's
-included. The border to that library is this file.
+Only the `tokenizers` library is used, and only in this file. Any tokenizer with a `tokenizer.json`
+works, including those of Hugging Face.
 """
 
 import json
@@ -14,33 +14,34 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from nemotron_train.config.errors import ConfigError
-from nemotron_train.data.indexed import file_sha256
+from nemotron_train.platform.files import file_sha256
 
 END_OF_DOCUMENT = "<|endoftext|>"
 FILE_NAME = "tokenizer.json"
-_SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json")  # what Hugging Face reads too
-_SMALLEST_VOCABULARY = 257  # 256 bytes and the end of a document
+_SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json")  # Hugging Face reads them too
+_SMALLEST_VOCABULARY = 257  # 256 bytes and the end-of-document token
 
 
 @dataclass(frozen=True)
 class LoadedTokenizer:
-    """A tokenizer and what must be known of it; `vocab_size` is its largest id plus one."""
+    """A tokenizer, the SHA-256 of its file, and `vocab_size`: its largest id plus one."""
 
     tokenizer: Tokenizer
     sha256: str
     vocab_size: int
 
     def encode(self, text: str) -> np.ndarray:
-        """Ids of a text, int64 [tokens], with nothing added before or after."""
+        """The ids of a text, int64 [tokens]. No special tokens are added."""
         return np.array(self.tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int64)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of these ids, special tokens shown."""
+        """The text of these ids, including special tokens."""
         return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
 
 
 def load_tokenizer(folder: Path) -> LoadedTokenizer:
-    """Read `folder/tokenizer.json`. Raises ConfigError naming the file if it cannot be used."""
+    """Read `folder/tokenizer.json`. Raises ConfigError, naming the file, if it is missing or
+    invalid."""
     path = folder / FILE_NAME
     if not path.is_file():
         raise ConfigError(f"{path}: missing; a tokenizer is a folder that holds {FILE_NAME}")
@@ -48,9 +49,9 @@ def load_tokenizer(folder: Path) -> LoadedTokenizer:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception
         raise ConfigError(f"{path}: not a tokenizer ({error})") from None
-    # A document that merely mentions «<|endoftext|>» must not end there.
+    # The text '<|endoftext|>' within a document must not become the end-of-document token.
     tokenizer.encode_special_tokens = True
-    # Both may be stored in the file, and would cut or pad documents silently.
+    # The file may enable either; both would change documents silently.
     tokenizer.no_truncation()
     tokenizer.no_padding()
     vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
@@ -58,7 +59,8 @@ def load_tokenizer(folder: Path) -> LoadedTokenizer:
 
 
 def end_of_document_id(loaded: LoadedTokenizer, token: str, folder: Path) -> int:
-    """The id of the end-of-document token; ConfigError lists what the tokenizer has instead."""
+    """The id of the end-of-document token. Raises ConfigError, which lists the tokenizer's special
+    tokens, if there is none."""
     token_id = loaded.tokenizer.token_to_id(token)
     if token_id is None:
         special = sorted(
@@ -74,9 +76,10 @@ def end_of_document_id(loaded: LoadedTokenizer, token: str, folder: Path) -> int
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> LoadedTokenizer:
-    """Train a byte-level BPE on `texts` and write `folder/tokenizer.json`.
+    """Train a byte-level BPE on `texts` and write `folder/tokenizer.json`. Deterministic.
 
-    Deterministic. The vocabulary comes out smaller than asked if the texts have too few pairs.
+    The vocabulary is smaller than `vocab_size` if the texts have too few pairs. Raises ConfigError
+    if `vocab_size` is below 257.
     """
     if vocab_size < _SMALLEST_VOCABULARY:
         raise ConfigError(
@@ -102,7 +105,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> Load
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy the files that make up a tokenizer into the folder `target`."""
+    """Copy the files of a tokenizer from `source` into the folder `target`."""
     target.mkdir(parents=True, exist_ok=True)
     for name in (FILE_NAME, *_SIDE_FILES):
         if (source / name).is_file():

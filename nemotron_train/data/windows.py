@@ -1,13 +1,13 @@
-"""One source as training samples: documents, concatenated and cut into overlapping windows.
+"""Training samples from one source: its documents, concatenated and cut into overlapping windows.
 
-In every epoch the documents of a split are put in a new order, concatenated, and cut into
-windows of sequence_length + 1 tokens of which neighbours share one, as Megatron's GPTDataset
-does it; the windows are then drawn in a new order too. The last tokens of an epoch that fill no
-window are left out, others in every epoch.
+In every epoch the documents of a split are shuffled, concatenated, and cut into windows of
+sequence_length + 1 tokens. Neighbouring windows share one token, as in Megatron's GPTDataset. The
+windows are shuffled too. The last tokens of an epoch, which do not fill a window, are left out;
+they differ from epoch to epoch.
 
-Nothing of the size of the data is ever built. Documents are shuffled in two levels: the order of
-blocks of 4096 neighbouring documents, and the order within a block. So a window costs one search
-among the blocks and one within a block, and memory grows by a few bytes a block.
+Memory does not grow with the number of tokens or documents, except for a few bytes per block of
+4096 neighbouring documents. Shuffling has two levels: the order of the blocks, and the order of the
+documents within a block. So a window costs one search among the blocks and one within a block.
 
 Array legend: S sequence length, T = S + 1.
 """
@@ -19,12 +19,13 @@ from pathlib import Path
 import numpy as np
 
 from nemotron_train.config.errors import ConfigError
-from nemotron_train.data.indexed import ShardEntry, ShardReader, file_sha256
+from nemotron_train.data.indexed import ShardEntry, ShardReader
 from nemotron_train.data.manifest import FILE_NAME, Manifest, load_manifest, split_fingerprint
 from nemotron_train.data.permutation import key64, permute, shuffled
+from nemotron_train.platform.files import file_sha256
 
 _DOCUMENTS_A_BLOCK = 4096
-_OPEN_SHARDS = 128  # two file descriptors each; common limits allow 1024 a process
+_OPEN_SHARDS = 128  # two file descriptors each; common limits allow 1024 per process
 _CACHED_BLOCKS = 256  # 64 KiB each
 _VERIFIED_BYTES = 64 << 20  # splits up to this size are hashed when opened
 
@@ -32,11 +33,12 @@ _VERIFIED_BYTES = 64 << 20  # splits up to this size are hashed when opened
 class WindowedSource:
     """The windows of one split of one prepared folder.
 
-    `key` identifies the data (not the path): a moved folder keeps its order, a changed one does
-    not go unnoticed. `num_windows` is how many an epoch has.
+    `key` identifies the data, not the path: a moved folder keeps its order, and changed data gets
+    another key. `num_windows`: windows per epoch.
 
-    Raises ConfigError, naming the file or knob: no manifest, no such split, a missing, truncated
-    or exchanged shard, ids that a model of `vocab_size` cannot take, too few tokens for a window.
+    Raises ConfigError, naming the file or knob, if the manifest or the split is missing, if a shard
+    is missing, truncated or replaced, if a token id is outside `vocab_size`, or if the split has
+    too few tokens for a window.
     """
 
     def __init__(
@@ -49,7 +51,8 @@ class WindowedSource:
         vocab_size: int,
         shuffle: bool,
     ) -> None:
-        self.folder, self.manifest = folder, load_manifest(folder)
+        self.folder = folder
+        self.manifest = load_manifest(folder)
         entry = self.manifest.splits.get(split)
         if entry is None:
             raise ConfigError(
@@ -69,14 +72,15 @@ class WindowedSource:
         self._vocab_size = vocab_size
         self._order_key = key64("order", seed, self.key)
         self._names = [shard.name for shard in entry.shards]
-        # Bound caches, freed with the source; module-level ones would outlive it.
+        # Caches per instance, freed with it; a cache on the module or class would outlive it.
         self._shard = lru_cache(_OPEN_SHARDS)(lambda index: ShardReader(folder, self._names[index]))
         self._epoch_layout = lru_cache(2)(self._lay_out_epoch)
         self._block_layout = lru_cache(_CACHED_BLOCKS)(self._lay_out_block)
         self._open_blocks(entry.shards)
 
     def _open_blocks(self, entries: Sequence[ShardEntry]) -> None:
-        """Open and check every shard; note shard, first document, documents, tokens a block."""
+        """Open and check every shard. Store shard, first document, number of documents and number
+        of tokens of every block. Small splits are also checked against their SHA-256."""
         split_bytes = self.num_tokens * np.dtype(self.manifest.dtype).itemsize
         rows = []
         for index, entry in enumerate(entries):
@@ -94,22 +98,22 @@ class WindowedSource:
                     if file_sha256(path) != expected:
                         raise ConfigError(f"{path}: its checksum is not the manifest's; damaged")
             for first in range(0, shard.documents, _DOCUMENTS_A_BLOCK):
-                last = min(first + _DOCUMENTS_A_BLOCK, shard.documents)
-                num_tokens = shard.offset(last) - shard.offset(first)
-                rows.append((index, first, last - first, num_tokens))
+                end = min(first + _DOCUMENTS_A_BLOCK, shard.documents)
+                num_tokens = shard.offset(end) - shard.offset(first)
+                rows.append((index, first, end - first, num_tokens))
         self._block_shard, self._block_first, self._block_documents, self._block_tokens = np.array(
             rows, dtype=np.int64
         ).T
 
     def _lay_out_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """(blocks in this epoch's order, their cumulated tokens): int64 [blocks] each."""
+        """(blocks in the order of this epoch, their cumulative tokens): int64 [blocks] each."""
         order = np.arange(self._block_tokens.size)
         if self._shuffle:
             order = shuffled(order.size, key64("blocks", self._order_key, epoch))
         return order, np.cumsum(self._block_tokens[order])
 
     def _lay_out_block(self, epoch: int, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """(documents in this epoch's order, numbered within their shard, their cumulated
+        """(documents in the order of this epoch, numbered within their shard; their cumulative
         tokens): int64 [documents] each."""
         documents = np.arange(self._block_documents[block])
         if self._shuffle:
@@ -120,7 +124,7 @@ class WindowedSource:
         return documents, np.cumsum(lengths[documents], dtype=np.int64)
 
     def window_at(self, drawn: int) -> tuple[int, int]:
-        """(epoch, window) of the sample drawn after `drawn` others."""
+        """(epoch, window) of sample number `drawn` (from 0) of this source."""
         epoch, position = divmod(drawn, self.num_windows)
         if not self._shuffle:
             return epoch, position
@@ -128,14 +132,17 @@ class WindowedSource:
         return epoch, int(permute(np.array([position]), self.num_windows, key)[0])
 
     def read(self, epoch: int, window: int) -> tuple[np.ndarray, np.ndarray]:
-        """(token ids, document numbers from 0 within the window): int64 [T] each."""
+        """(token ids, document numbers from 0 within the window): int64 [T] each.
+
+        Raises ConfigError if a token id is outside the vocabulary.
+        """
         num_tokens = self._sequence_length + 1
         tokens_T = np.empty(num_tokens, dtype=np.int64)
         documents_T = np.empty(num_tokens, dtype=np.int64)
         order, ends = self._epoch_layout(epoch)
         begin = window * self._sequence_length
         slot = int(np.searchsorted(ends, begin, side="right"))
-        skip = begin - (int(ends[slot - 1]) if slot else 0)  # tokens of the block before us
+        skip = begin - (int(ends[slot - 1]) if slot else 0)  # tokens of the block to skip
         filled = document = 0
         while filled < num_tokens:
             block = int(order[slot])
@@ -145,7 +152,7 @@ class WindowedSource:
             skip -= int(document_ends[index - 1]) if index else 0
             while filled < num_tokens and index < documents.size:
                 piece = shard.document(int(documents[index]))[skip : skip + num_tokens - filled]
-                if piece.size:  # other writers' shards may have empty documents
+                if piece.size:  # shards of other writers may have empty documents
                     tokens_T[filled : filled + piece.size] = piece
                     documents_T[filled : filled + piece.size] = document
                     filled, document = filled + piece.size, document + 1
@@ -161,6 +168,7 @@ class WindowedSource:
 
 
 def _check_vocabulary(folder: Path, manifest: Manifest, split: str, vocab_size: int) -> None:
+    """Raises ConfigError if the tokenizer or a shard has ids outside `vocab_size`."""
     if manifest.tokenizer.vocab_size > vocab_size:
         raise ConfigError(
             f"model.vocab_size={vocab_size}: the tokenizer of {folder} has "

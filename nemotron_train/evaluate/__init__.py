@@ -1,1 +1,1 @@
-"""What a checkpoint is worth: loss on held-out data, loss by position, benchmarks."""
+"""Evaluation of a checkpoint: held-out loss, loss by position, benchmarks, draft acceptance."""

@@ -1,9 +1,9 @@
-"""`evaluate acceptance`: how far a checkpoint's drafts carry on held-out text.
+"""`evaluate acceptance`: how many drafted tokens a checkpoint accepts on held-out text.
 
-Owns: which prompts are cut from prepared data, the table. Does not own: decoding (`engine`).
+Owns: choosing prompts from prepared data, the table. Does not own: decoding (`generate.engine`).
 
-What is counted is decoding itself, not agreement under forced tokens: the prompt is a stretch of a
-held-out document, and every round after it drafts, verifies and rolls back as in `generate`.
+It measures real decoding, not teacher-forced agreement: the prompt is the start of a held-out
+document, and every following round drafts, verifies and rolls back as in `generate`.
 """
 
 from dataclasses import replace
@@ -31,8 +31,12 @@ PUBLISHED = (
 
 
 def evaluate_acceptance(run: str, knobs: AcceptanceConfig) -> dict[str, Acceptance]:
-    """Count and print the accepted drafts of the checkpoint `run` after held-out prompts, folder by
-    folder. Raises ConfigError for knobs out of range and data that cannot be used."""
+    """Measure and print draft acceptance of the checkpoint `run`; returns it by data folder.
+
+    Every folder is decoded twice, with and without speculation, for the speed-up. Raises
+    ConfigError if a knob is out of range or the data cannot be used. COLLECTIVE over the ranks of
+    this launch.
+    """
     knobs.speculative = True
     check_sampling(knobs)
     check_decoding(knobs)
@@ -40,7 +44,7 @@ def evaluate_acceptance(run: str, knobs: AcceptanceConfig) -> dict[str, Acceptan
         if getattr(knobs, name) < 1:
             raise ConfigError(f"{name}={getattr(knobs, name)}: give 1 or more")
     console = Console(width=120)
-    found: dict[str, Acceptance] = {}
+    acceptances: dict[str, Acceptance] = {}
     with open_checkpoint(run, knobs, console.print) as model:
         console.quiet = not model.is_first_rank
         check_speculative(True, model)
@@ -52,16 +56,16 @@ def evaluate_acceptance(run: str, knobs: AcceptanceConfig) -> dict[str, Acceptan
             engine.generate(prompts, knobs, knobs)
             plain = Engine(model.model, end_token, model.platform.device)
             plain.generate(prompts, knobs, replace(knobs, speculative=False))
-            found[str(folder)] = engine.acceptance
+            acceptances[str(folder)] = engine.acceptance
             speed_ups.append(speed_up(plain.costs, engine.costs))
         console.print(f"{model.checkpoint}", highlight=False)
-        console.print(_table(found, speed_ups))
+        console.print(_table(acceptances, speed_ups))
         console.print(PUBLISHED, highlight=False, soft_wrap=True)
-    return found
+    return acceptances
 
 
 def validation_folders(config: Config) -> list[Path]:
-    """Folders with the run's held-out data, as its configuration names them."""
+    """The run's validation data folders, from its configuration."""
     if config.data.kind == DataKind.embedded:
         return [Path(config.data.embedded_folder)]
     return [Path(source.path) for source in config.data.validation]
@@ -70,8 +74,12 @@ def validation_folders(config: Config) -> list[Path]:
 def held_out_prompts(
     folder: Path, num_prompts: int, prompt_tokens: int
 ) -> tuple[list[list[int]], int]:
-    """The first tokens of documents of the validation split, spread evenly over it, and the
-    end-of-document id. Raises ConfigError for a folder without enough of them."""
+    """The first `prompt_tokens` tokens of `num_prompts` documents, evenly spread over the
+    validation split, and the end-of-document id.
+
+    Only documents with more than `prompt_tokens` tokens count. Raises ConfigError if there are too
+    few, or no validation split.
+    """
     manifest = load_manifest(folder)
     split = manifest.splits.get("validation")
     if split is None:
@@ -86,17 +94,17 @@ def held_out_prompts(
             f"num_prompts={num_prompts}: the validation split of {folder} has only "
             f"{len(documents)} documents of more than prompt_tokens={prompt_tokens} tokens"
         )
-    chosen = [documents[place * len(documents) // num_prompts] for place in range(num_prompts)]
+    chosen = [documents[index * len(documents) // num_prompts] for index in range(num_prompts)]
     prompts = [reader.document(number)[:prompt_tokens].tolist() for reader, number in chosen]
     return prompts, manifest.tokenizer.end_of_document_id
 
 
-def _table(found: dict[str, Acceptance], speed_ups: list[float]) -> Table:
+def _table(acceptances: dict[str, Acceptance], speed_ups: list[float]) -> Table:
     table = Table("data", "rounds", "tokens a round", "speed-up")
-    depths = max(len(acceptance.rates) for acceptance in found.values())
+    depths = max(len(acceptance.rates) for acceptance in acceptances.values())
     for depth in range(1, depths + 1):
         table.add_column(f"depth {depth} accepted", justify="right")
-    for (folder, acceptance), factor in zip(found.items(), speed_ups, strict=True):
+    for (folder, acceptance), factor in zip(acceptances.items(), speed_ups, strict=True):
         rates = [f"{rate:.1%}" for rate in acceptance.rates]
         length = f"{acceptance.mean_length:.2f}"
         table.add_row(folder, str(acceptance.rounds), length, f"{factor:.2f}", *rates)
@@ -104,6 +112,6 @@ def _table(found: dict[str, Acceptance], speed_ups: list[float]) -> Table:
 
 
 def speed_up(plain: Costs, speculative: Costs) -> float:
-    """New tokens a second, speculative over plain."""
-    before = plain.new_tokens / max(plain.decode_seconds, 1e-9)
-    return speculative.new_tokens / max(speculative.decode_seconds, 1e-9) / before
+    """Ratio of decoded tokens per second: speculative / plain."""
+    plain_rate = plain.new_tokens / max(plain.decode_seconds, 1e-9)
+    return speculative.new_tokens / max(speculative.decode_seconds, 1e-9) / plain_rate

@@ -1,10 +1,10 @@
-"""`evaluate harness`: our engine as a model of the LM evaluation harness (lm-eval, EleutherAI).
+"""`evaluate harness`: runs LM evaluation harness tasks (lm-eval, EleutherAI) on a checkpoint.
 
 Owns: the model class that the harness calls, the verb. Does not own: tasks, few-shot prompts,
 metrics (the harness), decoding (`generate.engine`).
 
-Task files are the harness's or the user's own, and may name Python functions: give include_path
-only folders that you trust.
+Task files come from the harness or the user. They may run Python functions, so set include_path
+only to trusted folders.
 """
 
 import json
@@ -30,12 +30,16 @@ except ImportError:
         "evaluate harness: lm-eval is not installed; install the extra nemotron-train[evaluate]"
     ) from None
 
-MAX_NEW_TOKENS = 256  # where a task names no limit
+MAX_NEW_TOKENS = 256  # if the task sets no limit
 
 
 class HarnessModel(TemplateLM):
-    """What the harness asks of a model, answered by the engine: log-likelihoods of continuations
-    and of whole texts, and generated text. Empty contexts begin after an end-of-document token."""
+    """Implements the harness's model interface with the engine: log-likelihood of continuations,
+    rolling log-likelihood of texts, and generation.
+
+    An empty context is replaced by an end-of-document token. Raises ConfigError if the tokenizer
+    has none.
+    """
 
     def __init__(self, engine: Engine, tokenizer: LoadedTokenizer, knobs: HarnessConfig) -> None:
         super().__init__()
@@ -43,30 +47,40 @@ class HarnessModel(TemplateLM):
             raise ConfigError(
                 "evaluate harness: the tokenizer has no end-of-document token to begin a text with"
             )
-        self._engine, self._loaded, self._knobs = engine, tokenizer, knobs
+        self._engine = engine
+        self._loaded = tokenizer
+        self._knobs = knobs
         self._end_token = engine.end_token
 
     @property
     def eot_token_id(self) -> int:
+        """The end-of-document id; the harness also uses it as the prefix token."""
         return self._end_token
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
+        """Encode without special tokens, whatever `add_special_tokens` says."""
         return self._loaded.encode(string).tolist()
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
         sequences = [context + continuation for _, context, continuation in requests]
-        found = self._scores(sequences)
+        all_scores = self._scores(sequences)
         results = []
-        for (_, _, continuation), scores in zip(requests, found, strict=True):
-            own = scores[len(scores) - len(continuation) :]
-            results.append((sum(value for value, _ in own), all(is_best for _, is_best in own)))
+        for (_, _, continuation), scores in zip(requests, all_scores, strict=True):
+            continuation_scores = scores[len(scores) - len(continuation) :]
+            results.append(
+                (
+                    sum(value for value, _ in continuation_scores),
+                    all(is_best for _, is_best in continuation_scores),
+                )
+            )
         return results
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihood in nats of each whole text; of its last `max_length` tokens if longer."""
         sequences = [
             [self.prefix_token_id, *self.tok_encode(text)]
             for (text,) in (request.args for request in requests)
@@ -74,10 +88,14 @@ class HarnessModel(TemplateLM):
         return [sum(value for value, _ in scores) for scores in self._scores(sequences)]
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
+        """Generate after each context until a stop string, the end-of-document token or the limit.
+
+        The returned text contains neither the stop string nor the end-of-document token.
+        """
         texts = []
         for context, options in (request.args for request in requests):
-            until = options.get("until") or []
-            stops = [until] if isinstance(until, str) else list(until)
+            stop_option = options.get("until") or []
+            stops = [stop_option] if isinstance(stop_option, str) else list(stop_option)
             length = int(options.get("max_gen_toks", MAX_NEW_TOKENS))
             temperature = (
                 float(options.get("temperature", 0.0)) if options.get("do_sample") else 0.0
@@ -89,9 +107,9 @@ class HarnessModel(TemplateLM):
                 return "stop" if grown.is_stopped else ""
 
             prompt = self.tok_encode(context) or [self.prefix_token_id]
-            room = self._knobs.max_length - length
+            max_prompt = self._knobs.max_length - length
             if self._knobs.max_length:
-                prompt = prompt[-max(room, 1) :]
+                prompt = prompt[-max(max_prompt, 1) :]
             decoding = DecodingKnobs(
                 max_new_tokens=length, prefill_chunk=self._knobs.prefill_chunk, batch=1
             )
@@ -100,29 +118,34 @@ class HarnessModel(TemplateLM):
             if sequence.ended_by != "stop":
                 grown.finish()
             text = grown.text
-            end = self._loaded.decode([self._end_token])
-            texts.append(text.removesuffix(end) if sequence.ended_by == "end" else text)
+            end_text = self._loaded.decode([self._end_token])
+            texts.append(text.removesuffix(end_text) if sequence.ended_by == "end" else text)
         return texts
 
     def _scores(self, sequences: Sequence[list[int]]) -> list[list[tuple[float, bool]]]:
-        """(log-probability, is the most probable one) of each sequence's tokens but the first; the
-        last `max_length` tokens of a longer one alone."""
-        longest = self._knobs.max_length
-        cut = [tokens[-longest:] if longest else tokens for tokens in sequences]
-        # Sequences of similar length together: a pass is as long as its longest.
-        order = sorted(range(len(cut)), key=lambda number: len(cut[number]))
-        found: list[list[tuple[float, bool]]] = [[] for _ in cut]
+        """(log-probability, whether it is the most probable token) of every token but the first.
+
+        Sequences longer than `max_length` are truncated to their last `max_length` tokens.
+        """
+        max_length = self._knobs.max_length
+        truncated = [tokens[-max_length:] if max_length else tokens for tokens in sequences]
+        # Batch sequences of similar length: the longest one determines the number of calls.
+        order = sorted(range(len(truncated)), key=lambda number: len(truncated[number]))
+        results: list[list[tuple[float, bool]]] = [[] for _ in truncated]
         for start in range(0, len(order), self._knobs.batch):
-            part = order[start : start + self._knobs.batch]
-            scores = self._engine.scores([cut[i] for i in part], self._knobs.prefill_chunk)
-            for number, values in zip(part, scores, strict=True):
-                found[number] = values
-        return found
+            batch = order[start : start + self._knobs.batch]
+            scores = self._engine.scores([truncated[i] for i in batch], self._knobs.prefill_chunk)
+            for number, values in zip(batch, scores, strict=True):
+                results[number] = values
+        return results
 
 
 def evaluate_harness(run: str, knobs: HarnessConfig) -> dict[str, Any]:
-    """Run the tasks on the checkpoint `run`; prints and returns the harness's results. Raises
-    ConfigError for a task that is not there and for knobs out of range."""
+    """Run the tasks on the checkpoint `run`; print and return the harness's results by task.
+
+    Raises ConfigError if a task does not exist or a knob is out of range. COLLECTIVE over the ranks
+    of this launch.
+    """
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.tasks import TaskManager
 
@@ -167,8 +190,8 @@ def _table(results: dict[str, dict[str, Any]]) -> Table:
     table = Table("task", "metric", "value", "standard error")
     for task, metrics in results.items():
         for name, value in metrics.items():
-            metric, _, filtered = name.partition(",")
-            error = metrics.get(f"{metric}_stderr,{filtered}")
+            metric, _, filter_name = name.partition(",")
+            error = metrics.get(f"{metric}_stderr,{filter_name}")
             if isinstance(value, float) and not metric.endswith("_stderr"):
                 shown = f"{error:.4f}" if isinstance(error, float) else "-"
                 table.add_row(task, metric, f"{value:.4f}", shown)

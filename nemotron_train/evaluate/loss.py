@@ -1,13 +1,14 @@
-"""`evaluate loss`: the loss of every head of a checkpoint on prepared data, folder by folder.
+"""`evaluate loss`: the loss of every head of a checkpoint on prepared data, by folder.
 
-Owns: which rows of each folder are read, the sums, table and JSON. Does not own: the losses
-(`model.hybrid`), the run's own validation (`train.evaluate`), which this repeats for other data:
-the forward pass is training's, one NVFP4 scale for all tokens of a pass included.
+Owns: which rows of each folder are read, the sums, table and JSON. Does not own: computing losses
+(`model.hybrid`), validation during training (`train.evaluate`).
+
+The forward pass is the same as in training, including one NVFP4 scale for all tokens of a
+micro-batch, so the losses are comparable with the run's validation losses.
 """
 
 import json
 import math
-import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -23,37 +24,43 @@ from nemotron_train.evaluate.acceptance import validation_folders
 from nemotron_train.evaluate.knobs import LossConfig, check_reading
 from nemotron_train.evaluate.positions import check_tokenizer
 from nemotron_train.generate.checkpoint import LoadedCheckpoint, open_checkpoint
+from nemotron_train.platform.files import write_atomically
 from nemotron_train.train.train_step import count_targets, micro_batches
 
-ROWS_A_PASS = 4
+ROWS_A_PASS = 4  # rows per forward pass
 
 
 @dataclass(frozen=True)
 class FolderLoss:
-    """Mean losses over one folder. `tokens`: targets of the main head, which decode to `bytes` of
-    UTF-8."""
+    """Mean losses over one folder.
+
+    tokens: targets of the main head. bytes: UTF-8 bytes of the text of these targets.
+    """
 
     folder: str
     tokens: int
     bytes: int
-    loss: float  # of the main head, nats a token
-    standard_error: float  # of that, over passes of ROWS_A_PASS rows
-    depths: list[float]  # of multi-token prediction
+    loss: float  # of the main head, nats per token
+    standard_error: float  # of `loss`, from batches of ROWS_A_PASS rows
+    depths: list[float]  # loss of each multi-token prediction depth
 
     @property
     def bits_a_byte(self) -> float:
-        """Comparable between tokenizers."""
+        """Bits per byte of text; comparable between tokenizers."""
         return self.loss * self.tokens / math.log(2) / max(self.bytes, 1)
 
 
 def evaluate_loss(run: str, knobs: LossConfig) -> list[FolderLoss]:
-    """Measure and print the checkpoint `run`. Raises ConfigError for knobs out of range and data
-    that cannot be used. COLLECTIVE over the ranks of this launch."""
+    """Measure and print the losses of the checkpoint `run`, one entry per folder.
+
+    Raises ConfigError if a knob is out of range or the data cannot be used. COLLECTIVE over the
+    ranks of this launch.
+    """
     check_reading(knobs)
     console = Console(width=120)
     with open_checkpoint(run, knobs, console.print) as model:
         console.quiet = not model.is_first_rank
-        model.precision.scale_tokens_apart(False)
+        model.precision.set_per_token_scales(False)
         folders = [Path(path) for path in knobs.data] or validation_folders(model.config)
         check_tokenizer(model, folders)
         losses = [folder_loss(model, folder, knobs) for folder in folders]
@@ -67,7 +74,10 @@ def evaluate_loss(run: str, knobs: LossConfig) -> list[FolderLoss]:
 
 @torch.inference_mode()
 def folder_loss(model: LoadedCheckpoint, folder: Path, knobs: LossConfig) -> FolderLoss:
-    """Over the first rows of the folder's split; COLLECTIVE."""
+    """The losses over the first rows of the folder's split; COLLECTIVE.
+
+    P: forward passes, K: heads (the main head, then the depths).
+    """
     train = model.config.train
     length = knobs.sequence_length or train.sequence_length
     tokenizer, blend = folder / "tokenizer", [BlendSource(str(folder), 1.0)]
@@ -83,28 +93,30 @@ def folder_loss(model: LoadedCheckpoint, folder: Path, knobs: LossConfig) -> Fol
         split=knobs.split,
         vocab_size=model.config.model.vocab_size,
     )
-    wanted = source.num_samples
+    num_rows = source.num_samples
     if knobs.max_tokens:
-        wanted = max(1, min(wanted, knobs.max_tokens // length))
+        num_rows = max(1, min(num_rows, knobs.max_tokens // length))
     loaded, num_heads = load_tokenizer(tokenizer), 1 + model.config.model.mtp.depths
-    state, sums, counts, num_bytes = source.state_at_start(), [], [], 0
-    for start in range(0, wanted, ROWS_A_PASS):
-        batch, state = source.take(state, min(ROWS_A_PASS, wanted - start))
-        (part,) = micro_batches(batch, ROWS_A_PASS, model.platform.device)
-        sums.append(model.model(**part).double().cpu().numpy())
+    state = source.state_at_start()
+    sums, counts = [], []
+    num_bytes = 0
+    for start in range(0, num_rows, ROWS_A_PASS):
+        batch, state = source.take(state, min(ROWS_A_PASS, num_rows - start))
+        (inputs,) = micro_batches(batch, ROWS_A_PASS, model.platform.device)
+        sums.append(model.model(**inputs).double().cpu().numpy())
         counts.append(count_targets(batch, num_heads))
         num_bytes += target_bytes(batch, loaded)
     sums_PK, counts_PK = np.array(sums), np.array(counts)
     means_K = sums_PK.sum(0) / counts_PK.sum(0).clip(1)
-    rest_P = sums_PK[:, 0] - means_K[0] * counts_PK[:, 0]
+    residual_P = sums_PK[:, 0] - means_K[0] * counts_PK[:, 0]
     total = int(counts_PK[:, 0].sum())
-    error = math.sqrt(float((rest_P**2).sum())) / max(total, 1)
+    error = math.sqrt(float((residual_P**2).sum())) / max(total, 1)
     return FolderLoss(str(folder), total, num_bytes, float(means_K[0]), error, means_K[1:].tolist())
 
 
 def target_bytes(batch: Batch, tokenizer: LoadedTokenizer) -> int:
-    """Bytes of the text that a batch's targets are. A character cut by a row's border counts as
-    the replacement character that its halves decode to."""
+    """UTF-8 bytes of the text of a batch's targets. A character split at a row boundary counts as
+    the replacement characters that its parts decode to."""
     pairs = zip(batch.labels_BS, batch.loss_mask_BS, strict=True)
     texts = (tokenizer.decode(labels_S[mask_S > 0].tolist()) for labels_S, mask_S in pairs)
     return sum(len(text.encode()) for text in texts)
@@ -135,6 +147,4 @@ def _table(losses: list[FolderLoss]) -> Table:
 def _write(path: Path, checkpoint: str, split: str, losses: list[FolderLoss]) -> None:
     folders = [asdict(loss) | {"bits_a_byte": loss.bits_a_byte} for loss in losses]
     content = {"checkpoint": checkpoint, "split": split, "folders": folders}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(temporary, path)
+    write_atomically(path, json.dumps(content, indent=1) + "\n")

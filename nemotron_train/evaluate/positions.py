@@ -1,18 +1,17 @@
-"""`evaluate nll-by-position`: does a model use what lies far back?
+"""`evaluate nll-by-position`: whether a model uses distant context.
 
-Owns: the documents, the bins, the fit, table and files. Does not own: the forward pass (`generate.
-engine`: chunked prefill, so memory does not grow but by the attention layers' cache).
+Owns: choosing documents, the bins, the fit, table and files. Does not own: the forward pass
+(`generate.engine`: chunked prefill, so only the attention layers' KV cache grows with length).
 
-Every document is cut to the same length, so that all positions are of the same documents: a curve
-that falls is the model's doing and not the documents'. As the Nemotron 3 white paper (figure 6)
-draws it, the cumulative mean of the negative log-likelihood over the token's index, both on log
-scales, with the power law fitted to it; beside it the mean in each octave, on which the early
-tokens do not weigh.
+Every document is cut to the same length, so every position averages over the same documents. A
+falling curve therefore comes from the model, not from a change of documents. As in figure 6 of the
+Nemotron 3 white paper, the figure shows the cumulative mean of the negative log-likelihood (NLL)
+over the token's index, both on log scales, with a fitted power law. It also shows the mean of each
+octave, which does not include earlier tokens.
 """
 
 import json
 import math
-import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -31,26 +30,26 @@ from nemotron_train.evaluate.acceptance import validation_folders
 from nemotron_train.evaluate.knobs import PositionsConfig, check_reading
 from nemotron_train.generate.checkpoint import LoadedCheckpoint, open_checkpoint, resolve_checkpoint
 from nemotron_train.generate.engine import Engine
+from nemotron_train.platform.files import replacing
 
-POINTS_AN_OCTAVE = (
-    8  # of the cumulative curve, evenly on the log scale, for the fit and the picture
-)
+# Points of the cumulative curve per octave, evenly spaced on the log scale, for fit and figure.
+POINTS_AN_OCTAVE = 8
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A checkpoint's mean NLL, nats a token, over the positions of some documents.
+    """A checkpoint's mean NLL in nats per token, by position.
 
-    Position p is a token's index in its document; 0 is not predicted. `octaves`: [first, last
-    position, mean, standard error over documents] of positions 2^k .. 2^(k+1) - 1. `cumulative`:
-    [p, mean over positions 1 .. p]. The fit: log mean = intercept + slope log p from
-    `first_position` on, and its R^2.
+    Position p is a token's index in its document; position 0 is not predicted. octaves: [first
+    position, last position, mean, standard error over documents] of positions 2^k .. 2^(k+1) - 1.
+    cumulative: [p, mean over positions 1 .. p]. The fit is log mean = intercept + slope log p for p
+    >= `first_position` of the knobs; r_squared is its R^2.
     """
 
     run: str
-    sequence_length: int  # that it was trained with
+    sequence_length: int  # of training
     documents: int
-    tokens: int  # of each
+    tokens: int  # of each document
     octaves: list[list[float]]
     cumulative: list[list[float]]
     slope: float
@@ -59,20 +58,23 @@ class Curve:
 
     @property
     def falls_to(self) -> int:
-        """The last position of the octaves up to which each mean is below the one before."""
+        """The last position of the longest run of octaves, from the first, with falling means."""
         last = self.octaves[0][1]
-        for before, octave in pairwise(self.octaves):
-            if octave[2] >= before[2]:
+        for previous, octave in pairwise(self.octaves):
+            if octave[2] >= previous[2]:
                 break
             last = octave[1]
         return int(last)
 
 
 def evaluate_positions(runs: Sequence[str], knobs: PositionsConfig) -> list[Curve]:
-    """Measure, print and draw the checkpoints `runs` on the same documents. Raises ConfigError for
-    knobs out of range, data without documents that long, another tokenizer."""
+    """Measure the checkpoints `runs` on the same documents, print the table and write the files.
+
+    Raises ConfigError if a knob is out of range, the data has too few long documents, or a run was
+    trained with another tokenizer. COLLECTIVE over the ranks of this launch.
+    """
     check_reading(knobs)
-    for run in runs:  # the last one's mistake shows before the first one's hours
+    for run in runs:  # find errors in every run before measuring the first, which may take hours
         resolve_checkpoint(run, knobs)
     console, curves = Console(width=120), []
     documents: list[list[int]] = []
@@ -83,8 +85,10 @@ def evaluate_positions(runs: Sequence[str], knobs: PositionsConfig) -> list[Curv
             check_tokenizer(model, folders)
             documents = documents or long_documents(folders, knobs)
             engine = Engine(model.model, None, model.platform.device)
-            nll_DT = np.array([measured(engine, tokens, knobs, console) for tokens in documents])
-            curve = curve_of(
+            nll_DT = np.array(
+                [document_nll(engine, tokens, knobs, console) for tokens in documents]
+            )
+            curve = fit_curve(
                 str(model.checkpoint),
                 model.config.train.sequence_length,
                 nll_DT,
@@ -101,31 +105,38 @@ def evaluate_positions(runs: Sequence[str], knobs: PositionsConfig) -> list[Curv
     return curves
 
 
-def measured(
+def document_nll(
     engine: Engine, tokens: list[int], knobs: PositionsConfig, console: Console
 ) -> list[float]:
-    """NLL of every token of a document but the first."""
+    """NLL in nats of every token of a document except the first."""
     console.print(f"  document of {len(tokens):,} tokens", highlight=False)
     (values,) = engine.log_probabilities([tokens], knobs.prefill_chunk)
     return [-value for value in values]
 
 
 def check_tokenizer(model: LoadedCheckpoint, folders: Sequence[Path]) -> None:
-    """Raises ConfigError where ids of a folder are not those that the model was trained on."""
-    trained = json.loads((model.checkpoint / "data.json").read_text()).get("tokenizer", "")
+    """Raises ConfigError if a folder was prepared with another tokenizer than the training data.
+
+    A checkpoint that records no tokenizer passes.
+    """
+    trained_sha256 = json.loads((model.checkpoint / "data.json").read_text()).get("tokenizer", "")
     for folder in folders:
-        theirs = load_manifest(folder).tokenizer.sha256
-        if trained and theirs != trained:
+        prepared_sha256 = load_manifest(folder).tokenizer.sha256
+        if trained_sha256 and prepared_sha256 != trained_sha256:
             raise ConfigError(
-                f"data={folder}: was prepared with another tokenizer ({theirs[:12]}) than "
-                f"{model.checkpoint} was trained with ({trained[:12]}); prepare it with that one"
+                f"data={folder}: was prepared with another tokenizer ({prepared_sha256[:12]}) than "
+                f"{model.checkpoint} was trained with ({trained_sha256[:12]}); prepare it with "
+                "that one"
             )
 
 
 def long_documents(folders: Sequence[Path], knobs: PositionsConfig) -> list[list[int]]:
-    """The first `knobs.documents` documents of `knobs.max_tokens` or more, by folder, in file
-    order, cut to that. Raises ConfigError, naming the longest, where there are fewer."""
-    cut: list[list[int]] = []
+    """The first `knobs.documents` documents with at least `knobs.max_tokens` tokens, cut to that
+    length, in the order of folders and files.
+
+    Raises ConfigError if there are fewer; the message lists the longest lengths.
+    """
+    documents: list[list[int]] = []
     lengths: list[int] = []
     for folder in folders:
         split = load_manifest(folder).splits.get(knobs.split)
@@ -135,35 +146,41 @@ def long_documents(folders: Sequence[Path], knobs: PositionsConfig) -> list[list
             reader = ShardReader(folder, shard.name)
             lengths += reader.lengths.tolist()
             for number in (reader.lengths >= knobs.max_tokens).nonzero()[0]:
-                if len(cut) < knobs.documents:
-                    cut.append(reader.document(int(number))[: knobs.max_tokens].tolist())
-    if len(cut) < knobs.documents:
+                if len(documents) < knobs.documents:
+                    documents.append(reader.document(int(number))[: knobs.max_tokens].tolist())
+    if len(documents) < knobs.documents:
         longest = sorted(lengths, reverse=True)[: knobs.documents]
         raise ConfigError(
             f"max_tokens={knobs.max_tokens} documents={knobs.documents}: the {knobs.split} split "
-            f"has {len(cut)} documents that long; the longest have "
+            f"has {len(documents)} documents that long; the longest have "
             f"{', '.join(map(str, longest))} tokens"
         )
-    return cut
+    return documents
 
 
-def curve_of(run: str, length: int, nll_DT: np.ndarray, first_position: int) -> Curve:
-    """nll_DT: float [documents, tokens - 1], of positions 1, 2, ..."""
+def fit_curve(run: str, length: int, nll_DT: np.ndarray, first_position: int) -> Curve:
+    """Average over documents and fit the power law.
+
+    length: training sequence length. nll_DT: float [documents, tokens - 1], NLL at positions 1,
+    2, ... first_position: start of the fit.
+    """
     num_documents, num_predicted = nll_DT.shape
     octaves = []
     for power in range(int(math.log2(num_predicted)) + 1):
         first, last = 2**power, min(2 ** (power + 1) - 1, num_predicted)
         means_D = nll_DT[:, first - 1 : last].mean(axis=1)
-        error = statistics.stdev(means_D) / math.sqrt(num_documents) if num_documents > 1 else 0.0
-        octaves.append([first, last, float(means_D.mean()), float(error)])
+        standard_error = (
+            statistics.stdev(means_D) / math.sqrt(num_documents) if num_documents > 1 else 0.0
+        )
+        octaves.append([first, last, float(means_D.mean()), float(standard_error)])
     means_T = nll_DT.mean(axis=0).cumsum() / np.arange(1, num_predicted + 1)
     count = int(POINTS_AN_OCTAVE * math.log2(num_predicted)) + 1
     positions = np.unique(np.geomspace(1, num_predicted, count).round().astype(int))
     cumulative = [[int(p), float(means_T[p - 1])] for p in positions]
     fitted = np.log([point for point in cumulative if point[0] >= first_position])
     slope, intercept = np.polyfit(fitted[:, 0], fitted[:, 1], 1)
-    rest = fitted[:, 1] - (intercept + slope * fitted[:, 0])
-    spread = ((fitted[:, 1] - fitted[:, 1].mean()) ** 2).sum()
+    residuals = fitted[:, 1] - (intercept + slope * fitted[:, 0])
+    total_variance = ((fitted[:, 1] - fitted[:, 1].mean()) ** 2).sum()
     return Curve(
         run,
         length,
@@ -173,7 +190,7 @@ def curve_of(run: str, length: int, nll_DT: np.ndarray, first_position: int) -> 
         cumulative,
         float(slope),
         float(intercept),
-        float(1 - (rest**2).sum() / spread) if spread > 0 else 1.0,
+        float(1 - (residuals**2).sum() / total_variance) if total_variance > 0 else 1.0,
     )
 
 
@@ -198,7 +215,7 @@ def _verdict(curve: Curve) -> str:
 
 
 def write(curves: Sequence[Curve], output: Path) -> list[Path]:
-    """OUTPUT.json and OUTPUT.png; returns both paths."""
+    """Write OUTPUT.json and OUTPUT.png; returns both paths."""
     output.parent.mkdir(parents=True, exist_ok=True)
     data = output.with_name(output.name + ".json")
     data.write_text(json.dumps([asdict(curve) for curve in curves], indent=1) + "\n")
@@ -234,6 +251,5 @@ def _draw(curves: Sequence[Curve], picture: Path) -> None:
     axes.legend()
     note = "line: mean up to here; dots: mean of an octave; dotted: power law; dashed: trained rows"
     axes.set_title(note, loc="left", fontsize=8)
-    temporary = picture.with_name(f".{picture.name}.{os.getpid()}.png")
-    figure.savefig(temporary, dpi=150)
-    os.replace(temporary, picture)
+    with replacing(picture) as temporary:
+        figure.savefig(temporary, dpi=150)

@@ -1,1 +1,1 @@
-"""Text from a checkpoint: decoding, sampling, speculative decoding with the MTP block."""
+"""Text generation from a checkpoint: decoding, sampling, MTP speculative decoding."""

@@ -1,11 +1,11 @@
-"""Opens a checkpoint to be used and not trained: the model under its precision plan, the tokenizer.
+"""Opens a checkpoint for inference: the model with its precision plan, and the tokenizer.
 
-Owns: which checkpoint `RUN` or `RUN@STEP` means, the layout of the ranks that use it. Does not own:
-the checkpoint's format (`train.checkpoint`), decoding (`engine`).
+Owns: resolving `RUN` or `RUN@STEP` to a checkpoint, the inference layout. Does not own: the
+checkpoint's format (`train.checkpoint`), decoding (`engine`).
 
-The plan is the one in force at the checkpoint's step, with one difference: NVFP4 scales each
-token's activations by themselves, so that a token's numbers do not depend on the others of a pass
-(docs/generate.md has what that changes).
+The precision plan is the one active at the checkpoint's step, with one difference: NVFP4 scales the
+activations of each token separately, so that a token's result does not depend on the other tokens
+of the batch (docs/generate.md describes the effect).
 """
 
 import os
@@ -33,41 +33,44 @@ from nemotron_train.run_folder.lineage import parse_branch
 
 @dataclass(frozen=True)
 class ResolvedCheckpoint:
-    """What `RUN` or `RUN@STEP` means for the ranks of this launch, before anything is loaded."""
+    """The run and checkpoint that `RUN` or `RUN@STEP` names, before anything is loaded."""
 
     folder: Path
     checkpoint: Path | None  # None: the newest undamaged one
-    config: Config  # the run's, in the layout of these ranks
+    config: Config  # of the run, with the inference layout
     plan: PrecisionPlan
 
 
 @dataclass(frozen=True)
 class LoadedCheckpoint:
-    """A checkpoint's model on this rank, in evaluation mode, and what belongs to it."""
+    """A checkpoint's model on this rank, in evaluation mode, with its configuration and groups."""
 
     model: Any  # NemotronModel
-    config: Config  # the run's, in the layout of these ranks
+    config: Config  # of the run, with the inference layout
     groups: Any
     platform: Platform
     checkpoint: Path
-    precision: Any
+    precision: Any  # NativePrecision or PrecisionControl
 
     @property
     def is_first_rank(self) -> bool:
-        """Whether this process prints and writes for all."""
+        """Whether this process prints and writes files for all ranks."""
         return os.environ.get("RANK", "0") == "0"
 
 
 def resolve_checkpoint(run: str, knobs: ModelKnobs) -> ResolvedCheckpoint:
-    """The folder and checkpoint that `run` names, and the configuration for the ranks of this
-    launch; nothing is loaded. Raises ConfigError as `open_checkpoint` does."""
+    """Resolve `run` to a run folder, a checkpoint and a configuration for the ranks of this launch.
+
+    Loads nothing. Raises ConfigError if the run or step does not exist, or if the model cannot be
+    sharded over these ranks.
+    """
     check_model_knobs(knobs)
     folder, step = parse_branch(run) if "@" in run else (Path(run), None)
     if not folder.is_dir():
         raise ConfigError(f"{run}: no such run folder; give RUN_FOLDER or RUN_FOLDER@STEP")
     checkpoint = branch_checkpoint(run) if step is not None else None
     num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    config, plan = _laid_out(read_config(folder, step), knobs, num_ranks)
+    config, plan = _inference_layout(read_config(folder, step), knobs, num_ranks)
     return ResolvedCheckpoint(folder, checkpoint, config, plan)
 
 
@@ -75,8 +78,12 @@ def resolve_checkpoint(run: str, knobs: ModelKnobs) -> ResolvedCheckpoint:
 def open_checkpoint(
     run: str, knobs: ModelKnobs, say: Callable[[str], None]
 ) -> Iterator[LoadedCheckpoint]:
-    """The model of `RUN` (its newest undamaged checkpoint) or `RUN@STEP`, on the ranks of this
-    launch; COLLECTIVE. Raises ConfigError for a run, a step or a layout that cannot be had."""
+    """Load the model of `RUN` (its newest undamaged checkpoint) or `RUN@STEP`. COLLECTIVE over the
+    ranks of this launch.
+
+    say: prints one line. Raises ConfigError if the run, the step or a checkpoint does not exist, or
+    if the model cannot be sharded over these ranks.
+    """
     resolved = resolve_checkpoint(run, knobs)
     runtime = start_runtime(resolved.config, resolved.plan, knobs.threads, say)
     groups = runtime.start_ranks(resolved.config.parallel)
@@ -110,23 +117,28 @@ def _load(
     else:
         precision = PrecisionControl([model], config, plan, groups)
         precision.before_step(progress.step, progress.tokens)
-        precision.scale_tokens_apart(True)
+        precision.set_per_token_scales(True)
     return LoadedCheckpoint(model, config, groups, platform, checkpoint, precision)
 
 
-def _laid_out(config: Config, knobs: ModelKnobs, num_ranks: int) -> tuple[Config, PrecisionPlan]:
-    """The run's configuration and precision plan for ranks that only go forward: no stages, no cut
-    sequences, every rank all tokens. Raises ConfigError where the model cannot be cut so."""
-    together = max(knobs.tensor, knobs.expert * knobs.expert_tensor)
+def _inference_layout(
+    config: Config, knobs: ModelKnobs, num_ranks: int
+) -> tuple[Config, PrecisionPlan]:
+    """The run's configuration and precision plan for inference on `num_ranks` ranks: no pipeline,
+    context or data parallelism, so every rank processes all tokens.
+
+    Raises ConfigError if the model cannot be sharded this way.
+    """
+    sharing_ranks = max(knobs.tensor, knobs.expert * knobs.expert_tensor)
     if num_ranks % knobs.tensor or num_ranks % (knobs.expert * knobs.expert_tensor):
         raise ConfigError(
             f"tensor={knobs.tensor} expert={knobs.expert} expert_tensor={knobs.expert_tensor}: "
             f"must divide the {num_ranks} ranks of this launch"
         )
-    if num_ranks > together:
+    if num_ranks > sharing_ranks:
         raise ConfigError(
             f"{num_ranks} ranks of which tensor={knobs.tensor} expert={knobs.expert} "
-            f"expert_tensor={knobs.expert_tensor} use {together}: every rank decodes every "
+            f"expert_tensor={knobs.expert_tensor} use {sharing_ranks}: every rank decodes every "
             "sequence, so start no more ranks than share the model"
         )
     parallel = ParallelConfig(
@@ -143,7 +155,8 @@ def _laid_out(config: Config, knobs: ModelKnobs, num_ranks: int) -> tuple[Config
     )
     config = replace(config, model=model, parallel=parallel, train=train)
     config = replace(config, resume="", branch="", fresh_data=False)
-    # Its checks: does the model divide? Of data nothing is read, and an imported run has none yet.
+    # `derive` checks that the model divides. Embedded data skips the data checks: no data is read
+    # here, and an imported run has none yet.
     checked = replace(config, data=replace(config.data, kind=DataKind.embedded))
     plan = derive(checked, num_ranks).plan
     return replace(config, parallel=replace(parallel, sequence=False)), plan
@@ -152,8 +165,11 @@ def _laid_out(config: Config, knobs: ModelKnobs, num_ranks: int) -> tuple[Config
 def open_tokenizer(
     loaded: LoadedCheckpoint, knobs: ModelKnobs
 ) -> tuple[LoadedTokenizer, int | None]:
-    """The tokenizer that the checkpoint was trained with, and its end-of-document id where there
-    is one. Raises ConfigError where it is missing or another one."""
+    """The checkpoint's tokenizer, and its end-of-document id or None.
+
+    Raises ConfigError if the tokenizer is missing, is not the one of training, or has more ids than
+    the model.
+    """
     folder = Path(knobs.tokenizer or loaded.config.data.tokenizer)
     if not knobs.tokenizer and not folder.is_dir():
         raise ConfigError(
@@ -161,11 +177,11 @@ def open_tokenizer(
             "tokenizer=FOLDER"
         )
     tokenizer = load_tokenizer(folder)
-    trained = checkpoint_metadata.tokenizer_of(loaded.checkpoint)
-    if trained and trained != tokenizer.sha256:
+    trained_sha256 = checkpoint_metadata.tokenizer_of(loaded.checkpoint)
+    if trained_sha256 and trained_sha256 != tokenizer.sha256:
         raise ConfigError(
             f"tokenizer={folder}: is not the one that {loaded.checkpoint} was trained with "
-            f"(SHA-256 {tokenizer.sha256[:12]}, then {trained[:12]})"
+            f"(SHA-256 {tokenizer.sha256[:12]}, then {trained_sha256[:12]})"
         )
     if tokenizer.vocab_size > loaded.config.model.vocab_size:
         raise ConfigError(

@@ -1,15 +1,15 @@
-"""The decoding engine: prompts of different lengths in, tokens and their log-probabilities out.
+"""The decoding engine: continues ragged prompts, returns tokens and log-probabilities.
 
-Owns: prefill in chunks, rounds of decoding, when a sequence ends, what is counted. Does not own:
-the states and the arithmetic on them (`model`), the distribution (`sampling`), drafting
+Owns: chunked prefill, the decode loop, when a sequence ends, cost counters. Does not own: KV cache
+and SSM states and their arithmetic (`model`), the sampling distribution (`sampling`), drafting
 (`speculative`), text and terminals.
 
-A batch is ragged: each pass takes the new tokens of all its sequences end to end, and finished
-sequences leave the states. Under tensor and expert parallelism every rank holds every sequence and
-calls alike; the first rank's tokens are everyone's, since sums may differ in their last bit between
-ranks.
+Batches are ragged: each forward call takes the new tokens of all sequences, concatenated without
+padding. Finished sequences are removed from the states. Under tensor and expert parallelism every
+rank holds every sequence and makes the same calls. All ranks use the tokens of the first rank,
+because sums may differ in the last bit between ranks.
 
-Shapes: B sequences, T tokens of a pass, V vocabulary.
+Shapes: B sequences, T tokens of a forward call, V vocabulary.
 """
 
 import itertools
@@ -30,25 +30,32 @@ from nemotron_train.platform.groups import from_first_rank
 
 @dataclass
 class Continuation:
-    """A prompt and what grows behind it. `log_probabilities` are the model's own, of each new token
-    given all before it: temperature 1, nothing cut off."""
+    """A prompt and its continuation.
 
-    number: int  # among all that were asked for; with the seed, it decides the draws
+    log_probabilities: of each new token given all tokens before it, under the model's unmodified
+    distribution (temperature 1, no top-k or top-p).
+    """
+
+    number: int  # index of the prompt; with the seed, it determines the random draws
     prompt: list[int]
     draws: Draws
     new: list[int] = field(default_factory=list)
     log_probabilities: list[float] = field(default_factory=list)
-    ended_by: str = ""  # "end", "length", or what `on_token` said
+    ended_by: str = ""  # "end", "length", or the text that `on_token` returned; "": not finished
 
     @property
     def tokens(self) -> list[int]:
+        """The prompt and the new tokens."""
         return self.prompt + self.new
 
 
 @dataclass
 class Costs:
-    """What was spent: tokens and seconds of prefill and decoding, passes of the whole model, bytes
-    a sequence and a token of context on this rank."""
+    """Cost counters: tokens and seconds of prefill and decoding, forward calls of the whole model
+    (`passes`), memory of this rank.
+
+    constant_bytes: per sequence. bytes_per_token, draft_bytes_per_token: per token of context.
+    """
 
     prefill_tokens: int = 0
     prefill_seconds: float = 0.0
@@ -60,18 +67,23 @@ class Costs:
     draft_bytes_per_token: int = 0
 
 
-# Hears of each new token; a text that is not empty ends the sequence, and says why.
+# Called for each new token. A non-empty result ends the sequence and becomes its `ended_by`.
 OnToken = Callable[[Continuation, int], str]
 
 
 class Engine:
-    """Generates from one model, which it leaves in evaluation mode. Makes no assumption on who
-    holds the weights: a trainer may change them between calls."""
+    """Generates from one model, which it leaves in evaluation mode. The weights may change between
+    calls, for example when a trainer owns the model.
+
+    end_token: id that ends a sequence, or None. costs, acceptance: counters over all calls.
+    """
 
     def __init__(
         self, model: NemotronModel, end_token: int | None = None, device: str = "cpu"
     ) -> None:
-        self.model, self.end_token, self.device = model, end_token, torch.device(device)
+        self.model = model
+        self.end_token = end_token
+        self.device = torch.device(device)
         self.costs = Costs()
         self.acceptance = Acceptance()
 
@@ -83,8 +95,7 @@ class Engine:
         knobs: DecodingKnobs,
         on_token: OnToken | None = None,
     ) -> list[Continuation]:
-        """Continue every prompt, `knobs.batch` at a time; COLLECTIVE. Prompts hold a token or
-        more."""
+        """Continue every prompt, `knobs.batch` at a time; COLLECTIVE. No prompt may be empty."""
         assert all(prompts), "an empty prompt gives the model nothing to go on from"
         self.model.eval()
         sequences = [
@@ -99,35 +110,39 @@ class Engine:
     def log_probabilities(
         self, sequences: Sequence[Sequence[int]], chunk: int = 512
     ) -> list[list[float]]:
-        """The model's log-probability of every token but the first of each sequence, given those
-        before it, by chunked prefill; COLLECTIVE."""
-        return [[value for value, _ in found] for found in self.scores(sequences, chunk)]
+        """Log-probability of every token of each sequence given the tokens before it, except the
+        first token; COLLECTIVE.
+
+        chunk: prefill tokens of a sequence per forward call.
+        """
+        return [[value for value, _ in scored] for scored in self.scores(sequences, chunk)]
 
     @torch.inference_mode()
     def scores(
         self, sequences: Sequence[Sequence[int]], chunk: int = 512
     ) -> list[list[tuple[float, bool]]]:
-        """The same, and whether the token is the most probable one; COLLECTIVE."""
+        """(log-probability, whether the token is the most probable one) of every token of each
+        sequence except the first; COLLECTIVE."""
         self.model.eval()
-        states, found = DecodeStates(len(sequences)), [[] for _ in sequences]
+        states, results = DecodeStates(len(sequences)), [[] for _ in sequences]
         targets = [list(tokens[1:]) for tokens in sequences]
         inputs = [list(tokens[:-1]) for tokens in sequences]
         for counts, hidden in self.passes(states, inputs, chunk):
-            wanted = [
+            target_tokens = [
                 token
                 for row, (length, count) in enumerate(zip(states.lengths, counts, strict=True))
                 for token in targets[row][length - count : length]
             ]
             logits_TV = self.model.logits(hidden)
-            values = self.log_probabilities_of(logits_TV, wanted)
-            largest = (logits_TV.argmax(1).cpu() == torch.tensor(wanted)).tolist()
-            scored = iter(zip(values, largest, strict=True))
+            values = self.log_probabilities_of(logits_TV, target_tokens)
+            is_best = (logits_TV.argmax(1).cpu() == torch.tensor(target_tokens)).tolist()
+            scored = iter(zip(values, is_best, strict=True))
             for row, count in enumerate(counts):
-                found[row] += itertools.islice(scored, count)
-        return found
+                results[row] += itertools.islice(scored, count)
+        return results
 
     def log_probabilities_of(self, logits_TV: Tensor, tokens: Sequence[int]) -> list[float]:
-        """log softmax of one token a row."""
+        """Log-probability of one token per row of the logits [T,V]."""
         tokens_T1 = torch.tensor(tokens, device=logits_TV.device).unsqueeze(1)
         chosen_T = logits_TV.gather(1, tokens_T1).squeeze(1)
         return (chosen_T - logits_TV.logsumexp(1)).tolist()
@@ -135,17 +150,22 @@ class Engine:
     def passes(
         self, states: DecodeStates, inputs: Sequence[Sequence[int]], chunk: int
     ) -> Iterator[tuple[list[int], Tensor]]:
-        """Run ragged inputs through the decoder, at most `chunk` tokens of a sequence at a time:
-        (tokens of each sequence, their hidden states [T,1,hidden]) a pass."""
+        """Run ragged inputs through the decoder, at most `chunk` tokens of a sequence per call.
+
+        Yields for each call (number of tokens of each sequence, hidden states [T,1,hidden]).
+        """
         done = [0] * len(inputs)
-        while any(d < len(tokens) for d, tokens in zip(done, inputs, strict=True)):
-            parts = [list(tokens[d : d + chunk]) for d, tokens in zip(done, inputs, strict=True)]
+        while any(start < len(tokens) for start, tokens in zip(done, inputs, strict=True)):
+            parts = [
+                list(tokens[start : start + chunk])
+                for start, tokens in zip(done, inputs, strict=True)
+            ]
             counts = [len(part) for part in parts]
-            new = states.next_batch(counts, self.device)
+            decode_batch = states.next_batch(counts, self.device)
             tokens_T = torch.tensor([t for part in parts for t in part], device=self.device)
             self.costs.passes += 1
-            done = [d + count for d, count in zip(done, counts, strict=True)]
-            yield counts, self.model.decode(tokens_T, new)
+            done = [start + count for start, count in zip(done, counts, strict=True)]
+            yield counts, self.model.decode(tokens_T, decode_batch)
 
 
 class _Batch:
@@ -159,8 +179,12 @@ class _Batch:
         knobs: DecodingKnobs,
         on_token: OnToken,
     ) -> None:
-        self.engine, self.model, self.rows = engine, engine.model, sequences
-        self.sampling, self.knobs, self.on_token = sampling, knobs, on_token
+        self.engine = engine
+        self.model = engine.model
+        self.rows = sequences  # unfinished ones only
+        self.sampling = sampling
+        self.knobs = knobs
+        self.on_token = on_token
         self.states = DecodeStates(len(sequences))
         self.drafter: Drafter | None = None
         if knobs.speculative:
@@ -176,7 +200,7 @@ class _Batch:
         logits_BV = self._prefill()
         costs.prefill_seconds += time.perf_counter() - started
         costs.prefill_tokens += sum(len(row.prompt) for row in self.rows)
-        started, rows = time.perf_counter(), list(self.rows)
+        started, sequences = time.perf_counter(), list(self.rows)
         self._sample(logits_BV)
         while self.rows:
             if self.drafter is not None:
@@ -184,7 +208,7 @@ class _Batch:
             else:
                 self._step()
         costs.decode_seconds += time.perf_counter() - started
-        costs.new_tokens += sum(len(row.new) for row in rows)
+        costs.new_tokens += sum(len(row.new) for row in sequences)
 
     def _prefill(self) -> Tensor:
         """The logits after each prompt, [B,V]."""
@@ -198,7 +222,7 @@ class _Batch:
                 if count and self.states.lengths[row] == len(prompts[row]):
                     last[row] = hidden_T1D[end - 1]
             if self.drafter is not None:
-                self.drafter.see(hidden_T1D, counts, prompts)
+                self.drafter.prefill(hidden_T1D, counts, prompts)
         costs = self.engine.costs
         costs.constant_bytes = self.states.constant_bytes
         costs.bytes_per_token = self.states.bytes_per_token
@@ -207,53 +231,62 @@ class _Batch:
         return self.model.logits(torch.stack([h for h in last if h is not None]))
 
     def _sample(self, logits_BV: Tensor) -> None:
-        """Draw a token for every sequence, and let those go that end with it."""
+        """Draw the next token of every sequence and drop the sequences that end with it."""
         draws = [row.draws for row in self.rows]
         tokens_B = from_first_rank(choose(logits_BV, self.sampling, draws))
         tokens = tokens_B.tolist()
         values = self.engine.log_probabilities_of(logits_BV, tokens)
         for row, token, value in zip(self.rows, tokens, values, strict=True):
             self._append(row, token, value)
-        self._let_go()
+        self._drop_finished()
 
     def _step(self) -> None:
-        """One token more for every sequence."""
-        new = self.states.next_batch([1] * len(self.rows), self.engine.device)
+        """Decode one token of every sequence."""
+        decode_batch = self.states.next_batch([1] * len(self.rows), self.engine.device)
         tokens_T = torch.tensor([row.new[-1] for row in self.rows], device=self.engine.device)
         self.engine.costs.passes += 1
-        self._sample(self.model.logits(self.model.decode(tokens_T, new)))
+        self._sample(self.model.logits(self.model.decode(tokens_T, decode_batch)))
 
     def _speculate(self, drafter: Drafter) -> None:
-        """One round: draft, verify in one pass, keep what was accepted and one token more."""
+        """One round: draft, verify in one forward call, keep the accepted drafts and one token."""
         drafted = drafter.draft([row.tokens for row in self.rows], [r.draws for r in self.rows])
         last_B1 = torch.tensor([[row.new[-1]] for row in self.rows], device=self.engine.device)
         tokens_Bn = torch.cat([last_B1, drafted.tokens_Bk], dim=1)
-        num_rows, each = tokens_Bn.shape
-        new = self.states.next_batch([each] * num_rows, self.engine.device, speculative=True)
+        num_rows, tokens_per_row = tokens_Bn.shape
+        decode_batch = self.states.next_batch(
+            [tokens_per_row] * num_rows, self.engine.device, speculative=True
+        )
         self.engine.costs.passes += 1
-        hidden_T1D = self.model.decode(tokens_Bn.flatten(), new)
+        hidden_T1D = self.model.decode(tokens_Bn.flatten(), decode_batch)
         logits_TV = self.model.logits(hidden_T1D)
-        logits_BnV = logits_TV.unflatten(0, (num_rows, each))
+        logits_BnV = logits_TV.unflatten(0, (num_rows, tokens_per_row))
         verdict = drafter.judge(logits_BnV, drafted, [row.draws for row in self.rows])
-        kept = [count + 1 for count in verdict.accepted]
-        self.states.rewind(kept)
-        drafter.keep(hidden_T1D, kept)
+        num_kept = [count + 1 for count in verdict.accepted]
+        self.states.rewind(num_kept)
+        drafter.keep(hidden_T1D, num_kept)
         proposed = drafted.tokens_Bk.tolist()
         outcome = [
             [*proposed[row][:count], verdict.following[row]]
             for row, count in enumerate(verdict.accepted)
         ]
-        self._append_round(logits_TV, each, outcome)
-        self._let_go()
+        self._append_round(logits_TV, tokens_per_row, outcome)
+        self._drop_finished()
 
-    def _append_round(self, logits_TV: Tensor, each: int, outcome: list[list[int]]) -> None:
-        places = [row * each + i for row, tokens in enumerate(outcome) for i in range(len(tokens))]
-        flat = [token for tokens in outcome for token in tokens]
-        chosen_TV = logits_TV[torch.tensor(places, device=logits_TV.device)]
-        values = iter(self.engine.log_probabilities_of(chosen_TV, flat))
+    def _append_round(
+        self, logits_TV: Tensor, tokens_per_row: int, outcome: list[list[int]]
+    ) -> None:
+        indices = [
+            row * tokens_per_row + i
+            for row, tokens in enumerate(outcome)
+            for i in range(len(tokens))
+        ]
+        flat_tokens = [token for tokens in outcome for token in tokens]
+        chosen_TV = logits_TV[torch.tensor(indices, device=logits_TV.device)]
+        values = iter(self.engine.log_probabilities_of(chosen_TV, flat_tokens))
         for row, tokens in zip(self.rows, outcome, strict=True):
-            own = [next(values) for _ in tokens]
-            for token, value in zip(tokens, own, strict=True):
+            row_values = [next(values) for _ in tokens]
+            for token, value in zip(tokens, row_values, strict=True):
+                # The sequence may end inside the round; the tokens after its end are dropped.
                 if not row.ended_by:
                     self._append(row, token, value)
 
@@ -266,13 +299,13 @@ class _Batch:
         if len(row.new) >= self.knobs.max_new_tokens:
             row.ended_by = row.ended_by or "length"
 
-    def _let_go(self) -> None:
-        """Drop ended sequences from the states."""
-        going_on = [number for number, row in enumerate(self.rows) if not row.ended_by]
-        if len(going_on) == len(self.rows):
+    def _drop_finished(self) -> None:
+        """Remove finished sequences from the states."""
+        active = [number for number, row in enumerate(self.rows) if not row.ended_by]
+        if len(active) == len(self.rows):
             return
-        self.rows = [self.rows[number] for number in going_on]
-        if going_on:
-            self.states.select(going_on, self.engine.device)
+        self.rows = [self.rows[number] for number in active]
+        if active:
+            self.states.select(active, self.engine.device)
             if self.drafter is not None:
-                self.drafter.select(going_on)
+                self.drafter.select(active)

@@ -7,24 +7,24 @@ from nemotron_train.config.errors import ConfigError
 
 @dataclass
 class Sampling:
-    """How the next token is drawn. The order is Hugging Face's: logits / temperature, the top_k
-    largest, softmax, the fewest whose probabilities reach top_p, normalized again."""
+    """How the next token is drawn. Order as in Hugging Face: divide logits by temperature, keep the
+    top_k largest, softmax, keep the fewest tokens whose probabilities reach top_p, renormalize."""
 
-    temperature: float = 1.0  # 0: the most probable token, always
+    temperature: float = 1.0  # 0: greedy, always the most probable token
     top_k: int = 0  # 0: all
     top_p: float = 1.0
-    seed: int = 1234  # a sequence's draws depend on it and on the sequence's number alone
+    seed: int = 1234  # a sequence's draws depend only on the seed and the sequence's number
 
 
 @dataclass
 class ModelKnobs:
-    """How a checkpoint's model is opened."""
+    """How a checkpoint's model is opened and sharded."""
 
     tokenizer: str = ""  # folder with tokenizer.json; empty: the run's own
     tensor: int = 1  # ranks that share every layer
     expert: int = 1  # ranks that share the experts
     expert_tensor: int = 1  # ranks that share every expert's hidden width
-    threads: int = 0  # CPU threads a rank; 0: the machine's cores divided by its ranks
+    threads: int = 0  # CPU threads per rank; 0: the machine's cores divided by its ranks
 
 
 @dataclass
@@ -34,9 +34,9 @@ class DecodingKnobs:
     max_new_tokens: int = 256
     end_of_document: bool = True  # stop at the tokenizer's end-of-document token
     batch: int = 8  # sequences decoded together
-    prefill_chunk: int = 512  # prompt tokens of a sequence a pass
+    prefill_chunk: int = 512  # prompt tokens of a sequence per forward call
     speculative: bool = False  # draft with the multi-token-prediction block
-    draft_tokens: int = 0  # a round; 0: as many as the block was trained for (model.mtp.depths)
+    draft_tokens: int = 0  # per round; 0: as many as the block was trained for (model.mtp.depths)
 
 
 @dataclass
@@ -45,8 +45,10 @@ class GenerateConfig(Sampling, ModelKnobs, DecodingKnobs):
 
     prompt: list[str] = field(default_factory=list)
     prompts: str = ""  # a file: .jsonl with a "prompt" in each line, else one prompt a line
-    samples: int = 1  # continuations of each prompt
-    stop: list[str] = field(default_factory=list)  # end before any of these texts
+    samples: int = 1  # continuations per prompt
+    stop: list[str] = field(
+        default_factory=list
+    )  # stop strings; the output ends before the first one
     output: str = ""  # write every sequence with its tokens and log-probabilities, as JSON lines
 
 
@@ -55,7 +57,7 @@ class AcceptanceConfig(Sampling, ModelKnobs, DecodingKnobs):
     """Knobs of `evaluate acceptance`."""
 
     data: list[str] = field(default_factory=list)  # prepared folders; empty: the run's validation
-    num_prompts: int = 32  # a folder
+    num_prompts: int = 32  # per folder
     prompt_tokens: int = 64
     max_new_tokens: int = 64
     end_of_document: bool = False

@@ -1,16 +1,18 @@
-"""Speculative decoding with the multi-token-prediction block as its own draft model.
+"""Speculative decoding with the multi-token-prediction block as the draft model.
 
-Owns: which hidden state and which token each depth reads, the drafts, what is kept of them. Does
-not own: verification's forward pass (`engine`), the acceptance rule (`sampling`).
+Owns: the inputs of each depth (hidden states and tokens), drafting, rollback of drafts. Does not
+own: the verification forward call (`engine`), the acceptance rule (`sampling`).
 
-Depth k reads the hidden state of depth k - 1 at position i (depth 0 is the decoder) and token
-i + k, and predicts token i + k + 1; its attention sees its own keys of all positions before. With
-tokens 0 ... m known and the decoder at positions below m, depth k is sure at positions up to m - k.
-To draft, every depth runs up to position m - 1, depth k reading k - 1 drafted tokens there; those
-positions are taken back at once and run again next round with the tokens that really came. Of the
-inputs of depth k >= 2 that are sure, the last one always waits for its token: it is kept.
+Depth k takes the hidden state of depth k - 1 at position i (depth 0 is the decoder) and token
+i + k, and predicts token i + k + 1. Its attention reads its own KV cache of all earlier positions.
 
-Shapes: B sequences, T tokens of a pass, k drafted tokens, V vocabulary.
+With tokens 0 ... m known and the decoder run at positions below m, positions up to m - k of depth k
+are confirmed: they used only known tokens. To draft, every depth runs up to position m - 1, where
+depth k reads k - 1 drafted tokens. These unconfirmed positions are rolled back at once and run
+again in the next round with the accepted tokens. For k >= 2, the last confirmed hidden state that
+depth k reads has no known token yet; it stays in `_Depth.waiting`.
+
+Shapes: B sequences, T tokens of a forward call, k drafted tokens, V vocabulary, D hidden size.
 """
 
 from collections.abc import Sequence
@@ -35,15 +37,18 @@ from nemotron_train.platform.groups import from_first_rank
 
 @dataclass
 class Acceptance:
-    """Counts of rounds, one a sequence. `reached[k]`: all drafts before the k-th (from 0) were
-    accepted; `accepted[k]`: it was too."""
+    """Acceptance counts. A round counts once per sequence. Depths count from 0.
+
+    reached[k]: rounds in which all drafts before draft k were accepted. accepted[k]: rounds in
+    which draft k was accepted too.
+    """
 
     rounds: int = 0
     reached: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
 
     def count(self, accepted: Sequence[int], num_drafted: int) -> None:
-        """Take in a round in which sequence b accepted accepted[b] of `num_drafted`."""
+        """Count a round in which sequence b accepted `accepted[b]` of `num_drafted` drafts."""
         while len(self.reached) < num_drafted:
             self.reached.append(0)
             self.accepted.append(0)
@@ -54,26 +59,29 @@ class Acceptance:
 
     @property
     def rates(self) -> list[float]:
-        """Of each depth: accepted among those where all before it were."""
-        return [a / max(r, 1) for a, r in zip(self.accepted, self.reached, strict=True)]
+        """Acceptance rate of each depth, given that all drafts before it were accepted."""
+        return [
+            accepted / max(reached, 1)
+            for accepted, reached in zip(self.accepted, self.reached, strict=True)
+        ]
 
     @property
     def mean_length(self) -> float:
-        """Tokens a round: accepted drafts and the one that verification adds."""
+        """Mean tokens per round: accepted drafts and the one token from verification."""
         return 1 + sum(self.accepted) / max(self.rounds, 1)
 
 
 @dataclass(frozen=True)
 class Drafted:
-    """Tokens [B,k] and the logits [B,k,V] they were drawn from."""
+    """Drafted tokens [B,k] and the logits [B,k,V] they were drawn from."""
 
     tokens_Bk: Tensor
     logits_BkV: Tensor
 
 
 class Drafter:
-    """Drafts for a batch of sequences. In order: `see` for each prefill pass; then rounds of
-    `draft`, `judge`, `keep`. COLLECTIVE under tensor and expert parallelism."""
+    """Drafts for a batch of sequences. Call `prefill` for each prefill chunk, then `draft`, `judge`
+    and `keep` in each round. COLLECTIVE under tensor and expert parallelism."""
 
     def __init__(
         self,
@@ -84,59 +92,68 @@ class Drafter:
         acceptance: Acceptance,
         device: torch.device,
     ) -> None:
-        self._model, self._sampling, self._device = model, sampling, device
+        self._model = model
+        self._sampling = sampling
+        self._device = device
         self._acceptance = acceptance
         self._depths = [_Depth(number + 1, num_rows) for number in range(num_drafted)]
-        self._new: list[Tensor] | None = None  # the decoder's, of the last round, [rows,D] each
+        self._round_hidden: list[Tensor] | None = None  # decoder, last round: [rows,D] each
 
     @property
     def bytes_per_token(self) -> int:
-        """Memory of a token of context on this rank: the keys and values of every depth."""
+        """Bytes per token of context on this rank: the KV cache of every depth."""
         return sum(depth.states.bytes_per_token for depth in self._depths)
 
-    def see(
-        self, hidden_T1D: Tensor, counts: Sequence[int], known: Sequence[Sequence[int]]
+    def prefill(
+        self, hidden_T1D: Tensor, counts: Sequence[int], prompts: Sequence[Sequence[int]]
     ) -> None:
-        """The decoder has passed over more of the prompts `known`."""
-        new = list(hidden_T1D[:, 0].split(list(counts)))
+        """Run every depth on the next prefill chunk.
+
+        hidden_T1D: the decoder's hidden states, ragged; counts: tokens of each sequence in it;
+        prompts: the complete prompts.
+        """
+        hidden = list(hidden_T1D[:, 0].split(list(counts)))
         for depth in self._depths:
-            inputs, first = depth.inputs(new)
-            lasts = [len(tokens) - 1 - depth.number for tokens in known]
-            takes = [
+            inputs, first = depth.inputs(hidden)
+            last_positions = [len(tokens) - 1 - depth.number for tokens in prompts]
+            num_ready = [
                 max(0, min(len(rows), last - start + 1))
-                for rows, start, last in zip(inputs, first, lasts, strict=True)
+                for rows, start, last in zip(inputs, first, last_positions, strict=True)
             ]
-            depth.waiting = [rows[take:] for rows, take in zip(inputs, takes, strict=True)]
-            if not sum(takes):
-                new = [rows[:0] for rows in inputs]
+            depth.waiting = [rows[count:] for rows, count in zip(inputs, num_ready, strict=True)]
+            if not sum(num_ready):
+                hidden = [rows[:0] for rows in inputs]
                 continue
             tokens = [
-                known[row][start + depth.number : start + depth.number + take]
-                for row, (start, take) in enumerate(zip(first, takes, strict=True))
+                prompts[row][start + depth.number : start + depth.number + count]
+                for row, (start, count) in enumerate(zip(first, num_ready, strict=True))
             ]
-            taken = [rows[:take] for rows, take in zip(inputs, takes, strict=True)]
-            new = self._run(depth, taken, tokens)
+            ready = [rows[:count] for rows, count in zip(inputs, num_ready, strict=True)]
+            hidden = self._run(depth, ready, tokens)
 
-    def draft(self, known: Sequence[Sequence[int]], draws: Sequence[Draws]) -> Drafted:
-        """Draft after the last of the tokens `known`, whose hidden states but for the last token
-        were all handed to `see` or `keep`."""
-        extended = [list(tokens) for tokens in known]
-        new = self._new or [rows[:0] for rows in self._depths[0].waiting]
-        sure_before = [len(tokens) - 1 for tokens in known]  # of the decoder
+    def draft(self, tokens_so_far: Sequence[Sequence[int]], draws: Sequence[Draws]) -> Drafted:
+        """Draft one token per depth after the last token of each sequence.
+
+        `prefill` and `keep` must have received the hidden states of all tokens but the last one.
+        """
+        extended = [list(tokens) for tokens in tokens_so_far]
+        hidden = self._round_hidden or [rows[:0] for rows in self._depths[0].waiting]
+        previous_confirmed = [len(tokens) - 1 for tokens in tokens_so_far]  # decoder positions
         tokens, logits = [], []
         for depth in self._depths:
-            inputs, first = depth.inputs(new)
-            parts = [
+            inputs, first = depth.inputs(hidden)
+            depth_tokens = [
                 extended[row][start + depth.number : start + depth.number + len(rows)]
                 for row, (start, rows) in enumerate(zip(first, inputs, strict=True))
             ]
-            new = self._run(depth, inputs, parts, speculative=True)
-            sure = [
-                max(start, len(row) - depth.number) for start, row in zip(first, known, strict=True)
+            hidden = self._run(depth, inputs, depth_tokens, speculative=True)
+            confirmed = [
+                max(start, len(row) - depth.number)
+                for start, row in zip(first, tokens_so_far, strict=True)
             ]
-            depth.take_back(inputs, first, sure, sure_before)
-            sure_before = sure
-            last_BD = torch.stack([rows[-1] for rows in new])
+            depth.rewind(inputs, first, confirmed, previous_confirmed)
+            previous_confirmed = confirmed
+            last_BD = torch.stack([rows[-1] for rows in hidden])
             logits_BV = self._model.logits(last_BD.unsqueeze(1))
             drawn_B = from_first_rank(choose(logits_BV, self._sampling, draws))
             for row, token in zip(extended, drawn_B.tolist(), strict=True):
@@ -146,28 +163,34 @@ class Drafter:
         return Drafted(torch.stack(tokens, dim=1), torch.stack(logits, dim=1))
 
     def judge(self, logits_BnV: Tensor, drafted: Drafted, draws: Sequence[Draws]) -> Verdict:
-        """`sampling.judge` of what the decoder says after each drafted token, the same on every
-        rank, counted."""
+        """Verify the drafts with the decoder's logits [B,n,V], n = k + 1, and count the result.
+
+        All ranks get the verdict of the first rank.
+        """
         if self._sampling.temperature == 0:
             verdict = judge_greedily(logits_BnV, drafted.tokens_Bk)
         else:
-            p, q = (distribution(x, self._sampling) for x in (logits_BnV, drafted.logits_BkV))
+            p, q = (
+                distribution(logits, self._sampling) for logits in (logits_BnV, drafted.logits_BkV)
+            )
             verdict = judge(p, q, drafted.tokens_Bk, draws)
         both = torch.tensor([verdict.accepted, verdict.following], device=self._device)
         accepted, following = from_first_rank(both).tolist()
         self._acceptance.count(accepted, drafted.tokens_Bk.shape[1])
         return Verdict(accepted, following)
 
-    def keep(self, hidden_T1D: Tensor, kept: Sequence[int]) -> None:
-        """The decoder's hidden states of a round, of which the first `kept` of each sequence are
-        of tokens that came."""
-        rows = hidden_T1D[:, 0].unflatten(0, (len(kept), -1))
-        self._new = [row[:count] for row, count in zip(rows, kept, strict=True)]
+    def keep(self, hidden_T1D: Tensor, num_kept: Sequence[int]) -> None:
+        """Store the decoder's hidden states of a round for the next `draft`.
+
+        num_kept: of each sequence, the number of leading rows whose tokens were accepted.
+        """
+        rows = hidden_T1D[:, 0].unflatten(0, (len(num_kept), -1))
+        self._round_hidden = [row[:count] for row, count in zip(rows, num_kept, strict=True)]
 
     def select(self, rows: Sequence[int]) -> None:
-        """Keep these sequences only."""
-        if self._new is not None:
-            self._new = [self._new[row] for row in rows]
+        """Keep only the sequences `rows`, in this order."""
+        if self._round_hidden is not None:
+            self._round_hidden = [self._round_hidden[row] for row in rows]
         for depth in self._depths:
             depth.states.select(rows, self._device)
             depth.waiting = [depth.waiting[row] for row in rows]
@@ -179,44 +202,52 @@ class Drafter:
         tokens: Sequence[Sequence[int]],
         speculative: bool = False,
     ) -> list[Tensor]:
-        """The block at one depth over ragged inputs [rows,D] and their tokens."""
+        """Run the block at one depth on ragged inputs [rows,D] and their tokens."""
         counts = [len(rows) for rows in inputs]
         assert counts == [len(part) for part in tokens], (counts, tokens)
-        new = depth.states.next_batch(counts, self._device, speculative)
+        decode_batch = depth.states.next_batch(counts, self._device, speculative)
         tokens_T = torch.tensor([t for part in tokens for t in part], device=self._device)
         hidden_T1D = torch.cat(list(inputs)).unsqueeze(1)
-        output_T1D = self._model.decode_depth(hidden_T1D, tokens_T, new)
+        output_T1D = self._model.decode_depth(hidden_T1D, tokens_T, decode_batch)
         return list(output_T1D[:, 0].split(counts))
 
 
 class _Depth:
-    """One depth: the states of its positions that are sure, and the hidden states of the depth
-    before it that wait for their token, [rows,D] a sequence, from the first position not run."""
+    """One depth of the block.
+
+    states: KV cache of the confirmed positions. waiting: hidden states of the previous depth,
+    [rows,D] per sequence, from the first position that this depth has not run.
+    """
 
     def __init__(self, number: int, num_rows: int) -> None:
         self.number, self.states = number, DecodeStates(num_rows)
         self.waiting: list[Tensor] = []
 
-    def inputs(self, new: Sequence[Tensor]) -> tuple[list[Tensor], list[int]]:
-        """All that waits with `new` behind it, and the position of each sequence's first."""
-        waiting = self.waiting or [rows[:0] for rows in new]
+    def inputs(self, hidden: Sequence[Tensor]) -> tuple[list[Tensor], list[int]]:
+        """The waiting hidden states with `hidden` appended, and the first position per sequence."""
+        waiting = self.waiting or [rows[:0] for rows in hidden]
         joined = [
             torch.cat([old, rows]) if len(old) else rows
-            for old, rows in zip(waiting, new, strict=True)
+            for old, rows in zip(waiting, hidden, strict=True)
         ]
         return joined, list(self.states.lengths)
 
-    def take_back(
+    def rewind(
         self,
         inputs: Sequence[Tensor],
         first: Sequence[int],
-        sure: Sequence[int],
-        sure_before: Sequence[int],
+        confirmed: Sequence[int],
+        previous_confirmed: Sequence[int],
     ) -> None:
-        """Of a pass over `inputs` from positions `first` on, keep the positions below `sure`; what
-        lies between them and `sure_before`, to which the depth before is sure, waits."""
-        self.states.rewind([end - start for start, end in zip(first, sure, strict=True)])
+        """Roll back the unconfirmed positions of a call on `inputs`, which started at `first`.
+
+        Positions below `confirmed` stay. The inputs from there to `previous_confirmed`, the end of
+        the previous depth's confirmed positions, become `waiting`.
+        """
+        self.states.rewind([end - start for start, end in zip(first, confirmed, strict=True)])
         self.waiting = [
-            rows[end - start : end_before - start]
-            for rows, start, end, end_before in zip(inputs, first, sure, sure_before, strict=True)
+            rows[end - start : previous_end - start]
+            for rows, start, end, previous_end in zip(
+                inputs, first, confirmed, previous_confirmed, strict=True
+            )
         ]

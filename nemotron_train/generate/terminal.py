@@ -1,7 +1,7 @@
-"""`generate` at a terminal: prompts in, text as it grows, and what it cost.
+"""The verb `generate`: reads prompts, streams text to the terminal, prints costs.
 
 Owns: reading prompts, printing, the JSON lines of `output=`. Does not own: decoding (`engine`),
-what may be shown of a text (`text`).
+which characters are ready to print (`text`).
 """
 
 import json
@@ -21,7 +21,11 @@ from nemotron_train.generate.text import GrowingText
 
 
 def generate(run: str, knobs: GenerateConfig) -> None:
-    """Continue the prompts of `knobs` from the checkpoint `run` and print. Raises ConfigError."""
+    """Continue the prompts of `knobs` with the checkpoint `run` and print the result. COLLECTIVE.
+
+    Raises ConfigError if the knobs, the prompts, the checkpoint or the tokenizer cannot be used, or
+    `output` cannot be written.
+    """
     prompts = check_and_read(knobs)
     console = Console(stderr=True, width=None if sys.stderr.isatty() else 120)
     with open_checkpoint(run, knobs, console.print) as model:
@@ -32,22 +36,22 @@ def generate(run: str, knobs: GenerateConfig) -> None:
         ids = [_encode(text, tokenizer) for text in prompts for _ in range(knobs.samples)]
         texts = [GrowingText(tokenizer, knobs.stop) for _ in ids]
         console.print(f"{model.checkpoint} · {model.platform.describe()}", highlight=False)
-        shown = _Shown(prompts, knobs.samples, len(ids) == 1 and model.is_first_rank)
+        printer = _Printer(prompts, knobs.samples, len(ids) == 1 and model.is_first_rank)
 
         def on_token(sequence: Continuation, token: int) -> str:
             text = texts[sequence.number]
             is_end = knobs.end_of_document and token == end_token
-            shown.grow("" if is_end else text.add(token))
+            printer.stream("" if is_end else text.add(token))
             return "stop" if text.is_stopped else ""
 
         engine = Engine(model.model, end_token, model.platform.device)
         sequences = engine.generate(ids, knobs, knobs, on_token)
         for text in texts:
-            shown.grow(text.finish())
+            printer.stream(text.finish())
         if not model.is_first_rank:
             return
         for sequence in sequences:
-            shown.whole(sequence, texts[sequence.number].text)
+            printer.print_sequence(sequence, texts[sequence.number].text)
         if knobs.output:
             _write(Path(knobs.output), prompts, knobs.samples, sequences, texts)
         for line in summary(engine.costs, engine.acceptance if knobs.speculative else None):
@@ -55,8 +59,8 @@ def generate(run: str, knobs: GenerateConfig) -> None:
 
 
 def check_and_read(knobs: GenerateConfig) -> list[str]:
-    """The prompts that `knobs` ask for. Raises ConfigError for knobs out of range, a file that
-    cannot be read, and an empty prompt."""
+    """Check the knobs and return the prompts. Raises ConfigError if a knob is out of range, the
+    prompt file cannot be read, or there is no prompt or an empty one."""
     check_sampling(knobs)
     check_decoding(knobs)
     if knobs.samples < 1:
@@ -73,9 +77,9 @@ def check_and_read(knobs: GenerateConfig) -> list[str]:
     return prompts
 
 
-def check_speculative(asked: bool, model: LoadedCheckpoint) -> None:
-    """Raises ConfigError where there is no block to draft with."""
-    if asked and not model.config.model.mtp.depths:
+def check_speculative(speculative: bool, model: LoadedCheckpoint) -> None:
+    """Raises ConfigError if `speculative` is set and the model has no MTP block."""
+    if speculative and not model.config.model.mtp.depths:
         raise ConfigError(
             "speculative=true: the model has no multi-token-prediction block (model.mtp.depths=0)"
         )
@@ -107,20 +111,22 @@ def _encode(text: str, tokenizer: LoadedTokenizer) -> list[int]:
     return ids
 
 
-class _Shown:
-    """Standard output: a single sequence as it grows, several one after the other."""
+class _Printer:
+    """Prints to standard output: streams a single sequence, prints several one after the other."""
 
     def __init__(self, prompts: Sequence[str], samples: int, is_streaming: bool) -> None:
-        self._prompts, self._samples, self._is_streaming = prompts, samples, is_streaming
+        self._prompts = prompts
+        self._samples = samples
+        self._is_streaming = is_streaming
         if is_streaming:
-            self.grow(prompts[0])
+            self.stream(prompts[0])
 
-    def grow(self, more: str) -> None:
-        if self._is_streaming and more:
-            sys.stdout.write(more)
+    def stream(self, text: str) -> None:
+        if self._is_streaming and text:
+            sys.stdout.write(text)
             sys.stdout.flush()
 
-    def whole(self, sequence: Continuation, text: str) -> None:
+    def print_sequence(self, sequence: Continuation, text: str) -> None:
         if self._is_streaming:
             sys.stdout.write("\n")
         else:
@@ -153,7 +159,7 @@ def _write(
 
 
 def summary(costs: Costs, acceptance: Acceptance | None) -> list[str]:
-    """The last lines a person reads."""
+    """The summary lines: throughput, memory per sequence and, if given, draft acceptance."""
     prefill = costs.prefill_tokens / max(costs.prefill_seconds, 1e-9)
     decode = costs.new_tokens / max(costs.decode_seconds, 1e-9)
     lines = [

@@ -1,17 +1,17 @@
 """C kernels of decoding on a CPU: a few tokens through a whole layer in one call.
 
-Owns: the C functions' arguments as tensors, and the sizes they accept. Does not own: what is
-computed: the layers' modules define it and compute wherever these kernels do not (other linears
-than the plain ones, ranks that share a layer, GPUs, more tokens, no C compiler); which weights a
-layer hands over (the families' `block` modules). tests/generate/test_one_truth.py and
-tests/kernels/test_decoding.py compare kernels and modules.
+Owns: the marshalling of tensors for the C functions, and the sizes they accept. Does not own: the
+definition of a layer (its modules, which also compute in all other cases: emulated linears, ranks
+that share a layer, GPUs, more tokens, no C compiler); the choice of weights (the `block` module of
+each layer kind). tests/generate/test_one_truth.py and tests/kernels/test_decoding.py compare
+kernels and modules.
 
-The modules start some thirty torch operators a layer, each of which costs more than its arithmetic
-for a few tokens.
+The modules start about thirty torch operators a layer. For a few tokens each operator costs more
+than its arithmetic.
 
-Shapes: T tokens, D width of the residual stream, B sequences, n most tokens of one sequence, K
-taps, C channels of the convolution, H heads of P channels, N state size, G key/value heads, Q query
-heads of each, L capacity of the KV cache, E experts, F their hidden width.
+Shapes: T tokens, D width of the residual stream, B sequences, n largest number of tokens of one
+sequence, K taps, C channels of the convolution, H heads of P channels, N state size, G key/value
+heads, Q query heads of each, L capacity of the KV cache, E experts, F their hidden width.
 """
 
 import ctypes
@@ -33,11 +33,11 @@ from nemotron_train.kernels.library import (
     supports,
 )
 
-MAX_TOKENS = 32  # of a decode batch; for more, the modules' larger products are faster
+MAX_TOKENS = 32  # of a decode batch; for more, the larger products of the modules are faster
 
 
 def _fields(text: str) -> list[tuple[str, Any]]:
-    """ "name name:type ...": pointers (the default), i = int64, b = int32, f = float."""
+    """Structure fields from "name name:type ...": pointer (default), i int64, b int32, f float."""
     types = {"p": POINTER, "i": INT64, "b": INT32, "f": ctypes.c_float}
     return [
         (name, types[kind or "p"])
@@ -83,14 +83,14 @@ _few_rows = Kernel("few_rows", POINTER, INT64, INT64, POINTER, INT64, POINTER, P
 
 @dataclass(frozen=True)
 class ResidualStream:
-    """What enters a layer, [T,1,D] contiguous, and the weight [D] and epsilon of its norm."""
+    """A layer's input, [T,1,D] contiguous, and the weight [D] and epsilon of its norm."""
 
     hidden_T1D: Tensor
     norm_weight_D: Tensor
     epsilon: float
 
     def tokens(self, out_T1D: Tensor) -> _Tokens:
-        """The C structure, for a result in `out_T1D`."""
+        """The C structure; the kernel writes its result to `out_T1D`."""
         count, _, width = self.hidden_T1D.shape
         is_bfloat16 = self.hidden_T1D.dtype == torch.bfloat16
         pointers = (t.data_ptr() for t in (self.hidden_T1D, out_T1D, self.norm_weight_D))
@@ -98,22 +98,23 @@ class ResidualStream:
 
 
 def accepts_tokens(num_tokens: int, hidden_T1D: Tensor, weight: Tensor) -> bool:
-    """Whether these tokens go through the compiled layers: few, without gradients, on a CPU, and
-    in the weights' dtype."""
+    """Whether the layer kernels handle these tokens: at most MAX_TOKENS, no gradients, on a CPU, in
+    the dtype of the layer's weights."""
     is_few = num_tokens <= MAX_TOKENS and not torch.is_grad_enabled()
     return is_few and hidden_T1D.dtype == weight.dtype and supports(hidden_T1D)
 
 
 def accepts_weights(weights: Sequence[Tensor]) -> bool:
-    """Whether the kernels can read a layer's weights: one dtype, contiguous, rows no longer than
-    the C code's `max_width`."""
+    """Whether the kernels can read these weights: one dtype, contiguous, rows of at most
+    `max_width` elements."""
     dtype, max_width = weights[0].dtype, limit("max_width")
     return all(t.dtype == dtype and t.is_contiguous() and t.shape[-1] <= max_width for t in weights)
 
 
 @dataclass(frozen=True)
 class MambaWeights:
-    """Of one Mamba-2 layer: convolution [C,K] and [C], per-head FP32 [H], matrices [out, in]."""
+    """The weights of one Mamba-2 layer: convolution [C,K] and [C], per-head FP32 [H], matrices
+    [out, in]."""
 
     in_proj: Tensor
     conv_weight_CK: Tensor
@@ -125,7 +126,7 @@ class MambaWeights:
     out_proj: Tensor
 
     def are_accepted(self, norm_weight_D: Tensor) -> bool:
-        """Whether `mamba_layer` can compute with them."""
+        """Whether `mamba_layer` can compute with these weights."""
         matrices = (self.in_proj, self.conv_weight_CK, self.conv_bias_C, self.gated_norm)
         per_head = (self.dt_bias_H, self.A_log_H, self.D_H)
         return (
@@ -150,10 +151,10 @@ def mamba_layer(
 ) -> Tensor:
     """x + mixer(norm(x)), [T,1,D].
 
-    sizes: H, P, groups, N. longest: n. starts: int64 [B + 1], where each sequence's tokens begin.
-    window_BKC: the convolution's last K - 1 inputs; inputs_BWC: written, those and the new ones.
-    ssm_after: written, the state after each token [n,B,H,P,N]; or `ssm_before_BHPN` itself, which
-    then becomes the state after the last token.
+    sizes: H, P, groups, N. longest: n. starts: int64 [B + 1], index of each sequence's first token.
+    window_BKC: the last K - 1 inputs of the convolution before this batch. inputs_BWC: output,
+    those inputs followed by the new ones, W = K - 1 + n. ssm_after: output, the state after each
+    token [n,B,H,P,N]; or `ssm_before_BHPN` itself, then updated in place to the last state.
     """
     hidden_T1D = stream.hidden_T1D
     num_tokens, _, width = hidden_T1D.shape
@@ -193,8 +194,8 @@ def mamba_layer(
 
 @dataclass(frozen=True)
 class MoEWeights:
-    """Of one LatentMoE layer, all of whose experts are on this rank. shared: both matrices of the
-    shared expert; latent: both projections; None where the layer has none."""
+    """The weights of one LatentMoE layer with all experts on this rank. shared: both matrices of
+    the shared expert. latent: both projections. None if the layer has none."""
 
     router_ED: Tensor
     bias_E: Tensor
@@ -204,15 +205,15 @@ class MoEWeights:
     latent: tuple[Tensor, Tensor] | None
 
     def are_accepted(self, norm_weight_D: Tensor) -> bool:
-        """Whether `moe_layer` can compute with them."""
-        beside = [*(self.shared or ()), *(self.latent or ())]
-        matrices = [norm_weight_D, self.weight1_EFD, self.weight2_EDF, self.router_ED, *beside]
+        """Whether `moe_layer` can compute with these weights."""
+        optional = [*(self.shared or ()), *(self.latent or ())]
+        matrices = [norm_weight_D, self.weight1_EFD, self.weight2_EDF, self.router_ED, *optional]
         has_fit_bias = self.bias_E.dtype == torch.float32 and len(self.bias_E) <= limit("max_width")
         return has_fit_bias and accepts_weights(matrices)
 
 
 def moe_layer(stream: ResidualStream, weights: MoEWeights, *, top_k: int, scale: float) -> Tensor:
-    """x + moe(norm(x)), [T,1,D]; top_k experts a token, their weights normalized to `scale`."""
+    """x + moe(norm(x)), [T,1,D]; top_k experts a token, whose routing weights sum to `scale`."""
     hidden_T1D = stream.hidden_T1D
     num_tokens, _, width = hidden_T1D.shape
     num_experts, expert_width, _ = weights.weight1_EFD.shape
@@ -250,7 +251,8 @@ def _pair_pointers(pair: tuple[Tensor, Tensor] | None) -> tuple[int | None, int 
 
 @dataclass(frozen=True)
 class AttentionWeights:
-    """Of one attention layer: [G x (Q + 2) x head_dim, D] and [D, G x Q x head_dim]."""
+    """The weights of one attention layer: linear_qkv [G x (Q + 2) x head_dim, D] and linear_proj
+    [D, G x Q x head_dim]."""
 
     linear_qkv: Tensor
     linear_proj: Tensor
@@ -259,7 +261,7 @@ class AttentionWeights:
     head_dim: int
 
     def are_accepted(self, norm_weight_D: Tensor) -> bool:
-        """Whether `attention_layer` can compute with them."""
+        """Whether `attention_layer` can compute with these weights."""
         return (
             accepts_weights([norm_weight_D, self.linear_qkv, self.linear_proj])
             and self.queries_per_group <= limit("attention_decoding_max_queries")
@@ -277,10 +279,10 @@ def attention_layer(
     row_T: Tensor,
     position_T: Tensor,
 ) -> Tensor:
-    """x + attention(norm(x)), [T,1,D]; the new keys and values are written to the cache.
+    """x + attention(norm(x)), [T,1,D]; writes the new keys and values to the cache.
 
     longest: tokens of the longest sequence after this call, at most L. row_T, position_T: int64,
-    which sequence a token belongs to and where in it.
+    the sequence of each token and its position there.
     """
     hidden_T1D = stream.hidden_T1D
     num_tokens, _, width = hidden_T1D.shape
@@ -310,7 +312,7 @@ def attention_layer(
 
 
 def norm_rows(x: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
-    """RMSNorm of [..., D] in the weight's dtype, contiguous; D is at most `max_width`."""
+    """RMSNorm of a contiguous [..., D] in the weight's dtype; D is at most `max_width`."""
     out, width = torch.empty_like(x), x.shape[-1]
     pointers = (t.data_ptr() for t in (x, out, weight_D))
     rows = _Tokens(x.numel() // width, width, x.dtype == torch.bfloat16, epsilon, *pointers)
@@ -319,7 +321,7 @@ def norm_rows(x: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
 
 
 def few_rows(x_RD: Tensor, weight_FD: Tensor) -> Tensor:
-    """x Wᵀ of a few rows in BF16, [R,D] -> [R,F], sums in FP32; D is at most `max_width`."""
+    """x Wᵀ for a few BF16 rows, [R,D] -> [R,F], summed in FP32; D is at most `max_width`."""
     assert x_RD.dtype == weight_FD.dtype == torch.bfloat16
     wide_RD = x_RD.float().contiguous()
     workspace_RF = torch.empty(len(x_RD), len(weight_FD))

@@ -1,9 +1,9 @@
-"""The compiled C kernels as Python functions: which library, argument types, tensors as arguments.
+"""The C kernels as Python functions: the library, argument types, marshalling of tensors.
 
-Owns: the libraries built from csrc/, the declaration of a C function (`Kernel`), the limits that
-the C code states, and the conversion of tensors to arguments. Does not own: what the kernels
-compute (`training`, `decoding` and `quantize` wrap them, the layers define them), nor how C is
-compiled (`compilation`).
+Owns: the library of layer kernels built from csrc/, the declaration of a C function (`Kernel`), the
+size limits that the C code exports, and the conversion of tensors to arguments. Does not own: what
+the kernels compute (`training`, `decoding` and `quantize` wrap them, the layers define them), how C
+is compiled (`compilation`).
 
 Shape suffixes: B batch, S tokens, C channels.
 """
@@ -29,20 +29,22 @@ _TYPES = (torch.bfloat16, torch.float32)
 
 @functools.cache
 def layer_library() -> ctypes.CDLL | None:
-    """The kernels of training and decoding; None, with a warning, where C cannot be compiled."""
+    """The kernels of training and decoding; None, with a warning, if C cannot be compiled."""
     is_x86 = "avx" in torch.backends.cpu.get_cpu_capability().lower()
     sources = tuple(CSRC / f"{name}.c" for name in _TRAINING + _DECODING)
     return compilation.library(sources, _X86_FLAGS if is_x86 else _PORTABLE_FLAGS)
 
 
 def supports(*tensors: Tensor) -> bool:
-    """Whether the layer kernels compute on these: BF16 or FP32 on a CPU, and C compiles here."""
+    """Whether the layer kernels accept these tensors: BF16 or FP32 on a CPU, and the library could
+    be compiled."""
     fit = all(t.device.type == "cpu" and t.dtype in _TYPES for t in tensors)
     return fit and layer_library() is not None
 
 
 def limit(name: str) -> int:
-    """A limit that the C code states, such as `max_width`; 0 where there is no library."""
+    """A size limit that the C code exports, such as `max_width`; 0 without the library, so that no
+    tensor fits."""
     library = layer_library()
     return 0 if library is None else _read_limit(library, name)
 
@@ -53,10 +55,10 @@ def _read_limit(library: ctypes.CDLL, name: str) -> int:
 
 
 class Kernel:
-    """One C function that returns nothing; its argument types are checked at each call.
+    """One C function without a return value; ctypes checks the argument types at each call.
 
-    Structures are passed by reference where the type is a pointer to them. The number of threads
-    is every kernel's own argument.
+    Structures are passed by reference if the declared type is a pointer to them. Every kernel takes
+    the number of threads as an argument.
     """
 
     def __init__(
@@ -102,18 +104,18 @@ ROWS = ctypes.POINTER(Rows)
 
 
 def channels_last(t: Tensor) -> Tensor:
-    """`t` with its last dimension contiguous."""
+    """`t`, or a copy, with a contiguous last dimension."""
     return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
 def as_rows(t_BSC: Tensor) -> Rows:
-    """A [B, S, C] tensor whose channels are contiguous; its other strides may be any."""
+    """The C structure for a [B, S, C] tensor with contiguous channels and any other strides."""
     assert t_BSC.stride(-1) == 1 or t_BSC.shape[-1] == 1, t_BSC.stride()
     return Rows(t_BSC.data_ptr(), t_BSC.stride(0), t_BSC.stride(1), t_BSC.dtype == torch.bfloat16)
 
 
 def as_pointer(t: Tensor | None) -> int | None:
-    """Address of a contiguous tensor's data; None becomes a null pointer."""
+    """Address of a contiguous tensor's data; None (a null pointer) for None."""
     assert t is None or t.is_contiguous()
     return None if t is None else t.data_ptr()
 

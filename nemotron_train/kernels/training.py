@@ -1,11 +1,13 @@
 """C kernels of a training step on a CPU: elementwise and row-wise work in one sweep each.
 
-Owns: which C function computes what, and its arguments as tensors. Does not own: the definitions
-(the layers' torch operators, which stay as the fallback and for FP64), nor loading (`library`).
+Owns: one Python function for each C function, and the marshalling of tensors. Does not own: the
+definitions (the torch operators of the layers, which remain as fallback and for FP64), loading
+(`library`).
 
-A step's tensors do not fit in the caches, so each torch operator costs a walk through memory, and
-in BF16 one more to widen. A kernel reads its operands once, computes in FP32 and rounds once.
-Sums over tokens are added block by block, so no number of threads changes them.
+The tensors of a step do not fit in the caches, so each torch operator costs one sweep over memory,
+and in BF16 one more to convert to FP32. A kernel reads its operands once, computes in FP32 and
+rounds once. Sums over tokens are added block by block, so they do not depend on the number of
+threads.
 
 Shape suffixes: B batch, S tokens, C channels, K taps, G groups.
 """
@@ -124,7 +126,7 @@ _cross_entropy_gradient = Kernel(
 
 
 def _blocks(count: int) -> int:
-    """Blocks of tokens that the kernels sum over one after the other."""
+    """Number of blocks into which the kernels divide `count` tokens for sums over tokens."""
     return -(-count // limit("block_tokens"))
 
 
@@ -137,6 +139,7 @@ def causal_conv(x_BSC: Tensor, taps_KC: Tensor, bias_C: Tensor, ids_BS: Tensor |
     """SiLU(bias + sum_j taps[j] x_{t-j}); taps and bias FP32, ids int64, all contiguous."""
     x_BSC = channels_last(x_BSC)
     y_BSC = torch.empty_like(x_BSC)
+    # The kernel needs contiguous channels. `empty_like` does not always give them.
     y_BSC = y_BSC if y_BSC.stride(-1) == 1 else torch.empty(x_BSC.shape, dtype=x_BSC.dtype)
     conv = _convolution(x_BSC, taps_KC, bias_C, ids_BS)
     _convolution_forward(conv, as_rows(x_BSC), as_rows(y_BSC), torch.get_num_threads())
@@ -146,12 +149,12 @@ def causal_conv(x_BSC: Tensor, taps_KC: Tensor, bias_C: Tensor, ids_BS: Tensor |
 def causal_conv_backward(
     dy_BSC: Tensor, x_BSC: Tensor, taps_KC: Tensor, bias_C: Tensor, ids_BS: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x in its type, and of taps and bias in FP32."""
+    """Gradients of x in its dtype, and of taps [K, C] and bias [C] in FP32."""
     dy_BSC, x_BSC = channels_last(dy_BSC), channels_last(x_BSC)
     batch, length, channels = x_BSC.shape
     dx_BSC = torch.empty_like(x_BSC)
-    parts = torch.empty(batch * _blocks(length), len(taps_KC) + 1, channels)
-    out = torch.empty(len(taps_KC) + 1, channels)
+    parts = torch.empty(batch * _blocks(length), len(taps_KC) + 1, channels)  # sums of each block
+    out = torch.empty(len(taps_KC) + 1, channels)  # taps, then the bias
     conv = _convolution(x_BSC, taps_KC, bias_C, ids_BS)
     rows = (as_rows(t) for t in (x_BSC, dy_BSC, dx_BSC))
     pointers = (as_pointer(parts), as_pointer(out))
@@ -176,8 +179,9 @@ def _norm(y_BSC: Tensor, weight_C: Tensor, width: int, epsilon: float, scale: Te
 def rms_norm(
     y_BSC: Tensor, gate_BSC: Tensor | None, weight_C: Tensor, width: int, epsilon: float
 ) -> tuple[Tensor, Tensor]:
-    """weight u / sqrt(mean of u^2 over `width` channels + epsilon), u = y SiLU(gate) or y; and the
-    reciprocal roots, FP32 [S x B, G], for the backward pass. width: at most MAX_WIDTH."""
+    """weight u / sqrt(mean of u^2 over `width` channels + epsilon), with u = y SiLU(gate), or u = y
+    without a gate; and the scales 1 / sqrt(...), FP32 [S x B, G], for the backward pass. width: at
+    most `max_width`."""
     y_BSC = channels_last(y_BSC)
     gate_BSC = None if gate_BSC is None else channels_last(gate_BSC)
     batch, length, channels = y_BSC.shape
@@ -196,7 +200,8 @@ def rms_norm(
 def rms_norm_backward(
     dout_BSC: Tensor, y_BSC: Tensor, gate_BSC: Tensor | None, weight_C: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Gradients of y and gate in their types, and of the weight in FP32."""
+    """Gradients of y and gate (None without a gate) in their dtypes, and of the weight in FP32.
+    scale: the second result of `rms_norm`."""
     dout_BSC, y_BSC = channels_last(dout_BSC), channels_last(y_BSC)
     gate_BSC = None if gate_BSC is None else channels_last(gate_BSC)
     batch, length, channels = y_BSC.shape
@@ -218,7 +223,7 @@ def rms_norm_backward(
 
 
 def _heads(t_BSHP: Tensor) -> Tensor:
-    """[B, S, H x P] with contiguous channels, a view where that is possible."""
+    """[B, S, H x P] with contiguous channels, a view if possible."""
     return channels_last(t_BSHP.flatten(2))
 
 
@@ -227,15 +232,18 @@ def _scan(numbers_KGBLJ: Tensor, head_dim: int) -> _Scan:
 
 
 def _operand(numbers_KGBLJ: Tensor, like_BSHP: Tensor) -> Tensor:
+    """An uninitialized operand of products, [K, G, B, L, J x P] in the dtype of `like_BSHP`."""
     shape = (*numbers_KGBLJ.shape[:-1], numbers_KGBLJ.shape[-1] * like_BSHP.shape[-1])
     return torch.empty(shape, dtype=like_BSHP.dtype)
 
 
-def scan_to_chunks(x_BSHP: Tensor, scale_KGBLJ: Tensor, other_KGBLJ: Tensor | None) -> Tensor:
-    """model.mamba.scan_scaling.to_chunks."""
+def scan_to_chunks(x_BSHP: Tensor, scale_KGBLJ: Tensor, scale2_KGBLJ: Tensor | None) -> Tensor:
+    """`model.mamba.scan_scaling.to_chunks`."""
     out, scan = _operand(scale_KGBLJ, x_BSHP), _scan(scale_KGBLJ, x_BSHP.shape[-1])
     x, numbers = _heads(x_BSHP), [scale_KGBLJ.contiguous()]
-    numbers.append(torch.ones_like(numbers[0]) if other_KGBLJ is None else other_KGBLJ.contiguous())
+    numbers.append(
+        torch.ones_like(numbers[0]) if scale2_KGBLJ is None else scale2_KGBLJ.contiguous()
+    )
     threads = torch.get_num_threads()
     _scan_to_chunks(scan, as_rows(x), *as_float_pointers(*numbers), as_pointer(out), threads)
     return out
@@ -244,7 +252,7 @@ def scan_to_chunks(x_BSHP: Tensor, scale_KGBLJ: Tensor, other_KGBLJ: Tensor | No
 def scan_from_chunks(
     x_BSHP: Tensor, part: Tensor, own_KGBLJ: Tensor, scale_KGBLJ: Tensor
 ) -> Tensor:
-    """model.mamba.scan_scaling.from_chunks, in x's dtype."""
+    """`model.mamba.scan_scaling.from_chunks`, in x's dtype."""
     x, numbers = _heads(x_BSHP), (own_KGBLJ.contiguous(), scale_KGBLJ.contiguous())
     y, scan = torch.empty_like(x), _scan(scale_KGBLJ, x_BSHP.shape[-1])
     part, threads = part.contiguous(), torch.get_num_threads()
@@ -256,7 +264,7 @@ def scan_from_chunks(
 def scan_readers(
     dy_BSHP: Tensor, x_BSHP: Tensor, part: Tensor, read_KGBLJ: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """model.mamba.scan_scaling.readers."""
+    """Gradients on the output side: `model.mamba.scan_scaling.readers` gives the formulas."""
     dy, x, read_KGBLJ = _heads(dy_BSHP), _heads(x_BSHP), read_KGBLJ.contiguous()
     dyr, scan = _operand(read_KGBLJ, x_BSHP), _scan(read_KGBLJ, x_BSHP.shape[-1])
     row, dyx = torch.empty_like(read_KGBLJ), torch.empty_like(read_KGBLJ)
@@ -279,7 +287,8 @@ def scan_writers(
     dt_KGBLJ: Tensor,
     write_KGBLJ: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """model.mamba.scan_scaling.writers, in x's dtype."""
+    """Gradients on the input side, dx in x's dtype: `model.mamba.scan_scaling.writers` gives the
+    formulas."""
     dy, x, dxw = _heads(dy_BSHP), _heads(x_BSHP), dxw.contiguous()
     numbers = [t.contiguous() for t in (own_KGBLJ, dt_KGBLJ, write_KGBLJ)]
     dx, dxdt = torch.empty_like(x), torch.empty_like(numbers[0])
@@ -295,12 +304,13 @@ def scan_writers(
 
 
 def _state_scan(states: Tensor) -> tuple[_Scan, int]:
+    """The sizes for the state kernels, which do not use the chunk length (0), and N."""
     entries, groups, batch, state_size, heads, head_dim = states.shape
     return _Scan(entries - 1, groups, batch, 0, heads, head_dim), state_size
 
 
 def scan_states(states: Tensor, end_KGBJ: Tensor, carry_KGBJ: Tensor) -> None:
-    """model.mamba.scan_scaling.scan_states."""
+    """`model.mamba.scan_scaling.scan_states`, in place."""
     numbers = (end_KGBJ.contiguous(), carry_KGBJ.contiguous())
     threads = torch.get_num_threads()
     scan, state_size = _state_scan(states)
@@ -310,7 +320,7 @@ def scan_states(states: Tensor, end_KGBJ: Tensor, carry_KGBJ: Tensor) -> None:
 def scan_states_backward(
     dstates: Tensor, states: Tensor, end_KGBJ: Tensor, carry_KGBJ: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """model.mamba.scan_scaling.scan_states_backward."""
+    """`model.mamba.scan_scaling.scan_states_backward`; updates `dstates` in place."""
     numbers = (end_KGBJ.contiguous(), carry_KGBJ.contiguous())
     ends = torch.empty_like(numbers[0])
     dsum = torch.empty(states[1:].shape, dtype=dtype).flatten(-2)
@@ -333,7 +343,8 @@ def _activation(hidden_TF: Tensor, weight_T: Tensor | None) -> _Activation:
 
 
 def squared_relu(hidden_TF: Tensor, weight_T: Tensor | None) -> Tensor:
-    """weight relu(hidden)^2; contiguous rows of at most MAX_WIDTH, weight FP32."""
+    """weight relu(hidden)^2, one FP32 weight a row (None: 1); contiguous rows of at most
+    `max_width`."""
     out_TF, threads = torch.empty_like(hidden_TF), torch.get_num_threads()
     _squared_relu(_activation(hidden_TF, weight_T), as_pointer(out_TF), threads)
     return out_TF
@@ -342,7 +353,8 @@ def squared_relu(hidden_TF: Tensor, weight_T: Tensor | None) -> Tensor:
 def squared_relu_backward_(
     grad_TF: Tensor, hidden_TF: Tensor, weight_T: Tensor | None, with_weight: bool
 ) -> Tensor | None:
-    """The result's gradient, contiguous, becomes the hidden's; the weight's is returned."""
+    """Overwrite `grad_TF`, the gradient of the result, with that of `hidden_TF`. Returns the
+    gradient of the weight, FP32 [T], if `with_weight`, else None."""
     assert grad_TF.dtype == hidden_TF.dtype and grad_TF.shape == hidden_TF.shape
     dweight_T = torch.empty(len(hidden_TF)) if with_weight else None
     pointers = (as_pointer(grad_TF), as_pointer(dweight_T))
@@ -357,7 +369,8 @@ def _logits(logits_NV: Tensor) -> _Logits:
 
 
 def cross_entropy_sums(logits_NV: Tensor) -> tuple[Tensor, Tensor]:
-    """Each row's largest logit and its sum of e^(logit - largest), FP32 [N]; contiguous logits."""
+    """Each row's largest logit, and its sum of e^(logit - largest): FP32 [N] each. The logits are
+    contiguous."""
     largest_N, sum_N = torch.empty(2, len(logits_NV)).unbind()
     threads = torch.get_num_threads()
     _cross_entropy_sums(_logits(logits_NV), *as_float_pointers(largest_N, sum_N), threads)
@@ -367,8 +380,8 @@ def cross_entropy_sums(logits_NV: Tensor) -> tuple[Tensor, Tensor]:
 def cross_entropy_gradient_(
     logits_NV: Tensor, largest_N: Tensor, factor_N: Tensor, labels_N: Tensor, onehot_N: Tensor
 ) -> None:
-    """In place: logits become e^(logit - largest) factor, plus onehot at the label (int64)."""
+    """Replace the logits by e^(logit - largest) factor, plus onehot at the label (int64)."""
     numbers = as_float_pointers(largest_N, factor_N.contiguous())
     labels, onehot = labels_N.contiguous(), onehot_N.contiguous()
-    rest = (as_pointer(labels), *as_float_pointers(onehot), torch.get_num_threads())
-    _cross_entropy_gradient(_logits(logits_NV), *numbers, *rest)
+    targets = (as_pointer(labels), *as_float_pointers(onehot))
+    _cross_entropy_gradient(_logits(logits_NV), *numbers, *targets, torch.get_num_threads())

@@ -1,1 +1,1 @@
-"""Starts runs: sweeps on this machine or as a job array, multi-node Slurm jobs. No torch."""
+"""Launches runs: sweeps (local or as a job array) and multi-node Slurm jobs. No torch."""

@@ -1,8 +1,8 @@
-"""Squared ReLU (arXiv 2109.08668), Nemotron's activation in every MLP, alone and with the routing
-weight of the experts.
+"""Squared ReLU (arXiv 2109.08668), Nemotron's activation in every MLP, plain and multiplied by the
+routing weight of an expert.
 
-Owns: both forms, as torch operators and as C kernels on a CPU. Does not own: the products around
-them.
+Owns: both variants, as torch operators and as C kernels on a CPU. Does not own: the products before
+and after.
 
 Shape legend: T rows, F hidden width.
 """
@@ -29,7 +29,7 @@ def squared_relu(x: torch.Tensor) -> torch.Tensor:
 
 
 class _CompiledSquaredRelu(torch.autograd.Function):
-    """One pass forward and one backward."""
+    """One C kernel forward and one backward (csrc/activation.c); saves x."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
@@ -40,12 +40,14 @@ class _CompiledSquaredRelu(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
         (rows_TF,) = ctx.saved_tensors
+        # A copy: the kernel overwrites it, and autograd may still need the incoming gradient.
         grad_TF = gradients[0].reshape(rows_TF.shape).clone(memory_format=torch.contiguous_format)
         training_kernels.squared_relu_backward_(grad_TF, rows_TF, None, False)
         return grad_TF.view(gradients[0].shape)
 
 
 def _compiled(hidden_TF: Tensor, probabilities_T: Tensor | None) -> bool:
+    """Whether the C kernels handle these: BF16 or FP32 on a CPU, FP32 routing weights."""
     weights = () if probabilities_T is None else (probabilities_T,)
     is_wide = all(weight.dtype == torch.float32 for weight in weights)
     fits = hidden_TF.shape[1] <= limit("max_width") and is_wide
@@ -53,8 +55,10 @@ def _compiled(hidden_TF: Tensor, probabilities_T: Tensor | None) -> bool:
 
 
 def activate(hidden_TF: Tensor, probabilities_T: Tensor | None) -> tuple[Tensor, Tensor]:
-    """h → r = relu(h), in place, and p r². A compiled pass leaves h as it is: the gradient takes
-    either."""
+    """h → r = relu(h), in place, and the activation p r² (r² without probabilities).
+
+    The C kernel does not change h and returns h instead of r. `activate_backward` accepts either.
+    """
     if _compiled(hidden_TF, probabilities_T):
         return hidden_TF, training_kernels.squared_relu(hidden_TF, probabilities_T)
     relu_TF = hidden_TF.clamp_min_(0)
@@ -76,8 +80,11 @@ def activate_backward(
     probabilities_T: Tensor | None,
     with_probabilities: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """∂a → ∂h, over ∂a's memory, and ∂p. With a = p r²: ∂p = Σ_F r² ∂a and ∂h = 2 p r ∂a share
-    r ∂a."""
+    """∂a → ∂h, written into ∂a's memory, and ∂p or None.
+
+    With a = p r² and r = relu(h): ∂h = 2 p r ∂a and ∂p = Σ_F r² ∂a, which share r ∂a. No test for
+    h > 0 is needed, since r is zero elsewhere. relu_TF: either result of `activate`.
+    """
     if _compiled(relu_TF, probabilities_T):
         return grad_activation_TF, training_kernels.squared_relu_backward_(
             grad_activation_TF, relu_TF, probabilities_T, with_probabilities
@@ -86,15 +93,16 @@ def activate_backward(
     if probabilities_T is not None and with_probabilities:
         grad_probabilities_T = torch.empty_like(probabilities_T)
     chunks, scratch_TF = _row_chunks(relu_TF)
-    other_TF = torch.empty_like(scratch_TF)
+    part_scratch_TF = torch.empty_like(scratch_TF)
     for rows in chunks:
         wide_TF = _widened(relu_TF[rows], scratch_TF)
-        part_TF = _destination(grad_activation_TF[rows], other_TF)
-        torch.mul(wide_TF, grad_activation_TF[rows], out=part_TF)
+        part_TF = _destination(grad_activation_TF[rows], part_scratch_TF)
+        torch.mul(wide_TF, grad_activation_TF[rows], out=part_TF)  # r ∂a
         if probabilities_T is None:
             part_TF.mul_(2)
         else:
             if grad_probabilities_T is not None:
+                # `scratch_TF` may hold the FP32 copy of r, which is not needed after this.
                 product_TF = torch.mul(wide_TF, part_TF, out=scratch_TF[: len(part_TF)])
                 grad_probabilities_T[rows] = product_TF.sum(-1)
             part_TF.mul_((2 * probabilities_T[rows]).unsqueeze(1))
@@ -104,8 +112,8 @@ def activate_backward(
 
 
 def _row_chunks(rows_TF: Tensor) -> tuple[list[slice], Tensor]:
-    """Row ranges for elementwise work, short on a CPU so that the wide temporaries stay in the
-    cache, and room for one of them in FP32 or wider."""
+    """Row ranges for elementwise work, and a buffer for one range in FP32 or wider. The ranges are
+    short on a CPU, so that the wide temporaries stay in the cache; one range on a GPU."""
     num_rows, width = rows_TF.shape
     step = num_rows if rows_TF.is_cuda else max(1, _CHUNK_ELEMENTS // max(width, 1))
     step = max(min(step, num_rows), 1)
@@ -115,11 +123,12 @@ def _row_chunks(rows_TF: Tensor) -> tuple[list[slice], Tensor]:
 
 
 def _widened(rows_TF: Tensor, scratch_TF: Tensor) -> Tensor:
+    """The rows in the scratch buffer's dtype: the rows themselves, or a copy in the buffer."""
     if rows_TF.dtype == scratch_TF.dtype:
         return rows_TF
     return scratch_TF[: len(rows_TF)].copy_(rows_TF)
 
 
 def _destination(rows_TF: Tensor, scratch_TF: Tensor) -> Tensor:
-    """Where to compute what ends in `rows_TF`: there, or in `scratch_TF` if that is wider."""
+    """The memory in which to compute `rows_TF`: itself, or `scratch_TF` if that is wider."""
     return rows_TF if rows_TF.dtype == scratch_TF.dtype else scratch_TF[: len(rows_TF)]

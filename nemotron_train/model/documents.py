@@ -1,8 +1,8 @@
-"""Packed documents: which tokens of a row belong together, in the form every layer needs.
+"""Packed documents: which tokens of a row belong to one document, in the form each layer needs.
 
-Several documents share one row of a batch; none may see another. Mamba-2 resets its
-convolution and state where the document id changes, attention works document by document, and
-multi-token prediction drops the targets that lie in the next document.
+Several documents share one row of a batch and must not affect each other. Mamba-2 resets its
+convolution and state where the document id changes, attention computes each document separately,
+and multi-token prediction drops the targets that lie in the next document.
 
 Shapes: B rows (sequences), S tokens a row.
 """
@@ -17,10 +17,10 @@ from megatron.core.packed_seq_params import PackedSeqParams
 
 @dataclass
 class PackedDocuments(PackedSeqParams):
-    """Megatron's packed-sequence parameters, carrying document ids in the row layout.
+    """Megatron's packed-sequence parameters with document ids, one a token.
 
-    Megatron hands this object to every layer untouched; `qkv_format` stays "sbhd" so that none
-    of its own layers flattens the rows.
+    Megatron passes this object to every layer unchanged. `qkv_format` stays "sbhd" so that none
+    of Megatron's own layers flattens the rows.
 
     document_ids_BS: int64, non-decreasing along each row.
     """
@@ -29,10 +29,12 @@ class PackedDocuments(PackedSeqParams):
 
     @classmethod
     def of(cls, document_ids_BS: torch.Tensor) -> "PackedDocuments":
+        """Build it from document ids, int64 [B,S]."""
         return cls(qkv_format="sbhd", document_ids_BS=document_ids_BS)
 
     @functools.cached_property
     def ids_BS(self) -> torch.Tensor:
+        """The document ids, never None."""
         assert self.document_ids_BS is not None
         return self.document_ids_BS
 
@@ -43,12 +45,12 @@ class PackedDocuments(PackedSeqParams):
 
     @functools.cached_property
     def ids_or_none(self) -> torch.Tensor | None:
-        """The ids where they matter: kernels take a shorter way when no row has a boundary."""
+        """The ids, or None if no row has a boundary: the kernels are faster without ids."""
         return self.ids_BS if self.boundaries else None
 
     @functools.cached_property
     def segments(self) -> list[list[tuple[int, int]]]:
-        """For each row the (start, end) of its documents. SYNC on a GPU, once a micro-batch."""
+        """The (start, end) of each document, for each row. SYNC on a GPU, once a micro-batch."""
         rows = []
         for ids in self.ids_BS.cpu().numpy():
             cuts = [0, *((ids[1:] != ids[:-1]).nonzero()[0] + 1).tolist(), len(ids)]
@@ -57,7 +59,8 @@ class PackedDocuments(PackedSeqParams):
 
     @functools.cached_property
     def cumulative_lengths(self) -> torch.Tensor:
-        """int32 [documents + 1]: ends of all documents with the rows laid end to end."""
+        """0 and the end of each document with all rows concatenated: int32 [documents + 1], the
+        `cu_seqlens` of variable-length attention."""
         length = self.ids_BS.shape[1]
         ends = [0] + [
             row * length + end for row, parts in enumerate(self.segments) for _, end in parts

@@ -1,12 +1,12 @@
 """The model: Megatron's `HybridModel` with our forward pass.
 
-Ours differs from upstream's in what a pretraining step needs and no more: documents packed in a
-row, the losses of the main head and of every multi-token-prediction depth returned apart, and
-weight gradients of the output layer accumulated in FP32 however often it is used.
+It differs from upstream's only in what pretraining needs: documents packed in a row, separate
+losses for the main head and each multi-token-prediction depth, and FP32 accumulation of the output
+layer's weight gradient over all its uses.
 
 Shapes: B rows, S tokens a row, V vocabulary of this tensor-parallel rank. Under context
-parallelism the inputs [B,S] are whole rows on every rank, hidden states and losses those of its
-piece (`model.context`).
+parallelism the inputs [B,S] are whole rows on every rank; hidden states and losses cover this
+rank's piece (`model.context`).
 """
 
 import re
@@ -32,8 +32,8 @@ from nemotron_train.model.mtp import depth_mask, shift_left
 class NemotronStack(HybridStack):
     """`HybridStack` whose final norm is the spec's.
 
-    UPSTREAM(megatron-core 0.19.2): the stack builds its final norm from Transformer Engine by
-    name, which fails where it is not installed.
+    UPSTREAM(megatron-core 0.19.2): the stack always builds its final norm from Transformer Engine,
+    which fails if it is not installed.
     """
 
     def __init__(self, *args: Any, final_norm: type, **kwargs: Any) -> None:
@@ -48,11 +48,11 @@ class NemotronStack(HybridStack):
 
 
 class _AccumulateInMainGrad(torch.autograd.Function):
-    """Identity on a weight whose gradient goes to `weight.main_grad` (FP32) at every use.
+    """Identity on a weight. Each use adds its gradient to `weight.main_grad` (FP32).
 
-    Autograd would first add the uses up in the weight's own dtype: in BF16 the contribution of
-    a multi-token-prediction depth vanishes beside the main head's. Nemotron 3 Ultra diverged on
-    that (arXiv 2606.15007, section 2.7).
+    Autograd would first sum the gradients of all uses in the weight's dtype. In BF16 the small
+    contribution of a multi-token-prediction depth is then lost next to the main head's. Nemotron 3
+    Ultra diverged because of that (arXiv 2606.15007, section 2.7).
     """
 
     @staticmethod
@@ -64,8 +64,8 @@ class _AccumulateInMainGrad(torch.autograd.Function):
     def backward(ctx: object, *grads: torch.Tensor) -> torch.Tensor | None:
         weight = ctx.weight  # type: ignore[attr-defined]
         weight.main_grad.add_(grads[0])
-        weight.grad_added_to_main_grad = True
-        # Megatron's overlapped reduction wants a gradient to see, and then ignores it.
+        weight.grad_added_to_main_grad = True  # Megatron's DDP then does not add it again
+        # Megatron's overlapped reduction needs some gradient to trigger its hook, and ignores it.
         return weight.new_zeros(()).expand_as(weight) if weight.shows_gradient else None
 
 
@@ -76,21 +76,23 @@ _ENGINE_STATE = re.compile(r"\._extra_state\d*$")
 class NemotronModel(HybridModel):
     """Hybrid Mamba-2 / attention / LatentMoE language model with multi-token prediction.
 
-    Checkpoints hold parameters and buffers only: what Transformer Engine adds is the pickle of a
-    recipe, which the plan says anyway, block scales having no history.
+    Checkpoints contain parameters and buffers only. The extra state that Transformer Engine would
+    add is a pickled recipe: the precision plan has the same content, and block scales have no
+    history to save.
     """
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> ShardedStateDict:
-        """Megatron's sharded form, without Transformer Engine's extra states."""
+        """Megatron's sharded state dict without Transformer Engine's extra states."""
         sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         return {key: value for key, value in sharded.items() if not _ENGINE_STATE.search(key)}
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """torch's, for which the absence of Transformer Engine's extra states is no error."""
+        """torch's `load_state_dict`, but Transformer Engine's extra states may be missing. Raises
+        RuntimeError if `strict` and other keys are missing or unexpected."""
         missing, unexpected = super().load_state_dict(state_dict, strict=False, assign=assign)
         missing = [key for key in missing if not _ENGINE_STATE.search(key)]
         if strict and (missing or unexpected):
@@ -98,6 +100,7 @@ class NemotronModel(HybridModel):
         return torch.nn.modules.module._IncompatibleKeys(missing, unexpected)
 
     def _output_logits(self, hidden_SBD: torch.Tensor) -> torch.Tensor:
+        """Logits [S,B,V]."""
         weight = self.output_layer.weight
         assert weight is not None
         if weight.dtype != torch.float32 and hasattr(weight, "main_grad"):
@@ -114,10 +117,10 @@ class NemotronModel(HybridModel):
     ) -> torch.Tensor:
         """Losses of one micro-batch, or logits.
 
-        Returns, on the last pipeline stage, with labels: FP32 [1 + depths], the sums of the
-        losses over counted targets (main head first); without labels: logits [B,S,V]. On other
-        stages: the hidden states [S,B,hidden] for the next one. Under context parallelism all of
-        these are of this rank's piece of the sequence.
+        On the last pipeline stage it returns, with labels, the loss sums over the targets that
+        count, FP32 [1 + depths] (main head first); without labels, logits [B,S,V]. On other stages
+        it returns the hidden states [S,B,hidden] for the next stage. Under context parallelism the
+        results cover this rank's piece of the sequence.
         """
         cp_group = self.pg_collection.cp
         documents = PackedDocuments.of(document_ids_BS) if document_ids_BS is not None else None
@@ -134,8 +137,8 @@ class NemotronModel(HybridModel):
         return torch.stack(sums)
 
     def decode(self, tokens_T: torch.Tensor, new: DecodeBatch) -> torch.Tensor:
-        """Hidden states [T,1,hidden], after the final norm, of new tokens whose predecessors the
-        states of `new` have seen. COLLECTIVE under tensor and expert parallelism; one stage."""
+        """Hidden states [T,1,hidden] of new tokens, after the final norm; updates the states of the
+        decode batch `new`. COLLECTIVE under tensor and expert parallelism; one pipeline stage."""
         if self._goes_straight(tokens_T):
             hidden = _through_layers(self.decoder, self._embed(tokens_T), new)
             return self.decoder.final_norm(hidden)
@@ -145,8 +148,9 @@ class NemotronModel(HybridModel):
     def decode_depth(
         self, hidden_T1D: torch.Tensor, tokens_T: torch.Tensor, new: DecodeBatch
     ) -> torch.Tensor:
-        """The multi-token-prediction block at one depth k, with that depth's states: hidden states
-        of depth k-1 at positions i and tokens i+k -> hidden states of depth k, [T,1,hidden]."""
+        """The multi-token-prediction block at depth k: hidden states of depth k-1 at positions i,
+        [T,1,hidden], and tokens i+k -> hidden states of depth k, [T,1,hidden]. `new` belongs to the
+        states of that depth."""
         block: Any = self.mtp.layers[0]
         if self._goes_straight(tokens_T):
             both = block.enorm(self._embed(tokens_T)), block.hnorm(hidden_T1D)
@@ -161,8 +165,8 @@ class NemotronModel(HybridModel):
         )
 
     def logits(self, hidden_T1D: torch.Tensor) -> torch.Tensor:
-        """Logits [T, whole vocabulary] in FP32 of hidden states of any head; COLLECTIVE. They have
-        the precision in which training computes them."""
+        """FP32 logits [T, whole vocabulary] from the hidden states of any head. The product has the
+        precision that training uses. COLLECTIVE."""
         if self._goes_straight(hidden_T1D):
             weight = self.output_layer.weight
             assert weight is not None
@@ -171,8 +175,8 @@ class NemotronModel(HybridModel):
         return logits_T1V[:, 0].float()
 
     def _goes_straight(self, tokens: torch.Tensor) -> bool:
-        """Whether a decoding pass may leave out what Megatron looks at between the layers: no other
-        rank has a part of the vocabulary, and no context of Transformer Engine is to be entered."""
+        """Whether decoding may call the layers directly, without Megatron's code between them: one
+        tensor-parallel rank (the vocabulary is whole) and a CPU (no Transformer Engine context)."""
         return self.pg_collection.tp.size() == 1 and not tokens.is_cuda
 
     def _embed(self, tokens_T: torch.Tensor) -> torch.Tensor:
@@ -181,7 +185,8 @@ class NemotronModel(HybridModel):
     def _loss_sum(
         self, hidden_SBD: torch.Tensor, labels_BS: torch.Tensor, mask_BS: torch.Tensor
     ) -> torch.Tensor:
-        """Of this rank's piece of whole rows of labels and mask."""
+        """The sum of the losses of masked-in targets over this rank's piece. Labels and mask are
+        whole rows."""
         labels_BS, mask_BS = (piece(x, self.pg_collection.cp) for x in (labels_BS, mask_BS))
         loss_SB = vocab_parallel_cross_entropy(
             self._output_logits(hidden_SBD), labels_BS.t(), self.pg_collection.tp
@@ -196,7 +201,7 @@ class NemotronModel(HybridModel):
         loss_mask_BS: torch.Tensor,
         documents: PackedDocuments,
     ) -> list[torch.Tensor]:
-        """One loss sum a depth; each depth starts from the hidden states of the one before."""
+        """One loss sum a depth. Each depth starts from the hidden states of the previous one."""
         block, depths = self.mtp.layers[0], self.config.mtp_num_layers or 0
         sums = []
         for depth in range(1, depths + 1):
@@ -215,14 +220,15 @@ class NemotronModel(HybridModel):
 
 
 def _through_layers(stack: Any, hidden_T1D: torch.Tensor, new: DecodeBatch) -> torch.Tensor:
+    """Call the layers of a stack one after the other. Attention and MoE layers return a tuple."""
     for layer in stack.layers:
-        found = layer(hidden_states=hidden_T1D, attention_mask=None, packed_seq_params=new)
-        hidden_T1D = found[0] if isinstance(found, tuple) else found
+        output = layer(hidden_states=hidden_T1D, attention_mask=None, packed_seq_params=new)
+        hidden_T1D = output[0] if isinstance(output, tuple) else output
     return hidden_T1D
 
 
 def stack_spec(submodules: object, final_norm: type) -> ModuleSpec:
-    """The decoder's spec: our stack over `submodules`."""
+    """The decoder's spec: `NemotronStack` with these submodules and final norm."""
     return ModuleSpec(
         module=NemotronStack, params={"final_norm": final_norm}, submodules=submodules
     )

@@ -1,10 +1,10 @@
-"""Megatron's parallel linears, with a short way where nothing is parallel and nothing is learned.
+"""Megatron's parallel linears with a shorter path for inference on one tensor-parallel rank.
 
-Owns: that way. Does not own: anything else about them; with gradients, or where ranks share the
-layer, they are Megatron's own.
+Owns: that path, and the replicated linear. Does not own: the rest; with gradients, or if ranks
+share the layer, Megatron's own forward runs.
 
-A decoding pass multiplies one row or a few: what surrounds the product (autograd functions, lookups
-of process groups) then costs several times the product.
+Decoding multiplies one row or a few. The work around the product (autograd functions, lookups of
+process groups) then costs several times the product.
 """
 
 from typing import Any
@@ -25,8 +25,11 @@ _FEW_ROWS = 4
 
 
 def linear(x: Tensor, weight_FD: Tensor) -> Tensor:
-    """x Wᵀ, [..., D] -> [..., F]. Where torch would widen all of a BF16 weight for a row or a few,
-    without gradients, a compiled pass reads it as it is."""
+    """x Wᵀ, [..., D] -> [..., F].
+
+    For a few BF16 rows without gradients, on a CPU where torch would convert the whole weight to
+    FP32, a C kernel reads the BF16 weight directly.
+    """
     is_few = not torch.is_grad_enabled() and x.numel() <= _FEW_ROWS * x.shape[-1]
     if is_few and product_dtype(x) != x.dtype and supports(x):
         return few_rows(x.reshape(-1, x.shape[-1]), weight_FD).view(*x.shape[:-1], -1)
@@ -34,20 +37,21 @@ def linear(x: Tensor, weight_FD: Tensor) -> Tensor:
 
 
 def is_alone(linear: Any) -> bool:
-    """Whether the layer is its weight and no other rank has a part of it."""
+    """Whether the layer has no bias and is not shared with another tensor-parallel rank."""
     return linear.tp_group.size() == 1 and linear.bias is None
 
 
 def are_plain(norm: Any, *linears: Any) -> bool:
-    """Whether a layer is our RMSNorm and plain products, with no part on another rank."""
+    """Whether the norm is our RMSNorm and the linears are plain products, all on this rank. The C
+    kernels of decoding compute only such layers."""
     if not isinstance(norm, RMSNorm):
         return False
     sharded = [linear for linear in linears if type(linear) is not ReplicatedLinear]
-    return all(type(each) in (ColumnLinear, RowLinear) and is_alone(each) for each in sharded)
+    return all(type(layer) in (ColumnLinear, RowLinear) and is_alone(layer) for layer in sharded)
 
 
 class ColumnLinear(ColumnParallelLinear):
-    """Cut along its outputs."""
+    """Sharded along its outputs."""
 
     def forward(
         self,
@@ -55,26 +59,26 @@ class ColumnLinear(ColumnParallelLinear):
         weight: Tensor | None = None,
         runtime_gather_output: bool | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """[..., in] -> [..., out], and no bias."""
+        """[..., in] -> [..., out], and no bias (None)."""
         if torch.is_grad_enabled() or not is_alone(self):
             return super().forward(input_, weight, runtime_gather_output)
         return linear(input_, self.weight if weight is None else weight), None  # pyright: ignore
 
 
 class RowLinear(RowParallelLinear):
-    """Cut along its inputs."""
+    """Sharded along its inputs."""
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
-        """[..., in] -> [..., out], and no bias."""
+        """[..., in] -> [..., out], and no bias (None)."""
         if torch.is_grad_enabled() or not is_alone(self):
             return super().forward(input_)
         return linear(input_, self.weight), None
 
 
 class ReplicatedLinear(nn.Module):
-    """A linear whose weight every tensor-parallel rank holds whole: the latent projections.
+    """A linear whose whole weight is on every tensor-parallel rank: the latent projections.
 
-    Under sequence parallelism each rank multiplies its own tokens and Megatron sums the weight
+    Under sequence parallelism each rank multiplies its own tokens, and Megatron sums the weight
     gradient over the tensor-parallel group.
     """
 
@@ -89,5 +93,5 @@ class ReplicatedLinear(nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        """[..., input_size] -> [..., output_size]; no bias, as Megatron's linears answer."""
+        """[..., input_size] -> [..., output_size], and no bias (None), as Megatron's linears do."""
         return linear(x, self.weight), None

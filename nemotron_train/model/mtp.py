@@ -1,8 +1,9 @@
 """Multi-token prediction: one physical block applied once a depth with shared weights
 (arXiv 2604.12374, section 2.1.2), over Megatron's `MultiTokenPredictionLayer`.
 
-Depth k at position i joins the previous depth's hidden state with the embedding of token i+k
-and predicts token i+k+1. Owns which targets count; the losses are weighed in `train.train_step`.
+Depth k at position i combines the previous depth's hidden state with the embedding of token i+k
+and predicts token i+k+1. Owns: which targets count. Does not own: the weights of the losses
+(`train.train_step`).
 
 Shapes: B rows, S tokens a row, V vocabulary of this rank.
 """
@@ -29,10 +30,11 @@ def shift_left(x_BS: torch.Tensor) -> torch.Tensor:
 def depth_mask[Array: (torch.Tensor, np.ndarray)](
     loss_mask_BS: Array, document_ids_BS: Array, depth: int
 ) -> Array:
-    """Which targets of `depth` count: token i+depth+1 exists, is wanted, and lies in i's document.
+    """Mask of the targets that count at `depth`: token i+depth+1 exists, counts in the loss mask,
+    and lies in the document of position i.
 
-    depth 0 is the main head and returns `loss_mask_BS` itself. Works on torch tensors and NumPy
-    arrays alike, so that the data side can count targets before any forward pass.
+    Depth 0 is the main head and returns `loss_mask_BS` itself. Accepts torch tensors and NumPy
+    arrays, so that the data loader can count targets before the forward pass.
     """
     if depth == 0:
         return loss_mask_BS
@@ -43,17 +45,17 @@ def depth_mask[Array: (torch.Tensor, np.ndarray)](
 
 
 class MtpLayer(MultiTokenPredictionLayer):
-    """Megatron's block; tokens are shifted within rows, whatever the packing.
+    """Megatron's block; tokens are shifted within rows, also across document boundaries.
 
-    A position whose next token lies in another document gets that token's embedding: harmless,
-    since it can only reach later positions of its own document, none of whose targets at this
-    depth counts either.
+    A position whose next token lies in another document gets that token's embedding. This is
+    harmless: it can only affect later positions of its own document, and none of their targets
+    counts at this depth either.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)  # pyright: ignore[reportArgumentType]
-        # UPSTREAM(megatron-core 0.19.2): HybridStack does not tell its MoE layers that they lie
-        # in this block, and a repeated block's load-balance loss then counts once a depth.
+        # UPSTREAM(megatron-core 0.19.2): HybridStack does not mark the MoE layers of this block as
+        # MTP layers, and the load-balance loss of a repeated block then counts once a depth.
         for module in self.modules():
             if isinstance(module, Router):
                 module.is_mtp_layer = True
@@ -67,8 +69,8 @@ class MtpLayer(MultiTokenPredictionLayer):
         packed_seq_params: PackedSeqParams | None = None,
         padding_mask: torch.Tensor | None = None,
     ) -> tuple:
-        """Shift the tokens by one and embed them, as upstream, without positions. The ids are
-        whole rows on every context-parallel rank, so no neighbour is asked for the next one."""
+        """Shift the tokens by one and embed them, as upstream, without positions. Every
+        context-parallel rank has the ids of whole rows, so the shift needs no communication."""
         input_ids = shift_left(input_ids)
         return (
             input_ids,

@@ -1,11 +1,11 @@
 """RMSNorm with Megatron-Core's norm interface.
 
-Owns: the norm before each layer and at the end. Does not own: the gated grouped norm inside a
-Mamba-2 mixer (model/mamba/layer.py), Transformer Engine's norms.
+Owns: the norm before each layer and the final norm. Does not own: the gated grouped norm of a
+Mamba-2 mixer (model/mamba/gated_norm.py), Transformer Engine's norms.
 
-On a GPU it is torch's fused kernel, on a CPU a compiled pass (compiled_passes). Where there is no
-compiler, torch would compose `rms_norm` and its gradient of separate passes; there the gradient
-borrows layer norm's fused kernel, about twice as fast.
+Forms: torch's fused kernel on a GPU; a C kernel on a CPU (csrc/norms.c); without a C compiler,
+torch operators whose gradient uses layer norm's fused kernel. The last is about twice as fast as
+torch's own `rms_norm` on a CPU, which is composed of separate operators.
 
 Shape legend: N rows, D normalized width.
 """
@@ -31,9 +31,10 @@ def _wide(x: Tensor) -> Tensor:
 class _RmsNorm(torch.autograd.Function):
     """y = x s w with s = (mean(x²) + ε)^-½, statistics in FP32 or wider.
 
-    Layer norm's gradient kernel, told that the mean is 0 and the inverse deviation is s, returns
-    s (g - mean(g) - x s mean(g x s)) with g = w ∂y, and ∂w = Σ ∂y x s. RMSNorm's gradient lacks
-    the mean(g) term, so it is added back. Its BF16 form sums ∂w in BF16: it gets FP32.
+    The gradient of RMSNorm is ∂x = s (g - x s mean(g x s)) with g = w ∂y, and ∂w = Σ ∂y x s.
+    Layer norm's gradient kernel, called with mean 0 and inverse deviation s, returns the same ∂w
+    and s (g - mean(g) - x s mean(g x s)), so s mean(g) is added back. The kernel would sum ∂w of
+    BF16 inputs in BF16: its inputs are converted to FP32.
     """
 
     @staticmethod
@@ -57,14 +58,15 @@ class _RmsNorm(torch.autograd.Function):
             scale_N1,
             weight,
             None,
-            [True, True, False],
+            [True, True, False],  # gradients of x and weight, not of a bias
         )
+        # s mean(g): mean over D of w ∂y is the product of ∂y with w / D.
         grad_x_ND.add_(torch.mv(grad_ND, weight / width).unsqueeze(1).mul_(scale_N1))
         return grad_x_ND.to(x_ND.dtype), grad_weight_D.to(weight_D.dtype), None
 
 
 class _CompiledRmsNorm(torch.autograd.Function):
-    """One pass forward and one backward."""
+    """One C kernel forward and one backward; saves x, the weight and the scale of each row."""
 
     @staticmethod
     def forward(ctx: Any, x_ND: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
@@ -84,7 +86,8 @@ class _CompiledRmsNorm(torch.autograd.Function):
 
 
 def rms_norm(x_ND: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
-    """x (mean(x²) + ε)^-½ w over the last dimension of [..., D]; x's dtype, FP32 inside."""
+    """x (mean(x²) + ε)^-½ w over the last dimension of [..., D]; returns x's dtype, computes in
+    FP32 (FP64 for FP64 inputs)."""
     if x_ND.is_cuda:
         return F.rms_norm(x_ND, (x_ND.shape[-1],), weight_D, epsilon)
     rows_ND, width = x_ND.reshape(-1, x_ND.shape[-1]), x_ND.shape[-1]
@@ -101,8 +104,8 @@ def rms_norm(x_ND: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
 class RMSNorm(torch.nn.Module):
     """The norm slot of Megatron-Core's layers (transformer/torch_norm.py, LayerNormBuilder).
 
-    Unlike Megatron's WrappedTorchNorm it works under sequence parallelism: each rank normalizes
-    its own tokens and Megatron sums the weight's gradient over the tensor-parallel group.
+    Unlike Megatron's WrappedTorchNorm, it works under sequence parallelism: each rank normalizes
+    its own tokens, and Megatron sums the weight's gradient over the tensor-parallel group.
     """
 
     def __init__(
@@ -123,5 +126,6 @@ class RMSNorm(torch.nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
     def reset_parameters(self) -> None:
-        """Ones, as torch's norms name it (the meta device is materialized through it)."""
+        """Set the weight to ones. torch's norms have this method too; models built on the meta
+        device are materialized through it."""
         torch.nn.init.ones_(self.weight)

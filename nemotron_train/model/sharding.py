@@ -1,8 +1,8 @@
-"""How a parameter is cut over tensor-parallel ranks, as attributes on the parameter itself.
+"""How a parameter is sharded over tensor-parallel ranks, as attributes on the parameter itself.
 
-Megatron marks `tensor_model_parallel`, `partition_dim` and (for tensors packed from several
-components, each cut on its own) `partition_sizes`. `shard_of` cuts a full tensor accordingly:
-initialization and checkpoint conversion share it, so that both agree on the layout.
+The attributes are Megatron's: `tensor_model_parallel`, `partition_dim` and, for tensors packed from
+several components that are sharded separately, `partition_sizes`. `shard_of` cuts a full tensor
+accordingly. Initialization and checkpoint conversion both use it, so they agree on the layout.
 """
 
 from typing import Any
@@ -14,9 +14,9 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 def mark_sharded(
     parameter: torch.nn.Parameter, *, dim: int, components: list[int] | None = None
 ) -> None:
-    """Mark `parameter` as cut along `dim`.
+    """Mark `parameter` as sharded along `dim`.
 
-    components: sizes along `dim` of the packed parts on one rank; absent for a single part.
+    components: sizes along `dim` of the packed parts on one rank; None for a single part.
     """
     parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
     parameter.partition_dim = dim  # type: ignore[attr-defined]
@@ -36,7 +36,8 @@ def full_shape(parameter: torch.nn.Parameter, num_shards: int) -> tuple[int, ...
 def shard_of(
     full: torch.Tensor, parameter: torch.nn.Parameter, shard: int, num_shards: int
 ) -> torch.Tensor:
-    """The part of `full` that belongs to `parameter` on shard number `shard`."""
+    """The part of the whole tensor `full` that `parameter` holds as shard number `shard`; `full`
+    itself if the parameter is not sharded."""
     if num_shards == 1 or not getattr(parameter, "tensor_model_parallel", False):
         return full
     dim: int = parameter.partition_dim  # type: ignore[attr-defined]
@@ -52,8 +53,8 @@ def split_components(
 ) -> ShardedTensorFactory:
     """A checkpoint entry for a packed tensor: one ShardedTensor `<key>.<name>` a component.
 
-    Each component is cut over the ranks on its own, so a contiguous view of the packed tensor
-    would be wrong under any other tensor-parallel size.
+    names: one character a component. Each component is sharded separately, so storing the packed
+    tensor as one would be wrong under another tensor-parallel size.
     """
     sizes: list[int] = parameter.partition_sizes  # type: ignore[attr-defined]
     assert len(names) == len(sizes) and sharded.data is not None

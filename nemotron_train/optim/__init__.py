@@ -1,1 +1,1 @@
-"""The optimizer, its schedule, and operations on whole gradients and parameters."""
+"""The optimizer, the learning-rate schedule, and operations on whole gradients and parameters."""

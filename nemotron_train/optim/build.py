@@ -1,7 +1,7 @@
 """AdamW through Megatron-Core's optimizers: FP32 master weights and state, sharded over the
-data-parallel ranks when `parallel.distributed_optimizer` asks for it.
+data-parallel ranks if `parallel.distributed_optimizer` is set.
 
-Weight decay applies to matrices only: norms, biases, A_log, D and dt_bias are left alone.
+Weight decay applies to matrices only, not to norms, biases, A_log, D and dt_bias.
 """
 
 from collections.abc import Sequence
@@ -22,11 +22,12 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from nemotron_train.config.schema import Config
 from nemotron_train.platform.device import TORCH_DTYPES, Platform
 
+# Suffixes of the names of parameters without weight decay.
 UNDECAYED = (".bias", "conv_bias", "A_log", ".D", "dt_bias")
 
 
 def decays(name: str, num_dims: int) -> bool:
-    """Whether weight decay applies to the parameter called `name` with `num_dims` dimensions."""
+    """Whether weight decay applies to the parameter `name` with `num_dims` dimensions."""
     return num_dims > 1 and not name.endswith(UNDECAYED)
 
 
@@ -36,7 +37,7 @@ def build_optimizer(
     groups: ProcessGroupCollection,
     platform: Platform,
 ) -> MegatronOptimizer:
-    """AdamW over all parameters of `model` on this rank."""
+    """Build AdamW for all parameters of `model` on this rank."""
     dtype = TORCH_DTYPES[config.precision.parameter_dtype]
     optim = config.optim
     undecayed = ParamKey(
@@ -45,7 +46,8 @@ def build_optimizer(
         )
     )
     # UPSTREAM(megatron-core 0.19.2): the distributed optimizer mixes up the order of FP32 and BF16
-    # parameters that share a group. Naming the optimizer again tells groups apart and no more.
+    # parameters in the same group. The override below repeats optimizer="adam", which changes
+    # nothing but puts them into separate groups.
     kept_wide = ParamKey(
         with_name_predicate=ParamWithNamePredicate(
             name="kept_wide", fn=lambda parameter, name: parameter.dtype != dtype
@@ -76,7 +78,7 @@ def build_optimizer(
         pg_collection=groups,
     )
     if platform.device == "cpu":
-        # torch's AdamW walks tensor by tensor on a CPU unless told to use its fused kernel.
+        # On a CPU torch's AdamW loops over tensors unless its fused kernel is requested.
         for group in optimizer.param_groups:
             group["fused"] = True
             group["foreach"] = False
@@ -87,11 +89,11 @@ def build_optimizer(
 
 
 def _make_loadable(part: MegatronOptimizer, inner: torch.optim.AdamW) -> None:
-    """Let the distributed optimizer load a checkpoint into torch's AdamW.
+    """Make the distributed optimizer able to load a checkpoint into torch's AdamW.
 
-    UPSTREAM(megatron-core 0.19.2): it cannot name what it would load before torch's optimizer
-    has a `step` for every parameter, and then wants a `step` among the loaded tensors, where
-    none is: it is restored with the parameter groups.
+    UPSTREAM(megatron-core 0.19.2): it cannot list the tensors to load before torch's optimizer has
+    a `step` for every parameter. Then it expects a `step` among the loaded tensors, but the
+    checkpoint has none there: `step` is restored with the parameter groups.
     """
     if len(inner.state) == 0:
         for group in inner.param_groups:
@@ -110,13 +112,13 @@ def _make_loadable(part: MegatronOptimizer, inner: torch.optim.AdamW) -> None:
         part._set_main_param_and_optimizer_states = set_states_without_step
 
 
-def _in_own_groups(parts: Sequence[DistributedOptimizer], state: dict) -> dict:
-    """The loaded `state` with these optimizers' parameter groups and the saved count of steps.
+def _with_current_groups(parts: Sequence[DistributedOptimizer], state: dict) -> dict:
+    """The loaded `state` with the parameter groups of these optimizers and the saved step count.
 
-    UPSTREAM(megatron-core 0.19.2): the saved groups are matched by their hyperparameters, so a
-    checkpoint finds no match that has another peak learning rate, FP32 parameters (no group of
-    those kept wide) or another layout (experts cut over other ranks than the rest have an
-    optimizer of their own). The tensors are stored by name and fit anyway.
+    UPSTREAM(megatron-core 0.19.2): saved groups are matched by their hyperparameters. The match
+    fails for a checkpoint with another peak learning rate, with FP32 parameters (no "kept_wide"
+    group) or with another layout (experts sharded over other ranks than the dense parameters have
+    an optimizer of their own). The tensors are stored by name and fit anyway.
     """
     saved = state if "optimizer" in state else state[0]
     (step,) = {group["step"] for group in saved["optimizer"]["param_groups"]}
@@ -132,15 +134,15 @@ def _in_own_groups(parts: Sequence[DistributedOptimizer], state: dict) -> dict:
 
 
 def load_optimizer_state(optimizer: MegatronOptimizer, state: dict) -> None:
-    """Load what `sharded_state_dict` described: masters, moments and the count of steps.
-    Hyperparameters stay this run's own, even where the checkpoint's were others.
+    """Load the state that `sharded_state_dict` described: master weights, moments and step count.
+    Hyperparameters are those of this run, not those of the checkpoint.
 
     UPSTREAM(megatron-core 0.19.2): torch's AdamW gets one `step` tensor shared by all
     parameters, and its fused kernel then counts every parameter as a step.
     """
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
     if all(isinstance(part, DistributedOptimizer) for part in parts):
-        state = _in_own_groups(parts, state)
+        state = _with_current_groups(parts, state)
     optimizer.load_state_dict(state)
     for part in parts:
         if isinstance(part.optimizer, torch.optim.AdamW):
@@ -149,7 +151,8 @@ def load_optimizer_state(optimizer: MegatronOptimizer, state: dict) -> None:
 
 
 def set_learning_rate(optimizer: MegatronOptimizer, rate: float, weight_decay: float) -> None:
-    """Set the rate of the coming step; `wd_mult` tells the groups that do not decay."""
+    """Set learning rate and weight decay for the next step. A group without weight decay has
+    `wd_mult` 0."""
     for group in optimizer.param_groups:
         group["lr"] = rate
         group["weight_decay"] = weight_decay * group.get("wd_mult", 1.0)

@@ -1,4 +1,4 @@
-"""Looks into the gradients that Megatron's DDP has gathered. Changes none of them."""
+"""Read-only access to the gradients in the buffers of Megatron's DDP."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,20 +13,22 @@ from megatron.core.transformer.module import param_is_not_shared
 def count_zeros(
     chunks: Sequence[DistributedDataParallel], parameter: torch.nn.Parameter
 ) -> torch.Tensor:
-    """Elements of the parameter's gradient that are exactly zero, and its elements: FP64 [2], of
-    this rank's `own_part`."""
-    gradient = own_part(chunks, parameter)
+    """Number of exact zeros and number of elements of this rank's `local_gradient`: FP64 [2]."""
+    gradient = local_gradient(chunks, parameter)
     zeros = gradient.numel() - torch.count_nonzero(gradient)
     return torch.stack([zeros, torch.full_like(zeros, gradient.numel())]).double()
 
 
-def own_squared_norm(
+def local_squared_norm(
     chunks: Sequence[DistributedDataParallel],
     parameter: torch.nn.Parameter,
     groups: ProcessGroupCollection,
 ) -> torch.Tensor:
-    """This rank's share of the squared norm of the parameter's gradient: FP64. The shares of all
-    ranks add up to the whole, with what several ranks hold alike counted once."""
+    """This rank's share of the squared norm of the parameter's gradient: FP64 scalar.
+
+    The shares of all ranks add up to the squared norm of the whole gradient. A gradient that
+    several ranks hold identically is counted once.
+    """
     is_expert = not getattr(parameter, "allreduce", True)
     replicas = groups.expt_dp if is_expert else groups.dp_cp
     is_counted = (
@@ -36,17 +38,17 @@ def own_squared_norm(
         parameter, tp_group=groups.tp, expert_tp_group=groups.expt_tp
     ):
         return torch.zeros((), dtype=torch.float64, device=parameter.device)
-    return torch.linalg.vector_norm(own_part(chunks, parameter), dtype=torch.float64).square()
+    return torch.linalg.vector_norm(local_gradient(chunks, parameter), dtype=torch.float64).square()
 
 
-def own_part(
+def local_gradient(
     chunks: Sequence[DistributedDataParallel], parameter: torch.nn.Parameter
 ) -> torch.Tensor:
-    """The part of the parameter's gradient that this rank answers for: 1-D, a view.
+    """The part of the parameter's gradient that was reduced to this rank: 1-D, a view.
 
-    Call it after the gradients were reduced. With the distributed optimizer it is the part of the
-    bucket that was reduced to this rank, so that all data-parallel ranks' parts make up the whole;
-    without, every rank has the whole.
+    Call it after the gradient reduction. With the distributed optimizer, it is this rank's part of
+    the bucket; the parts of all data-parallel ranks make up the whole gradient. Without, every rank
+    has the whole gradient.
     """
     buffers: list[Any] = [
         buffer
@@ -68,27 +70,28 @@ def own_part(
 def whole_gradients(
     model: DistributedDataParallel,
 ) -> dict[torch.nn.Parameter, torch.Tensor]:
-    """The reduced FP32 gradient of every parameter on this rank, in the parameter's shape.
+    """The reduced FP32 gradient of every parameter on this rank, in the parameter's shape. Copies.
 
-    COLLECTIVE with the distributed optimizer, where a rank holds the reduced gradients of its part
-    of each bucket only. Call it between the reduction and the optimizer's step, which clips.
+    COLLECTIVE with the distributed optimizer: a rank then holds the reduced gradients of only its
+    part of each bucket. Call it between the gradient reduction and the optimizer step, which clips.
     """
     buffers: list[Any] = [*model.buffers, *model.expert_parallel_buffers]  # pyright: ignore
-    found = {}
+    gradients = {}
     for buffer in buffers:
         gathered = [_gathered(bucket, buffer, model) for bucket in buffer.buckets]
         for parameter, (start, end, bucket_id) in buffer.param_index_map.items():
             offset = buffer.buckets[bucket_id].offset
             part = gathered[bucket_id][start - offset : end - offset]
-            found[parameter] = part.view(parameter.shape)
-    return found
+            gradients[parameter] = part.view(parameter.shape)
+    return gradients
 
 
 def _gathered(bucket: Any, buffer: Any, model: DistributedDataParallel) -> torch.Tensor:
+    """A copy of the bucket's whole reduced gradient, 1-D. COLLECTIVE if it is distributed."""
     group = buffer.data_parallel_group
     if not model.ddp_config.use_distributed_optimizer or group.size() == 1:
         return bucket.grad_data.clone()
-    own = bucket.grad_data.chunk(group.size())[group.rank()].contiguous()
+    local_part = bucket.grad_data.chunk(group.size())[group.rank()].contiguous()
     whole = torch.empty_like(bucket.grad_data)
-    torch.distributed.all_gather_into_tensor(whole, own, group=group)
+    torch.distributed.all_gather_into_tensor(whole, local_part, group=group)
     return whole

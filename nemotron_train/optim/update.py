@@ -1,8 +1,8 @@
-"""Megatron-Core's optimizer step in two halves, so that somebody can look at the gradients' norm
+"""Megatron-Core's optimizer step in two halves, so that the caller can check the gradient norm
 before any weight changes.
 
-Its own `step()` computes the norm, clips and updates in one call, and clips by a norm that is not
-finite before it could be told of. The halves do the same in the same order, bit for bit.
+Megatron's `step()` computes the norm, clips and updates in one call. It clips even if the norm is
+not finite, before the caller can react. The two halves do the same in the same order, bit for bit.
 """
 
 from collections.abc import Sequence
@@ -16,16 +16,16 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
 @torch.no_grad()
 def gradient_norm(optimizer: MegatronOptimizer) -> float:
-    """Hand the reduced gradients to the optimizer and return the norm of all of them, over all
+    """Pass the reduced gradients to the optimizer. Returns the global gradient norm, over all
     ranks, before clipping. COLLECTIVE. SYNC."""
-    optimizer.prepare_grads()  # without a loss scale there is nothing it could object to
+    optimizer.prepare_grads()  # its result only matters with a loss scale, which is not used
     return float(optimizer.get_grad_norm())
 
 
 @torch.no_grad()
 def apply_update(optimizer: MegatronOptimizer, grad_norm: float) -> int:
-    """Clip by `grad_norm`, as `gradient_norm` returned it, and update the weights. Returns how
-    many elements of the gradients are exactly zero. COLLECTIVE."""
+    """Clip by `grad_norm` (from `gradient_norm`) and update the weights. Returns the number of
+    gradient elements that are exactly zero. COLLECTIVE."""
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         parameters = part.get_parameters()
         if parameters:
@@ -37,8 +37,8 @@ def apply_update(optimizer: MegatronOptimizer, grad_norm: float) -> int:
 
 @torch.no_grad()
 def gather_parameters(chunks: Sequence[DistributedDataParallel]) -> None:
-    """Make every rank's weights those of the last update where `parallel.overlap_parameter_gather`
-    leaves that to the next forward pass: for whoever reads weights in between. COLLECTIVE."""
+    """Gather the updated weights on every rank now. With `parallel.overlap_parameter_gather` the
+    next forward pass would do it; call this before reading weights in between. COLLECTIVE."""
     models: Any = chunks
     for model in models:
         if model.ddp_config.overlap_param_gather:

@@ -1,1 +1,1 @@
-"""What follows from a configuration before anything is built. No torch."""
+"""Analysis of a configuration before anything is built: checks, derived values, costs. No torch."""

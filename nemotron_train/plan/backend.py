@@ -1,8 +1,8 @@
-"""What computes a plan's block formats in a run: Transformer Engine's kernels, or emulation.
+"""Selection of the backend for block-scaled formats: Transformer Engine kernels, or emulation.
 
-Owns the decision, a pure function of the configuration and of what is known about the machine, and
-the line that says it. Does not own: what is known to be bad (`plan.guards`), the translation for
-Megatron (`transformer_engine`), any module. No torch.
+Owns: the selection, a pure function of the configuration and of the known facts about the machine,
+and the line that reports it. Does not own: known-bad combinations (`plan.guards`), the translation
+for Megatron (`plan.precision.transformer_engine`). No torch.
 """
 
 from collections.abc import Mapping
@@ -24,8 +24,9 @@ from nemotron_train.plan.precision.transformer_engine import to_transformer_engi
 
 @dataclass(frozen=True)
 class Choice:
-    """text: one line for the user, "" where there is nothing to choose; environment: what to set
-    before Transformer Engine is imported, for it reads the variables then."""
+    """The selected backend. native: Transformer Engine, not emulation; text: one line for the user,
+    "" if the plan has no block-scaled formats; environment: variables to set before Transformer
+    Engine is imported, because it reads them then."""
 
     native: bool
     text: str = ""
@@ -33,11 +34,12 @@ class Choice:
 
 
 def choose_backend(config: Config, plan: PrecisionPlan, surroundings: Surroundings) -> Choice:
-    """Native or emulated, for a run on `surroundings.hardware`.
+    """Select the native or the emulated backend for a run on `surroundings.hardware`.
 
-    `auto` is native on a data-center Blackwell GPU where no guard refuses it and Megatron's
-    per-module file can say the plan. Raises ConfigError under `native` otherwise, in one line
-    with the device, its capability, Transformer Engine's version and the emulated alternative.
+    `auto` selects native on a data-center Blackwell GPU if no guard refuses it and Megatron's
+    per-module file can express the plan. In all other cases `auto` selects emulation, and `native`
+    raises ConfigError: one line with the device, its capability, Transformer Engine's version and
+    the emulated alternative.
     """
     hardware, backend = surroundings.hardware, config.precision.backend
     assert hardware is not None, "the machine of a run is known"
@@ -63,11 +65,11 @@ def choose_backend(config: Config, plan: PrecisionPlan, surroundings: Surroundin
 
 
 def check_planned(config: Config, plan: PrecisionPlan) -> list[str]:
-    """What a run elsewhere would be warned of, one line each, as far as it is known here: the
-    device is not, and packages are taken to be those installed here.
+    """Warnings, one line each, for a run on another machine. Its device is unknown, and its
+    packages are assumed to be those installed here.
 
-    Raises ConfigError where a guard refuses the run already, or where `precision.backend=native`
-    asks for what Megatron's per-module file cannot say.
+    Raises ConfigError if a guard refuses the run, or if `precision.backend=native` needs what
+    Megatron's per-module file cannot express.
     """
     native = config.precision.backend == Backend.native
     native = native and plan.is_quantized
@@ -85,8 +87,9 @@ def check_planned(config: Config, plan: PrecisionPlan) -> list[str]:
 def _native_environment(
     config: Config, plan: PrecisionPlan, surroundings: Surroundings
 ) -> Mapping[str, str]:
-    """Transformer Engine's variables for this plan. Raises ConfigError where a guard refuses the
-    native path or Megatron's per-module file cannot say the plan."""
+    """Transformer Engine's environment variables for this plan. Raises ConfigError if a guard
+    refuses the native backend, if telemetry is on, or if Megatron's per-module file cannot express
+    the plan."""
     for finding in findings(config, plan, replace(surroundings, native=True)):
         if finding.effect is Effect.refuse:
             raise ConfigError(finding.text)

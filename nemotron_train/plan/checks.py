@@ -1,8 +1,9 @@
-"""Checks across the fields of a configuration; each violation is a ConfigError.
+"""Checks of a configuration; each violation is a ConfigError.
 
-Owns every check that needs more than one field, or a sign. Types and enumerations are checked
-when the recipes are composed; what needs the outside world (data folders, tokenizers,
-checkpoints, the device) checks itself. No torch.
+Owns: checks of ranges, and checks that involve several knobs. Does not own: types and enumerations
+(checked in `compose`), the parallel layout (`plan.layout_checks`), and everything outside the
+configuration (data folders, tokenizers, checkpoints and the device are checked where they are
+used). No torch.
 """
 
 import re
@@ -17,9 +18,9 @@ from nemotron_train.plan.layout_checks import check_layout, must_divide
 
 
 def check(config: Config, num_ranks: int) -> None:
-    """Raises ConfigError, one line naming the knob or knobs, the value and what would be right, at
-    the first thing wrong with `config` on `num_ranks` ranks. The precision plan is checked where it
-    is resolved (`plan.precision.resolve.resolve_plan`)."""
+    """Raises ConfigError at the first violation in `config` on `num_ranks` ranks: one line with the
+    knob or knobs, the value and what would be valid. The precision plan is checked where it is
+    resolved (`plan.precision.resolve.resolve_plan`)."""
     _check_signs(config)
     _check_name(config.name)
     stages = parse_pattern(config.model.pattern)
@@ -104,7 +105,7 @@ _BELOW_ONE = ("optim.beta1", "optim.beta2")
 
 
 def _check_signs(config: Config) -> None:
-    """Comparisons are written so that a NaN fails them."""
+    """Check ranges. The comparisons are written so that NaN fails them."""
     for knob in _ABOVE_ZERO:
         value = attrgetter(knob)(config)
         if not 0 < value < inf:
@@ -120,7 +121,7 @@ def _check_signs(config: Config) -> None:
 
 
 def _check_name(name: str) -> None:
-    """The name becomes a folder: neither a separator nor the folder above may be in it."""
+    """The name becomes a folder name, so it must not contain a separator or be `..`."""
     if not re.fullmatch(r"[A-Za-z0-9_.-]+", name) or name in (".", ".."):
         raise ConfigError(
             f"name={name}: a run's name is made of letters, digits, '_', '.' and '-' only"
@@ -172,7 +173,7 @@ def _check_schedule(config: Config) -> None:
 
 
 def _check_rows(config: Config) -> None:
-    """Short steps: both knobs or none, and whole rows cut into whole ones."""
+    """Short steps: both knobs or neither, and whole short rows in each long row."""
     train = config.train
     short, share = train.short_sequence_length, train.short_share
     if (short == 0) != (share == 0):

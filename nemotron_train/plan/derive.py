@@ -1,7 +1,7 @@
-"""What follows from a configuration: the one frozen `Derived` object, the precision plan in it.
+"""Values derived from a configuration: one frozen `Derived` object, which holds the precision plan.
 
-Owns the derived numbers and the order of things: checked first (`plan.checks`), computed
-then. Nothing is written back into the configuration. No torch.
+Owns: the derived values. The configuration is checked first (`plan.checks`) and never modified. No
+torch.
 """
 
 from dataclasses import dataclass, fields
@@ -16,45 +16,45 @@ from nemotron_train.plan.precision.resolve import PrecisionPlan, resolve_plan
 
 @dataclass(frozen=True)
 class Derived:
-    """What follows from a configuration on `num_ranks` ranks. A step is one optimizer step on one
-    global batch. All but the plan are ints, strings or a tuple of ints: `derived.yaml` holds them
-    (`numbers`)."""
+    """Values derived from a configuration on `num_ranks` ranks. A step is one optimizer step on one
+    global batch. All fields except the plan are ints, strings or a tuple of ints; `derived.yaml`
+    stores them (`numbers`)."""
 
     num_ranks: int
     data_parallel: int  # replicas of the dense layers, each of tensor x pipeline x context ranks
-    expert_data_parallel: int  # replicas of every expert
+    expert_data_parallel: int  # replicas of each expert
     sequences_per_step: int
-    micro_batches_per_step: int  # a replica's accumulation steps
+    micro_batches_per_step: int  # gradient accumulation steps of one replica
     tokens_per_step: int
-    total_steps: int  # the last step takes a whole batch too, so it may overshoot total_tokens
-    warmup_steps: int  # up to the peak rate; for display only, as the schedule counts tokens
-    decay_steps: int  # below the peak rate again
+    total_steps: int  # the last step uses a whole batch and may exceed train.total_tokens
+    warmup_steps: int  # until the peak rate; for display only, because the schedule counts tokens
+    decay_steps: int  # steps of the decay; for display only
     validation_sequences: int
-    num_layers: int  # of the decoder
-    layers_per_stage: tuple[int, ...]  # stage s lies on pipeline rank s % pipeline
+    num_layers: int  # layers of the decoder
+    layers_per_stage: tuple[int, ...]  # stage s is on pipeline rank s % pipeline
     parameter_dtype: str
-    parameters: int  # multi-token prediction included, expert biases not
-    active_parameters: int  # embedding, output layer included; multi-token prediction not
+    parameters: int  # with multi-token prediction, without expert biases
+    active_parameters: int  # with embedding and output layer, without multi-token prediction
     training_flops_per_token: int
     vocab_per_rank: int
     attention_heads_per_rank: int
-    key_value_heads_per_rank: int  # at least 1: ranks beyond key_value_heads share a head
+    key_value_heads_per_rank: int  # at least 1: several ranks may share a head
     mamba_heads_per_rank: int
     mamba_groups_per_rank: int
     experts_per_rank: int
     plan: PrecisionPlan
 
     def numbers(self) -> dict[str, Any]:
-        """Every field but the plan, which the run folder keeps as precision.txt."""
+        """Every field except the plan, which the run folder stores as precision.txt."""
         names = [entry.name for entry in fields(self) if entry.name != "plan"]
         return {name: getattr(self, name) for name in names}
 
 
 def derive(config: Config, num_ranks: int = 1) -> Derived:
-    """Checks the configuration on `num_ranks` ranks and computes what follows from it.
+    """Check the configuration on `num_ranks` ranks and compute the derived values.
 
-    Raises ConfigError, one line naming the knob or knobs, the value and what would be right, at
-    the first violation.
+    Raises ConfigError at the first violation: one line with the knob or knobs, the value and what
+    would be valid.
     """
     check(config, num_ranks)
     plan = resolve_plan(config)

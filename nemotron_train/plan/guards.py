@@ -1,11 +1,11 @@
-"""Known-bad combinations of versions, shapes and features, each with the thread that reports it.
+"""Known-bad combinations of versions, shapes and features, each with the report that documents it.
 
-Owns the table, what fires it, and whether that refuses the run or warns. Does not own: finding out
-about the machine (`plan.hardware`), choosing emulation where a native guard fires
-(`precision.backend`), checks of the configuration against itself (`plan.checks`). No torch.
+Owns: the table of guards, their conditions, and their effect (refuse the run, or warn). Does not
+own: the facts about the machine (`plan.hardware`), the fallback to emulation if a native guard
+fires (`plan.backend`), checks of the configuration itself (`plan.checks`). No torch.
 
-A guard without a thread in its text stands on the source it names. What upstream gets wrong and we
-work around is no guard but in `WORKED_AROUND`.
+The source of a guard is an issue or pull request, or else the file that shows the problem. Upstream
+faults with a workaround here are no guards; `WORKED_AROUND` lists them.
 """
 
 from collections.abc import Callable, Mapping
@@ -26,14 +26,17 @@ DATA_CENTER_BLACKWELL = ((10, 0), (10, 3))
 
 
 class Effect(StrEnum):
+    """The effect of a guard that fires."""
+
     refuse = "refuse"
     warn = "warn"
 
 
 @dataclass(frozen=True)
 class Surroundings:
-    """Where a configuration is to run. hardware: None where it is another machine's, as for
-    `plan`; packages: installed versions; native: Transformer Engine computes block formats."""
+    """The environment of a run. hardware: None if the run is on another machine, as for the `plan`
+    command; packages: installed versions; environment: environment variables; native: Transformer
+    Engine computes the block-scaled formats."""
 
     hardware: Hardware | None = None
     packages: Mapping[str, str] = field(default_factory=dict)
@@ -43,7 +46,8 @@ class Surroundings:
 
 @dataclass(frozen=True)
 class Guard:
-    """check: what is wrong, in one clause, or "" where the guard does not fire."""
+    """A known-bad combination. check: returns the problem in one clause, or "" if the guard does
+    not fire."""
 
     name: str
     source: str  # owner/repo#number, or the file that shows it
@@ -61,24 +65,24 @@ class Finding:
 
 
 def findings(config: Config, plan: PrecisionPlan, surroundings: Surroundings) -> list[Finding]:
-    """What fires, in the order of the table."""
-    found = []
+    """The guards that fire, in the order of `GUARDS`."""
+    result = []
     for guard in GUARDS:
         text = guard.check(config, plan, surroundings)
         if text:
-            found.append(Finding(guard.name, guard.effect, f"{text} ({guard.source})"))
-    return found
+            result.append(Finding(guard.name, guard.effect, f"{text} ({guard.source})"))
+    return result
 
 
 def enforce(
     config: Config, plan: PrecisionPlan, surroundings: Surroundings, say: Callable[[str], None]
 ) -> None:
-    """One line through `say` for every warning; raises ConfigError for the first refusal."""
-    found = findings(config, plan, surroundings)
-    for finding in found:
+    """Pass every warning to `say`, one line each. Raises ConfigError for the first refusal."""
+    fired = findings(config, plan, surroundings)
+    for finding in fired:
         if finding.effect is Effect.warn:
             say(f"warning: {finding.text}")
-    for finding in found:
+    for finding in fired:
         if finding.effect is Effect.refuse:
             raise ConfigError(finding.text)
 
@@ -89,11 +93,12 @@ def enforce(
 def largest_scan_offset(config: Config) -> int:
     """The largest element offset that mamba_ssm's chunked scan computes in 32 bits on a rank.
 
-    Rows of x, B and C are as wide as the convolution's output; the states are one a chunk, head
-    and channel; C B^T is one a chunk, group and pair of positions. `model.ssd.check_offsets`
-    asks the same of the tensors themselves.
+    Rows of x, B and C have the width of the convolution's output. There is one state per chunk,
+    head and channel. C B^T has one element per chunk, group and pair of positions.
+    `model.ssd.check_offsets` checks the same limit on the tensors.
     """
-    mamba, train, tensor = config.model.mamba, config.train, config.parallel.tensor
+    mamba, train = config.model.mamba, config.train
+    tensor = config.parallel.tensor
     rows, length = train.micro_batch_sequences, train.sequence_length
     heads, groups = mamba.heads // tensor, max(1, mamba.groups // tensor)
     width = heads * mamba.head_dim + 2 * groups * mamba.state_size
@@ -117,7 +122,7 @@ def _scan_overflows(config: Config) -> str:
 
 
 def _scan_overflow_here(config: Config, plan: PrecisionPlan, surroundings: Surroundings) -> str:
-    """Certain: the kernels are installed, and nothing says that there is no GPU."""
+    """For a run that uses the kernels: they are installed, and the device is a GPU or unknown."""
     hardware = surroundings.hardware
     has_kernels = "mamba-ssm" in surroundings.packages and (hardware is None or hardware.cuda)
     return _scan_overflows(config) if has_kernels else ""
@@ -126,7 +131,7 @@ def _scan_overflow_here(config: Config, plan: PrecisionPlan, surroundings: Surro
 def _scan_overflow_elsewhere(
     config: Config, plan: PrecisionPlan, surroundings: Surroundings
 ) -> str:
-    """Possible: planned where the kernels are not installed; the run's machines may have them."""
+    """For a plan on a machine without the kernels: the machine of the run may have them."""
     if surroundings.hardware is not None or "mamba-ssm" in surroundings.packages:
         return ""
     overflows = _scan_overflows(config)
@@ -140,7 +145,7 @@ def _other_megatron(config: Config, plan: PrecisionPlan, surroundings: Surroundi
     installed = surroundings.packages.get("megatron-core", TESTED_MEGATRON)
     if Version(installed) == Version(TESTED_MEGATRON):
         return ""
-    threads = ", ".join(worked.source for worked in WORKED_AROUND if worked.in_megatron)
+    threads = ", ".join(fault.source for fault in WORKED_AROUND if fault.in_megatron)
     return (
         f"megatron-core {installed} is installed; the adaptations, and the workarounds for "
         f"{threads}, were made and tested with {TESTED_MEGATRON}"
@@ -148,15 +153,15 @@ def _other_megatron(config: Config, plan: PrecisionPlan, surroundings: Surroundi
 
 
 def _grouped_product(config: Config, plan: PrecisionPlan, surroundings: Surroundings) -> str:
-    """Experts in BF16 on a GPU go through torch's grouped product."""
+    """BF16 experts on a GPU use torch's grouped matrix product (grouped_mm)."""
     hardware, torch = surroundings.hardware, surroundings.packages.get("torch", "")
     if hardware is None or hardware.capability != (10, 3) or not torch.startswith("2.13."):
         return ""
-    plain = any(
+    has_bf16_experts = any(
         ".mlp.experts." in path and formats.fprop == GemmFormat.bf16
         for path, formats in plan.at(0).formats.items()
     )
-    if not plain or surroundings.native:
+    if not has_bf16_experts or surroundings.native:
         return ""
     return (
         f"torch {torch} on {hardware.device_name} (compute capability 10.3): the backward pass of "
@@ -165,13 +170,13 @@ def _grouped_product(config: Config, plan: PrecisionPlan, surroundings: Surround
     )
 
 
-# Transformer Engine in block formats --------------------------------------------------------
+# Transformer Engine in block-scaled formats -------------------------------------------------
 
 
 def _native(
     check: Callable[[Config, PrecisionPlan, Hardware], str],
 ) -> Callable[[Config, PrecisionPlan, Surroundings], str]:
-    """A check of the device, for runs whose block formats Transformer Engine computes."""
+    """A check of the device, applied only if Transformer Engine computes block-scaled formats."""
 
     def on_device(config: Config, plan: PrecisionPlan, surroundings: Surroundings) -> str:
         hardware = surroundings.hardware
@@ -181,7 +186,8 @@ def _native(
 
 
 def _older(hardware: Hardware, version: str) -> bool:
-    """A pre-release of `version` counts as older: it may lack what the release has."""
+    """Whether Transformer Engine is older than `version`. A pre-release of `version` counts as
+    older, because it may lack features of the release."""
     installed = hardware.transformer_engine
     return installed is not None and Version(installed) < Version(version)
 
@@ -214,7 +220,7 @@ def _unknown_blackwell(config: Config, plan: PrecisionPlan, hardware: Hardware) 
     capability = hardware.capability
     if capability is None or capability < (10, 0) or capability in DATA_CENTER_BLACKWELL:
         return ""
-    if capability[0] == 12:  # three guards of its own
+    if capability[0] == 12:  # covered by three other guards
         return ""
     return "Transformer Engine documents NVFP4 training for compute capability 10.0 and 10.3 only"
 
@@ -244,8 +250,8 @@ def _fused_transform(config: Config, plan: PrecisionPlan, hardware: Hardware) ->
     )
 
 
-# Transformer Engine's switches that change the numbers, and the value that leaves them alone. Its
-# own code reads them when it is imported (transformer_engine/common/recipe/__init__.py).
+# Environment variables of Transformer Engine that change results, and their neutral values. They
+# are read when it is imported (transformer_engine/common/recipe/__init__.py).
 _ENGINE_SWITCHES = {
     "NVTE_NVFP4_DISABLE_RHT": "0",
     "NVTE_NVFP4_DISABLE_STOCHASTIC_ROUNDING": "0",
@@ -259,14 +265,14 @@ _ENGINE_SWITCHES = {
 def _overriding_environment(config: Config, plan: PrecisionPlan, surroundings: Surroundings) -> str:
     if not surroundings.native:
         return ""
-    own = {
+    overrides = {
         name: value
-        for name, usual in _ENGINE_SWITCHES.items()
-        if (value := surroundings.environment.get(name, usual)) != usual
+        for name, neutral in _ENGINE_SWITCHES.items()
+        if (value := surroundings.environment.get(name, neutral)) != neutral
     }
-    if not own:
+    if not overrides:
         return ""
-    texts = ", ".join(f"{name}={value}" for name, value in own.items())
+    texts = ", ".join(f"{name}={value}" for name, value in overrides.items())
     return (
         f"{texts} in the environment would override the precision plan unseen; unset it and say "
         "it in the plan (weight_2d, hadamard, stochastic_rounding)"
@@ -341,7 +347,7 @@ GUARDS: tuple[Guard, ...] = (
 
 @dataclass(frozen=True)
 class WorkedAround:
-    """A fault upstream that cannot reach a run here. by: module that sees to it."""
+    """An upstream fault with a workaround here. by: the module with the workaround."""
 
     source: str
     fault: str

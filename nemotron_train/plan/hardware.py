@@ -1,15 +1,14 @@
-"""What a run may find out about its machine without torch: the device's name and capability, and
-the versions of installed packages.
+"""Facts about the machine: name and compute capability of the device, versions of packages.
 
-Owns these facts and their text. Does not own asking CUDA (`platform.device.hardware` does), nor
-what follows from the facts (`plan.guards`, `precision.backend`). No torch.
+Owns: these facts and their text. Does not own: the CUDA query (`platform.device.hardware`), or the
+decisions based on the facts (`plan.guards`, `plan.backend`). No torch.
 """
 
 import importlib.metadata
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-# Distribution names, the wheel's and its parts', that hold Transformer Engine's version.
+# Distributions (the wheel and its parts) whose version is Transformer Engine's version.
 _TRANSFORMER_ENGINE = ("transformer-engine", "transformer-engine-torch")
 _TRANSFORMER_ENGINE += ("transformer-engine-cu13", "transformer-engine-cu12")
 _PACKAGES = {
@@ -22,8 +21,8 @@ _PACKAGES = {
 
 @dataclass(frozen=True)
 class Hardware:
-    """One process's device. capability: CUDA's compute capability, None without a CUDA device;
-    transformer_engine: its version, None where it is not installed."""
+    """The device of one process. capability: CUDA compute capability, None without a CUDA device;
+    transformer_engine: version of Transformer Engine, None if it is not installed."""
 
     device_name: str
     capability: tuple[int, int] | None
@@ -31,10 +30,11 @@ class Hardware:
 
     @property
     def cuda(self) -> bool:
+        """Whether the device is a CUDA GPU."""
         return self.capability is not None
 
     def describe(self) -> str:
-        """`NVIDIA B200, compute capability 10.0, Transformer Engine 2.17.1`."""
+        """One line, such as `NVIDIA B200, compute capability 10.0, Transformer Engine 2.17.1`."""
         device = "no CUDA device"
         if self.capability is not None:
             device = "compute capability {}.{}".format(*self.capability)
@@ -43,14 +43,14 @@ class Hardware:
 
 
 def installed_versions() -> Mapping[str, str]:
-    """Version of each package that `plan.guards` asks about, where it is installed; read from
-    its metadata, nothing is imported."""
-    found = {}
+    """Versions of the installed packages that `plan.guards` checks, from package metadata. Does not
+    import the packages."""
+    versions = {}
     for package, distributions in _PACKAGES.items():
         for distribution in distributions:
             try:
-                found[package] = importlib.metadata.version(distribution)
+                versions[package] = importlib.metadata.version(distribution)
                 break
             except importlib.metadata.PackageNotFoundError:
                 continue
-    return found
+    return versions

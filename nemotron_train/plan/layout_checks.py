@@ -1,7 +1,7 @@
-"""Checks of the parallel layout: what each dimension must divide, stages, ranks, batches, overlap.
+"""Checks of the parallel layout: divisibility, stages, ranks, batches, overlap.
 
-Each violation is a ConfigError, one line naming the knob or knobs, the value and what would be
-right. `plan.checks` calls them in order, after each knob by itself. No torch.
+Each violation is a ConfigError: one line with the knob or knobs, the value and what would be valid.
+`plan.checks` calls these checks after the checks of single knobs. No torch.
 """
 
 from dataclasses import replace
@@ -15,10 +15,10 @@ from nemotron_train.plan.architecture.stages import stage_pattern
 def check_layout(
     config: Config, stages: list[list[LayerKind]], kinds: set[LayerKind], num_ranks: int
 ) -> None:
-    """Raises ConfigError where `config` cannot be laid out on `num_ranks` ranks.
+    """Raises ConfigError if `config` cannot be distributed over `num_ranks` ranks.
 
-    stages: the pattern's layers, cut at its `|`; kinds: all that occur, multi-token prediction's
-    included."""
+    stages: layers of the pattern, split at `|`; kinds: all kinds of layers in the model, including
+    the multi-token-prediction block."""
     _check_split(config, kinds)
     _check_stages(config, stages)
     _check_ranks(config, num_ranks)
@@ -26,7 +26,7 @@ def check_layout(
 
 
 def _check_split(config: Config, kinds: set[LayerKind]) -> None:
-    """What each parallel dimension must divide."""
+    """Check the sizes that each parallel dimension must divide."""
     model, parallel, train = config.model, config.parallel, config.train
     by_tensor: list[tuple[str, int]] = [("model.vocab_size", model.vocab_size)]
     if config.model.mtp.depths > 0:
@@ -68,22 +68,22 @@ def _check_split(config: Config, kinds: set[LayerKind]) -> None:
 
 
 def _check_context(config: Config, kinds: set[LayerKind]) -> None:
-    """Each context-parallel rank gets whole heads of its tensor-parallel rank, and what heads
-    share (Mamba-2's groups, key-value heads) whole or with other ranks."""
+    """Each context-parallel rank gets whole heads of its tensor-parallel rank. Mamba-2 groups and
+    key-value heads, which several heads share, are whole on a rank or held by several ranks."""
     model, parallel = config.model, config.parallel
-    together, size = "parallel.tensor x parallel.context", parallel.tensor * parallel.context
+    knob_product, size = "parallel.tensor x parallel.context", parallel.tensor * parallel.context
     shared = []
     if LayerKind.attention in kinds:
-        must_divide("model.attention.heads", model.attention.heads, together, size)
+        must_divide("model.attention.heads", model.attention.heads, knob_product, size)
         shared.append(("model.attention.key_value_heads", model.attention.key_value_heads))
     if LayerKind.mamba in kinds:
-        must_divide("model.mamba.heads", model.mamba.heads, together, size)
+        must_divide("model.mamba.heads", model.mamba.heads, knob_product, size)
         shared.append(("model.mamba.groups", model.mamba.groups))
     for knob, value in shared:
-        here = max(1, value // parallel.tensor)
-        if here % parallel.context and parallel.context % here:
+        local = max(1, value // parallel.tensor)
+        if local % parallel.context and parallel.context % local:
             raise ConfigError(
-                f"{knob}={value} is {here} a tensor-parallel rank, which must be a multiple or a "
+                f"{knob}={value} is {local} a tensor-parallel rank, which must be a multiple or a "
                 f"divisor of parallel.context={parallel.context}"
             )
     pieces = parallel.context * (parallel.tensor if parallel.sequence else 1)
@@ -93,7 +93,7 @@ def _check_context(config: Config, kinds: set[LayerKind]) -> None:
 
 
 def row_lengths(train: TrainConfig) -> dict[str, int]:
-    """Knob -> tokens of a row, for each length that steps have."""
+    """Knob -> sequence length in tokens, for the normal steps and, if set, the short steps."""
     lengths = {"train.sequence_length": train.sequence_length}
     if train.short_sequence_length:
         lengths["train.short_sequence_length"] = train.short_sequence_length
@@ -101,7 +101,7 @@ def row_lengths(train: TrainConfig) -> dict[str, int]:
 
 
 def _check_key_value_heads(key_value_heads: int, tensor: int) -> None:
-    """Ranks hold whole key-value heads, or several ranks share one."""
+    """Each rank holds whole key-value heads, or several ranks share one."""
     if key_value_heads % tensor and tensor % key_value_heads:
         raise ConfigError(
             f"model.attention.key_value_heads={key_value_heads} must be a multiple or a divisor "
@@ -110,14 +110,12 @@ def _check_key_value_heads(key_value_heads: int, tensor: int) -> None:
 
 
 def _check_stages(config: Config, stages: list[list[LayerKind]]) -> None:
-    """Stages written into the pattern must be as many as the layout has; without any the layers
-    must suffice for them."""
+    """A pattern with `|` must have as many stages as the layout. One without `|` needs at least one
+    layer per stage."""
     parallel, pattern = config.parallel, config.model.pattern
-    wanted, found, num_layers = (
-        parallel.pipeline * parallel.virtual_pipeline,
-        len(stages),
-        sum(map(len, stages)),
-    )
+    num_required = parallel.pipeline * parallel.virtual_pipeline
+    found = len(stages)
+    num_layers = sum(map(len, stages))
     knobs = f"parallel.pipeline={parallel.pipeline}"
     if parallel.virtual_pipeline > 1:
         if parallel.pipeline == 1:
@@ -126,11 +124,11 @@ def _check_stages(config: Config, stages: list[list[LayerKind]]) -> None:
                 "above 1: one rank has nobody to interleave its stages with"
             )
         knobs += f" x parallel.virtual_pipeline={parallel.virtual_pipeline}"
-    if wanted > num_layers:
+    if num_required > num_layers:
         raise ConfigError(
             f"{knobs} is more than the {num_layers} layers of model.pattern={pattern}"
         )
-    if found not in (1, wanted):
+    if found not in (1, num_required):
         model = replace(config.model, pattern=pattern.replace("|", ""))
         proposal = stage_pattern(replace(config, model=model))
         raise ConfigError(
@@ -160,8 +158,8 @@ def _check_ranks(config: Config, num_ranks: int) -> None:
     _check_overlap(parallel)
     dtype = config.precision.parameter_dtype
     if dtype == Dtype.bfloat16 and not parallel.distributed_optimizer:
-        # UPSTREAM(megatron-core 0.19.2): its plain optimizer mixes up BF16 parameters and those
-        # kept in FP32 (A_log, D, dt_bias) when it names its state for a checkpoint.
+        # UPSTREAM(megatron-core 0.19.2): when it names its state for a checkpoint, its plain
+        # optimizer confuses BF16 parameters with those kept in FP32 (A_log, D, dt_bias).
         raise ConfigError(
             "parallel.distributed_optimizer=false with precision.parameter_dtype=bfloat16: such a "
             "run could not save a checkpoint; leave the optimizer distributed"
@@ -184,30 +182,33 @@ def _check_overlap(parallel: ParallelConfig) -> None:
 
 
 def _check_batch(config: Config, num_ranks: int) -> None:
-    """Both batches are whole sequences, and every data-parallel rank takes an equal number of
-    whole micro batches of them."""
+    """The training and the validation batch must be whole sequences, and every data-parallel rank
+    must get the same number of whole micro-batches."""
     train, parallel = config.train, config.parallel
     data_parallel = num_ranks // (parallel.tensor * parallel.pipeline * parallel.context)
     length = train.sequence_length
-    together = train.micro_batch_sequences * data_parallel
+    divisor = train.micro_batch_sequences * data_parallel
     rounds = ""
-    if parallel.virtual_pipeline > 1:  # interleaved stages take micro-batches in whole rounds
-        together *= parallel.pipeline
+    if (
+        parallel.virtual_pipeline > 1
+    ):  # interleaved 1F1B needs a multiple of `pipeline` micro-batches
+        divisor *= parallel.pipeline
         rounds = f"parallel.pipeline={parallel.pipeline} interleaved micro-batches x "
     for knob in ("global_batch_tokens", "validation_tokens"):
         value = getattr(train, knob)
         must_divide(f"train.{knob}", value, "train.sequence_length", length)
-        if value // length % together:
+        if value // length % divisor:
             raise ConfigError(
                 f"train.{knob}={value} is {value // length} sequences of {length}, which "
                 f"{data_parallel} data-parallel rank(s) x {rounds}"
-                f"train.micro_batch_sequences={train.micro_batch_sequences} = {together} do not "
-                f"divide; {_nearest(value, together * length)} would do"
+                f"train.micro_batch_sequences={train.micro_batch_sequences} = {divisor} do not "
+                f"divide; {_nearest(value, divisor * length)} would do"
             )
 
 
 def must_divide(knob: str, value: int, divisor_knob: str, divisor: int) -> None:
-    """Raises ConfigError unless `value` is a multiple of `divisor`, naming the nearest that are."""
+    """Raises ConfigError unless `value` is a multiple of `divisor`; the message has the nearest
+    multiples."""
     if value % divisor:
         raise ConfigError(
             f"{knob}={value} is not a multiple of {divisor_knob}={divisor}; "

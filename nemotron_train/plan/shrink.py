@@ -1,13 +1,13 @@
-"""A configuration cut down to what a laptop's CPU ranks carry, with every ingredient kept.
+"""Reduction of a configuration to a size that CPU ranks of a laptop can train, with all features.
 
-Owns: which sizes become how small, and what must survive: the kinds and the order of layers, every
+Owns: the reduced sizes, and the features that are preserved: kinds and order of layers, every
 parallel dimension above 1, relations between heads, groups, experts and ranks, latent width, shared
-expert, multi-token prediction, blends and phases of the data, the optimizer's kind. Does not own:
-what is then checked with it (`check`). No torch.
+expert, multi-token prediction, blends and phases of the data, the optimizer. Does not own: the
+checks that use the reduced configuration (`check`). No torch.
 
-A layout fault does not depend on sizes but on relations (more ranks than key-value heads, experts
-over tensor-parallel ranks, a stage without attention), so degrees above 1 become 2 and relations
-stay.
+Layout faults depend on relations, not on sizes (more ranks than key-value heads, experts over
+tensor-parallel ranks, a stage without attention). So degrees above 1 become 2, and relations are
+preserved.
 """
 
 import dataclasses
@@ -40,17 +40,17 @@ DIMENSIONS = ("tensor", "pipeline", "virtual_pipeline", "context", "expert", "ex
 DEGREE = 2  # of every parallel dimension above 1
 WIDTH, HEAD, LATENT, VOCAB, LENGTH = 64, 16, 32, 512, 64
 EXPERTS, CHOSEN, DEPTHS, SOURCES, PHASES = 8, 3, 2, 3, 3
-BUCKET = 20_000  # parameters: where gradients are reduced in buckets, there are several
-BLOCK_OF_HEADS = 32  # Mamba-2 heads a rank under a plan with block formats
-LAYERS = 4  # at least, where the pattern has so many
-MICRO_BATCHES = 4  # a replica's: more than pipeline stages, so that they reach their steady state
+BUCKET = 20_000  # parameters per gradient bucket: small enough to give several buckets
+BLOCK_OF_HEADS = 32  # Mamba-2 heads per rank under a plan with block-scaled formats
+LAYERS = 4  # minimum number of layers, if the pattern has that many
+MICRO_BATCHES = 4  # per replica: more than pipeline stages, to reach the pipeline's steady state
 
 
 @dataclass(frozen=True)
 class Shrunk:
-    """`config` runs on `num_ranks` ranks; `changes` says what was shrunk to what: dotted knob,
-    value before, value now. `data.*` of `config` names folders that are yet to be written:
-    `sources` of them, in `source_folder(folder, number)`."""
+    """A reduced configuration. `config` runs on `num_ranks` ranks. `changes` lists (dotted knob,
+    old value, new value). `data.*` of `config` refers to folders that the caller must still write:
+    `source_folder(folder, number)` for `number` below `sources`."""
 
     config: Config
     num_ranks: int
@@ -59,21 +59,23 @@ class Shrunk:
 
 
 def source_folder(folder: Path, number: int) -> Path:
-    """Where the prepared data of source `number` of a shrunk configuration lie."""
+    """The folder for the prepared data of source `number` of a reduced configuration."""
     return folder / f"source_{number}"
 
 
 def shrink(
     config: Config, folder: Path, *, max_ranks: int, steps: int, own_precision: bool
 ) -> Shrunk:
-    """`config` for `steps` optimizer steps on at most `max_ranks` CPU ranks, its data in `folder`.
+    """`config` reduced to `steps` optimizer steps on at most `max_ranks` CPU ranks, with data in
+    `folder`.
 
-    own_precision: keep the precision plan; otherwise FP32, in which layouts differ by the rounding
-    of sums alone. Raises ConfigError where the layout needs more ranks, and for what is wrong with
-    the shrunk configuration; whether the whole one fits its ranks is `plan`'s to say.
+    own_precision: keep the precision plan; otherwise use FP32, so that layouts differ only by the
+    rounding of sums. Raises ConfigError if the layout needs more ranks, or if the reduced
+    configuration is invalid. Does not check that the full configuration fits its ranks.
     """
     small = deepcopy(config)
-    small.resume, small.branch, small.switch_precision = "", "", False
+    small.resume, small.branch = "", ""
+    small.switch_precision = False
     small.fresh_data = False
     small.logging, small.guard = LoggingConfig(), GuardConfig()
     ranks = _shrink_parallel(small.parallel, max_ranks)
@@ -81,8 +83,8 @@ def shrink(
     _shrink_training(small, ranks, steps)
     _shrink_precision(small, own_precision)
     if _has_blocks(small.precision):
-        # Each tensor-parallel rank's share of in_proj, whose last rows are a number a head, must be
-        # whole blocks.
+        # Each tensor-parallel rank's rows of in_proj must be whole blocks. The last rows are dt,
+        # one per head.
         small.model.mamba.heads = BLOCK_OF_HEADS * small.parallel.tensor * small.parallel.context
         small.model.mamba.head_dim = HEAD // 4
     sources = _shrink_data(small, config.train.total_tokens, folder)
@@ -94,59 +96,64 @@ def shrink(
 
 
 def one_rank(config: Config) -> Config:
-    """The same training without any layout: what a layout is held against."""
-    whole = deepcopy(config)
-    whole.parallel = ParallelConfig(distributed_optimizer=config.parallel.distributed_optimizer)
-    whole.model.pattern = config.model.pattern.replace("|", "")
-    return whole
+    """The same training on one rank: the reference for other layouts."""
+    unsharded = deepcopy(config)
+    unsharded.parallel = ParallelConfig(distributed_optimizer=config.parallel.distributed_optimizer)
+    unsharded.model.pattern = config.model.pattern.replace("|", "")
+    return unsharded
 
 
 def alone(config: Config, dimensions: tuple[str, ...], data_parallel: int) -> tuple[Config, int]:
-    """`config` with only these dimensions of its layout ("data" among them), and its ranks.
-    Virtual stages bring pipeline ranks with them."""
-    part = one_rank(config)
-    part.parallel = deepcopy(config.parallel)
-    kept = {*dimensions, "pipeline"} if "virtual_pipeline" in dimensions else {*dimensions}
+    """`config` with only these dimensions of its layout (they may include "data"), and its number
+    of ranks. "virtual_pipeline" implies "pipeline"."""
+    partial = one_rank(config)
+    partial.parallel = deepcopy(config.parallel)
+    kept_dimensions = (
+        {*dimensions, "pipeline"} if "virtual_pipeline" in dimensions else {*dimensions}
+    )
     for name in DIMENSIONS:
-        if name not in kept:
-            setattr(part.parallel, name, 1)
-    part.parallel.sequence = config.parallel.sequence and part.parallel.tensor > 1
-    part.parallel.overlap_pipeline &= part.parallel.virtual_pipeline > 1
-    if part.parallel.pipeline > 1:
-        part.model.pattern = config.model.pattern
-        if part.model.pattern.count("|") + 1 != num_stages(part.parallel):
-            letters = part.model.pattern.replace("|", "")
-            part.model.pattern = _cut(letters, num_stages(part.parallel))
-    return part, smallest_num_ranks(part.parallel) * (data_parallel if "data" in dimensions else 1)
+        if name not in kept_dimensions:
+            setattr(partial.parallel, name, 1)
+    partial.parallel.sequence = config.parallel.sequence and partial.parallel.tensor > 1
+    partial.parallel.overlap_pipeline &= partial.parallel.virtual_pipeline > 1
+    if partial.parallel.pipeline > 1:
+        partial.model.pattern = config.model.pattern
+        if partial.model.pattern.count("|") + 1 != num_stages(partial.parallel):
+            letters = partial.model.pattern.replace("|", "")
+            partial.model.pattern = _cut(letters, num_stages(partial.parallel))
+    return partial, smallest_num_ranks(partial.parallel) * (
+        data_parallel if "data" in dimensions else 1
+    )
 
 
 def dimensions(config: Config, num_ranks: int) -> list[str]:
-    """The parallel dimensions above 1 of a layout on `num_ranks` ranks; "data" only where replicas
-    are more than the expert dimensions need."""
-    found = [name for name in DIMENSIONS if getattr(config.parallel, name) > 1]
-    return found + (["data"] if num_ranks > smallest_num_ranks(config.parallel) else [])
+    """The parallel dimensions above 1 of a layout on `num_ranks` ranks. Includes "data" only if
+    there are more replicas than the expert dimensions need."""
+    names = [name for name in DIMENSIONS if getattr(config.parallel, name) > 1]
+    return names + (["data"] if num_ranks > smallest_num_ranks(config.parallel) else [])
 
 
 def another_layout(config: Config, num_ranks: int) -> tuple[Config, int]:
-    """A layout that shares nothing with that of `config`, and its ranks: one rank, or, for what
-    runs on one rank itself, two with the experts spread over them."""
-    other = one_rank(config)
+    """`config` with a different layout, and its number of ranks: one rank; or two ranks, with the
+    experts divided among them, if `config` itself runs on one rank."""
+    layout = one_rank(config)
     if num_ranks > 1:
-        return other, 1
-    if "E" in other.model.pattern:
-        other.parallel.expert = DEGREE
-    return other, DEGREE
+        return layout, 1
+    if "E" in layout.model.pattern:
+        layout.parallel.expert = DEGREE
+    return layout, DEGREE
 
 
 def smallest_num_ranks(parallel: ParallelConfig) -> int:
-    """The fewest ranks that hold the layout: both the dense and the expert groups must divide."""
+    """The smallest number of ranks for the layout: a multiple of the dense and the expert
+    groups."""
     dense = parallel.tensor * parallel.context
     expert = parallel.expert * parallel.expert_tensor
     return parallel.pipeline * lcm(dense, expert)
 
 
 def num_stages(parallel: ParallelConfig) -> int:
-    """Pipeline stages of the pattern, virtual ones counted."""
+    """Number of pipeline stages, including virtual stages."""
     return parallel.pipeline * parallel.virtual_pipeline
 
 
@@ -164,8 +171,8 @@ def _shrink_parallel(parallel: ParallelConfig, max_ranks: int) -> int:
 
 
 def _shrink_model(model: ModelConfig, parallel: ParallelConfig, cut_before: int) -> None:
-    """Sizes that stand for themselves become constants; counts keep their relation to the ranks
-    that share them out (`cut_before` of them in the user's layout)."""
+    """Independent sizes become constants. Counts that are divided over ranks keep their relation to
+    the number of ranks, which is `cut_before` in the user's layout."""
     cut = parallel.tensor * parallel.context
     model.hidden_size = min(model.hidden_size, WIDTH)
     model.vocab_size = min(model.vocab_size, VOCAB)
@@ -192,8 +199,9 @@ def _shrink_model(model: ModelConfig, parallel: ParallelConfig, cut_before: int)
 
 
 def _heads(heads: int, shared: int, cut_before: int, cut: int) -> tuple[int, int]:
-    """(heads, heads that groups of them share), both small and the first a multiple of `cut`: as
-    many shared ones as ranks, or fewer where `cut_before` ranks had to share them too."""
+    """Reduced (heads, shared heads); `shared` counts key-value heads or Mamba-2 groups. The number
+    of heads is a multiple of `cut`. There are as many shared heads as ranks, or fewer if ranks had
+    to share them in the layout of `cut_before` ranks."""
     small = min(shared, cut if cut > 1 else DEGREE) if shared >= cut_before else max(1, cut // 2)
     ratio = min(heads // shared, DEGREE)
     while small * ratio % cut:
@@ -202,7 +210,7 @@ def _heads(heads: int, shared: int, cut_before: int, cut: int) -> tuple[int, int
 
 
 def _window(letters: str, length: int) -> str:
-    """The first shortest run of `letters`, at least `length` long, that has all their kinds."""
+    """The first shortest substring of `letters`, at least `length` long, with all their kinds."""
     kinds = set(letters)
     for size in range(min(length, len(letters)), len(letters) + 1):
         for start in range(len(letters) - size + 1):
@@ -212,7 +220,7 @@ def _window(letters: str, length: int) -> str:
 
 
 def _cut(letters: str, stages: int) -> str:
-    """`letters` in `stages` parts, none of them empty."""
+    """`letters` split by `|` into `stages` non-empty parts."""
     bounds = [len(letters) * stage // stages for stage in range(stages + 1)]
     return "|".join(letters[a:b] for a, b in pairwise(bounds))
 
@@ -231,7 +239,9 @@ def _shrink_training(config: Config, ranks: int, steps: int) -> None:
     train.validation_tokens = batch
     train.validate_every_steps = train.save_every_steps = train.stop_after_steps = 0
     train.stop_after_minutes = 0.0
-    train.log_every_steps, train.threads, train.keep_checkpoints = 1, 1, 2
+    train.log_every_steps = 1
+    train.threads = 1
+    train.keep_checkpoints = 2
     quarter = steps // 4 * batch
     optim.warmup_tokens = min(optim.warmup_tokens, quarter)
     optim.decay_tokens = min(optim.decay_tokens, quarter)
@@ -239,8 +249,8 @@ def _shrink_training(config: Config, ranks: int, steps: int) -> None:
 
 def _shrink_precision(config: Config, own_precision: bool) -> None:
     if not own_precision:
-        whole = GemmFormat.float32
-        default = FormatConfig(format=whole, fprop=whole, dgrad=whole, wgrad=whole)
+        float32 = GemmFormat.float32
+        default = FormatConfig(format=float32, fprop=float32, dgrad=float32, wgrad=float32)
         config.precision = PrecisionConfig(
             name="fp32", parameter_dtype=Dtype.float32, default=default
         )
@@ -248,52 +258,52 @@ def _shrink_precision(config: Config, own_precision: bool) -> None:
     precision = config.precision
     precision.telemetry = TelemetryConfig()
     for rule in precision.rules.values():
-        rule.optional = True  # a layer that it names may have gone
+        rule.optional = True  # the reduced model may lack the layers that it names
         rule.first_layers, rule.last_layers = min(rule.first_layers, 1), min(rule.last_layers, 1)
 
 
 def _has_blocks(precision: PrecisionConfig) -> bool:
-    asked = [precision.default, *precision.rules.values()]
-    formats = {f for one in asked for f in (one.fprop, one.dgrad, one.wgrad)}
+    format_configs = [precision.default, *precision.rules.values()]
+    formats = {f for entry in format_configs for f in (entry.fprop, entry.dgrad, entry.wgrad)}
     return bool(formats & {GemmFormat.nvfp4, GemmFormat.mxfp8})
 
 
 def _shrink_data(config: Config, total_before: int, folder: Path) -> int:
-    """Folders of ours in the place of the user's: blends, weights and the phases' share of the run
-    stay, as far as the first sources and phases go."""
+    """Replace the user's data folders by new ones. Keeps blends, weights and each phase's share of
+    the run, for the first `SOURCES` folders and `PHASES` phases. Returns the number of sources."""
     data, batch = config.data, config.train.global_batch_tokens
     names: dict[str, str] = {}
 
-    def own(blend: list[BlendSource]) -> list[BlendSource]:
+    def replaced(blend: list[BlendSource]) -> list[BlendSource]:
         for source in blend:
             if source.path not in names and len(names) < SOURCES:
                 names[source.path] = str(source_folder(folder, len(names)))
         return [BlendSource(names[s.path], s.weight) for s in blend if s.path in names]
 
     phases = data.phases[:PHASES] if data.kind == DataKind.prepared else []
-    blends = [own(phase.blend) for phase in phases]
+    blends = [replaced(phase.blend) for phase in phases]
     first = next((blend for blend in blends if blend), None)
     first = first or [BlendSource(str(source_folder(folder, 0)), 1.0)]
     starts = [0]
     for phase in phases[1:]:
         share = phase.from_tokens / total_before
-        wanted = int(share * config.train.total_tokens) // batch * batch
-        starts.append(max(starts[-1] + batch, wanted))
-    together = [(start, blend or first) for start, blend in zip(starts, blends, strict=False)]
-    data.phases = [DataPhase(start, blend) for start, blend in together or [(0, first)]]
+        scaled_start = int(share * config.train.total_tokens) // batch * batch
+        starts.append(max(starts[-1] + batch, scaled_start))
+    shrunk_phases = [(start, blend or first) for start, blend in zip(starts, blends, strict=False)]
+    data.phases = [DataPhase(start, blend) for start, blend in shrunk_phases or [(0, first)]]
     data.kind, data.validation = DataKind.prepared, [BlendSource(first[0].path, 1.0)]
     data.tokenizer = str(source_folder(folder, 0) / "tokenizer")
     return max(1, len(names))
 
 
 def _changes(before: Config, after: Config) -> list[tuple[str, Any, Any]]:
-    """Every knob of model, layout and training that has another value now."""
-    found = []
+    """All changed knobs of model, layout, training and optimizer, and the name of the plan."""
+    changes = []
     for part in ("model", "parallel", "train", "optim"):
-        found += _different(getattr(before, part), getattr(after, part), part)
+        changes += _different(getattr(before, part), getattr(after, part), part)
     if before.precision.name != after.precision.name:
-        found.append(("precision", before.precision.name, after.precision.name))
-    return found
+        changes.append(("precision", before.precision.name, after.precision.name))
+    return changes
 
 
 def _different(before: Any, after: Any, knob: str) -> list[tuple[str, Any, Any]]:

@@ -1,1 +1,1 @@
-"""The machine: device, process groups, files, and what Megatron-Core needs without a GPU."""
+"""The machine: device, process groups, files, and Megatron-Core adaptations for CPUs."""

@@ -1,9 +1,11 @@
 """BF16 matrix products through FP32 on processors without BF16 instructions.
 
-oneDNN emulates BF16 where the processor has neither AVX-512 BF16 nor AMX, at a fifth of FP32's
-rate. There a product is computed by FP32's own kernel on widened operands and rounded once: what
-BF16 units do, up to the order of the sums. Owns: which processors need it, and the replacement
-of torch's CPU kernels. Does not own: products on a GPU, emulated formats (precision/gemm.py).
+On a processor with neither AVX-512 BF16 nor AMX, oneDNN emulates BF16 at a fifth of the FP32
+rate. There, this module widens the operands to FP32, runs the FP32 kernel and rounds the result
+once. BF16 units do the same, up to the order of the sums.
+
+Owns: which processors need this, and the replacement of torch's CPU kernels. Does not own: products
+on a GPU, emulated block-scaled formats (precision/gemm.py).
 """
 
 import functools
@@ -14,28 +16,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# The operators that every product of two matrices ends in, and whether they overwrite the first.
+# The operators behind every matrix product, and whether they overwrite their first argument.
 _OPERATORS = {"mm": False, "bmm": False, "addmm": False, "baddbmm": False}
 _OPERATORS |= {"addmm_": True, "baddbmm_": True}
 
 
 @functools.cache
 def needed() -> bool:
-    """x86-64 without BF16 instructions. Other processors are left alone: torch cannot tell."""
+    """Whether this is an x86-64 processor without BF16 instructions. False for other processors:
+    torch cannot query their features."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return False
     return not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def product_dtype(t: Tensor) -> torch.dtype:
-    """What a chain of products on `t` is best computed in: FP32 where each product of BF16 would
-    widen its operands and round its result, t's own type everywhere else."""
+    """The fastest dtype for a chain of products on `t`: FP32 if every BF16 product would widen its
+    operands and round its result (see `needed`), else the dtype of `t`."""
     widens = t.dtype == torch.bfloat16 and t.device.type == "cpu" and needed()
     return torch.float32 if widens else t.dtype
 
 
 def _are_bfloat16(arguments: tuple[Any, ...]) -> bool:
-    """Unlike types go to torch's own kernel, which refuses them."""
+    """Whether all tensors are BF16. Mixed dtypes go to torch's own kernel, which rejects them."""
     return all(a.dtype == torch.bfloat16 for a in arguments if isinstance(a, Tensor))
 
 
@@ -57,7 +60,7 @@ def _through_float32(name: str, in_place: bool) -> Callable[..., Tensor]:
 
 
 def _with_out(name: str) -> Callable[..., Tensor]:
-    """The form that writes into `out`."""
+    """The replacement of the `out=` variant of an operator."""
     kernel = torch.library.get_kernel(f"aten::{name}.out", "CPU")
 
     def product(keys: Any, *arguments: Any, out: Tensor, **scales: Any) -> Tensor:
@@ -72,7 +75,8 @@ def _with_out(name: str) -> Callable[..., Tensor]:
 
 @functools.cache
 def install() -> torch.library.Library:
-    """Replace the CPU kernels for this process; FP32 passes through (a few microseconds more)."""
+    """Replace the CPU kernels in this process. Other dtypes call torch's kernel, at a cost of a few
+    microseconds. Returns the torch library that holds the replacements."""
     kernels = {name: _through_float32(name, in_place) for name, in_place in _OPERATORS.items()}
     kernels |= {f"{name}.out": _with_out(name) for name in ("mm", "bmm", "addmm", "baddbmm")}
     library = torch.library.Library("aten", "IMPL")

@@ -1,7 +1,7 @@
-"""Owns the word "cuda": which device this process computes on, and which kernels it can use.
+"""The device of this process, and the kernels that it can use.
 
-`prepare()` must run before anything imports `megatron.core`: without a GPU it first puts the
-CPU adaptations of `megatron_cpu` in place.
+Owns: every use of `torch.cuda` outside `megatron_cpu`. `prepare()` must run before anything imports
+`megatron.core`: without a GPU it first installs the CPU adaptations of `megatron_cpu`.
 """
 
 import functools
@@ -23,15 +23,16 @@ TORCH_DTYPES = {Dtype.float32: torch.float32, Dtype.bfloat16: torch.bfloat16}
 
 @dataclass(frozen=True)
 class Platform:
-    """What this process runs on; every choice of kernels follows from it."""
+    """The device and libraries of this process. Every choice of kernels depends on it."""
 
     device: str  # "cuda" or "cpu"
     device_name: str
     backend: str  # torch.distributed backend: "nccl" or "gloo"
-    transformer_engine: bool  # Transformer Engine's layers are used in the specs
-    mamba_kernels: bool  # mamba_ssm's fused scan is used
+    transformer_engine: bool  # layer specs use Transformer Engine's modules
+    mamba_kernels: bool  # use mamba_ssm's fused scan
 
     def describe(self) -> str:
+        """One line with the device, the backend and the implementations of linears and Mamba-2."""
         linears = "Transformer Engine" if self.transformer_engine else "Megatron-Core"
         scan = "mamba_ssm" if self.mamba_kernels else "chunked torch"
         return f"{self.device_name} · {self.backend} · linears: {linears} · Mamba-2: {scan}"
@@ -41,7 +42,8 @@ class Platform:
 def prepare(num_threads: int = 0) -> Platform:
     """Choose the device and make Megatron-Core importable on it.
 
-    num_threads: CPU threads for torch; 0 leaves each rank its share of the cores.
+    num_threads: CPU threads for torch; 0 gives each rank of this machine an equal share of the
+    cores. Later calls with the same argument return the same object.
     """
     _quiet_libraries()
     if torch.cuda.is_available():
@@ -64,7 +66,7 @@ def prepare(num_threads: int = 0) -> Platform:
 
 
 def hardware(platform: Platform) -> Hardware:
-    """This process's device, as `plan.guards` and `precision.backend` ask about it."""
+    """Facts about this process's device, for `plan.guards` and `plan.backend`."""
     has_engine = importlib.util.find_spec("transformer_engine") is not None
     version = installed_versions().get("transformer-engine", "0") if has_engine else None
     if platform.device == "cpu":
@@ -73,8 +75,8 @@ def hardware(platform: Platform) -> Hardware:
 
 
 def _quiet_libraries() -> None:
-    """Drop what Megatron-Core and torch say about themselves at every start and step; anything
-    about the user's run passes."""
+    """Silence warnings of Megatron-Core and torch about their own internals. Warnings about the
+    user's run are still shown."""
     for message in (
         ".*is experimental and still under active development",
         ".*grad attribute of a Tensor that is not a leaf",
@@ -93,20 +95,20 @@ def _quiet_libraries() -> None:
 
 
 def parameter_device(on_cpu: bool) -> int | None:
-    """Where a parameter is made: this process's GPU, or None, which leaves the choice to torch
-    (the CPU, or the meta device where a caller has set it)."""
+    """The device for a new parameter: this process's GPU, or None if `on_cpu`. None means torch's
+    default device (the CPU, or the meta device if a caller has set it)."""
     return None if on_cpu else torch.cuda.current_device()
 
 
 def wait_for_device() -> None:
-    """SYNC: until all that was asked of a GPU is done."""
+    """SYNC: wait until the GPU has finished all queued work. Does nothing on a CPU."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def time_mark() -> Any:
-    """A point in time on the device, for `seconds_between`: an event in a GPU's current stream,
-    which waits for nothing; the clock on a CPU."""
+    """A time stamp for `seconds_between`. On a GPU: an event recorded in the current stream,
+    without synchronization. On a CPU: the clock in seconds."""
     if not torch.cuda.is_available():
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -115,7 +117,7 @@ def time_mark() -> Any:
 
 
 def seconds_between(start: Any, end: Any) -> float:
-    """Between two marks of `time_mark`. SYNC: waits until a GPU has reached `end`."""
+    """Seconds between two results of `time_mark`. SYNC: waits until the GPU has reached `end`."""
     if isinstance(start, float):
         return end - start
     end.synchronize()
@@ -123,12 +125,12 @@ def seconds_between(start: Any, end: Any) -> float:
 
 
 def device_random_state() -> torch.Tensor:
-    """State of the device's random generator; the CPU's where there is no other device."""
+    """State of the GPU's random generator, or of the CPU's if there is no GPU."""
     return torch.cuda.get_rng_state() if torch.cuda.is_available() else torch.get_rng_state()
 
 
 def set_device_random_state(state: torch.Tensor) -> None:
-    """The inverse of `device_random_state`."""
+    """Restore a state returned by `device_random_state`."""
     if torch.cuda.is_available():
         torch.cuda.set_rng_state(state)
     else:
@@ -136,7 +138,8 @@ def set_device_random_state(state: torch.Tensor) -> None:
 
 
 def peak_memory_bytes() -> int:
-    """Peak memory of this process so far: the device's allocator, or the resident set on a CPU."""
+    """Peak memory of this process so far, in bytes: of the GPU allocator, or the resident set on a
+    CPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     import resource
@@ -144,13 +147,13 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-# Dense BF16 peak of one device, operations a second, by a word of its name (vendor data sheets).
+# Dense BF16 peak of one device in FLOP/s, by a word of its name (vendor data sheets).
 PEAK_FLOPS = {"GB300": 2.5e15, "GB200": 2.5e15, "B200": 2.25e15, "H200": 989e12, "H100": 989e12}
 PEAK_FLOPS |= {"A100": 312e12}
 
 
 def peak_flops() -> float:
-    """Dense BF16 peak of this process's device; 0.0 where it is not known (a CPU, say)."""
+    """Dense BF16 peak of this process's device in FLOP/s; 0.0 if unknown, as for a CPU."""
     if not torch.cuda.is_available():
         return 0.0
     name = torch.cuda.get_device_name()

@@ -1,7 +1,7 @@
-"""Process groups: starts torch.distributed and Megatron-Core's grid of ranks, and ends both.
+"""Process groups: start and stop of torch.distributed and Megatron-Core's parallel groups.
 
-A single process is a grid of one: the same code runs everywhere. Owns no layout arithmetic
-(`plan.derive` checks that the layout divides).
+A single process is a world of one rank, so the same code runs everywhere. Does not own: the layout
+arithmetic (`plan.derive` checks divisibility).
 """
 
 import os
@@ -22,7 +22,7 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 
 
 def num_ranks() -> int:
-    """World size that the launcher set (torchrun, srun); 1 without one."""
+    """World size set by the launcher (torchrun, srun); 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -33,8 +33,8 @@ def _free_port() -> int:
 
 
 def _meet(rendezvous_seconds: int) -> tuple[Any, int, int]:
-    """The launcher's store, this rank and the number of ranks, once the first rank can be reached;
-    the first rank itself waits for all others. Raises RendezvousFailed."""
+    """Return the launcher's store, this rank and the number of ranks. Waits until rank 0 can be
+    reached; rank 0 itself waits for all other ranks. Raises RendezvousFailed on a timeout."""
     address = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
     rank, ranks = os.environ["RANK"], os.environ.get("WORLD_SIZE", "?")
     try:
@@ -56,9 +56,9 @@ def start(
 ) -> ProcessGroupCollection:
     """Start the process groups of `parallel` and return them; COLLECTIVE.
 
-    A collective that waits longer than `timeout` raises; on a GPU it ends the process.
-    Without a launcher's environment a single-rank store on loopback is used. Raises
-    RendezvousFailed where the ranks do not meet.
+    backend: "nccl" or "gloo". A collective that waits longer than `timeout` raises an error; on a
+    GPU it ends the process. Without a launcher, a store on the loopback address serves one rank.
+    Raises RendezvousFailed if the ranks cannot connect within `rendezvous_seconds`.
     """
     if not dist.is_initialized():
         if "RANK" in os.environ:
@@ -86,7 +86,7 @@ def start(
 
 
 def stop() -> None:
-    """Tear down Megatron's groups and torch.distributed; does nothing where none runs."""
+    """Destroy Megatron's groups and torch.distributed's. Does nothing if none are initialized."""
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():
@@ -101,7 +101,9 @@ def sum_over(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
 
 
 def from_first_rank(tensor: torch.Tensor) -> torch.Tensor:
-    """The first rank's values of a tensor that all ranks hold alike; COLLECTIVE."""
+    """Broadcast rank 0's values of a tensor that has the same shape on all ranks; COLLECTIVE.
+
+    Overwrites `tensor` if it is contiguous; returns it (or a contiguous copy)."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         tensor = tensor.contiguous()
         dist.broadcast(tensor, src=0)
@@ -109,9 +111,9 @@ def from_first_rank(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def raise_together(problem: str, error: type[Exception] = ConfigError) -> None:
-    """Raise `error` on every rank if the first rank has a `problem`; COLLECTIVE.
+    """Raise `error` on every rank if `problem` is not empty on rank 0; COLLECTIVE.
 
-    Else the others would wait in their next collective until it times out.
+    If only rank 0 raised, the others would wait in their next collective until it times out.
     """
     message = [problem]
     if dist.get_world_size() > 1:

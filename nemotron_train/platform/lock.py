@@ -1,4 +1,4 @@
-"""The exclusive right to build one data folder, between processes."""
+"""A lock between processes: only one of them may build a data folder."""
 
 import fcntl
 from collections.abc import Iterator
@@ -10,10 +10,11 @@ from nemotron_train.config.errors import ConfigError
 
 @contextmanager
 def exclusive(folder: Path, *, wait: bool) -> Iterator[None]:
-    """Hold the lock file `.NAME.lock` beside `folder`; the kernel frees it if we die.
+    """Hold the lock file `.NAME.lock` beside `folder`. The kernel releases it if the process dies.
 
-    With `wait`, blocks until it is ours; without, raises ConfigError if another process has it.
-    The empty lock file stays: removing it would let two processes lock different files.
+    wait: block until the lock is free; otherwise raise ConfigError if another process holds it.
+    Also raises ConfigError if the lock file cannot be created. The empty lock file is not removed:
+    removing it would let two processes lock different files.
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -1,15 +1,15 @@
-"""Everything that lets Megatron-Core 0.19 run where there is no CUDA device, in one place.
+"""All adaptations that let Megatron-Core 0.19 run without a CUDA device.
 
-Three kinds of adaptation, all put in place by `install()` and refused where a GPU exists:
+`install()` applies three kinds of adaptation. It raises an error if a GPU exists.
 
-1. stand-ins on `torch.cuda` for what Megatron calls without asking whether a GPU is there
-   (current device, streams, events, random state);
-2. constants inside Megatron's functions that name the CUDA device or its tensor types, replaced
-   by the CPU's (`RENAMED`): narrower than wrapping torch's factories for the whole process;
-3. single functions whose CPU branch is missing upstream (`_REPLACED`).
+1. Stand-ins on `torch.cuda` for functions that Megatron calls without checking for a GPU (current
+   device, streams, events, random state).
+2. Constants inside Megatron's functions that name the CUDA device or its tensor types: replaced by
+   those of the CPU (`RENAMED`). This is narrower than wrapping torch's factories process-wide.
+3. Single functions that lack a CPU branch upstream: replaced (see `install`).
 
-tests/platform/test_megatron_cpu.py holds one canary a patch: it fails once upstream no longer
-needs it. This module does not choose kernels or layers; `assemble.specs` does.
+tests/platform/test_megatron_cpu.py has one canary per patch: it fails as soon as upstream no longer
+needs the patch. Does not own: the choice of kernels and layers (`assemble.specs`).
 """
 
 import contextlib
@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
-# UPSTREAM(megatron-core 0.19.2): functions with CUDA constants, by module. The value is what
-# each constant becomes. A module listed here in which nothing is found raises.
+# UPSTREAM(megatron-core 0.19.2): modules with CUDA constants in functions, and the replacement of
+# each constant. `install` raises an error if a listed module has no such constant.
 RENAMED = {"cuda": "cpu"} | {
     f"torch.cuda.{kind}Tensor": f"torch.{kind}Tensor" for kind in ("Float", "Half", "BFloat16")
 }
@@ -44,12 +44,12 @@ IMPORTED_EARLY = (
     "megatron.core.optimizer",
 )
 
-# What param_and_grad_buffer calls on whole buffers, in place, once a step.
+# Collectives that param_and_grad_buffer calls in place on whole buffers, once per step.
 WHOLE_BUFFER_COLLECTIVES = ("dist_all_gather_func", "dist_reduce_scatter_func")
 
 
 class Stream:
-    """A stream that orders nothing: CPU work is synchronous."""
+    """Stand-in for `torch.cuda.Stream`. It does nothing, because CPU work is synchronous."""
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         self.cuda_stream = 0
@@ -61,12 +61,14 @@ class Stream:
         """Nothing to wait for."""
 
     def record_event(self, event: object = None) -> "Event":
+        """An event that is already complete."""
         return Event()
 
     def synchronize(self) -> None:
         """Nothing to wait for."""
 
     def query(self) -> bool:
+        """Always True: all work is complete."""
         return True
 
     def __enter__(self) -> "Stream":
@@ -77,26 +79,27 @@ class Stream:
 
 
 class Event:
-    """An event that has always happened."""
+    """Stand-in for `torch.cuda.Event`. It is always complete."""
 
     def __init__(self, *args: object, **kwargs: object) -> None:
-        """CUDA's events take timing flags; a CPU has no use for them."""
+        """Accept and ignore the timing flags of CUDA events."""
 
     def record(self, stream: object = None) -> None:
-        """Already happened."""
+        """Nothing to record."""
 
     def wait(self, stream: object = None) -> None:
-        """Already happened."""
+        """Nothing to wait for."""
 
     def synchronize(self) -> None:
-        """Already happened."""
+        """Nothing to wait for."""
 
     def query(self) -> bool:
+        """Always True."""
         return True
 
 
 class _DefaultGenerators:
-    """`torch.cuda.default_generators[i]`: the CPU's generator for every index."""
+    """Stand-in for `torch.cuda.default_generators`: the CPU generator at every index."""
 
     def __getitem__(self, index: object) -> torch.Generator:
         return torch.default_generator
@@ -114,16 +117,16 @@ def _manual_seed(seed: int) -> None:
     torch.default_generator.manual_seed(seed)
 
 
-def _nothing() -> Callable[..., None]:
-    """A new function that does nothing: where CUDA would synchronize, initialize or release.
+def _new_no_op() -> Callable[..., None]:
+    """A new function that does nothing, for CUDA functions that synchronize, initialize or release.
 
-    A new one each time, since torch's compiler refuses to know one function by two names.
+    Each call returns a different function: torch's compiler rejects one function under two names.
     """
 
-    def nothing(*args: object, **kwargs: object) -> None:
-        """A CPU has nothing to do here."""
+    def no_op(*args: object, **kwargs: object) -> None:
+        """Nothing to do on a CPU."""
 
-    return nothing
+    return no_op
 
 
 @contextlib.contextmanager
@@ -132,7 +135,7 @@ def _stream_context(stream: object) -> Iterator[object]:
 
 
 def _cuda_stand_ins() -> dict[str, object]:
-    """Attributes of `torch.cuda` that Megatron-Core uses without asking for a device."""
+    """Attributes of `torch.cuda` that Megatron-Core uses without checking for a device."""
     cpu_stream = Stream()
     return {
         "current_device": lambda: torch.device("cpu"),
@@ -142,14 +145,14 @@ def _cuda_stand_ins() -> dict[str, object]:
         "stream": _stream_context,
         "Stream": Stream,
         "Event": Event,
-        "synchronize": _nothing(),
-        "empty_cache": _nothing(),
-        "set_device": _nothing(),
+        "synchronize": _new_no_op(),
+        "empty_cache": _new_no_op(),
+        "set_device": _new_no_op(),
         "manual_seed": _manual_seed,
         "get_rng_state": _get_rng_state,
         "set_rng_state": _set_rng_state,
         "default_generators": _DefaultGenerators(),
-        "_lazy_init": _nothing(),
+        "_lazy_init": _new_no_op(),
         "_lazy_call": lambda function, **kwargs: function(),
         "is_current_stream_capturing": lambda: False,
     }
@@ -185,7 +188,8 @@ def _functions_of(module: types.ModuleType) -> Iterator[types.FunctionType]:
 
 
 def rename_constants(module: types.ModuleType) -> int:
-    """Replace CUDA's constants in every function of `module`; returns how many changed."""
+    """Replace CUDA constants (`RENAMED`) in every function of `module`. Returns the number of
+    changed functions."""
     num_changed = 0
     for function in _functions_of(module):
         code = _with_renamed_constants(function.__code__)
@@ -196,16 +200,16 @@ def rename_constants(module: types.ModuleType) -> int:
 
 
 def _move_to_host(tensor: object, as_numpy: bool = False, record_stream: bool = False) -> object:
-    """`moe_utils.maybe_move_tensor_to_cpu`: upstream converts to NumPy only what was on a GPU,
-    and gloo's all-to-all needs its split sizes as a list-like."""
+    """Replacement of `moe_utils.maybe_move_tensor_to_cpu`. Upstream converts only GPU tensors to
+    NumPy, but gloo's all-to-all needs its split sizes as a list-like."""
     if isinstance(tensor, torch.Tensor) and as_numpy:
         return tensor.numpy()
     return tensor
 
 
 def _unless_alone(collective: Callable) -> Callable:
-    """`collective` into its own input, as a group of one: nothing to do. Gloo would copy the whole
-    buffer, a tenth of an optimizer step (NCCL does nothing either)."""
+    """`collective`, skipped for a group of one rank that works in place. Gloo would copy the whole
+    buffer, a tenth of an optimizer step; NCCL copies nothing."""
 
     def collect(
         output: torch.Tensor, source: torch.Tensor, *, group: Any, **options: object
@@ -217,35 +221,37 @@ def _unless_alone(collective: Callable) -> Callable:
     return collect
 
 
-def _gather_uneven(even: Callable) -> Callable:
-    """`mappings._gather_along_first_dim` for parts of different lengths, which gloo's all-gather
-    refuses: padded to the longest. Experts cut over ranks that get tokens of several
-    expert-parallel ranks need it."""
+def _gather_uneven(original: Callable) -> Callable:
+    """`mappings._gather_along_first_dim` for parts of different lengths. Gloo's all-gather rejects
+    them, so they are padded to the longest part. Needed for experts that are split over ranks
+    (expert_tensor) and receive tokens of several expert-parallel ranks."""
 
     def gather(
-        part: torch.Tensor, group: Any, sizes: list[int] | None = None, *more: object
+        part: torch.Tensor, group: Any, sizes: list[int] | None = None, *extra_args: object
     ) -> torch.Tensor:
         if sizes is None or group.size() == 1:
-            return even(part, group, sizes, *more)
+            return original(part, group, sizes, *extra_args)
         longest = max(sizes)
         padded = part.new_zeros(longest, *part.shape[1:])
         padded[: len(part)] = part
         parts = [torch.empty_like(padded) for _ in sizes]
         torch.distributed.all_gather(parts, padded, group=group)
-        return torch.cat([whole[:size] for whole, size in zip(parts, sizes, strict=True)])
+        return torch.cat(
+            [padded_part[:size] for padded_part, size in zip(parts, sizes, strict=True)]
+        )
 
     return gather
 
 
-def _reduce_scatter_uneven(even: Callable) -> Callable:
-    """`mappings._reduce_scatter_along_first_dim` for parts of different lengths: every rank sums
-    the whole and keeps its part."""
+def _reduce_scatter_uneven(original: Callable) -> Callable:
+    """`mappings._reduce_scatter_along_first_dim` for parts of different lengths: an all-reduce of
+    the whole tensor, of which every rank keeps its part."""
 
     def reduce_scatter(
-        whole: torch.Tensor, group: Any, sizes: list[int] | None = None, *more: object
+        whole: torch.Tensor, group: Any, sizes: list[int] | None = None, *extra_args: object
     ) -> torch.Tensor:
         if sizes is None or group.size() == 1:
-            return even(whole, group, sizes, *more)
+            return original(whole, group, sizes, *extra_args)
         total = whole.clone(memory_format=torch.contiguous_format)
         torch.distributed.all_reduce(total, group=group)
         return total.split(sizes)[group.rank()].contiguous()
@@ -265,14 +271,15 @@ def _replace_everywhere(name: str, original: Callable, replacement: Callable) ->
 
 @contextlib.contextmanager
 def _without_compile() -> Iterator[None]:
-    """While Megatron's modules are imported, `torch.compile` returns the function as it is:
-    inductor would ask for CUDA's properties, and compile for half a minute at the first step."""
+    """Make `torch.compile` return its function unchanged while Megatron's modules are imported.
+    Otherwise inductor would query CUDA properties, and compile for half a minute at the first
+    step."""
 
-    def as_it_is(function: Callable | None = None, **options: object) -> Callable:
+    def uncompiled(function: Callable | None = None, **options: object) -> Callable:
         return function if function is not None else lambda wrapped: wrapped
 
     compile_function = torch.compile
-    torch.compile = as_it_is  # type: ignore[assignment]
+    torch.compile = uncompiled  # type: ignore[assignment]
     try:
         yield
     finally:
@@ -283,9 +290,10 @@ _installed = False
 
 
 def install() -> None:
-    """Adapt this process's torch and Megatron-Core to a machine without a GPU; idempotent.
+    """Adapt torch and Megatron-Core in this process to a machine without a GPU; idempotent.
 
-    Raises RuntimeError where a CUDA device exists: the stand-ins would hide it.
+    Raises RuntimeError if a CUDA device exists, because the stand-ins would hide it, or if a module
+    of `MODULES_WITH_CONSTANTS` has no CUDA constants.
     """
     global _installed
     if _installed:
@@ -297,8 +305,8 @@ def install() -> None:
         setattr(torch.cuda, name, value)
     for name in ("get_rng_state", "set_rng_state", "manual_seed"):
         setattr(torch.cuda.random, name, stand_ins[name])
-    torch.cuda.nvtx.range_push = _nothing()  # type: ignore[assignment]
-    torch.cuda.nvtx.range_pop = _nothing()  # type: ignore[assignment]
+    torch.cuda.nvtx.range_push = _new_no_op()  # type: ignore[assignment]
+    torch.cuda.nvtx.range_pop = _new_no_op()  # type: ignore[assignment]
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
     torch.nn.Module.cuda = lambda self, device=None: self  # type: ignore[method-assign]
     with _without_compile():
@@ -312,11 +320,11 @@ def install() -> None:
     name = "maybe_move_tensor_to_cpu"
     _replace_everywhere(name, getattr(moe_utils, name), _move_to_host)
     mappings = importlib.import_module("megatron.core.tensor_parallel.mappings")
-    for name, uneven in (
+    for name, wrap in (
         ("_gather_along_first_dim", _gather_uneven),
         ("_reduce_scatter_along_first_dim", _reduce_scatter_uneven),
     ):
-        _replace_everywhere(name, getattr(mappings, name), uneven(getattr(mappings, name)))
+        _replace_everywhere(name, getattr(mappings, name), wrap(getattr(mappings, name)))
     buffers = importlib.import_module("megatron.core.distributed.param_and_grad_buffer")
     for name in WHOLE_BUFFER_COLLECTIVES:
         setattr(buffers, name, _unless_alone(getattr(buffers, name)))

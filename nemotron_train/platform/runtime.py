@@ -1,9 +1,9 @@
-"""Starts what a run or a generation computes on: the device, the backend of its formats, the ranks.
+"""Startup of a training or generation process: device, precision backend, process groups.
 
-Owns: the order in which that happens. The device comes first, because Megatron-Core can be imported
-only then; the backend's environment next, because Transformer Engine reads it when imported; then
-the guards, which know both. Does not own: any decision (`plan.backend`, `plan.guards`), the device
-(`device`), the grid of ranks (`groups`).
+Owns: the order of these steps. The device comes first, because Megatron-Core can be imported only
+after it. The backend's environment variables come next, because Transformer Engine reads them when
+it is imported. The guards come last, because they check both. Does not own: the decisions
+(`plan.backend`, `plan.guards`), the device (`device`), the process groups (`groups`).
 """
 
 import os
@@ -23,15 +23,15 @@ from nemotron_train.platform.device import Platform
 
 @dataclass(frozen=True)
 class Runtime:
-    """The device of this process and what computes the plan's formats on it. `start_ranks` joins
-    it to the others; `stop_ranks` ends that."""
+    """The device of this process and the backend for the plan's block-scaled formats. `start_ranks`
+    connects the process to the other ranks; `stop_ranks` disconnects it."""
 
     platform: Platform
     backend: Choice
 
     @property
     def is_first_rank(self) -> bool:
-        """Whether this process speaks for all: rank 0, or the only one."""
+        """Whether this process is rank 0 or the only one; it prints for all ranks."""
         return os.environ.get("RANK", "0") == "0"
 
     def start_ranks(
@@ -40,15 +40,16 @@ class Runtime:
         rendezvous_seconds: int = 300,
         timeout: timedelta | None = None,
     ) -> Any:
-        """The process groups of `parallel`, a megatron.core ProcessGroupCollection; COLLECTIVE.
-        timeout: of a collective. Raises RendezvousFailed where the ranks do not meet."""
+        """Start the process groups of `parallel`; COLLECTIVE. Returns a megatron.core
+        ProcessGroupCollection. timeout: limit of one collective. Raises RendezvousFailed if the
+        ranks cannot connect within `rendezvous_seconds`."""
         from nemotron_train.platform import groups
 
         limits = {} if timeout is None else {"timeout": timeout}
         return groups.start(parallel, self.platform.backend, rendezvous_seconds, **limits)
 
     def stop_ranks(self) -> None:
-        """Tear the process groups down; does nothing where none runs."""
+        """Destroy the process groups. Does nothing if none are initialized."""
         from nemotron_train.platform import groups
 
         groups.stop()
@@ -61,11 +62,12 @@ def start_runtime(
     say: Callable[[str], None],
     show: Callable[[str], None] | None = None,
 ) -> Runtime:
-    """Prepare this process to compute `config` under `plan`; Megatron-Core may be imported after.
+    """Prepare this process to compute `config` under `plan`, before Megatron-Core is imported.
 
-    threads: CPU threads of torch, 0 for this rank's share of the cores. say: takes one line for
-    each warning; show: takes the lines that describe the device and the backend. Raises ConfigError
-    where a guard refuses the combination, or `precision.backend=native` cannot be had.
+    threads: CPU threads of torch; 0 for this rank's share of the cores. say: called with each
+    warning, one line; show: called with each line that describes the device or the backend. Raises
+    ConfigError if a guard rejects the combination, or if `precision.backend=native` is not
+    available.
     """
     platform = device.prepare(threads)
     surroundings = Surroundings(

@@ -1,1 +1,1 @@
-"""Low-precision numerics, and the modules that compute in a precision plan."""
+"""Low-precision numerics, and the modules that apply a precision plan."""

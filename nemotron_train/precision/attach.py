@@ -1,7 +1,7 @@
-"""Brings a precision plan to the modules of a built model, phase by phase, and reads it back.
+"""Attaches a precision plan to the modules of a built model, phase by phase, and verifies it.
 
-Owns: which module carries which path of the plan, the switch at a phase's start, the clock of the
-random words. Does not own: the plan (`plan`), the arithmetic (`linear`, `experts`).
+Owns: the module for each path of the plan, the switch at the start of a phase, the rounding clock.
+Does not own: the plan (`plan`), the arithmetic (`linear`, `experts`).
 """
 
 import re
@@ -30,13 +30,13 @@ from nemotron_train.precision.telemetry import Telemetry
 
 
 def emulates(config: Config, plan: PrecisionPlan) -> bool:
-    """Whether the run needs the linears that a plan can be attached to: it quantizes something, or
-    telemetry looks at what that would cost."""
+    """Whether the run needs linears that a plan can be attached to: the plan quantizes something,
+    or telemetry is on."""
     return plan.is_quantized or config.precision.telemetry.every > 0
 
 
 def global_modules(model: Any) -> dict[str, torch.nn.Module]:
-    """Modules by path, decoder layers numbered from 0 over all pipeline stages."""
+    """Modules by path. Decoder layers are numbered from 0 over all pipeline stages."""
     modules = {}
     for name, module in model.named_modules():
         match = re.match(r"decoder\.layers\.(\d+)(.*)", name)
@@ -48,15 +48,15 @@ def global_modules(model: Any) -> dict[str, torch.nn.Module]:
 
 
 def modules_of(chunks: Sequence[torch.nn.Module]) -> dict[str, torch.nn.Module]:
-    """`global_modules` of all chunks of this rank. Layers are apart; containers, which every chunk
-    has under the same name, are the last chunk's."""
+    """`global_modules` of all chunks of this rank. Layer paths are unique; for containers, which
+    every chunk has under the same path, the last chunk's module is returned."""
     return {name: module for chunk in chunks for name, module in global_modules(chunk).items()}
 
 
 @dataclass(frozen=True)
 class _Slot:
-    """A linear on this rank, how it is cut and which of the step's calls are its own; the fields
-    of `Attached`."""
+    """A linear on this rank, its sharding and the number of its first call in a step. For the
+    fields see `Attached`."""
 
     path: str
     module: torch.nn.Module
@@ -68,7 +68,10 @@ class _Slot:
 
 
 class PrecisionControl:
-    """Holds the model of this rank, one chunk or several, to the plan as training goes on."""
+    """Applies the plan to the model of this rank (one chunk or several) during training.
+
+    Raises ConfigError if the plan quantizes a linear that has no emulated form.
+    """
 
     def __init__(
         self,
@@ -86,8 +89,10 @@ class PrecisionControl:
         self._enter(self._phase)
 
     def before_step(self, step: int, tokens: int) -> bool:
-        """Prepare optimizer step `step`, which starts after `tokens` trained tokens; True when a
-        new phase begins with it."""
+        """Prepare optimizer step `step` (from 0), which starts after `tokens` trained tokens.
+
+        Returns True if a new phase of the plan begins with this step.
+        """
         self.clock.step = step
         phase = self._plan.at(tokens)
         is_new = phase is not self._phase
@@ -99,8 +104,8 @@ class PrecisionControl:
         return is_new
 
     def gradients_ready(self, chunks: Sequence[DistributedDataParallel]) -> None:
-        """The step's gradients are complete: the last thing that telemetry looks at. What runs
-        through the model after it, such as validation, is not measured."""
+        """Call when the gradients of the step are complete. Telemetry counts their zeros and stops
+        measuring, so a later forward pass, such as validation, is not measured."""
         if self._telemetry is not None and self._telemetry.is_due(self.clock.step + 1):
             weights: list[tuple[str, Any]] = [(s.path, s.module.weight) for s in self._slots]
             self._telemetry.add_zero_gradients(
@@ -113,22 +118,22 @@ class PrecisionControl:
             attached: Any = slot.module.attached
             attached.observer = observer
 
-    def scale_tokens_apart(self, apart: bool) -> None:
-        """From now on forward products quantize each token by itself (`RoundingClock`)."""
-        self.clock.tokens_apart = apart
+    def set_per_token_scales(self, enabled: bool) -> None:
+        """Whether forward products scale each token separately from now on (`RoundingClock`)."""
+        self.clock.per_token_scales = enabled
 
     def weights_changed(self) -> None:
-        """The optimizer stepped or a checkpoint was loaded: quantized weights are stale."""
+        """Call after an optimizer step or a checkpoint load: invalidates quantized weights."""
         self.clock.weights_version += 1
 
     def attached(self) -> dict[str, LinearFormats]:
-        """What this rank's modules carry, read from the modules."""
-        found = {}
+        """Path -> formats, read from the modules of this rank."""
+        formats = {}
         for slot in self._slots:
-            carried = getattr(slot.module, "attached", None)
-            if carried is not None:
-                found[carried.path] = carried.formats
-        return found
+            attached = getattr(slot.module, "attached", None)
+            if attached is not None:
+                formats[attached.path] = attached.formats
+        return formats
 
     def _enter(self, phase: PlanPhase) -> None:
         formats = phase.formats
@@ -145,17 +150,17 @@ class PrecisionControl:
             )
         self._phase = phase
         self.weights_changed()
-        found = self.attached()
+        actual = self.attached()
         for slot in self._slots:
-            if found.get(slot.path) != formats[slot.path]:
+            if actual.get(slot.path) != formats[slot.path]:
                 raise RuntimeError(
-                    f"{slot.path} carries {found.get(slot.path)}, the plan says "
+                    f"{slot.path} carries {actual.get(slot.path)}, the plan says "
                     f"{formats[slot.path]}: the run stops rather than train in another precision"
                 )
 
 
 def _calls_per_rank(path: str, config: Config, groups: ProcessGroupCollection) -> int:
-    """Forward calls of a module within a training step on one data-parallel rank."""
+    """Number of forward calls of a module in a training step on one data-parallel rank."""
     train = config.train
     sequences = train.global_batch_tokens // train.sequence_length
     micro_batches = sequences // (train.micro_batch_sequences * groups.dp.size())
@@ -168,8 +173,8 @@ def _slots(
     plan: PrecisionPlan,
     groups: ProcessGroupCollection,
 ) -> list[_Slot]:
-    """The linears of this rank that a plan can quantize. Raises ConfigError for one that the plan
-    quantizes and that has no emulated form."""
+    """The linears of this rank that a plan can quantize. Raises ConfigError if the plan quantizes a
+    linear that has no emulated form."""
     slots = []
     present = modules_of(chunks)
     for path, module in present.items():
@@ -182,9 +187,9 @@ def _slots(
             cut: Cut = "tokens" if config.parallel.sequence else ""
             slots.append(_Slot(path, module, groups.tp, cut, groups.cp, first))
         elif isinstance(module, ExpertWeights):
-            # Ranks that hold the same experts see other tokens, tensor-parallel ranks among them
-            # where sequence parallelism cuts the tokens and experts are not cut, and
-            # context-parallel ranks.
+            # Ranks that hold the same experts have different tokens. They include context-parallel
+            # ranks, and tensor-parallel ranks if sequence parallelism shards the tokens and the
+            # experts are not sharded.
             first = groups.expt_dp.rank() * _calls_per_rank(path, config, groups)
             cut = "outputs" if path.endswith("fc1") else "inputs"
             part = groups.ep.rank()

@@ -1,11 +1,11 @@
-"""Routed experts whose grouped products are computed in emulated block formats.
+"""Routed experts whose grouped products are computed in emulated block-scaled formats.
 
-Each expert's weights, tokens and gradients are tensors of their own, each with its own largest
-magnitude, as in Transformer Engine's grouped linear. An expert's tokens are padded with zero rows
-to a multiple of 32, which every format's blocks along the tokens divide.
+The weights, tokens and gradients of each expert are separate tensors, each with its own amax, as
+in Transformer Engine's grouped linear. An expert's tokens are padded with zero rows to a multiple
+of 32, so that they hold a whole number of blocks of every format.
 
 Shapes: T tokens sorted by expert, P the same with padding, E experts, D expert input and output
-width, F expert hidden width; N and K output and input features of one of the two products.
+width, F expert hidden width; N output and K input features of one of the two products.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ from nemotron_train.precision.linear import Attached, Dim, Role
 from nemotron_train.precision.mxfp8 import mxfp8_operand
 from nemotron_train.precision.rounding import RandomWords
 
-ROW_MULTIPLE = 32
+ROW_MULTIPLE = 32  # rows of an expert are padded to a multiple of this
 
 
 def _grouped_operand(
@@ -42,12 +42,12 @@ def _grouped_operand(
     rows_E: Tensor,
     words: RandomWords | None = None,
 ) -> Operand:
-    """E tensors stacked along the rows of `tensor`, each quantized by itself."""
+    """Quantize E tensors, stacked along the rows of `tensor`, each separately."""
     if form == GemmFormat.mxfp8:
         operand = mxfp8_operand(tensor, dim=dim)
         return Operand(operand.values, operand.scale.expand(len(rows_E)), 1.0)
-    if form == GemmFormat.nvfp4 and attached.scales_tokens_apart(role, dim):
-        return attached.operand_of_tokens(tensor)
+    if form == GemmFormat.nvfp4 and attached.has_per_token_scales(role, dim):
+        return attached.per_token_operand(tensor)
     if form == GemmFormat.nvfp4:
         return nvfp4.nvfp4_operand(
             tensor,
@@ -61,12 +61,15 @@ def _grouped_operand(
     return Operand(values, torch.ones(len(rows_E), device=tensor.device), 1.0)
 
 
-def _each_times(a: Operand, b: Operand, b_EIJ: Tensor, rows: list[int], like: Tensor) -> Tensor:
-    """[P, J] of like's dtype: factor_e a_e b_e of every expert, a's rows stacked; b's values as
-    b_EIJ, transposed or not.
+def _grouped_product(
+    a: Operand, b: Operand, b_EIJ: Tensor, rows: list[int], like: Tensor
+) -> Tensor:
+    """factor_e a_e b_e of every expert -> [P, J] in like's dtype.
 
-    A product an expert: a batched one in BF16 would round before the factor and then once more,
-    and in FP32, with the padding to equal blocks, it measured no faster.
+    The rows of all a_e are stacked. b_EIJ: b's values, transposed or not.
+
+    One product per expert. A batched BF16 product would round before the factor and again after
+    it. A batched FP32 product, with padding to equal sizes, measured no faster.
     """
     out = like.new_empty(sum(rows), b_EIJ.shape[2])
     factors = product_factor(a, b).tolist()
@@ -76,21 +79,24 @@ def _each_times(a: Operand, b: Operand, b_EIJ: Tensor, rows: list[int], like: Te
     return out
 
 
-def _each_row_times(x: Operand, w: Operand, rows: list[int], like: Tensor) -> Tensor:
-    """x_e w_e^T of every expert, [P, N] of like's dtype, where every row of x has a scale of its
-    own: the FP32 sums are multiplied by the row's factor and rounded once."""
+def _grouped_product_per_token(x: Operand, w: Operand, rows: list[int], like: Tensor) -> Tensor:
+    """x_e w_e^T of every expert -> [P, N] in like's dtype, for x with one scale per row.
+
+    Each FP32 sum is multiplied by its row's factor and rounded once.
+    """
     sums = torch.empty(sum(rows), w.values.shape[1], device=like.device)
     parts = zip(sums.split(rows), x.values.split(rows), w.values, strict=True)
     for part, x_PK, w_NK in parts:
         if len(x_PK):
             torch.mm(x_PK.float(), w_NK.float().t(), out=part)
     rows_E = torch.tensor(rows, device=w.scale.device)
-    by_row = replace(w, scale=w.scale.repeat_interleave(rows_E))
-    return sums.mul_(product_factor(x, by_row)[:, None]).to(like.dtype)
+    w_per_row = replace(w, scale=w.scale.repeat_interleave(rows_E))
+    return sums.mul_(product_factor(x, w_per_row)[:, None]).to(like.dtype)
 
 
-def _each_outer(a: Operand, b: Operand, rows: list[int], like: Tensor) -> Tensor:
-    """[E, I, J] of like's dtype: factor_e a_e^T b_e of every expert; zero for one without rows."""
+def _grouped_outer_product(a: Operand, b: Operand, rows: list[int], like: Tensor) -> Tensor:
+    """factor_e a_e^T b_e of every expert -> [E, I, J] in like's dtype; zero for an expert without
+    rows."""
     out = torch.zeros_like(like)
     factors = product_factor(a, b).tolist()
     parts = zip(out, a.values.split(rows), b.values.split(rows), factors, strict=True)
@@ -100,7 +106,7 @@ def _each_outer(a: Operand, b: Operand, rows: list[int], like: Tensor) -> Tensor
 
 
 def _scaled_product(out: Tensor, a: Tensor, b: Tensor, factor: float) -> None:
-    """out = factor * a @ b, one rounding where the kernel scales its FP32 accumulator."""
+    """out = factor * a @ b. One rounding only, if the kernel scales its FP32 accumulator."""
     if not a.numel():
         return
     if a.dtype == torch.bfloat16 and out.dtype == torch.float32:
@@ -109,20 +115,22 @@ def _scaled_product(out: Tensor, a: Tensor, b: Tensor, factor: float) -> None:
 
 
 class _GroupedProducts(torch.autograd.Function):
-    """y_e = x_e W_e^T for every expert e, each of the three products in its own format."""
+    """y_e = x_e W_e^T for every expert e. Each of the three products has its own format."""
 
     @staticmethod
     def forward(ctx, x_PK, weight_ENK, attached: Attached, rows: list[int], weights):
         x = _grouped_operand(attached, x_PK, attached.formats.fprop, "x", -1, torch.tensor(rows))
         w = _weight_operand(weights, weight_ENK, attached, "fprop")
         ctx.save_for_backward(x_PK, weight_ENK)
-        ctx.attached, ctx.rows, ctx.weights = attached, rows, weights
+        ctx.attached = attached
+        ctx.rows = rows
+        ctx.weights = weights
         ctx.call = attached.next_call()
         if attached.observer is not None:
             attached.observer.forward(attached, x_PK, weight_ENK, rows)
-        if attached.formats.fprop == GemmFormat.nvfp4 and attached.scales_tokens_apart("x", -1):
-            return _each_row_times(x, w, rows, x_PK)
-        return _each_times(x, w, w.values.transpose(1, 2), rows, x_PK)
+        if attached.formats.fprop == GemmFormat.nvfp4 and attached.has_per_token_scales("x", -1):
+            return _grouped_product_per_token(x, w, rows, x_PK)
+        return _grouped_product(x, w, w.values.transpose(1, 2), rows, x_PK)
 
     @staticmethod
     def backward(ctx, *grads: Tensor):
@@ -143,7 +151,7 @@ def _input_gradient(ctx, dy_PN: Tensor, x_PK: Tensor, weight_ENK: Tensor) -> Ten
     rows_E = torch.tensor(ctx.rows)
     dy = _grouped_operand(attached, dy_PN, formats.dgrad, "dy", -1, rows_E, words)
     w = _weight_operand(ctx.weights, weight_ENK, attached, "dgrad")
-    return _each_times(dy, w, w.values, ctx.rows, x_PK)
+    return _grouped_product(dy, w, w.values, ctx.rows, x_PK)
 
 
 def _weight_gradient(ctx, dy_PN: Tensor, x_PK: Tensor, weight_ENK: Tensor) -> Tensor:
@@ -156,39 +164,39 @@ def _weight_gradient(ctx, dy_PN: Tensor, x_PK: Tensor, weight_ENK: Tensor) -> Te
     rows_E = torch.tensor(ctx.rows)
     dy = _grouped_operand(attached, dy_PN, formats.wgrad, "dy", 0, rows_E, words)
     x = _grouped_operand(attached, x_PK, formats.wgrad, "x", 0, rows_E)
-    return _each_outer(dy, x, ctx.rows, weight_ENK)
+    return _grouped_outer_product(dy, x, ctx.rows, weight_ENK)
 
 
 def _weight_operand(
     weights: ExpertWeights, weight_ENK: Tensor, attached: Attached, product: str
 ) -> Operand:
-    """All experts' quantized weights [E, N, K], kept until the weights change; see
+    """Quantized weights [E, N, K] of all experts, cached until the weights change; see
     `linear.weight_operand`.
 
-    16 x 16 blocks serve fprop and dgrad; 1-D blocks run along K for fprop and along N for dgrad.
+    16 x 16 blocks serve both fprop and dgrad. 1-D blocks run along K for fprop, along N for dgrad.
     """
     formats = attached.formats
     form = formats.fprop if product == "fprop" else formats.dgrad
-    both = form == GemmFormat.nvfp4 and formats.weight_2d
-    dim: Dim = -1 if both or product == "fprop" or not form.is_block_scaled else 0
+    is_2d = form == GemmFormat.nvfp4 and formats.weight_2d
+    dim: Dim = -1 if is_2d or product == "fprop" or not form.is_block_scaled else 0
     key = (form, dim, attached.clock.weights_version)
-    kept: dict = weights.__dict__.setdefault("_quantized_weight", {})
-    if key not in kept:
-        for old in [old for old in kept if old[2] != key[2]]:
-            del kept[old]
+    cache: dict = weights.__dict__.setdefault("_quantized_weight", {})
+    if key not in cache:
+        for stale in [stale for stale in cache if stale[2] != key[2]]:
+            del cache[stale]
         num_experts, num_outputs, _ = weight_ENK.shape
         padded_ENK = weight_ENK.detach()
-        if num_outputs % ROW_MULTIPLE:  # no block may reach into the next expert
+        if num_outputs % ROW_MULTIPLE:  # a block must not span two experts
             padded_ENK = F.pad(padded_ENK, (0, 0, 0, -num_outputs % ROW_MULTIPLE))
         rows_E = torch.full((num_experts,), padded_ENK.shape[1])
         stacked = _grouped_operand(attached, padded_ENK.flatten(0, 1), form, "w", dim, rows_E)
         values_ENK = stacked.values.view_as(padded_ENK)[:, :num_outputs]
-        kept[key] = replace(stacked, values=values_ENK)
-    return kept[key]
+        cache[key] = replace(stacked, values=values_ENK)
+    return cache[key]
 
 
 class _SquaredRelu(torch.autograd.Function):
-    """relu(h)^2 times the routing weight, in FP32 and rounded once, as unquantized experts do."""
+    """relu(h)^2 times the routing weight, in FP32 and rounded once, as in unquantized experts."""
 
     @staticmethod
     def forward(ctx, hidden_PF: Tensor, probabilities_P: Tensor) -> Tensor:
@@ -200,23 +208,23 @@ class _SquaredRelu(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple[Tensor, Tensor]:
         relu_PF, probabilities_P = ctx.saved_tensors
-        wide_PF = relu_PF.float()
+        relu_fp32_PF = relu_PF.float()
         # With a = p r^2: dp = sum over F of r^2 da, dh = 2 p r da; both share r da.
-        grad_PF = wide_PF * grads[0]
-        grad_p_P = wide_PF.mul_(grad_PF).sum(-1)
+        grad_PF = relu_fp32_PF * grads[0]
+        grad_p_P = relu_fp32_PF.mul_(grad_PF).sum(-1)
         grad_h_PF = grad_PF.mul_((2 * probabilities_P).unsqueeze(1))
         return grad_h_PF.to(relu_PF.dtype), grad_p_P.to(probabilities_P.dtype)
 
 
 class EmulatedExperts(GroupedExperts):
-    """Megatron's experts interface over emulated grouped products, once a plan is attached to
-    `linear_fc1` and `linear_fc2`."""
+    """Experts with Megatron's interface. Their grouped products are emulated once a plan is
+    attached to `linear_fc1` and `linear_fc2`."""
 
     only_products = False
 
     def _emulates(self) -> bool:
-        both = (self.linear_fc1, self.linear_fc2)
-        attached = [getattr(weights, "attached", None) for weights in both]
+        linears = (self.linear_fc1, self.linear_fc2)
+        attached = [getattr(weights, "attached", None) for weights in linears]
         return any(a is not None and a.quantizes for a in attached)
 
     def _is_observed(self) -> bool:
@@ -229,12 +237,14 @@ class EmulatedExperts(GroupedExperts):
         tokens_per_expert_E: Tensor,
         probabilities_T: Tensor,
     ) -> tuple[Tensor, None]:
-        """tokens_TD sorted by expert -> [T,D]."""
+        """tokens_TD sorted by expert, with their routing weights -> ([T, D], no bias)."""
         if self._emulates():
             return self._products(tokens_TD, tokens_per_expert_E, probabilities_T), None
         y_TD, _ = super().forward(tokens_TD, tokens_per_expert_E, probabilities_T)
         if self._is_observed():
-            _beside(y_TD, self._products, tokens_TD, tokens_per_expert_E, probabilities_T)
+            _observe_unquantized(
+                y_TD, self._products, tokens_TD, tokens_per_expert_E, probabilities_T
+            )
         return y_TD, None
 
     def _products(
@@ -253,12 +263,14 @@ class EmulatedExperts(GroupedExperts):
         return y_PD.index_select(0, rows_T)
 
     def routed(self, tokens_TD: Tensor, experts_TK: Tensor, probabilities_TK: Tensor) -> Tensor:
-        """Sum over each token's experts, all of them here: [T,D]."""
+        """Weighted sum over each token's experts -> [T, D]. All experts are on this rank."""
         if self._emulates():
             return self._routed_products(tokens_TD, experts_TK, probabilities_TK)
         y_TD = super().routed(tokens_TD, experts_TK, probabilities_TK)
         if self._is_observed():
-            _beside(y_TD, self._routed_products, tokens_TD, experts_TK, probabilities_TK)
+            _observe_unquantized(
+                y_TD, self._routed_products, tokens_TD, experts_TK, probabilities_TK
+            )
         return y_TD
 
     def _routed_products(
@@ -273,29 +285,31 @@ class EmulatedExperts(GroupedExperts):
         return unpermute(rows, permutation)
 
 
-def _beside(y: Tensor, products: Callable[..., Tensor], *inputs: Tensor) -> None:
-    """Compute unquantized experts once more for their observer, since plain ones show neither
-    hidden activations nor their gradients; training goes on with y alone."""
+def _observe_unquantized(y: Tensor, products: Callable[..., Tensor], *inputs: Tensor) -> None:
+    """Compute unquantized experts a second time for their observer. Training uses only y.
+
+    The plain computation exposes neither the hidden activations nor their gradients.
+    """
     copies = [t.detach().requires_grad_(t.is_floating_point()) for t in inputs]
     if not y.requires_grad:
         products(*copies)
         return
     with torch.enable_grad():
-        again = products(*copies)
-    wanted = [copy for copy in copies if copy.requires_grad]
+        observed_y = products(*copies)
+    differentiable = [copy for copy in copies if copy.requires_grad]
 
-    def show_gradients(dy: Tensor) -> None:
-        torch.autograd.grad(again, wanted, dy)
+    def observe_gradients(dy: Tensor) -> None:
+        torch.autograd.grad(observed_y, differentiable, dy)
 
-    y.register_hook(show_gradients)
+    y.register_hook(observe_gradients)
 
 
 def _padded_rows(counts: list[int], padded: list[int], device: torch.device) -> Tensor:
-    """Row in the padded layout of each token: int64 [T]."""
+    """Row of each token in the padded layout: int64 [T]."""
     shift, offsets = 0, []
-    for count, room in zip(counts, padded, strict=True):
+    for count, padded_count in zip(counts, padded, strict=True):
         offsets.append(shift)
-        shift += room - count
+        shift += padded_count - count
     counts_E = torch.tensor(counts)
     shifts_T = torch.tensor(offsets).repeat_interleave(counts_E)
     return (torch.arange(sum(counts)) + shifts_T).to(device)

@@ -1,23 +1,24 @@
-"""Linears whose three products are computed in emulated block formats, on any device.
+"""Linears whose three products are computed in emulated block-scaled formats, on any device.
 
-Owns: which operand of which product is quantized how (the training recipe of arXiv 2509.25149 and
-Transformer Engine's NVFP4BlockScaling), under tensor and sequence parallelism. Does not own: the
-numerics (`nvfp4`, `mxfp8`, `gemm`), which format a linear gets (`plan`), experts
+Owns: how each operand of each product is quantized (the training recipe of arXiv 2509.25149 and
+Transformer Engine's NVFP4BlockScaling), also under tensor and sequence parallelism. Does not own:
+the numerics (`nvfp4`, `mxfp8`, `gemm`), which format a linear gets (`plan`), experts
 (`precision.experts`). Never imports Transformer Engine.
 
     fprop  y  = x  w^T    x along K, nearest; w in 16 x 16 blocks, nearest
     dgrad  dx = dy w      dy along N, stochastic; the same w blocks
     wgrad  dw = dy^T x    both along T, after a Hadamard transform; dy stochastic
 
-A tensor that is cut over tensor- or context-parallel ranks gets the largest magnitude of all its
-shards, so its codes do not depend on the layout as long as shards are multiples of a block.
-(Transformer Engine reduces it only where sequence parallelism splits a tensor, and scales other
-shards apart.)
-Random words belong to a place in the whole tensor of a numbered micro-batch of the step, so they
-do not depend on it either, but for Mamba's input projection, whose columns are packed rank by
-rank, and for experts, whose tensors are the tokens that meet on a rank.
+A tensor that is sharded over tensor- or context-parallel ranks uses the amax of all its shards, so
+its codes do not depend on the layout if shards are multiples of a block. (Transformer Engine
+reduces the amax only where sequence parallelism splits a tensor, and scales other shards
+separately.)
+A random word depends on its position in the whole tensor and on the number of the micro-batch
+within the step, so random words do not depend on the layout either. Two exceptions: Mamba's input
+projection, whose columns are packed rank by rank, and experts, whose tensors hold the tokens that
+were dispatched to a rank.
 
-Shapes: T tokens, K input features, N output features, all as this rank multiplies them.
+Shapes: T tokens, K input features, N output features, all local to this rank.
 """
 
 import zlib
@@ -48,23 +49,23 @@ Cut = Literal["", "inputs", "outputs", "tokens"]
 
 @dataclass
 class RoundingClock:
-    """What the random words of this process depend on, shared by all its linears.
+    """State of a process that all its linears share and that quantization depends on.
 
-    seed: the run's. step: the optimizer step being computed. weights_version: counts changes of
-    the weights; a linear keeps its quantized weight until it moves. tokens_apart: forward products
-    give every token's activations an NVFP4 scale of their own instead of one for all tokens of the
-    pass, so that what a token gets does not depend on which others are there.
+    seed: the run's seed. step: the optimizer step being computed. weights_version: counts changes
+    of the weights; a linear caches its quantized weight until the version changes.
+    per_token_scales: forward products use one NVFP4 tensor scale per token instead of one for all
+    tokens of the forward pass, so a token's result does not depend on the other tokens.
     """
 
     seed: int = 0
     step: int = 0
     weights_version: int = 0
-    tokens_apart: bool = False
+    per_token_scales: bool = False
 
 
 class Observer(Protocol):
-    """Looks at what a linear multiplies, on the steps that telemetry measures. `rows`: of each
-    expert, for tensors stacked along the rows."""
+    """Receives the operands of a linear on the steps that telemetry measures. `rows`: number of
+    rows of each expert, if tensors are stacked along the rows."""
 
     def forward(
         self, attached: "Attached", x: Tensor, weight: Tensor, rows: list[int] | None = None
@@ -77,14 +78,14 @@ class Observer(Protocol):
 
 @dataclass
 class Attached:
-    """What a plan attaches to one linear.
+    """The part of a precision plan that is attached to one linear.
 
-    shards: the tensor-parallel group over which its weight is cut, along the inputs (row parallel)
-    or the outputs (column parallel), or over which the tokens of a whole weight are cut (latent
-    projections under sequence parallelism). context: the ranks that hold the other pieces of the
-    sequence, cut before that; None for experts. first_call: calls within a step of the
-    data-parallel ranks before this one. part: which of several sets of experts, that share a path,
-    this is.
+    shards: the tensor-parallel group. `cut` says what it shards: the weight along its inputs (row
+    parallel) or outputs (column parallel), or the tokens, with the weight whole (latent projections
+    under sequence parallelism). context: the context-parallel group, over which the sequence is
+    sharded first; None for experts. first_call: number of calls within a step on all data-parallel
+    ranks before this one. part: index of this set of experts among those that share a path.
+    calls: {current step: number of forward calls so far}.
     """
 
     path: str
@@ -100,40 +101,46 @@ class Attached:
 
     @property
     def quantizes(self) -> bool:
-        """Whether any product is in a block format; plain products take the plain path."""
+        """Whether any product is in a block-scaled format; if none, the linear runs unchanged."""
         return self.formats.is_quantized
 
     def next_call(self) -> int:
-        """Number of this forward call within the step here: micro-batch and depth in one."""
+        """Number (from 0) of this forward call within the step on this rank, counting micro-batches
+        and multi-token-prediction depths together."""
         step = self.clock.step
         call = self.calls.get(step, 0)
         self.calls = {step: call + 1}
         return call
 
     def random_words(self, shape: tuple[int, ...], product: str, call: int) -> RandomWords:
-        """For this rank's part, of `shape`, of a gradient [T, N]: by path, product and call among
-        those of all data-parallel ranks, and by row and column of the whole gradient."""
+        """Random words for this rank's part, of `shape`, of a gradient [T, N].
+
+        They depend on the path, the product, the number of the call among all data-parallel ranks,
+        and the row and column in the whole gradient.
+        """
         shard = self.shards.rank() if self.shards is not None else 0
-        part_of_rows = self.context.rank() if self.context is not None else 0
+        row_shard = self.context.rank() if self.context is not None else 0
         if self.cut == "tokens" and self.shards is not None:
-            part_of_rows = part_of_rows * self.shards.size() + shard
+            row_shard = row_shard * self.shards.size() + shard
         name = f"{self.path}/{product}/{self.first_call + call}/{self.part}"
         return RandomWords(
             seed=self.clock.seed,
             stream=zlib.crc32(name.encode()),
             step=self.clock.step,
-            row_offset=part_of_rows * shape[0],
+            row_offset=row_shard * shape[0],
             column_offset=shard * shape[1] if self.cut == "outputs" else 0,
         )
 
     def words(self, shape: torch.Size, product: str, call: int, device: torch.device) -> Tensor:
-        """The `random_words` of a gradient of this shape, uint8."""
+        """The `random_words` of a gradient of this shape, drawn: uint8 of `shape`."""
         return self.random_words(shape, product, call).draw(shape, device)
 
     def is_cut(self, role: Role) -> bool:
-        """Whether this tensor-parallel rank holds a shard of the tensor: both halves of a weight
-        are cut, the inputs of a row-parallel linear, the output gradients of a column-parallel
-        one; or both but the weight, where tokens are cut."""
+        """Whether this tensor-parallel rank holds only a shard of the tensor.
+
+        Sharded are: the weight and the inputs of a row-parallel linear; the weight and the output
+        gradients of a column-parallel one; inputs and output gradients if tokens are sharded.
+        """
         if self.shards is None or self.shards.size() == 1 or not self.cut:
             return False
         if self.cut == "tokens":
@@ -141,8 +148,8 @@ class Attached:
         return role == "w" or role == ("x" if self.cut == "inputs" else "dy")
 
     def amax_reduction(self, role: Role) -> nvfp4.ReduceAmax | None:
-        """What maps a rank's largest magnitude to that of the whole tensor, COLLECTIVE; None where
-        this rank holds the whole."""
+        """A function from this rank's amax to the amax of the whole tensor (COLLECTIVE); None if
+        this rank holds the whole tensor."""
         groups = []
         if self.is_cut(role) and self.shards is not None:
             groups.append(self.shards)
@@ -158,11 +165,12 @@ class Attached:
         dim: Dim,
         words: RandomWords | None = None,
     ) -> Operand:
-        """`tensor` [rows, columns] in format `form`, blocks along `dim`."""
+        """Quantize `tensor` [rows, columns] to format `form`, blocks along `dim`. COLLECTIVE if the
+        tensor is sharded and `form` is NVFP4. BF16 and FP32 operands get scale 1."""
         if form == GemmFormat.mxfp8:
             return mxfp8_operand(tensor, dim=dim)
-        if form == GemmFormat.nvfp4 and self.scales_tokens_apart(role, dim):
-            return self.operand_of_tokens(tensor)
+        if form == GemmFormat.nvfp4 and self.has_per_token_scales(role, dim):
+            return self.per_token_operand(tensor)
         if form == GemmFormat.nvfp4:
             return nvfp4.nvfp4_operand(
                 tensor,
@@ -174,18 +182,18 @@ class Attached:
         values = tensor if form == GemmFormat.float32 else tensor.bfloat16()
         return Operand(values, torch.ones((), device=tensor.device), 1.0)
 
-    def scales_tokens_apart(self, role: Role, dim: Dim) -> bool:
-        """Whether NVFP4 treats each row of this operand as a tensor of its own."""
-        return self.clock.tokens_apart and role == "x" and dim == -1
+    def has_per_token_scales(self, role: Role, dim: Dim) -> bool:
+        """Whether NVFP4 scales each row of this operand as a separate tensor."""
+        return self.clock.per_token_scales and role == "x" and dim == -1
 
-    def operand_of_tokens(self, x_TK: Tensor) -> Operand:
-        """NVFP4 with an amax a token; the operand's scale is [T]. A token's features may be cut
-        over tensor-parallel ranks, never over those that share a sequence."""
+    def per_token_operand(self, x_TK: Tensor) -> Operand:
+        """NVFP4 operand with one amax per token; its scale is [T]. COLLECTIVE if the features of a
+        token are sharded. Only tensor-parallel ranks shard them, context-parallel ranks do not."""
         shards = self.shards if self.cut == "inputs" else None
-        shared = [shards] if shards is not None and shards.size() > 1 else []
+        groups = [shards] if shards is not None and shards.size() > 1 else []
         return nvfp4.nvfp4_operand(
             x_TK,
-            reduce_amax=partial(_largest_over, shared) if shared else None,
+            reduce_amax=partial(_largest_over, groups) if groups else None,
             rows_per_tensor=torch.ones(x_TK.shape[0], dtype=torch.int64, device=x_TK.device),
         )
 
@@ -197,14 +205,14 @@ def _largest_over(groups: Sequence[dist.ProcessGroup], amax: Tensor) -> Tensor:
 
 
 def pad_tokens(x_TC: Tensor) -> Tensor:
-    """Zero rows up to a multiple of 16: both operands of a weight gradient are padded alike, and
-    zero rows add nothing to their product."""
+    """Append zero rows up to a multiple of 16. Both operands of a weight gradient get the same
+    padding, and zero rows add nothing to their product."""
     missing = -x_TC.shape[0] % nvfp4.BLOCK
     return F.pad(x_TC, (0, 0, 0, missing)) if missing else x_TC
 
 
 class _Products(torch.autograd.Function):
-    """y = x w^T with each of the three products in its own format."""
+    """y = x w^T. Each of the three products has its own format."""
 
     @staticmethod
     def forward(ctx, x_TK: Tensor, weight_NK: Tensor, attached: Attached, linear) -> Tensor:
@@ -259,26 +267,26 @@ def _weight_gradient(
 
 
 def weight_operand(linear: torch.nn.Module, weight: Tensor, attached: Attached, product: str):
-    """The quantized weight, kept until the weights change.
+    """The quantized weight, cached until the weights change. `product`: "fprop" or "dgrad".
 
-    fprop sums over its inputs, dgrad over its outputs. 16 x 16 blocks serve both; other formats
+    fprop sums over the inputs, dgrad over the outputs. 16 x 16 blocks serve both. Other formats
     are quantized once along each dimension, both times from the high-precision weight.
     """
     formats = attached.formats
     form = formats.fprop if product == "fprop" else formats.dgrad
-    both = form == GemmFormat.nvfp4 and formats.weight_2d
-    dim: Dim = -1 if both or product == "fprop" else 0
+    is_2d = form == GemmFormat.nvfp4 and formats.weight_2d
+    dim: Dim = -1 if is_2d or product == "fprop" else 0
     key = (form, dim if form.is_block_scaled else -1, attached.clock.weights_version)
-    kept: dict = linear.__dict__.setdefault("_quantized_weight", {})
-    if key not in kept:
-        for old in [old for old in kept if old[2] != key[2]]:
-            del kept[old]
-        kept[key] = attached.operand(weight.detach(), form, "w", dim)
-    return kept[key]
+    cache: dict = linear.__dict__.setdefault("_quantized_weight", {})
+    if key not in cache:
+        for stale in [stale for stale in cache if stale[2] != key[2]]:
+            del cache[stale]
+        cache[key] = attached.operand(weight.detach(), form, "w", dim)
+    return cache[key]
 
 
 class _GatherSequence(torch.autograd.Function):
-    """All-gather of a sequence-parallel input whose gradient is reduce-scattered."""
+    """All-gather a sequence-parallel input; reduce-scatter its gradient. COLLECTIVE."""
 
     @staticmethod
     def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -290,13 +298,13 @@ class _GatherSequence(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple[Tensor, None]:
         grad = grads[0].contiguous()
-        own = grad.new_empty((grad.shape[0] // ctx.group.size(), *grad.shape[1:]))
-        dist.reduce_scatter_tensor(own, grad, group=ctx.group)
-        return own, None
+        local_grad = grad.new_empty((grad.shape[0] // ctx.group.size(), *grad.shape[1:]))
+        dist.reduce_scatter_tensor(local_grad, grad, group=ctx.group)
+        return local_grad, None
 
 
 class _CopyToShards(torch.autograd.Function):
-    """Identity whose gradient is summed over the tensor-parallel group."""
+    """Identity; the backward pass sums the gradient over the tensor-parallel group. COLLECTIVE."""
 
     @staticmethod
     def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -317,7 +325,8 @@ def _multiply(linear: torch.nn.Module, x: Tensor, weight: Tensor, attached: Atta
 
 
 def observe_plain(attached: Attached, y: Tensor, x: Tensor, weight: Tensor) -> None:
-    """Show the observer, if there is one, an unquantized product y = x w^T and later its dy."""
+    """Pass the operands of an unquantized product y = x w^T to the observer, if there is one, and
+    its dy during the backward pass."""
     observer = attached.observer
     if observer is None:
         return
@@ -328,7 +337,7 @@ def observe_plain(attached: Attached, y: Tensor, x: Tensor, weight: Tensor) -> N
 
 
 class EmulatedColumnParallelLinear(ColumnParallelLinear):
-    """Megatron's column-parallel linear; its products are emulated once a plan is attached."""
+    """Megatron's column-parallel linear. Its products are emulated once a plan is attached."""
 
     attached: Attached | None = None
 
@@ -349,7 +358,8 @@ class EmulatedColumnParallelLinear(ColumnParallelLinear):
 
 
 class EmulatedRowParallelLinear(RowParallelLinear):
-    """Megatron's row-parallel linear; the sum over ranks stays Megatron's, in high precision."""
+    """Megatron's row-parallel linear. Its products are emulated once a plan is attached; Megatron
+    sums over ranks, in high precision."""
 
     attached: Attached | None = None
 
@@ -364,12 +374,13 @@ class EmulatedRowParallelLinear(RowParallelLinear):
 
 
 class EmulatedReplicatedLinear(ReplicatedLinear):
-    """A latent projection; every tensor-parallel rank multiplies its own tokens."""
+    """A latent projection with the whole weight on every tensor-parallel rank. Each rank multiplies
+    its own tokens; the products are emulated once a plan is attached."""
 
     attached: Attached | None = None
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        """[..., K] -> [..., N]."""
+        """[..., K] -> ([..., N], no bias)."""
         if self.attached is None or not self.attached.quantizes:
             y, _ = super().forward(x)
             if self.attached is not None:

@@ -1,13 +1,14 @@
-"""MXFP8 in plain torch: 8-bit E4M3 codes and a power-of-two (E8M0) scale a block of 32.
+"""MXFP8 in plain torch: 8-bit E4M3 codes and a power-of-two (E8M0) scale per block of 32.
 
 Owns: quantization of either orientation, dequantization. Does not own: products (gemm.py), which
-product of which linear takes the format (plan/precision/resolve.py), the same arithmetic in one
-pass on a CPU (kernels/quantize.py). Never imports Transformer Engine.
+products use the format (plan/precision/resolve.py), the same arithmetic as a fused CPU kernel
+(kernels/quantize.py). Never imports Transformer Engine.
 
-The arithmetic is Transformer Engine's MXFP8BlockScaling (2.17.1): E4M3 for activations, weights
-and gradients alike, and the scale `amax · fp32(1/448)` rounded UP to a power of two, so that no
-element saturates. The OCP specification's own rule rounds down and saturates: not what it does.
-Both orientations are quantized from the high-precision tensor; one is not the other's transpose.
+The arithmetic is that of Transformer Engine's MXFP8BlockScaling (2.17.1): E4M3 for activations,
+weights and gradients, and the scale `amax · fp32(1/448)` rounded UP to a power of two, so that no
+element saturates. The rule in the OCP specification rounds down and saturates; Transformer Engine
+does not use it. Both orientations are quantized from the high-precision tensor; one is not the
+transpose of the other.
 """
 
 from dataclasses import dataclass
@@ -23,9 +24,11 @@ from nemotron_train.precision.rounding import round_to_nearest_, rows_per_chunk
 
 BLOCK = 32
 E4M3_MAX = 448.0
-_E8M0_NAN, _E8M0_MAX, _E8M0_BIAS = 255, 254, 127
-# Below the largest block's exponent by more than this, a code's last bit would leave BF16's
-# normal range: such blocks become zero in an operand.
+_E8M0_NAN = 255
+_E8M0_MAX = 254
+_E8M0_BIAS = 127
+# If a block's exponent is below the tensor's largest by more than this, the last bit of a code
+# would leave BF16's normal range. Such a block becomes zero in an operand.
 _EXPONENT_RANGE = 117
 _CHUNK_ELEMENTS = 1 << 19  # as in nvfp4.py
 
@@ -35,7 +38,7 @@ class MXFP8Tensor:
     """A quantized matrix [R, C] (leading dimensions flattened), blocks along the last dimension.
 
     codes: uint8 [R, C], E4M3 bit patterns. scales: uint8 [R, ceil(C / 32)], E8M0: 2^(s - 127), or
-    NaN for 255. shape: of the tensor that was quantized.
+    NaN for 255. shape: that of the quantized tensor.
     """
 
     codes: Tensor
@@ -43,18 +46,20 @@ class MXFP8Tensor:
     shape: torch.Size
 
     def dequantize(self) -> Tensor:
-        """FP32 of the original shape: exact, but what exceeds FP32 is infinite (a block of
-        amax > 2^127 can round up to 2^128)."""
+        """FP32 in the original shape. Exact, except that numbers beyond FP32 become infinite (a
+        block with amax > 2^127 can round up to 2^128)."""
         scales = _power_of_two(self.scales.int() - _E8M0_BIAS)
         scales = scales.masked_fill(self.scales == _E8M0_NAN, torch.nan)
-        wide = scales.repeat_interleave(BLOCK, dim=1)[:, : self.codes.shape[1]]
-        return (self.codes.view(torch.float8_e4m3fn).float() * wide).view(self.shape)
+        element_scales = scales.repeat_interleave(BLOCK, dim=1)[:, : self.codes.shape[1]]
+        return (self.codes.view(torch.float8_e4m3fn).float() * element_scales).view(self.shape)
 
 
 @torch.no_grad()
 def quantize_mxfp8(x: Tensor) -> MXFP8Tensor:
-    """Quantize to codes and scales, blocks along the last dimension (`x.t()` for the other).
-    The codes that `mxfp8_operand`, which training uses, multiplies out; sizes as there."""
+    """Quantize to codes and scales, blocks along the last dimension (for the other, pass `x.t()`).
+
+    Training uses `mxfp8_operand`, which computes the same codes. Sizes as there.
+    """
     matrix = x.reshape(-1, x.shape[-1])
     blocks = _blocks(matrix, -1)
     exponents, has_nan = _scale_exponents(blocks, -1)
@@ -69,16 +74,17 @@ def quantize_mxfp8(x: Tensor) -> MXFP8Tensor:
 
 @torch.no_grad()
 def mxfp8_operand(x: Tensor, *, dim: Literal[-1, 0] = -1) -> Operand:
-    """Quantize and dequantize the blocks at once: from x to what a product takes.
+    """Quantize and dequantize the blocks in one step: from x to the operand of a product.
 
-    x: [..., C] BF16, FP16 or FP32; NaN passes through, infinity saturates its block's scale, and
-    the product is not finite either way. dim: -1, blocks of 32 along the last dimension; 0, along
-    the rows of the matrix [R, C], which is quantizing the transpose without transposing.
+    x: [..., C] BF16, FP16 or FP32. NaN passes through and infinity saturates the scale of its
+    block; the product is not finite in either case. dim: -1, blocks of 32 along the last dimension;
+    0, blocks along the rows of the matrix [R, C], which quantizes the transpose without
+    transposing.
 
-    The operand's values are codes · 2^(exponent - largest exponent of the tensor), and the
-    operand's scale 2^(largest exponent): a power of two, so nothing is rounded and no block is too
-    large for BF16. Blocks whose exponent is more than 117 below the largest become zero (2^-117
-    of the tensor's maximum, far under what an FP32 sum of the two keeps).
+    The operand's values are codes · 2^(exponent - largest exponent of the tensor), its scale is
+    2^(largest exponent). This is a power of two, so nothing is rounded and no block is too large
+    for BF16. Blocks whose exponent is more than 117 below the largest become zero (2^-117 of the
+    tensor's maximum is far below the precision of an FP32 sum of the two).
     Source: Transformer Engine 2.17.1, quantize_mxfp8.cuh and float_to_e8m0 in ptx.cuh.
     """
     if x.device.type == "cpu" and quantize_kernels.can_quantize():
@@ -115,7 +121,7 @@ def _blocks(matrix: Tensor, dim: Literal[-1, 0]) -> Tensor:
 
 
 def _scale_exponents(blocks: Tensor, dim: Literal[-1, 0]) -> tuple[Tensor, Tensor]:
-    """Per block (1 for its dimension): int32 exponent of its scale, -127 … 127, and whether the
+    """Per block (`dim` has size 1): the int32 exponent of its scale, -127 … 127, and whether the
     block holds a NaN."""
     if dim == -1 and blocks.device.type == "cpu" and blocks.numel():
         # Pooling is four times as fast as a reduction over so few elements.
@@ -132,21 +138,21 @@ def _exponents_of(amax: Tensor) -> Tensor:
     scale = amax * amax.new_full((), E4M3_MAX).reciprocal()
     bits = scale.view(torch.int32) & 0x7FFFFFFF  # a NaN may have either sign
     exponents, mantissas = bits >> 23, bits & 0x7FFFFF
-    # Up to the next power of two. Field 0 (subnormal) means 2^-126 already, so its lower half
-    # rounds up to 2^-127; the largest finite field stays.
+    # Round up to the next power of two. Exponent field 0 holds the subnormals below 2^-126; their
+    # lower half rounds up to 2^-127. The largest finite exponent field is kept.
     rounds_up = (mantissas > 0) & ~((exponents == 0) & (mantissas <= 0x400000))
     exponents = (exponents + rounds_up).clamp_(max=_E8M0_MAX)
     return exponents - _E8M0_BIAS
 
 
 def _power_of_two(exponents: Tensor) -> Tensor:
-    """FP32 2^e of int32 exponents -127 … 127, exactly; 2^-127, subnormal, for any below."""
+    """Exact FP32 2^e for int32 exponents -127 … 127; 2^-127 (subnormal) for any lower exponent."""
     return ((exponents + 127) << 23).clamp_(min=1 << 22).view(torch.float32)
 
 
 def _round(blocks: Tensor, encode: Tensor) -> Tensor:
-    """To E4M3 numbers, saturating, in a new FP32 tensor. Both factors of the product are within
-    FP32 and one is a power of two; only subnormal results round twice, far below E4M3's step."""
+    """blocks · encode rounded to E4M3 numbers, saturating, in a new FP32 tensor. `encode` is a
+    power of two, so only subnormal products round twice, far below E4M3's step."""
     scaled = blocks * encode if blocks.dtype == torch.float32 else blocks.float().mul_(encode)
     scaled.clamp_(-E4M3_MAX, E4M3_MAX)
     return round_to_nearest_(scaled, mantissa_bits=3, min_exponent=-6)

@@ -1,13 +1,14 @@
-"""NVFP4 in plain torch: 4-bit E2M1 codes, an E4M3 scale a block of 16, one FP32 scale a tensor.
+"""NVFP4 in plain torch: 4-bit E2M1 codes, an E4M3 scale per block of 16, an FP32 scale per tensor.
 
 Owns: quantization (nearest-even and stochastic), packing, dequantization. Does not own: products
-(gemm.py), random words (rounding.py), the Hadamard transform (hadamard.py), the same arithmetic in
-one pass on a CPU (kernels/quantize.py), which tensor of a linear takes which rounding
+(gemm.py), random words (rounding.py), the Hadamard transform (hadamard.py), the same arithmetic as
+a fused CPU kernel (kernels/quantize.py), the rounding of each tensor of a linear
 (precision/linear.py). Never imports Transformer Engine.
 
-Bit for bit the arithmetic of Transformer Engine's reference NVFP4 quantizer since 2.14 (pinned:
-2.17.1), whose block scale is `amax · (S · fp32(1/6))`; older releases round twice there. Its
-training recipe: arXiv 2509.25149. Stochastic rounding follows the same library's software rounder.
+The arithmetic equals Transformer Engine's reference NVFP4 quantizer since 2.14 (pinned: 2.17.1)
+bit for bit. Its block scale is `amax · (S · fp32(1/6))`; older releases round twice there. The
+training recipe is that of arXiv 2509.25149. Stochastic rounding follows Transformer Engine's
+software rounder.
 
 Shape legend: R rows, C columns of the matrix; B blocks along a dimension.
 """
@@ -34,20 +35,20 @@ Block = Literal["1d", "2d"]
 ReduceAmax = Callable[[Tensor], Tensor]
 
 _FLOAT_MAX = torch.finfo(torch.float32).max
-# As many at a time on a CPU: the FP32 temporaries stay in the cache, and each pass is long enough
-# that starting and joining the threads is not what it costs.
+# Elements per chunk on a CPU: few enough that the FP32 temporaries stay in the cache, and enough
+# that starting and joining threads does not dominate the time.
 _CHUNK_ELEMENTS = 1 << 19
 
 
 # --------------------------------------------------------------------------------- the tensor
 @dataclass(frozen=True)
 class NVFP4Tensor:
-    """A quantized matrix [R, C] (leading dimensions flattened), 4.5 bits an element.
+    """A quantized matrix [R, C] (leading dimensions flattened), 4.5 bits per element.
 
     codes: uint8 [R, ceil(C / 2)], element 2i in the low nibble; bit 3 of a nibble is the sign.
-    scales: uint8 [rows, ceil(C / 16)], E4M3 bit patterns; 2-D blocks repeat theirs for each of
-    their 16 rows, so `rows` is R rounded up to 16 there. amax: FP32 scalar.
-    shape: of the tensor that was quantized.
+    scales: uint8 [rows, ceil(C / 16)], E4M3 bit patterns. A 2-D block repeats its scale for each
+    of its 16 rows, so `rows` is then R rounded up to a multiple of 16. amax: FP32 scalar.
+    shape: that of the quantized tensor.
     """
 
     codes: Tensor
@@ -56,7 +57,7 @@ class NVFP4Tensor:
     shape: torch.Size
 
     def unpacked_codes(self) -> Tensor:
-        """uint8 [R, C], one code an element."""
+        """uint8 [R, C], one code per element."""
         pairs = torch.stack((self.codes & 0xF, self.codes >> 4), dim=-1)
         return pairs.flatten(1)[:, : self.shape[-1]]
 
@@ -69,15 +70,17 @@ class NVFP4Tensor:
         return signed.to(self.codes.device)[self.unpacked_codes().int()]
 
     def operand(self) -> Operand:
-        """What a product takes; equals `nvfp4_operand` of the same tensor bit for bit. Zeros are
-        +0, whatever the sign of their code."""
+        """The operand for a product. Equals `nvfp4_operand` of the same tensor bit for bit. Zeros
+        are +0, whatever the sign of their code."""
         values = self._element_values().mul_(self._element_scales()).add_(0.0)
         return Operand(values.bfloat16().view(self.shape), self.amax, GLOBAL_DIVISOR)
 
     def dequantize(self) -> Tensor:
-        """FP32 of the original shape: code · ((block scale · amax) · fp32(1/2688)), the order of
-        roundings of Transformer Engine's dequantize kernel, and infinite where that is: once amax
-        exceeds 7.6e35. `operand().dequantize()` is not."""
+        """FP32 in the original shape: code · ((block scale · amax) · fp32(1/2688)).
+
+        The roundings have the order of Transformer Engine's dequantize kernel. As there, the result
+        overflows to infinity if amax exceeds 7.6e35; `operand().dequantize()` does not.
+        """
         scale = (self._element_scales() * self.amax) * self.amax.new_full((), 1 / GLOBAL_DIVISOR)
         return (self._element_values() * scale).view(self.shape)
 
@@ -92,14 +95,15 @@ def quantize_nvfp4(
     amax: Tensor | None = None,
     reduce_amax: ReduceAmax | None = None,
 ) -> NVFP4Tensor:
-    """Quantize to packed codes, blocks along the last dimension (quantize `x.t()` for the other).
+    """Quantize to packed codes, blocks along the last dimension (for the other, pass `x.t()`).
 
-    The arguments of `nvfp4_operand`, which training uses; this one stores and is compared.
+    Arguments as in `nvfp4_operand`. Training uses `nvfp4_operand`; this function serves storage and
+    comparisons.
     """
     if x.device.type == "cpu" and random_words is None and quantize_kernels.can_quantize():
         matrix = quantize_kernels.operand_matrix(x)
         if amax is None:
-            amax = _largest_of_each(quantize_kernels.strip_amax(matrix, BLOCK), None)
+            amax = _segment_amax(quantize_kernels.strip_amax(matrix, BLOCK), None)
         amax = amax.float() if reduce_amax is None else reduce_amax(amax.float())
         packed, bits = quantize_kernels.nvfp4_codes(matrix, 2 if block == "2d" else 0, amax)
         return NVFP4Tensor(packed, bits, amax, x.shape)
@@ -112,7 +116,7 @@ def quantize_nvfp4(
         part = slice(start, start + chunk)
         scaled = _scaled(blocks.values[part], scales.encode[part])
         codes[part] = e2m1_codes(scaled, None if words is None else words[part])
-    # Two neighbours' nibbles sit in the bytes of one 16-bit number, the first in the lower.
+    # Each int16 holds two neighbouring codes, one per byte, the first in the low byte.
     pairs = blocks.join(codes, keep_padded_columns=True).view(torch.int16)
     packed = (pairs >> 4).bitwise_or_(pairs).to(torch.uint8)
     scale_bits = scales.decode.to(torch.float8_e4m3fn).view(torch.uint8)
@@ -137,40 +141,41 @@ def nvfp4_operand(
     reduce_amax: ReduceAmax | None = None,
     rows_per_tensor: Tensor | None = None,
 ) -> Operand:
-    """Quantize and dequantize the blocks at once: from x to what a product takes.
+    """Quantize and dequantize the blocks in one step: from x to the operand of a product.
 
-    x: [..., C] BF16, FP16 or FP32; a NaN or infinity anywhere makes the product not finite.
-    block: "1d" 16 elements along `dim`; "2d" 16 × 16, the same in both orientations.
-    dim: -1, blocks along the last dimension; 0, along the rows of the matrix [R, C], which is
-    quantizing the transpose without transposing. The result is laid out as x either way.
-    random_words: uint8 of x's shape, or what draws them for a matrix: round stochastically, up with
-    probability (position between the neighbours) minus at most 1/256; None: to nearest, ties to
-    even.
-    amax: FP32 scalar to use instead of max |x|; reduce_amax: maps this rank's max |x| to the
+    x: [..., C] BF16, FP16 or FP32. A NaN or infinity in x makes the product not finite.
+    block: "1d", 16 elements along `dim`; "2d", 16 × 16, the same in both orientations.
+    dim: -1, blocks along the last dimension; 0, blocks along the rows of the matrix [R, C], which
+    quantizes the transpose without transposing. The result has x's layout in both cases.
+    random_words: uint8 words of x's shape, or a RandomWords that draws them for a matrix: round
+    stochastically, up with probability (position between the neighbours) minus at most 1/256.
+    None: round to nearest, ties to even.
+    amax: FP32 scalar to use instead of max |x|. reduce_amax: maps this rank's max |x| to the
     maximum over the ranks that hold parts of one tensor (COLLECTIVE if it is).
-    rows_per_tensor: int64 [E]: x is E tensors stacked along its rows (experts), each with an amax
-    of its own; a tensor's rows are a multiple of 16 unless blocks run along the last dimension.
-    The operand's scale is then [E].
+    rows_per_tensor: int64 [E]. x is E tensors stacked along its rows (experts), each with its own
+    amax. Each must have a multiple of 16 rows unless blocks run along the last dimension. The
+    operand's scale is then [E].
 
-    Sizes that are no multiple of 16 are padded with zeros, and cropped again.
-    Source: Transformer Engine 2.17.1's quantization_ref_nvfp4.py; `round_e2m1` for the stochastic.
+    Sizes that are not a multiple of 16 are padded with zeros; the result is cropped.
+    Source: Transformer Engine 2.17.1's quantization_ref_nvfp4.py; for stochastic rounding see
+    `round_e2m1`.
     """
-    one_pass = block == "1d" or random_words is None
-    one_pass = one_pass and x.device.type == "cpu" and quantize_kernels.can_quantize()
-    if one_pass and not isinstance(random_words, Tensor):
+    can_fuse = block == "1d" or random_words is None
+    can_fuse = can_fuse and x.device.type == "cpu" and quantize_kernels.can_quantize()
+    if can_fuse and not isinstance(random_words, Tensor):
         layout = 2 if block == "2d" else 1 + dim
-        return _in_one_pass(x, layout, random_words, amax, reduce_amax, rows_per_tensor)
+        return _fused_operand(x, layout, random_words, amax, reduce_amax, rows_per_tensor)
     if isinstance(random_words, RandomWords):
         random_words = random_words.draw(x.shape, x.device)
     blocks = _Blocks(x, block, dim, rows_per_tensor)
     scales = blocks.scales(amax, reduce_amax)
-    # A block whose scale rounded to zero is zero whatever its codes: encoding it as +0 spares the
-    # product a negative zero.
+    # A block whose scale rounded to zero is zero for any codes. Encode it as +0, so that the
+    # product gets no negative zero.
     encode = scales.encode.masked_fill_(scales.decode == 0, 0.0)
     decode, words = scales.decode, None
     if random_words is not None:
         words = blocks.split(random_words)
-        decode = decode * 0.5  # _round_stochastically_ returns twice the number
+        decode = decode * 0.5  # _round_stochastically_ returns twice the rounded number
     operand = torch.empty(blocks.values.shape, dtype=torch.bfloat16, device=x.device)
     chunk = rows_per_chunk(operand, _CHUNK_ELEMENTS)
     for start in range(0, operand.shape[0], chunk):
@@ -184,7 +189,7 @@ def nvfp4_operand(
     return Operand(blocks.join(operand).view(x.shape), scales.amax, GLOBAL_DIVISOR)
 
 
-def _in_one_pass(
+def _fused_operand(
     x: Tensor,
     layout: int,
     random_words: RandomWords | None,
@@ -192,12 +197,12 @@ def _in_one_pass(
     reduce_amax: ReduceAmax | None,
     rows_per_tensor: Tensor | None,
 ) -> Operand:
-    """`nvfp4_operand` by quantize.c; layout as there."""
+    """`nvfp4_operand` through the C kernel. layout: as in quantize.c."""
     matrix = quantize_kernels.operand_matrix(x)
     height = 1 if layout == 0 and rows_per_tensor is not None else BLOCK
     lengths = None if rows_per_tensor is None else rows_per_tensor // height
     if amax is None:
-        amax = _largest_of_each(quantize_kernels.strip_amax(matrix, height), lengths)
+        amax = _segment_amax(quantize_kernels.strip_amax(matrix, height), lengths)
     amax = amax.float() if reduce_amax is None else reduce_amax(amax.float())
     per_strip = amax if lengths is None else amax.repeat_interleave(lengths)
     values = quantize_kernels.nvfp4_operand(matrix, layout, per_strip, random_words)
@@ -206,12 +211,12 @@ def _in_one_pass(
 
 # ----------------------------------------------------------------------------------- elements
 def round_e2m1(x: Tensor, random_words: Tensor | None = None) -> Tensor:
-    """FP32 numbers rounded to E2M1, the largest magnitudes saturating at 6; x is kept.
+    """Round FP32 numbers to E2M1, saturating at ±6. Returns a new tensor.
 
-    random_words None: to nearest, ties to the even code; NaN becomes 0, as the reference's
-    comparisons make it. With uint8 words r: |x| + step · r/256 in FP32, rounded down to the grid,
-    step being the grid's at |x|; NaN becomes 6, as a saturating conversion makes it. A zero
-    result is +0. Source of the second: Transformer Engine's software rounder (pull request 3281).
+    random_words None: to nearest, ties to the even code. NaN becomes 0, as in the comparisons of
+    the reference. With uint8 words r: |x| + step · r/256 in FP32, rounded down to the grid, where
+    step is the grid's step at |x|. NaN becomes 6, as in a saturating conversion. A zero result is
+    +0. Source of stochastic rounding: Transformer Engine's software rounder (pull request 3281).
     """
     if random_words is None:
         return _round_to_nearest_(x.nan_to_num(nan=0.0, posinf=E2M1_MAX, neginf=-E2M1_MAX))
@@ -224,12 +229,12 @@ def _round_to_nearest_(scaled: Tensor) -> Tensor:
 
 
 def _round_stochastically_(scaled: Tensor, words: Tensor) -> Tensor:
-    """In place; returns TWICE the rounded number, one pass less.
+    """Round in place. Returns TWICE the rounded number, which saves one pass over memory.
 
-    A grid's step at z is half of max(1, z's power of two). Twice the sum's integer part is on the
-    grid where it is below 4; dropping all but its first mantissa bit puts the rest there, and
-    leaves the former as they are. FP32 rounds the sum once, as the fused multiply-add of the
-    source does: word times step is exact.
+    The grid's step at z is half of max(1, z's power of two). Below 4, the integer part of twice
+    the sum is already on the doubled grid. Keeping only the first mantissa bit puts larger numbers
+    on it and leaves those below 4 unchanged. FP32 rounds the sum once, like the fused multiply-add
+    of the source: word times step is exact.
     """
     scaled.clamp_(-E2M1_MAX, E2M1_MAX)
     bits = torch.bitwise_and(scaled.view(torch.int32), 0x7F800000)
@@ -242,13 +247,14 @@ def _round_stochastically_(scaled: Tensor, words: Tensor) -> Tensor:
 
 
 def e2m1_codes(x: Tensor, random_words: Tensor | None = None) -> Tensor:
-    """uint8 codes, sign in bit 3, of FP32 numbers rounded as `round_e2m1` does.
+    """uint8 codes, sign in bit 3, of FP32 numbers rounded as in `round_e2m1`.
 
-    A negative number that rounds to zero keeps its sign. -0 has code 0 to nearest, as the
-    reference's comparisons make it, and code 8 stochastically, as copying the sign makes it.
+    A negative number that rounds to zero keeps its sign. -0 becomes code 0 when rounding to nearest
+    (as in the comparisons of the reference) and code 8 when rounding stochastically (the sign is
+    copied).
     """
     magnitudes = round_e2m1(x, random_words).abs_()
-    # A quarter more puts the eight numbers in different half binades, 253 … 259 but for zero.
+    # Adding 0.25 puts the eight magnitudes in different half binades: 253 … 259, except for zero.
     codes = magnitudes.add_(0.25).view(torch.int32)
     codes.bitwise_right_shift_(22).sub_(252).clamp_(min=0)
     signs = (x + 0.0 if random_words is None else x).view(torch.int32) >> 28
@@ -267,8 +273,8 @@ def _scaled(x: Tensor, encode: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------- blocks
 @dataclass(frozen=True)
 class _Scales:
-    """Per block, with 1 for each of its dimensions: `encode` multiplies before rounding,
-    `decode` (the E4M3 number) after. amax: FP32 scalar, or one a stacked tensor."""
+    """Scales per block; the dimensions of a block have size 1. Multiply by `encode` before
+    rounding and by `decode` (the E4M3 number) after. amax: FP32 scalar, or [E] if stacked."""
 
     encode: Tensor
     decode: Tensor
@@ -276,8 +282,8 @@ class _Scales:
 
 
 class _Blocks:
-    """A matrix seen as blocks: values are [R, B, 16] (dim -1), [B, 16, C] (dim 0) or
-    [R/16, 16, C/16, 16] (2-D); leading dimensions flattened, sizes padded with zeros."""
+    """A matrix viewed as blocks: values are [R, B, 16] (dim -1), [B, 16, C] (dim 0) or
+    [R/16, 16, C/16, 16] (2-D). Leading dimensions are flattened, sizes padded with zeros."""
 
     def __init__(
         self, x: Tensor, block: Block, dim: Literal[-1, 0], rows_per_tensor: Tensor | None = None
@@ -293,7 +299,7 @@ class _Blocks:
             self._lengths = rows_per_tensor.to(x.device) // rows_per_entry
 
     def split(self, x: Tensor) -> Tensor:
-        """x's elements, or their random words, as blocks; a view where nothing is padded."""
+        """The elements of x, or their random words, as blocks; a view if nothing is padded."""
         num_rows, num_columns = self._size
         matrix = x.reshape(num_rows, num_columns)
         pad_rows = -num_rows % BLOCK if self._block == "2d" or self._dim == 0 else 0
@@ -306,7 +312,7 @@ class _Blocks:
         return matrix.unflatten(self._dim, (-1, BLOCK))
 
     def join(self, values: Tensor, keep_padded_columns: bool = False) -> Tensor:
-        """Blocks back to the matrix, padding cropped."""
+        """Blocks back to the matrix, without the padding."""
         num_rows, num_columns = self._size
         matrix = values.flatten(0, 1) if self._block == "2d" or self._dim == 0 else values
         matrix = matrix if matrix.ndim == 2 else matrix.flatten(1)
@@ -315,64 +321,64 @@ class _Blocks:
         return matrix[:num_rows, :num_columns].contiguous()
 
     def scales(self, amax: Tensor | None, reduce_amax: ReduceAmax | None) -> _Scales:
-        """Transformer Engine's reference, `_quantize_blockwise_reference`: order of roundings and
-        clamps as there. Divisions are between tensors: a Python number would become a product
-        with a reciprocal."""
+        """Roundings and clamps in the order of Transformer Engine's reference,
+        `_quantize_blockwise_reference`. Divisions are between tensors: dividing by a Python number
+        would become a multiplication by its reciprocal."""
         block_amax = self._block_amax()
         if amax is None:
             entries = block_amax.flatten(1).amax(1) if block_amax.numel() else block_amax.flatten()
-            amax = _largest_of_each(entries, self._lengths)
+            amax = _segment_amax(entries, self._lengths)
         amax = amax.float()
         if reduce_amax is not None:
             amax = reduce_amax(amax)
-        encode_all = (amax.new_full((), GLOBAL_DIVISOR) / amax).clamp(max=_FLOAT_MAX)
-        encode_all = encode_all.masked_fill(encode_all == 0, 1.0)
-        decode_all = self._spread(encode_all.reciprocal())
+        tensor_encode = (amax.new_full((), GLOBAL_DIVISOR) / amax).clamp(max=_FLOAT_MAX)
+        tensor_encode = tensor_encode.masked_fill(tensor_encode == 0, 1.0)
+        tensor_decode = self._spread(tensor_encode.reciprocal())
         sixth = amax.new_full((), E2M1_MAX).reciprocal()
-        decode = block_amax.mul_(self._spread(encode_all * sixth))
+        decode = block_amax.mul_(self._spread(tensor_encode * sixth))
         # No lower clamp: a block far below the tensor's maximum gets scale 0.
         decode = round_to_nearest_(decode.clamp_(max=E4M3_MAX), mantissa_bits=3, min_exponent=-6)
-        encode = (decode * decode_all).reciprocal_().clamp_(max=_FLOAT_MAX)
+        encode = (decode * tensor_decode).reciprocal_().clamp_(max=_FLOAT_MAX)
         return _Scales(encode, decode, amax)
 
     def _spread(self, per_tensor: Tensor) -> Tensor:
-        """A number a tensor as one for each entry of `values`' first dimension."""
+        """Repeat one number per tensor for each entry of the first dimension of `values`."""
         if self._lengths is None:
             return per_tensor
         spread = per_tensor.repeat_interleave(self._lengths)
         return spread.view(-1, *[1] * (self.values.ndim - 1))
 
     def _block_amax(self) -> Tensor:
-        """FP32, NaN if any element of the block is."""
+        """max |x| of each block in FP32; NaN if the block holds a NaN."""
         if self.values.device.type != "cpu":
             dims = (1, 3) if self._block == "2d" else (-1 if self._dim == -1 else 1,)
             return self.values.abs().amax(dims, keepdim=True).float()
         chunk = rows_per_chunk(self.values, _CHUNK_ELEMENTS)
         amax_of = _amax_of_rows if self._dim == -1 and self._block == "1d" else _amax_of_columns
-        found = torch.cat([amax_of(part) for part in self.values.split(chunk)])
+        block_amax = torch.cat([amax_of(part) for part in self.values.split(chunk)])
         if self._block == "2d":
-            return _amax_of_rows(found.squeeze(1)).unsqueeze(1)
-        return found
+            return _amax_of_rows(block_amax.squeeze(1)).unsqueeze(1)
+        return block_amax
 
 
-def _largest_of_each(entries: Tensor, lengths: Tensor | None) -> Tensor:
-    """The largest of all entries, or of each run of `lengths` of them; 0 of none."""
+def _segment_amax(entries: Tensor, lengths: Tensor | None) -> Tensor:
+    """The largest of all entries, or of each segment of `lengths`; 0 for an empty segment."""
     if lengths is None:
         return entries.amax() if entries.numel() else entries.new_zeros(())
     return torch.segment_reduce(entries, "max", lengths=lengths, initial=0.0)
 
 
 def _amax_of_rows(x: Tensor) -> Tensor:
-    """max |x| over the last, 16 wide dimension [P, B, 16] → [P, B, 1]: on a CPU pooling is four
+    """max |x| over the last dimension, [P, B, 16] → [P, B, 1] in FP32. On a CPU pooling is four
     times as fast as a reduction over so few elements."""
-    if x.numel() == 0:  # an expert without tokens: pooling refuses it
+    if x.numel() == 0:  # an expert without tokens: max_pool1d rejects an empty tensor
         return x.new_zeros((*x.shape[:-1], 1), dtype=torch.float32)
     return F.max_pool1d(x.abs().float().flatten(1), BLOCK).unsqueeze(-1)
 
 
 def _amax_of_columns(x: Tensor) -> Tensor:
-    """max |x| over dimension 1 → FP32, 1 there. Without the sign bit a float orders as its bits
-    do, NaN above all; integers are reduced twice as fast as BF16."""
+    """max |x| over dimension 1, kept with size 1, in FP32. Without the sign bit, floats have the
+    order of their bit patterns, with NaN largest. Integers are reduced twice as fast as BF16."""
     integer = torch.int32 if x.dtype == torch.float32 else torch.int16
     largest = (x.view(integer) & torch.iinfo(integer).max).amax(1, keepdim=True)
     return largest.view(x.dtype).float()

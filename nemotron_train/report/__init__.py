@@ -1,1 +1,1 @@
-"""What a person reads of runs: tables, pictures, one HTML page. No torch."""
+"""Reports on runs: terminal tables, PNG plots, one HTML page. No torch."""

@@ -1,21 +1,22 @@
-"""From a run's precision telemetry to a plan: what to keep above NVFP4 when not all can be.
+"""Proposes a precision plan from a run's telemetry: which linears to keep above NVFP4 within a
+FLOP budget.
 
-Owns: the candidates, the choice among them, the plan's file. Does not own: the measurement
-(`precision.telemetry`), what a plan means (`plan.precision.resolve`). No torch.
+Owns: the candidates, the selection, the plan file. Does not own: the measurement
+(`precision.telemetry`), the meaning of a plan (`plan.precision.resolve`). No torch.
 
-The choice is greedy by error removed per FLOP. Exempting one linear changes no other's measured
-error, so it is a knapsack: take the candidates in the order of that ratio, and leave out what no
-longer fits. For candidates that are small against the budget this is the best there is, and unlike
-an exact solution it gives a list whose every line has a reason of its own: a larger budget only
-adds lines, except where a large candidate fits at last. It ends early, at the first candidate whose
-ratio is below the model's average: from there on exempting a linear chosen by lot would do as well,
-and a short list is the aim.
+The selection is greedy by error removed per FLOP. Exempting one linear does not change the measured
+error of another, so this is a knapsack problem: take candidates in descending order of that ratio
+and skip those that do not fit. If every candidate is small relative to the budget, the result is
+near-optimal. Unlike an exact solution, every line has its own reason: a larger budget only adds
+lines, except when a large candidate fits for the first time. The selection stops at the first
+candidate whose ratio is at or below the model's average: beyond it, a linear picked at random would
+do as well, and the list should be short.
 
-The error of a product is the sum over its two operands, since independent relative errors of the
-factors add up in the product; a linear's is the sum over fprop, dgrad and wgrad. `error=noise`
-counts squared errors over squares, which large numbers decide. `error=flush` counts the share of
-numbers made zero, which the many small ones decide: the measure by which Nemotron 3 exempts the
-Mamba output projection, whose noise is no larger than its neighbours'.
+The error of a product is the sum over its two operands, because independent relative errors of the
+factors add up in the product. The error of a linear is the sum over fprop, dgrad and wgrad.
+`error=noise` is the squared error over the squared values; large values dominate it. `error=flush`
+is the share of values flushed to zero; the many small values dominate it. Nemotron 3 uses the
+latter to exempt the Mamba output projection, whose noise is no larger than its neighbours'.
 """
 
 from collections.abc import Sequence
@@ -34,6 +35,7 @@ from nemotron_train.compose.compose import compose_config, to_typed
 from nemotron_train.config.errors import ConfigError
 from nemotron_train.config.schema import Config, GemmFormat, PrecisionConfig
 from nemotron_train.plan.precision.resolve import resolve_plan, share_of_flops
+from nemotron_train.platform.files import write_atomically
 from nemotron_train.precision.telemetry_record import OPERANDS, OPERANDS_OF
 from nemotron_train.report.runs.read import read_run
 from nemotron_train.report.runs.telemetry import (
@@ -43,38 +45,39 @@ from nemotron_train.report.runs.telemetry import (
     layer_of,
     telemetry_records,
 )
-from nemotron_train.run_folder.folder import write_atomically
 
 
 class ErrorMeasure(StrEnum):
-    noise = "noise"
-    flush = "flush"
+    """The error that candidates are ranked by."""
+
+    noise = "noise"  # squared error over squared values
+    flush = "flush"  # share of values flushed to zero
 
 
 class Unit(StrEnum):
-    """What a line of the list exempts."""
+    """What one line of the exemption list covers."""
 
-    kind = "kind"  # all linears of a kind, decoder and multi-token prediction apart
-    module = "module"
+    kind = "kind"  # all linears of one kind; decoder and multi-token prediction separately
+    module = "module"  # a single linear
 
 
 @dataclass
 class ProposeConfig:
     """The knobs of `precision propose`."""
 
-    budget: float = MISSING  # share of FLOPs, of the linears that a plan decides over
-    format: GemmFormat = GemmFormat.bf16  # of what is exempted: bf16, or mxfp8 where measured
+    budget: float = MISSING  # share of the FLOPs of the linears that a plan covers
+    format: GemmFormat = GemmFormat.bf16  # of the exempted linears: bf16, or mxfp8 if measured
     error: ErrorMeasure = ErrorMeasure.noise
     by: Unit = Unit.kind
-    output: str = ""  # the plan's file; proposed_precision.yaml in the run folder
+    output: str = ""  # plan file; "": proposed_precision.yaml in the run folder
 
 
 @dataclass(frozen=True)
 class Candidate:
     """One possible line of the exemption list.
 
-    flops, error: shares of those of all linears that a plan decides over. worst: of its operands,
-    the name, share flushed to zero and signal-to-noise ratio of the one with most flushed.
+    flops, error: shares of the total over all linears that a plan covers. worst: name, share
+    flushed to zero and signal-to-noise ratio (dB) of the operand with the largest share flushed.
     """
 
     name: str
@@ -85,13 +88,13 @@ class Candidate:
 
     @property
     def ratio(self) -> float:
-        """Error removed per FLOP; 1 for the model as a whole."""
+        """Error removed per FLOP, relative to the whole model's (1)."""
         return self.error / self.flops
 
 
 def propose(run_folder: Path, knobs: ProposeConfig, console: Console) -> Path:
-    """Writes the plan and shows how it was chosen. Raises ConfigError for a run without the
-    telemetry it needs and for a knob out of range."""
+    """Writes the plan file, prints the candidates and returns the file's path. Raises ConfigError
+    if the run lacks the required telemetry or a knob is out of range."""
     if not 0 <= knobs.budget <= 1:
         raise ConfigError(f"budget={knobs.budget}: give a share of the FLOPs, from 0 to 1")
     if knobs.format not in (GemmFormat.bf16, GemmFormat.mxfp8):
@@ -102,7 +105,7 @@ def propose(run_folder: Path, knobs: ProposeConfig, console: Console) -> Path:
         raise ConfigError(
             f"{run_folder}: no precision telemetry; train with precision.telemetry.every=STEPS"
         )
-    records = records[len(records) // 2 :]  # early steps say little about the rest of a training
+    records = records[len(records) // 2 :]  # skip early steps: not representative of later ones
     config = compose_config([], run_folder / "config.yaml")
     listed = candidates(config, records, knobs, str(run_folder))
     chosen = choose(listed, knobs.budget)
@@ -120,18 +123,22 @@ def propose(run_folder: Path, knobs: ProposeConfig, console: Console) -> Path:
 
 
 def candidates(
-    config: Config, records: Sequence[TelemetryRecord], knobs: ProposeConfig, asked: str
+    config: Config, records: Sequence[TelemetryRecord], knobs: ProposeConfig, run_name: str
 ) -> list[Candidate]:
-    """Every line that a list could have, best first. Raises ConfigError naming `asked`, the run,
-    if a linear was not measured in the formats that are compared."""
+    """All candidates, best first. Raises ConfigError, naming `run_name`, if a linear was not
+    measured in the compared formats."""
     paths = list(records[-1].modules)
-    flops = {e.path: e.flops for e in resolve_plan(config).at(0).linears if e.path in set(paths)}
-    errors = {path: _removed_error(records, path, knobs, asked) for path in paths}
+    flops = {
+        linear.path: linear.flops
+        for linear in resolve_plan(config).at(0).linears
+        if linear.path in set(paths)
+    }
+    errors = {path: _removed_error(records, path, knobs, run_name) for path in paths}
     groups: dict[tuple[str, str], list[str]] = {}
     for path in paths:
-        groups.setdefault(_line_of(path, knobs.by), []).append(path)
+        groups.setdefault(_rule_of(path, knobs.by), []).append(path)
     all_flops, all_errors = sum(flops.values()), sum(errors.values())
-    found = [
+    unsorted = [
         Candidate(
             name,
             match,
@@ -141,13 +148,13 @@ def candidates(
         )
         for (name, match), group in groups.items()
     ]
-    return sorted(found, key=lambda candidate: -candidate.ratio)
+    return sorted(unsorted, key=lambda candidate: -candidate.ratio)
 
 
 def choose(listed: Sequence[Candidate], budget: float) -> list[Candidate]:
-    """The greedy choice among candidates that are sorted, best first."""
+    """Greedy selection within `budget` (share of FLOPs). `listed`: candidates, best first."""
     chosen: list[Candidate] = []
-    left = budget + 1e-12
+    left = budget + 1e-12  # tolerance for the rounding of the shares
     for candidate in listed:
         if candidate.ratio <= 1:
             break
@@ -161,14 +168,14 @@ def plan_text(
     chosen: Sequence[Candidate],
     knobs: ProposeConfig,
     records: Sequence[TelemetryRecord],
-    asked: str,
+    run_name: str,
 ) -> str:
-    """The plan as a recipe file, the reason of each line in a comment above it."""
+    """The plan as YAML recipe text. A comment above each rule gives its reason."""
     kept, removed = sum(c.flops for c in chosen), sum(c.error for c in chosen)
     steps = f"step {records[0].step}" + (f" to {records[-1].step}" if records[1:] else "")
     options = f"budget={knobs.budget} format={knobs.format} error={knobs.error} by={knobs.by}"
     lines = [
-        f"# nemotron-train precision propose {asked} {options}",
+        f"# nemotron-train precision propose {run_name} {options}",
         f"# From {len(records)} telemetry record(s), {steps}. Of the linears that a plan decides",
         f"# over, {kept:.1%} of the FLOPs stay above NVFP4, and {removed:.1%} of the error goes.",
         "name: proposed",
@@ -190,19 +197,19 @@ def plan_text(
 
 
 def _removed_error(
-    records: Sequence[TelemetryRecord], path: str, knobs: ProposeConfig, asked: str
+    records: Sequence[TelemetryRecord], path: str, knobs: ProposeConfig, run_name: str
 ) -> float:
-    """The error of a linear in NVFP4, less what it has in the exemptions' format (BF16: none)."""
-    error = _error(records, path, "nvfp4", knobs.error, asked)
+    """Error of a linear in NVFP4, minus its error in the exemption format (BF16: zero)."""
+    error = _error(records, path, GemmFormat.nvfp4, knobs.error, run_name)
     if knobs.format == GemmFormat.mxfp8:
-        error -= _error(records, path, "mxfp8", knobs.error, asked)
+        error -= _error(records, path, GemmFormat.mxfp8, knobs.error, run_name)
     return max(error, 0.0)
 
 
 def _error(
-    records: Sequence[TelemetryRecord], path: str, form: str, measure: ErrorMeasure, asked: str
+    records: Sequence[TelemetryRecord], path: str, form: str, measure: ErrorMeasure, run_name: str
 ) -> float:
-    """Mean over the records of the sum over the products and their operands."""
+    """Sum over the products and their operands of the mean over the records."""
     name = "relative_error" if measure == ErrorMeasure.noise else "flush_to_zero"
     total = 0.0
     for operands in OPERANDS_OF.values():
@@ -211,7 +218,7 @@ def _error(
             known = [number for number in numbers if number is not None]
             if not known:
                 raise ConfigError(
-                    f"{asked}: {operand} of {path} was not measured in {form}; train with "
+                    f"{run_name}: {operand} of {path} was not measured in {form}; train with "
                     f"precision.telemetry.probe={form}"
                 )
             power = 2 if measure == ErrorMeasure.noise else 1
@@ -222,22 +229,23 @@ def _error(
 def _worst_operand(
     records: Sequence[TelemetryRecord], paths: Sequence[str]
 ) -> tuple[str, float, float | None]:
-    """Means over a group's linears in the last record."""
+    """The operand with the largest share flushed: (name, share flushed, SNR in dB), as means over
+    the group's linears in the last record."""
     means: list[tuple[str, float, float | None]] = []
     for operand in OPERANDS:
-        found: dict[str, list[float]] = {"flush_to_zero": [], "snr_db": []}
-        for name, numbers in found.items():
+        measured: dict[str, list[float]] = {"flush_to_zero": [], "snr_db": []}
+        for name, numbers in measured.items():
             for path in paths:
-                number = records[-1].number(path, "nvfp4", operand, name)
+                number = records[-1].number(path, GemmFormat.nvfp4, operand, name)
                 if number is not None:
                     numbers.append(number)
-        snr = fmean(found["snr_db"]) if found["snr_db"] else None
-        means.append((operand, fmean(found["flush_to_zero"] or [0.0]), snr))
+        snr = fmean(measured["snr_db"]) if measured["snr_db"] else None
+        means.append((operand, fmean(measured["flush_to_zero"] or [0.0]), snr))
     return max(means, key=lambda mean: mean[1])
 
 
-def _line_of(path: str, unit: Unit) -> tuple[str, str]:
-    """Name and glob of the line that exempts a linear."""
+def _rule_of(path: str, unit: Unit) -> tuple[str, str]:
+    """Name and glob of the rule that exempts a linear."""
     kind = kind_of(path)
     if unit == Unit.module:
         layer = layer_of(path).split()
@@ -249,15 +257,15 @@ def _line_of(path: str, unit: Unit) -> tuple[str, str]:
     return name, f"{prefix}.*.{end}"
 
 
-def _check(config: Config, text: str, kept: float) -> None:
-    """The file must be a plan that keeps just what was chosen. Raises ConfigError where the run's
-    own layout cannot have it."""
+def _check(config: Config, text: str, kept_flops: float) -> None:
+    """Asserts that the plan text keeps exactly the selected share of FLOPs. Raises ConfigError if
+    the plan does not resolve under the run's layout."""
     plain: dict[str, Any] = yaml.safe_load(text)
     proposed = replace(config, precision=to_typed(PrecisionConfig, plain, []))
     linears = resolve_plan(proposed).at(0).linears
     decided = [linear for linear in linears if not linear.rule.startswith("fixed (")]
     share = 1 - share_of_flops(decided).get(GemmFormat.nvfp4, 0.0)
-    assert abs(share - kept) < 1e-9, (share, kept)
+    assert abs(share - kept_flops) < 1e-9, (share, kept_flops)
 
 
 def _show(listed: Sequence[Candidate], chosen: Sequence[Candidate], console: Console) -> None:

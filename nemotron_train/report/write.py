@@ -1,6 +1,6 @@
-"""`report`: reads run folders, prints the tables, draws the pictures, writes the page. No torch.
+"""`report`: reads run folders, prints tables, draws plots, writes the HTML page. No torch.
 
-Owns: which folders are meant and which files are written where. Does not own: any number.
+Owns: which folders are reported on, which files are written and where. Does not own: any number.
 """
 
 import os
@@ -20,7 +20,7 @@ from nemotron_train.report.gap.pairs import (
     read_sweep,
 )
 from nemotron_train.report.html.data import PageData
-from nemotron_train.report.html.page import Shown, build_page, write_page
+from nemotron_train.report.html.page import ReportedRun, build_page, write_page
 from nemotron_train.report.plot.gap import plot_gaps
 from nemotron_train.report.plot.loss import plot_loss, plot_runs
 from nemotron_train.report.plot.precision import plot_precision
@@ -30,16 +30,19 @@ from nemotron_train.report.runs.table import print_runs
 from nemotron_train.report.write_gaps import print_gaps, write_gaps
 
 PAGE = "report.html"
-READ_AHEAD = min(4, os.cpu_count() or 1)  # runs read while one is worked on
-MAX_PICTURED = 8  # of more runs at once only the pictures that show them together are drawn
-# What comparisons and tables need of a run once its curves are cut down.
+READ_AHEAD = min(4, os.cpu_count() or 1)  # runs read in the background while one is processed
+MAX_PICTURED = 8  # with more runs, only the plots that show them together are drawn
+# Metrics that comparisons and tables need. The others are dropped once a run's curves are thinned.
 KEPT = ("step", "tokens", "loss", "validation_loss", "tokens_per_second", "time")
 KEPT += ("model_flops_utilization",)
 
 
 def report(folders: Sequence[Path], output: Path | None, console: Console) -> list[Path]:
-    """Tables on the terminal, pictures and the page; what was written. Raises ConfigError."""
-    plain, sweeps = _sorted(folders)
+    """Prints tables and writes plots and the HTML page; returns the paths of the written files.
+
+    `output`: path of the page, None for report.html in or above the folders. Raises ConfigError if
+    no run has logged a step, if a folder cannot be read or if the page cannot be written."""
+    plain, sweeps = _split_folders(folders)
     order = [*plain, *(cell for folder in sweeps for cell in cell_folders(folder))]
     order = [folder for folder in order if folder in plain or (folder / "metrics.jsonl").exists()]
     data = PageData(len(order))
@@ -47,7 +50,7 @@ def report(folders: Sequence[Path], output: Path | None, console: Console) -> li
         reader = _Reader(data, order, threads, draws=len(order) <= MAX_PICTURED)
         runs = [reader(folder) for folder in plain]
         swept = [read_sweep(folder, reader) for folder in sweeps]
-    found = find_pairs(runs)
+    pairs = find_pairs(runs)
     if not reader.runs:
         raise ConfigError(f"{folders[0]}: no run in it has logged a step yet")
     page = output or _page_path(plain, sweeps)
@@ -56,16 +59,17 @@ def report(folders: Sequence[Path], output: Path | None, console: Console) -> li
     print_runs(labels, reader.runs, console)
     for folder, comparisons in zip(sweeps, swept, strict=True):
         written += write_gaps(folder, comparisons, console)
-    if found and print_gaps(found, console)[0]:
+    if pairs and print_gaps(pairs, console)[0]:
         name = "gap.png" if not sweeps else "gap_pairs.png"
-        written.append(plot_gaps(page.with_name(name), found))
+        written.append(plot_gaps(page.with_name(name), pairs))
     if len(reader.runs) > 1:
         written.append(plot_runs(page.with_name("losses.png"), labels, reader.runs))
-    every = [comparison for comparisons in [*swept, found] for comparison in comparisons]
+    all_comparisons = [comparison for comparisons in [*swept, pairs] for comparison in comparisons]
     shown = [
-        Shown(*each) for each in zip(labels, reader.runs, reader.configs, reader.cards, strict=True)
+        ReportedRun(*values)
+        for values in zip(labels, reader.runs, reader.configs, reader.cards, strict=True)
     ]
-    html = build_page(_title(folders), shown, every, data)
+    html = build_page(_title(folders), shown, all_comparisons, data)
     try:
         written.append(write_page(page, html))
     except OSError as error:
@@ -74,15 +78,19 @@ def report(folders: Sequence[Path], output: Path | None, console: Console) -> li
 
 
 class _Reader:
-    """Reads run folders, once each: their curves go into the page, their pictures are drawn where
-    they are older than the numbers, and what tables and comparisons need is kept. The next ones in
-    `order` are read meanwhile: Arrow, which does most of the work, leaves Python free."""
+    """Reads each run folder once. Adds its curves to the page, redraws plots that are older than
+    its metrics, and keeps the columns that tables and comparisons need.
+
+    Reads the next folders of `order` in background threads. This overlaps with the processing
+    because Arrow, which does most of the reading, releases the GIL."""
 
     def __init__(
         self, data: PageData, order: Sequence[Path], threads: ThreadPoolExecutor, *, draws: bool
     ) -> None:
-        self._data, self._draws = data, draws
-        self._order, self._threads = list(order), threads
+        self._data = data
+        self._draws = draws
+        self._order = list(order)
+        self._threads = threads
         self._ahead: dict[Path, Future[Run]] = {}
         self.runs: list[Run] = []
         self.configs: list[Config | None] = []
@@ -105,23 +113,25 @@ class _Reader:
 
     def _read(self, folder: Path) -> Run:
         if folder in self._order:
-            place = self._order.index(folder)
-            for path in self._order[place : place + READ_AHEAD + 1]:
+            index = self._order.index(folder)
+            for path in self._order[index : index + READ_AHEAD + 1]:
                 if path not in self._ahead:
                     self._ahead[path] = self._threads.submit(read_run, path)
-            self._order[place] = Path()  # read once
+            self._order[index] = Path()  # never read the same folder ahead twice
         return self._ahead.pop(folder).result() if folder in self._ahead else read_run(folder)
 
 
 def _is_fresh(picture: Path, run: Run) -> bool:
+    """Whether the plot exists and is at least as new as the run's metrics."""
     try:
         return picture.stat().st_mtime >= run.written
     except OSError:
         return False
 
 
-def _sorted(folders: Sequence[Path]) -> tuple[list[Path], list[Path]]:
-    """Run folders and sweeps' folders, each once; a folder of runs stands for all runs in it."""
+def _split_folders(folders: Sequence[Path]) -> tuple[list[Path], list[Path]]:
+    """Returns (run folders, sweep folders) without duplicates. A folder that contains runs is
+    replaced by those runs."""
     plain: dict[Path, Path] = {}
     sweeps: dict[Path, Path] = {}
     for folder in folders:
@@ -133,13 +143,14 @@ def _sorted(folders: Sequence[Path]) -> tuple[list[Path], list[Path]]:
         for run in inside or [folder]:
             if not is_sweep(run):
                 plain[run.resolve()] = run
-    # A sweep's own runs, given beside it, are in it already.
+    # Drop runs that belong to a listed sweep: the sweep already includes them.
     plain = {path: run for path, run in plain.items() if path.parent not in sweeps}
     return list(plain.values()), list(sweeps.values())
 
 
 def _page_path(plain: Sequence[Path], sweeps: Sequence[Path]) -> Path:
-    """Beside what it shows: in the run's or the sweep's folder, or, of several, the one above."""
+    """The page goes into the folder itself if there is only one; otherwise into the common parent
+    folder, or the working directory if the parents differ."""
     folders = [*plain, *sweeps]
     if len(folders) == 1:
         return folders[0] / PAGE

@@ -1,6 +1,6 @@
-"""Prints and writes what a sweep's pairs show: gap.md, gap.png, gap_sizes.png. No torch.
+"""Prints a sweep's loss gaps and writes gap.md, gap.png and gap_sizes.png. No torch.
 
-Owns: the order of table, notes and files. Does not own: any number (`report.gap`), the pictures
+Owns: the order of tables, notes and files. Does not own: any number (`report.gap`), the plots
 (`report.plot`).
 """
 
@@ -11,24 +11,25 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from nemotron_train.platform.files import write_atomically
 from nemotron_train.report.gap.gap import gaps
 from nemotron_train.report.gap.pairs import Comparison, read_sweep
-from nemotron_train.report.gap.sizes import by_size, sentence
+from nemotron_train.report.gap.sizes import by_size, slope_sentence
 from nemotron_train.report.gap.table import HEADINGS, gap_rows, markdown
 from nemotron_train.report.plot.gap import plot_gaps
 from nemotron_train.report.plot.sizes import plot_sizes
-from nemotron_train.run_folder.folder import write_atomically
 
 
 def report_gaps(folder: Path, console: Console) -> None:
-    """Table, gap.md, gap.png and, of several sizes, gap_sizes.png of a sweep's folder. Raises
-    ConfigError for another folder."""
+    """Prints the gap table of a sweep folder and writes gap.md, gap.png and, for several model
+    sizes, gap_sizes.png. Raises ConfigError if `folder` is not a sweep."""
     for path in write_gaps(folder, read_sweep(folder), console):
         console.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
 
 
 def write_gaps(folder: Path, comparisons: Sequence[Comparison], console: Console) -> list[Path]:
-    """The same of what was read of it; what was written: nothing before the first pair."""
+    """As `report_gaps`, for comparisons already read. Returns the written paths; writes nothing if
+    no run has a baseline to compare with yet."""
     rows, notes = print_gaps(comparisons, console)
     if not rows:
         names = ", ".join(comparison.baseline for comparison in comparisons)
@@ -36,8 +37,8 @@ def write_gaps(folder: Path, comparisons: Sequence[Comparison], console: Console
         console.print(text, markup=False, highlight=False, soft_wrap=True)
         return []
     sizes = by_size(comparisons)
-    for plan, found in sizes.items():
-        if text := sentence(plan, found):
+    for plan, plan_sizes in sizes.items():
+        if text := slope_sentence(plan, plan_sizes):
             console.print(text, markup=False, highlight=False, soft_wrap=True)
             notes = [*notes, text]
     write_atomically(folder / "gap.md", markdown(rows, notes))
@@ -51,7 +52,8 @@ def write_gaps(folder: Path, comparisons: Sequence[Comparison], console: Console
 def print_gaps(
     comparisons: Sequence[Comparison], console: Console
 ) -> tuple[list[list[str]], list[str]]:
-    """One table of all, and a sentence a group; both as returned, empty where there is no pair."""
+    """Prints one table for all comparisons and one note per group. Returns (rows, notes), both
+    empty if there is no pair."""
     rows: list[list[str]] = []
     notes: list[str] = []
     for comparison in comparisons:

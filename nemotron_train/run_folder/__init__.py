@@ -1,1 +1,1 @@
-"""What a run folder holds and who may write to it. No torch."""
+"""The files of a run folder, and which process may write to it. No torch."""

@@ -1,8 +1,9 @@
-"""`branch=RUN@STEP`: a new run from another run's checkpoint, checked before its folder is made.
+"""`branch=RUN@STEP`: checks for a new run that starts from the checkpoint of another run.
 
-Owns: which checkpoint is meant, whether the new configuration can go on from it, what is recorded
-of the parent. Does not own: loading it (`train.trainer`), the files of the new run (`run_folder`),
-the grammar of `branch=` (`lineage`). The parent's folder is only read.
+Owns: which checkpoint `branch` names, whether the new configuration can continue from it, the
+record of the parent in lineage.json. Does not own: loading the checkpoint (`train.trainer`), the
+files of the new run (`folder`), the syntax of `branch=` (`lineage`). The parent's folder is only
+read. The checks run before the folder of the new run is created.
 """
 
 import hashlib
@@ -29,16 +30,19 @@ from nemotron_train.run_folder.lineage import brief, parse_branch
 
 
 def branch_checkpoint(branch: str, *, contents: bool = True) -> Path:
-    """The checkpoint that `branch` names. Raises ConfigError where there is no such run, no such
-    step (with the steps there are) or where the checkpoint is damaged, so far as can be told
-    without reading its tensors if not `contents`."""
+    """Path of the checkpoint that `branch` names.
+
+    Raises ConfigError if the run does not exist, if it has no such step (the error lists its
+    steps), or if the checkpoint is damaged. Without `contents`, the damage check does not read the
+    tensors.
+    """
     run, step = parse_branch(branch)
     if not run.is_dir():
         raise ConfigError(f"branch={branch}: no such run folder {run}")
     steps = steps_in(run / "checkpoints")
     if step not in steps:
-        there = f"it has {', '.join(map(str, steps))}" if steps else "it has none"
-        raise ConfigError(f"branch={branch}: {run} has no checkpoint of step {step}; {there}")
+        existing = f"it has {', '.join(map(str, steps))}" if steps else "it has none"
+        raise ConfigError(f"branch={branch}: {run} has no checkpoint of step {step}; {existing}")
     path = step_folder(run / "checkpoints", step)
     problem = damage(path, contents=contents)
     if problem is not None:
@@ -49,12 +53,13 @@ def branch_checkpoint(branch: str, *, contents: bool = True) -> Path:
 def check_branch(
     config: Config, plan: PrecisionPlan, train_data: BatchSource
 ) -> dict[str, Any] | None:
-    """What lineage.json is to say of the parent; None if the new run already has a checkpoint of
-    its own and no longer looks at its parent.
+    """Check the parent; return the entry `branched_from` for lineage.json.
 
-    Raises ConfigError where `branch_checkpoint` does, and for a new run in its parent's folder,
-    another model, an optimizer whose state is stored in another way, other data up to here, and
-    a run that would end before it begins.
+    None if the new run already has a checkpoint and so no longer needs its parent.
+
+    Raises ConfigError like `branch_checkpoint`, and also if the new run is in its parent's folder,
+    if the model differs, if the optimizer state is stored in another format, if the data trained on
+    so far differs, or if no tokens are left to train.
     """
     checkpoint = check_parent(config)
     if checkpoint is None:
@@ -64,7 +69,7 @@ def check_branch(
     progress = progress_of(checkpoint)
     if has_data(checkpoint) and not config.fresh_data:
         check_data(checkpoint, train_data.description)
-        train_data.take(progress.data, 0)
+        train_data.take(progress.data, 0)  # raises ConfigError if the cursor does not fit
     return {
         "run": str(run),
         "step": step,
@@ -77,8 +82,10 @@ def check_branch(
 
 
 def check_parent(config: Config, *, contents: bool = True) -> Path | None:
-    """The parent's checkpoint, held against `config` alone: the data is not looked at, nor, if not
-    `contents`, are tensors read. None and ConfigError as `check_branch` has them."""
+    """The checks of `check_branch` that need no data; return the parent's checkpoint.
+
+    Without `contents`, tensors are not read. None and ConfigError as in `check_branch`.
+    """
     path = run_path(config)
     run, step = parse_branch(config.branch)
     if path.resolve() == run.resolve():
@@ -89,6 +96,7 @@ def check_parent(config: Config, *, contents: bool = True) -> Path | None:
     check_model(checkpoint, config.model)
     parent = read_config(run, step)
     sharded, was_sharded = (c.parallel.distributed_optimizer for c in (config, parent))
+    # The optimizer state has another checkpoint format if it is sharded over ranks.
     if sharded != was_sharded and has_optimizer(checkpoint):
         raise ConfigError(
             f"parallel.distributed_optimizer={sharded}: the optimizer's state in {checkpoint} was "

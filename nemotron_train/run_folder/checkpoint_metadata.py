@@ -1,12 +1,12 @@
-"""What a checkpoint says in plain words: its JSON files, written and read. No Megatron-Core.
+"""The JSON files of a checkpoint: what they contain, and how they are read. No Megatron-Core.
 
-    progress.json    step, tokens, the data's cursor, the model precision.json   the precision plan
-    it was trained under (`plan.precision.record`) data.json        the data: checksums, blend
-    weights, sequence length, seed, tokenizer about.json       the whole configuration, versions of
-    the frameworks, ranks and their layout random.json      states of the random generators of every
-    rank (`train.checkpoint.random_states`)
+    progress.json    step, tokens, data cursor, model configuration
+    precision.json   precision plan (`plan.precision.record`)
+    data.json        checksums, blend weights, sequence length, seed, tokenizer
+    about.json       whole configuration (also the parallel layout), package versions, ranks
+    random.json      random states of every rank (`train.checkpoint.random_states`)
 
-Read only after the manifest vouches for them (`integrity.damage`).
+Read them only after `integrity.damage` has verified them against the manifest.
 """
 
 import json
@@ -26,7 +26,7 @@ from nemotron_train.run_folder.progress import Progress
 
 PROGRESS, PRECISION = "progress.json", "precision.json"
 ABOUT, RANDOM, DATA = "about.json", "random.json", "data.json"
-# The cursor of weights that were not trained here: whatever data comes, it begins at its start.
+# Data cursor of imported weights, which were not trained here: any data begins at its start.
 NO_DATA = DataState(split="train", sequence_length=0, seed=0, fingerprint="")
 
 
@@ -37,7 +37,10 @@ def texts_of(
     data: Mapping[str, Any],
     num_ranks: int,
 ) -> dict[str, str]:
-    """File name -> content of all that is known before the tensors are written."""
+    """File name -> text of all JSON files except random.json.
+
+    plan: record of the precision plan. data: `BatchSource.description`.
+    """
     state = {
         "step": progress.step,
         "tokens": progress.tokens,
@@ -54,12 +57,12 @@ def texts_of(
 
 
 def has_optimizer(path: Path) -> bool:
-    """Whether the checkpoint in `path` holds the optimizer's state; a merge's does not."""
+    """Whether the checkpoint has optimizer state. One made by `convert merge` does not."""
     return json.loads((path / ABOUT).read_text()).get("optimizer") is not False
 
 
 def random_text(states: Sequence[Any]) -> str:
-    """`random.json`: the states of all ranks, equal ones once."""
+    """Text of random.json. states: by rank; equal states are stored once."""
     distinct: list[Any] = []
     for state in states:
         if state not in distinct:
@@ -68,8 +71,10 @@ def random_text(states: Sequence[Any]) -> str:
 
 
 def random_state_of(path: Path, rank: int, num_ranks: int) -> Any | None:
-    """The random states that `rank` had; None where the checkpoint is of another number of ranks,
-    or of a time before they were saved."""
+    """Random states of `rank`.
+
+    None if the checkpoint was saved with another number of ranks, or has no random.json.
+    """
     if not (path / RANDOM).exists():
         return None
     saved = json.loads((path / RANDOM).read_text())
@@ -79,25 +84,27 @@ def random_state_of(path: Path, rank: int, num_ranks: int) -> Any | None:
 
 
 def plan_of(path: Path) -> dict[str, Any]:
-    """The precision plan under which the checkpoint in `path` was trained (`plan_record`)."""
-    if not (path / PRECISION).exists():  # of weights that were not trained here
+    """Record of the precision plan under which the checkpoint was trained (`plan_record`)."""
+    if not (path / PRECISION).exists():  # imported weights, not trained here
         return UNKNOWN
     return json.loads((path / PRECISION).read_text())
 
 
 def has_data(path: Path) -> bool:
-    """Whether the checkpoint in `path` was trained on data here; an imported one was not."""
+    """Whether the checkpoint records its training data. An imported one does not."""
     return (path / DATA).exists()
 
 
 def tokenizer_of(path: Path) -> str:
-    """SHA-256 of the tokenizer.json trained with; "" where that is not known."""
+    """SHA-256 of the tokenizer.json of the training data; "" if unknown."""
     return json.loads((path / DATA).read_text())["tokenizer"] if has_data(path) else ""
 
 
 def check_data(path: Path, now: Mapping[str, Any]) -> None:
-    """Raises ConfigError, naming what changed, where the data up to the checkpoint in `path` is not
-    what `now` (`BatchSource.description`) says."""
+    """Raise ConfigError if the data trained on so far differs from the current data.
+
+    now: `BatchSource.description` of the current data. The error names what changed.
+    """
     if not has_data(path):
         return
     before = json.loads((path / DATA).read_text())
@@ -107,22 +114,24 @@ def check_data(path: Path, now: Mapping[str, Any]) -> None:
 
 
 def progress_of(path: Path) -> Progress:
-    """Where the run stood at the checkpoint in `path`; `NO_DATA` for one that was imported."""
+    """Progress at the checkpoint, with data cursor `NO_DATA` if it was imported."""
     state = json.loads((path / PROGRESS).read_text())
     data = DataState.from_dict(state["data"]) if has_data(path) else NO_DATA
     return Progress(state["step"], state["tokens"], data)
 
 
 def check_model(path: Path, model: ModelConfig) -> None:
-    """Raises ConfigError when the checkpoint in `path` belongs to another model. Its name and the
-    cut of its pattern into stages are no part of it."""
-    theirs = json.loads((path / PROGRESS).read_text())["model"]
-    for name, ours in asdict(model).items():
-        before = theirs.get(name)
-        if name == "pattern" and isinstance(before, str):
-            before, ours = before.replace("|", ""), ours.replace("|", "")
-        if name != "name" and before != json.loads(json.dumps(ours)):
+    """Raise ConfigError if the checkpoint belongs to another model.
+
+    The model's name and the stage boundaries `|` in its pattern may differ.
+    """
+    saved_model = json.loads((path / PROGRESS).read_text())["model"]
+    for name, value in asdict(model).items():
+        saved_value = saved_model.get(name)
+        if name == "pattern" and isinstance(saved_value, str):
+            saved_value, value = saved_value.replace("|", ""), value.replace("|", "")
+        if name != "name" and saved_value != json.loads(json.dumps(value)):
             raise ConfigError(
-                f"{path} holds another model: model.{name} is {before} there and {ours} "
+                f"{path} holds another model: model.{name} is {saved_value} there and {value} "
                 "here; resume with the run's own configuration or choose another name"
             )

@@ -1,11 +1,11 @@
-"""The run folder: which files it holds, how they are written, and whether a run may go on in it.
+"""The run folder: its files, how they are written, and whether a run may continue in it.
 
 Owns: `config.yaml`, `derived.yaml`, `precision.txt`, `environment.json`, `summary.json`, the paths
-of the other files, the lock that keeps a second process out. Every file is complete or absent. Does
-not own: the lines of metrics.jsonl (`run_folder.metrics`), checkpoints (`train.checkpoint`), what
-lineage.json says (`run_folder.lineage`).
+of the other files, the lock against a second process. Each of these files is complete or absent.
+Does not own: the lines of metrics.jsonl (`run_folder.metrics`), checkpoints (`train.checkpoint`),
+the contents of lineage.json (`run_folder.lineage`).
 
-Only one rank opens the folder; it tells the others.
+Only the first rank opens the folder. It sends the outcome to the other ranks.
 """
 
 import contextlib
@@ -14,7 +14,6 @@ import functools
 import json
 import os
 import platform
-import re
 import socket
 import subprocess
 import sys
@@ -33,9 +32,11 @@ from omegaconf.errors import OmegaConfBaseException
 from nemotron_train.config.errors import ConfigError
 from nemotron_train.config.knobs import PHASES, adds_phases, differences, is_free, to_plain
 from nemotron_train.config.schema import Config, DataPhase, PrecisionConfig
+from nemotron_train.config.secrets import without_secrets
 from nemotron_train.plan.derive import Derived
 from nemotron_train.plan.precision.record import plan_record
 from nemotron_train.plan.precision.resolve import PrecisionPlan, resolve_plan
+from nemotron_train.platform.files import write_atomically
 from nemotron_train.run_folder.integrity import sweep
 from nemotron_train.run_folder.lineage import (
     LINEAGE,
@@ -67,56 +68,65 @@ PACKAGES = (
 
 @dataclass(frozen=True)
 class RunFolder:
-    """An opened run folder. `run_id` is its identity for W&B, kept over resumes."""
+    """An opened run folder. `run_id` identifies the run in W&B and is kept across resumes."""
 
     path: Path
     run_id: str
-    is_new: bool  # nobody trained in it before
-    plan_before: Record | None = None  # the precision plan that this start is allowed to change
-    adds_phases: bool = False  # this start adds phases to the blend
-    lock: RunLock | None = field(repr=False, default=None)  # held until the process ends
+    is_new: bool  # this start created the run
+    plan_before: Record | None = None  # the run's plan, if this start changes it and may do so
+    adds_phases: bool = False  # this start adds phases to the data blend
+    lock: RunLock | None = field(repr=False, default=None)  # held until `close` or process end
 
     @property
     def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
         return self.path / "checkpoints"
 
     @property
     def metrics(self) -> Path:
+        """Path of metrics.jsonl."""
         return self.path / "metrics.jsonl"
 
     @property
     def summary(self) -> Path:
+        """Path of summary.json."""
         return self.path / "summary.json"
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
-        """Replaces summary.json: plain values, names as in docs/metrics.md."""
+        """Replace summary.json. Values are plain; names are as in docs/metrics.md."""
         write_atomically(self.summary, _to_json(summary))
 
     def record_switch(
         self, step: int, tokens: int, before: Record, after: Record, precision: PrecisionConfig
     ) -> None:
-        """From `step` on the run is trained under the plan `after`: `precision`'s knobs."""
+        """Record in lineage.json that the plan changes from `before` to `after` at `step`.
+
+        precision: the knobs of the new plan.
+        """
         knobs = to_plain(precision)
         lineage = with_switch(read_lineage(self.path), step, tokens, before, after, knobs)
         write_atomically(self.path / LINEAGE, _to_json(lineage))
 
     def record_phases(self, step: int, tokens: int, phases: Sequence[DataPhase]) -> None:
-        """From `step` on the run knows these phases of the blend."""
+        """Record in lineage.json that the data blend has these `phases` from `step` on."""
         lineage = with_phases(read_lineage(self.path), step, tokens, to_plain(phases))
         write_atomically(self.path / LINEAGE, _to_json(lineage))
 
     def record_branch(self, parent: Record) -> None:
-        """The run began from another run's checkpoint; `parent` as `run_folder.lineage` has it."""
+        """Record in lineage.json the checkpoint that the run began from.
+
+        parent: the entry `branched_from`, as described in `run_folder.lineage`.
+        """
         lineage = {"branched_from": dict(parent)} | read_lineage(self.path)
         write_atomically(self.path / LINEAGE, _to_json(lineage))
 
     def check_held(self) -> None:
-        """Raises LostRunFolder where another process has taken the folder over."""
+        """Raise LostRunFolder if another process has taken over the folder."""
         if self.lock is not None:
             self.lock.check_held()
 
     def close(self) -> None:
-        """Lets another process train in the folder; the end of this process does it too."""
+        """Release the lock, so that another process may train here. Process end does it too."""
         if self.lock is not None:
             self.lock.release()
 
@@ -131,27 +141,28 @@ def open_run_folder(
     machine: Mapping[str, Any] | None = None,
     say: Callable[[str], None] = print,
 ) -> RunFolder:
-    """Makes the run's folder, or opens it to go on, and writes all that is known at the start.
+    """Create the run folder, or open it to resume, and write the files that are known at the start.
 
-    `command`: the words typed (default: this process's).
-    `hosts`: the machines of all ranks (default: this one). `machine`: what computes, plain values
-    (docs/metrics.md; default: not known). An existing config.yaml stays as it was
-    first asked; each start is added to environment.json. `say` hears of a holder that went away.
+    command: the command line (default: that of this process). hosts: host names of all ranks
+    (default: this host). machine: device and kernels, plain values (docs/metrics.md; default:
+    unknown). say: called with a line if the previous process did not release the folder.
 
-    Raises ConfigError when the folder cannot be made, belongs to another configuration, or another
-    process is training in it.
+    An existing config.yaml is not changed. Every start is added to environment.json.
+
+    Raises ConfigError if the folder cannot be created, belongs to another configuration, or another
+    process trains in it.
     """
-    asked = "resume" if config.resume else "name"
+    knob = "resume" if config.resume else "name"  # the knob to name in error messages
     path = run_path(config)
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock = acquire(path)
     except OSError as error:
-        raise ConfigError(f"{asked}={path}: cannot make the run folder ({error})") from error
+        raise ConfigError(f"{knob}={path}: cannot make the run folder ({error})") from error
     with contextlib.ExitStack() as on_error:
         on_error.callback(lock.release)
         about = {"hosts": list(hosts) or [socket.gethostname()], "machine": dict(machine or {})}
-        opened = _open(path, asked, config, derived, precision_text, command, about)
+        opened = _open(path, knob, config, derived, precision_text, command, about)
         on_error.pop_all()
     if lock.took_over:
         say(f"{path}: taken over from {lock.took_over}")
@@ -161,30 +172,30 @@ def open_run_folder(
 
 def _open(
     path: Path,
-    asked: str,
+    knob: str,
     config: Config,
     derived: Derived,
     precision_text: str,
     command: Sequence[str] | None,
     about: Mapping[str, Any],
 ) -> RunFolder:
-    """`open_run_folder` once the folder is this process's."""
+    """The part of `open_run_folder` that runs while this process holds the lock."""
     config_path = path / "config.yaml"
-    # What is asked of this process alone is no part of the run.
-    wanted = to_plain(dataclasses.replace(config, resume="", switch_precision=False))
+    # Knobs that concern only this start are not part of the run's configuration.
+    run_config = to_plain(dataclasses.replace(config, resume="", switch_precision=False))
     is_new = not config_path.exists()
     changed: dict[str, list[Any]] = {}
     plan_before: Record | None = None
     if is_new:
         if (path / "checkpoints").exists() or (path / "metrics.jsonl").exists():
             raise ConfigError(
-                f"{asked}={path}: the folder holds a run without its config.yaml; "
+                f"{knob}={path}: the folder holds a run without its config.yaml; "
                 "put that back or give another name=..."
             )
-        write_atomically(config_path, _to_yaml(wanted))
+        write_atomically(config_path, _to_yaml(run_config))
     else:
         stored = read_config(path)
-        changed = differences(to_plain(stored), wanted)
+        changed = differences(to_plain(stored), run_config)
         _refuse_another_run(path, changed)
         plan_before = _plan_before(path, stored, config, derived.plan, changed)
     write_atomically(path / "derived.yaml", _to_yaml(to_plain(derived.numbers())))
@@ -194,24 +205,18 @@ def _open(
 
 
 def run_path(config: Config) -> Path:
-    """Where the run folder of `config` lies."""
+    """Path of the run folder of `config`."""
     return Path(config.resume) if config.resume else Path(config.folder) / config.name
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replaces a file as a whole: a reader, or a crash, sees the old one or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-# The same run, or another one? --------------------------------------------------------------
+# Check that the configuration is that of the stored run --------------------------------------
 
 
 def _refuse_another_run(path: Path, changed: Mapping[str, Sequence[Any]]) -> None:
+    """Raise ConfigError if a knob in `changed` may not change within a run.
+
+    changed: knob -> [stored value, new value]. `_plan_before` checks the precision knobs.
+    """
     fixed = [
         knob
         for knob, (old, new) in changed.items()
@@ -228,8 +233,10 @@ def _refuse_another_run(path: Path, changed: Mapping[str, Sequence[Any]]) -> Non
 
 
 def refuse_another_run(config: Config, plan: PrecisionPlan) -> None:
-    """Raises ConfigError where the run folder of `config` holds a run of another configuration or
-    under another precision plan; nothing is written."""
+    """Raise ConfigError if the run folder of `config` holds a run that `config` cannot resume.
+
+    That is a run with another configuration or another precision plan. Writes nothing.
+    """
     path = run_path(config)
     if (path / "config.yaml").exists():
         stored = read_config(path)
@@ -245,24 +252,30 @@ def _plan_before(
     plan: PrecisionPlan,
     changed: Mapping[str, Sequence[Any]],
 ) -> Record | None:
-    """The stored run's plan if `config`, under `plan`, is allowed to change it. Raises ConfigError
-    if it is not."""
+    """The plan of the stored run if `plan` differs from it, else None.
+
+    plan: the plan of `config`. Raises ConfigError if the plans differ without
+    `switch_precision=true`.
+    """
     knobs = [knob for knob in changed if knob.startswith("precision.")]
     if not knobs:
         return None
-    before, now = plan_record(resolve_plan(stored)), plan_record(plan)
-    if before["digest"] == now["digest"]:
+    before, after = plan_record(resolve_plan(stored)), plan_record(plan)
+    if before["digest"] == after["digest"]:
         return None
     if config.switch_precision:
         return before
-    was, is_now = changed[knobs[0]]
-    detail = "" if "precision.name" in knobs else f" ({knobs[0]} was {was!r}, now {is_now!r})"
-    raise ConfigError(refusal(path, before, now, path, detail))
+    old, new = changed[knobs[0]]
+    detail = "" if "precision.name" in knobs else f" ({knobs[0]} was {old!r}, now {new!r})"
+    raise ConfigError(refusal(path, before, after, path, detail))
 
 
 def read_config(folder: Path, before_step: int | None = None) -> Config:
-    """What a run folder's config.yaml asks, with the defaults of knobs that came later and what
-    lineage.json says was changed since (before a step). Raises ConfigError."""
+    """The configuration of a run: its config.yaml plus the changes recorded in lineage.json.
+
+    before_step: apply only changes made before this step. Knobs that config.yaml does not have get
+    their defaults. Raises ConfigError if config.yaml cannot be read or does not fit this version.
+    """
     path = folder / "config.yaml"
     try:
         loaded = cast(DictConfig, OmegaConf.load(path))
@@ -274,7 +287,7 @@ def read_config(folder: Path, before_step: int | None = None) -> Config:
         raise ConfigError(f"{path} is no configuration of this version ({reason})") from error
 
 
-# What the files say -------------------------------------------------------------------------
+# Contents of the files -----------------------------------------------------------------------
 
 
 def _record_start(
@@ -283,12 +296,15 @@ def _record_start(
     about: Mapping[str, Any],
     changed: Mapping[str, Sequence[Any]],
 ) -> str:
-    """Adds this start to environment.json, `about` its machines; returns the run's id."""
+    """Add this start to environment.json; return the run id.
+
+    about: hosts and machine of this start. changed: knob -> [stored value, new value].
+    """
     earlier = read_json(path)
     run_id = earlier.get("run_id") or uuid.uuid4().hex[:12]
     start = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": [_without_secrets(word) for word in command],
+        "command": [without_secrets(word) for word in command],
         "changed": {knob: values[1] for knob, values in changed.items()},
         **about,
         "git": _git_state(),
@@ -302,7 +318,7 @@ def _record_start(
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a small file of a run folder; {} where there is none."""
+    """The object in a small JSON file; {} if the file is missing, unreadable or no object."""
     try:
         loaded = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -312,28 +328,30 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @functools.cache
 def package_versions() -> dict[str, str]:
-    """Versions of what a result depends on, where it is installed; nothing is imported. Read once:
-    every checkpoint names them."""
-    found = {}
+    """Versions of the installed PACKAGES, read without importing them.
+
+    Cached, because every checkpoint stores them.
+    """
+    versions = {}
     for package in PACKAGES:
         try:
-            found[package] = metadata.version(package)
+            versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def _git_state() -> dict[str, Any]:
-    """Commit of the checkout this package runs from; empty for an installed wheel."""
+    """Commit of the checkout that this package runs from; {} for an installed wheel."""
     package = Path(__file__).resolve().parent.parent
 
-    def git(*words: str) -> str:
-        command = ["git", "-C", str(package), *words]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-        return done.stdout.strip()
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(package), *arguments]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        return result.stdout.strip()
 
     try:
-        # A wheel inside somebody else's checkout must not report that one's commit.
+        # Fails for a wheel installed inside another project's checkout: its commit is not ours.
         git("ls-files", "--error-unmatch", "__init__.py")
         return {
             "commit": git("rev-parse", "HEAD"),
@@ -341,18 +359,6 @@ def _git_state() -> dict[str, Any]:
         }
     except (OSError, subprocess.SubprocessError):
         return {}
-
-
-SECRET_NAME = re.compile(r"(api_?key|secret|password|passwd|credential|auth|_token$|^token$)", re.I)
-SECRET_VALUE = re.compile(r"(hf_|ghp_|sk-)[A-Za-z0-9_-]{16,}|\b[0-9a-f]{40}\b|(?<=://)[^/@\s]+@")
-
-
-def _without_secrets(word: str) -> str:
-    """A word of the command line fit to be kept: what looks like a key is blotted out."""
-    name, equals, _ = word.partition("=")
-    if equals and SECRET_NAME.search(name.rpartition(".")[2]):
-        return f"{name}=***"
-    return SECRET_VALUE.sub("***", word)
 
 
 def _to_yaml(value: Any) -> str:

@@ -1,10 +1,10 @@
-"""Which checkpoints can be trusted: hashes, damage, the newest good one, which may be dropped.
+"""Integrity of checkpoints: hashes, damage, the newest undamaged one, removal of old ones.
 
 Owns: `manifest.json` of a checkpoint, `checkpoints.jsonl` of a run folder, the allow list for the
-one pickle in a checkpoint, names and removal of checkpoint folders. Does not own: what the tensors
-are (`checkpoint`), nor when a checkpoint is written. No torch until a `.metadata` is read.
+only pickle in a checkpoint, names and removal of checkpoint folders. Does not own: the tensors
+(`train.checkpoint`), when a checkpoint is written. Imports torch only to read a `.metadata`.
 
-    RUN/checkpoints.jsonl                 step, the manifest's SHA-256, time: a line a checkpoint
+    RUN/checkpoints.jsonl                 per checkpoint, a line: step, SHA-256 of manifest, time
     RUN/checkpoints/step_00000100/        complete or absent
         manifest.json                     SHA-256 and length of every other file; written last
         .metadata, metadata.json, __R_N.distcp   Megatron-Core's distributed format
@@ -12,8 +12,9 @@ are (`checkpoint`), nor when a checkpoint is written. No torch until a `.metadat
     RUN/checkpoints/.step_00000100.partial    being written, never read
     RUN/checkpoints/.step_00000100.dropped    being removed, never read
 
-Trust goes from the run folder down: its record vouches for the manifest, the manifest for every
-file, and only a file that is vouched for is parsed. docs/decisions/0005 has the reasons.
+Chain of trust: checkpoints.jsonl holds the hash of the manifest, the manifest holds the hash of
+every other file, and a file is parsed only after its hash was checked. docs/decisions/0005 gives
+the reasons.
 """
 
 import hashlib
@@ -29,22 +30,23 @@ from pathlib import Path
 from typing import Any
 
 from nemotron_train.config.errors import ConfigError
-from nemotron_train.platform.files import flush_to_disk
+from nemotron_train.platform.files import file_sha256, flush_to_disk, write_durably
 
 STEP_FOLDER = re.compile(r"step_([0-9]{8})")
 LEFTOVER = re.compile(r"\.step_[0-9]{8}\.(partial|dropped)")
 MANIFEST, RECORD = "manifest.json", "checkpoints.jsonl"
 METADATA = ".metadata"
 SHARD = re.compile(r"__[0-9]+_[0-9]+\.distcp")
-# Every file a checkpoint may hold besides shards. Not common.pt: Megatron would load it first.
+# All files that a checkpoint may hold besides shards. Not common.pt, a pickle: Megatron would load
+# it first.
 OWN_FILES = {MANIFEST, METADATA, "metadata.json"} | {
     f"{name}.json" for name in ("progress", "precision", "about", "data", "random")
 }
 FORMAT_VERSION = 2
 MAX_MANIFEST_BYTES = 64 * 2**20
 
-# All that `.metadata` names, by full name. No patterns: `torch._utils._import_dotted_name` would
-# fit one for torch's rebuilding functions, and it imports whatever it is told.
+# All classes and functions that `.metadata` may name, as exact names. A pattern for torch's rebuild
+# functions would also match `torch._utils._import_dotted_name`, which imports any module.
 METADATA_GLOBALS = {
     ("torch", name) for name in ("Size", "float64", "float32", "float16", "bfloat16", "bool")
 }
@@ -70,27 +72,32 @@ METADATA_GLOBALS |= {
 }
 
 
-class _ListedNames(pickle.Unpickler):
-    """Loads plain data and the metadata classes of torch's checkpoints; refuses the rest."""
+class _MetadataUnpickler(pickle.Unpickler):
+    """Loads plain data and the classes in METADATA_GLOBALS; refuses all others."""
 
     def find_class(self, module: str, name: str) -> object:
-        # Exact names: a name with dots in it would be walked, out of an allowed module.
+        # Exact match: pickle resolves dots in a name, so it could lead out of an allowed module.
         if (module, name) in METADATA_GLOBALS:
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"{module}.{name} does not belong in checkpoint metadata")
 
 
 def load_metadata(file: Any) -> Any:
-    """torch's `Metadata` from an open `.metadata`. Raises UnpicklingError for any other name."""
-    return _ListedNames(file).load()
+    """torch's `Metadata` from an open `.metadata` file.
+
+    Raises UnpicklingError for a name that is not in METADATA_GLOBALS.
+    """
+    return _MetadataUnpickler(file).load()
 
 
 # Reading ------------------------------------------------------------------------------------
 
 
 def steps_in(folder: Path) -> list[int]:
-    """Steps of all checkpoints under `folder`, damaged ones included, ascending. What is not a
-    folder itself, a symbolic link for instance, is none."""
+    """Steps of all checkpoints under `folder`, also damaged ones, ascending.
+
+    Only real folders count; symbolic links do not.
+    """
     if not _is_folder(folder):
         return []
     with os.scandir(folder) as entries:
@@ -103,18 +110,18 @@ def steps_in(folder: Path) -> list[int]:
 
 
 def step_folder(folder: Path, step: int) -> Path:
-    """`folder`/step_00000100."""
+    """Path of the checkpoint of `step`: `folder`/step_00000100."""
     return folder / f"step_{step:08d}"
 
 
 def latest(
     folder: Path, say: Callable[[str], None], verified: set[int] | None = None
 ) -> Path | None:
-    """The newest undamaged checkpoint under `folder`, None where there is no checkpoint at all.
+    """The newest undamaged checkpoint under `folder`; None if there is no checkpoint.
 
-    Found by step number and content, never by a pointer or a time. Damaged newer ones are named
-    with `say`; the steps that were read whole are added to `verified`. Raises ConfigError where
-    every checkpoint is damaged: training from the beginning would not be what was asked.
+    Chosen by step number and content, not by a pointer file or a timestamp. Calls `say` for each
+    damaged newer checkpoint. Adds the step of the checkpoint that was checked to `verified`. Raises
+    ConfigError if all checkpoints are damaged: a silent start from step 0 would be wrong.
     """
     if folder.is_symlink():
         raise ConfigError(f"{folder}: is a symbolic link; checkpoints are not read through one")
@@ -138,11 +145,11 @@ def latest(
 
 
 def damage(folder: Path, *, contents: bool = True) -> str | None:
-    """What is wrong with the checkpoint in `folder`, in one line; None when nothing is.
+    """One line that describes the damage of the checkpoint in `folder`; None if undamaged.
 
-    Without `contents` only what costs no reading: the manifest and its record, names, kinds and
-    lengths of the files. Opens nothing but regular files of the folder itself and runs no code
-    found in them.
+    Without `contents`, checks only what is cheap: the manifest and its record, names, types and
+    lengths of the files. Opens only regular files directly in the folder, and runs no code from
+    them.
     """
     try:
         if not _is_folder(folder.parent) or not _is_folder(folder):
@@ -154,8 +161,9 @@ def damage(folder: Path, *, contents: bool = True) -> str | None:
         return f"{MANIFEST} cannot be read ({error.strerror or error})"
     recorded = recorded_manifests(folder.parent)
     if recorded is not None:
-        digest, known = hashlib.sha256(content).hexdigest(), recorded.get(_step_of(folder), set())
-        if digest not in known:
+        digest = hashlib.sha256(content).hexdigest()
+        recorded_digests = recorded.get(_step_of(folder), set())
+        if digest not in recorded_digests:
             return f"{MANIFEST} is not the one that {RECORD} of the run folder records"
     try:
         sums, lengths = _parse_manifest(content, _step_of(folder))
@@ -165,12 +173,16 @@ def damage(folder: Path, *, contents: bool = True) -> str | None:
 
 
 def _step_of(folder: Path) -> int:
+    """Step number in the name of a checkpoint folder, -1 for any other name."""
     match = STEP_FOLDER.fullmatch(folder.name)
     return int(match[1]) if match else -1
 
 
 def _parse_manifest(content: bytes, step: int) -> tuple[dict[str, str], dict[str, int]]:
-    """File name -> SHA-256, and -> length. Raises ValueError, KeyError or TypeError."""
+    """The manifest's maps from file name to SHA-256 and to length.
+
+    Raises ValueError, KeyError or TypeError.
+    """
     raw = json.loads(content)
     if raw["format_version"] != FORMAT_VERSION:
         raise ValueError(f"format_version is {raw['format_version']!r}, not {FORMAT_VERSION}")
@@ -188,6 +200,7 @@ def _parse_manifest(content: bytes, step: int) -> tuple[dict[str, str], dict[str
 def _damaged_file(
     folder: Path, sums: Mapping[str, str], lengths: Mapping[str, int], contents: bool
 ) -> str | None:
+    """`damage` after the manifest is parsed: compare every file with the manifest."""
     try:
         with os.scandir(folder) as entries:
             present = {entry.name: entry for entry in entries if entry.name != MANIFEST}
@@ -202,7 +215,7 @@ def _damaged_file(
         if not contents:
             return None
         for name in sorted(sums):
-            if file_sha256(folder / name) != sums[name]:
+            if file_sha256(folder / name, follow_links=False) != sums[name]:
                 return f"{name} has changed since it was written"
     except OSError as error:
         return f"cannot be read ({error.strerror or error})"
@@ -215,10 +228,13 @@ def _damaged_file(
 
 
 def _check_places(metadata: Any, lengths: Mapping[str, int]) -> None:
-    """Every tensor lies in a shard of this folder, within its length: torch joins the path it
-    finds here to the folder's, `..` and all."""
+    """Raise ValueError unless every tensor lies within a shard of this folder.
+
+    torch appends the path in the metadata to the folder's path, even if it contains `..`.
+    """
     for index, place in metadata.storage_data.items():
-        name, start, length = place.relative_path, place.offset, place.length
+        name = place.relative_path
+        start, length = place.offset, place.length
         if type(name) is not str or not SHARD.fullmatch(name) or name not in lengths:
             raise ValueError(f"{index.fqn} is said to lie in {name!r}")
         if type(start) is not int or type(length) is not int:
@@ -228,9 +244,11 @@ def _check_places(metadata: Any, lengths: Mapping[str, int]) -> None:
 
 
 def recorded_manifests(folder: Path) -> dict[int, set[str]] | None:
-    """Step -> digests of manifests that the run wrote for it; None where the run folder keeps no
-    record (a checkpoint that was copied out of its run). Lines that cannot be read vouch for
-    nothing."""
+    """Step -> digests of the manifests that the run wrote for it, from checkpoints.jsonl.
+
+    folder: the folder of checkpoints. None if there is no checkpoints.jsonl (a checkpoint that was
+    copied out of its run). Lines that cannot be parsed are ignored.
+    """
     path = folder.parent / RECORD
     try:
         lines = _read_plain(path, MAX_MANIFEST_BYTES).splitlines()
@@ -238,17 +256,18 @@ def recorded_manifests(folder: Path) -> dict[int, set[str]] | None:
         return None
     except OSError:
         return {}
-    found: dict[int, set[str]] = {}
+    digests: dict[int, set[str]] = {}
     for line in lines:
         try:
             entry = json.loads(line)
-            found.setdefault(entry["step"], set()).add(entry["manifest"])
+            digests.setdefault(entry["step"], set()).add(entry["manifest"])
         except (ValueError, KeyError, TypeError):
             continue
-    return found
+    return digests
 
 
 def _is_folder(path: Path) -> bool:
+    """Whether `path` is a folder and not a symbolic link."""
     try:
         return stat.S_ISDIR(path.lstat().st_mode)
     except OSError:
@@ -256,7 +275,10 @@ def _is_folder(path: Path) -> bool:
 
 
 def _read_plain(path: Path, limit: int) -> bytes:
-    """A regular file's content, no link followed. Raises OSError, also for one that is longer."""
+    """Content of a regular file, without following symbolic links.
+
+    Raises OSError, also if the file is longer than `limit` bytes.
+    """
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     with os.fdopen(descriptor, "rb") as file:
         status = os.fstat(descriptor)
@@ -270,35 +292,19 @@ def _read_plain(path: Path, limit: int) -> bytes:
 # Writing ------------------------------------------------------------------------------------
 
 
-def file_sha256(path: Path, *, flush: bool = False) -> str:
-    """Digest of a file; with `flush` its content is on the disk when this returns."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    with os.fdopen(descriptor, "rb") as file:
-        if flush:
-            os.fsync(descriptor)
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_durably(path: Path, text: str) -> None:
-    """A new file, flushed."""
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def partial_folder(final: Path) -> Path:
-    """Where the checkpoint `final` is written until it is complete."""
+    """Folder in which the checkpoint `final` is written until it is complete."""
     return final.with_name(f".{final.name}.partial")
 
 
 def commit(final: Path, sums: Mapping[str, str], check_held: Callable[[], None]) -> None:
-    """Make the checkpoint in `partial_folder(final)` visible as `final`.
+    """Write the manifest of the checkpoint in `partial_folder(final)` and rename it to `final`.
 
-    `sums`: digests of files that were hashed already; the others are hashed here. `check_held`
-    raises if this process may no longer write in the run folder. Everything is on the disk before
-    the rename, and the record before that: a crash leaves the checkpoint absent, or complete and
-    vouched for. Raises OSError.
+    sums: digests of files that are already hashed; the other files are hashed here. check_held:
+    raises if this process may no longer write to the run folder.
+
+    All files, then the line in checkpoints.jsonl, are on disk before the rename. After a crash, the
+    checkpoint is absent, or complete and recorded. Raises OSError.
     """
     partial, step = partial_folder(final), _step_of(final)
     names = sorted(path.name for path in partial.iterdir() if path.name != MANIFEST)
@@ -306,7 +312,8 @@ def commit(final: Path, sums: Mapping[str, str], check_held: Callable[[], None])
         "format_version": FORMAT_VERSION,
         "step": step,
         "sha256": {
-            name: sums.get(name) or file_sha256(partial / name, flush=True) for name in names
+            name: sums.get(name) or file_sha256(partial / name, flush=True, follow_links=False)
+            for name in names
         },
         "bytes": {name: (partial / name).stat().st_size for name in names},
     }
@@ -321,48 +328,52 @@ def commit(final: Path, sums: Mapping[str, str], check_held: Callable[[], None])
         file.flush()
         os.fsync(file.fileno())
     flush_to_disk(final.parent.parent)
-    aside = final.with_name(f".{final.name}.dropped")
-    if final.exists():  # of a process that was cut off after this step, or damaged
-        shutil.rmtree(aside, ignore_errors=True)
-        final.rename(aside)
+    dropped = final.with_name(f".{final.name}.dropped")
+    if final.exists():  # damaged, or left by a process that was killed after this step
+        shutil.rmtree(dropped, ignore_errors=True)
+        final.rename(dropped)
     partial.rename(final)
     flush_to_disk(final.parent)
-    shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(dropped, ignore_errors=True)
 
 
 def drop_old(folder: Path, keep: int, verified: set[int]) -> None:
     """Remove the checkpoints older than the newest `keep` undamaged ones.
 
-    Nothing is removed on the strength of a name: each of those `keep` has been read whole by this
-    process (`verified`, which grows here) or is read now. Damaged ones take up no place. A
-    checkpoint vanishes under its name at once, so that a crash leaves no half of it.
+    The `keep` checkpoints are verified by content before any other is removed. `verified`: steps
+    that this process has already verified; steps verified here are added. Damaged checkpoints do
+    not count towards `keep`. A checkpoint is renamed before its files are removed, so a crash
+    leaves no incomplete checkpoint under its name.
     """
     assert keep >= 1
-    kept = 0
+    num_undamaged = 0
     for step in reversed(steps_in(folder)):
         path = step_folder(folder, step)
-        if kept >= keep:
-            aside = path.with_name(f".{path.name}.dropped")
-            shutil.rmtree(aside, ignore_errors=True)
-            path.rename(aside)
-            shutil.rmtree(aside, ignore_errors=True)
+        if num_undamaged >= keep:
+            dropped = path.with_name(f".{path.name}.dropped")
+            shutil.rmtree(dropped, ignore_errors=True)
+            path.rename(dropped)
+            shutil.rmtree(dropped, ignore_errors=True)
             verified.discard(step)
         elif damage(path, contents=step not in verified) is None:
             verified.add(step)
-            kept += 1
+            num_undamaged += 1
 
 
 def sweep(folder: Path) -> None:
-    """Remove what a process that was cut off left half written or half removed. The holder of the
-    run folder calls it before it trains: a late writer then finds its partial folder gone."""
+    """Remove the folders that a killed process left partly written or partly removed.
+
+    The holder of the run folder calls it before it trains. An earlier process that still writes
+    then fails, because its partial folder is gone.
+    """
     if not _is_folder(folder):
         return
     with os.scandir(folder) as entries:
-        left = [e.path for e in entries if LEFTOVER.fullmatch(e.name) and not e.is_symlink()]
-    for path in left:
+        leftovers = [e.path for e in entries if LEFTOVER.fullmatch(e.name) and not e.is_symlink()]
+    for path in leftovers:
         shutil.rmtree(path, ignore_errors=True)
 
 
 def hashed(folder: Path, names: Iterable[str]) -> dict[str, str]:
-    """Digests of these files of a folder, their content flushed to the disk."""
-    return {name: file_sha256(folder / name, flush=True) for name in names}
+    """File name -> SHA-256 of files in a folder. Their content is on disk on return."""
+    return {name: file_sha256(folder / name, flush=True, follow_links=False) for name in names}

@@ -1,11 +1,10 @@
-"""Where a run's weights, its precision plan and its data come from: `branch=RUN@STEP`, switches of
-the plan, phases added to the blend.
+"""Lineage of a run: its branch point, switches of the precision plan, phases added to the data.
 
-Owns: the grammar of `branch=`, the contents of `lineage.json` in a run folder, which knobs were in
-force at a step. Does not own: writing files (`run_folder`), loading weights (`checkpoint`), the
-plan itself. No torch.
+Owns: the syntax of `branch=RUN@STEP`, the contents of `lineage.json` in a run folder, which knobs
+were in force at a step. Does not own: writing files (`folder`), loading weights
+(`train.checkpoint`), the plan itself. No torch.
 
-`lineage.json` exists only where there is something to tell:
+`lineage.json` exists only for a run with at least one of these entries:
 
     branched_from: run, step, tokens, run_id, checkpoint (SHA-256 of its manifest), precision before
         and after (name, digest), changed (every other knob that differs)
@@ -28,7 +27,7 @@ Record = Mapping[str, Any]
 
 
 def parse_branch(text: str) -> tuple[Path, int]:
-    """`RUN@STEP` -> the run folder and the step. Raises ConfigError for anything else."""
+    """Parse `RUN@STEP` into the run folder and the step. Raises ConfigError on any other form."""
     run, at, step = text.rpartition("@")
     if not (at and run and step.isdecimal() and step.isascii()):
         raise ConfigError(f"branch={text}: give RUN_FOLDER@STEP, such as runs/tiny@100")
@@ -36,8 +35,10 @@ def parse_branch(text: str) -> tuple[Path, int]:
 
 
 def read_lineage(folder: Path) -> dict[str, Any]:
-    """What `lineage.json` of the run folder says; {} without one. Raises ConfigError for a file
-    that cannot be read: the run's plan would be another one than its owner thinks."""
+    """Contents of the run folder's `lineage.json`; {} if there is no file.
+
+    Raises ConfigError if it cannot be read: without it, the run would get a wrong plan unnoticed.
+    """
     path = folder / LINEAGE
     try:
         loaded = json.loads(path.read_text(encoding="utf-8"))
@@ -55,17 +56,20 @@ def read_lineage(folder: Path) -> dict[str, Any]:
 
 
 def apply_recorded(config: Any, folder: Path, before_step: int | None = None) -> None:
-    """Puts into `config` (config.yaml as loaded) what the run was changed to since, or before a
-    step: the knobs under `precision`, and `data.phases`."""
+    """Apply the changes in lineage.json to `config`, the loaded config.yaml, in place.
+
+    These are the knobs under `precision`, and `data.phases`. before_step: apply only changes made
+    before this step. Raises ConfigError if lineage.json cannot be read.
+    """
     lineage = read_lineage(folder)
 
     def last(kind: str) -> dict[str, Any] | None:
-        made = [
+        changes = [
             change
             for change in lineage.get(kind, [])
             if before_step is None or change["step"] < before_step
         ]
-        return made[-1] if made else None
+        return changes[-1] if changes else None
 
     switch, phases = last("switches"), last("phases")
     if switch is not None:
@@ -75,8 +79,10 @@ def apply_recorded(config: Any, folder: Path, before_step: int | None = None) ->
 
 
 def is_recorded(folder: Path, step: int, plan: Record) -> bool:
-    """Whether a switch to `plan` at `step` was allowed before: a process that was cut off before
-    it saved goes on under it."""
+    """Whether lineage.json records a switch to `plan` at `step`.
+
+    If so, a run that was killed before its first save under the new plan may continue under it.
+    """
     return any(
         switch["step"] == step and switch["after"]["digest"] == plan["digest"]
         for switch in read_lineage(folder).get("switches", [])
@@ -84,7 +90,10 @@ def is_recorded(folder: Path, step: int, plan: Record) -> bool:
 
 
 def refusal(trained: Path, before: Record, now: Record, run: Path, detail: str = "") -> str:
-    """The line for a plan that changes and was not asked to."""
+    """Error message for a precision plan that changes without `switch_precision=true`.
+
+    trained: the checkpoint or run folder with the plan `before`.
+    """
     return (
         f"{trained} was trained under precision plan {label(before)}, now {label(now)}{detail}: "
         f"give switch_precision=true to go on under the new one, or branch={run}@STEP to try it "
@@ -95,7 +104,7 @@ def refusal(trained: Path, before: Record, now: Record, run: Path, detail: str =
 def with_switch(
     lineage: Record, step: int, tokens: int, before: Record, after: Record, precision: Record
 ) -> dict[str, Any]:
-    """`lineage` with a switch added; switches of steps that are run again are dropped."""
+    """`lineage` with a switch added. Switches at or after `step`, which runs again, are removed."""
     earlier = [switch for switch in lineage.get("switches", []) if switch["step"] < step]
     switch = {
         "step": step,
@@ -110,12 +119,12 @@ def with_switch(
 def with_phases(
     lineage: Record, step: int, tokens: int, phases: Sequence[Record]
 ) -> dict[str, Any]:
-    """`lineage` with phases added to the blend; changes at steps that are run again are dropped."""
+    """`lineage` with a change of phases added. Changes at or after `step` are removed."""
     earlier = [change for change in lineage.get("phases", []) if change["step"] < step]
     change = {"step": step, "tokens": tokens, "phases": list(phases)}
     return {**lineage, "phases": [*earlier, change]}
 
 
 def brief(record: Record) -> dict[str, str]:
-    """A plan's name and digest."""
+    """Only the name and the digest of a plan record."""
     return {"name": record["name"], "digest": record["digest"]}

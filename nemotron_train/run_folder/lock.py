@@ -1,21 +1,22 @@
-"""One process a run folder: who holds it, when a holder is gone, and how a late one is shut out.
+"""The lock of a run folder: at most one process trains in it.
 
-Owns: the file `.lock` of a run folder. Does not own: what is done in the folder. No torch.
+Owns: the file `.lock` of a run folder. Does not own: the other files of the folder. No torch.
 
-`.lock` is locked with flock(2) for as long as the process lives and holds one JSON object: host,
-pid, job (Slurm's, if any), epoch, time, token, released. The rules:
+The process holds an flock(2) on `.lock` until it ends. The file contains one JSON object: host,
+pid, job (Slurm job id, if any), epoch, time, token, released. The rules:
 
-1. flock taken: the holder lives, on this host or on another one that shares the file system's
-   locks. Refused; the message says who it is.
-2. flock free: whoever is named is gone. Taken over, with the next epoch.
-3. The file system has no locks: the record decides. A holder that released it is gone; so is one
-   of this host whose pid no longer runs, and an earlier start of the same Slurm job (a job runs
-   once at a time). Any other is taken for alive, and the message says which file to remove.
+1. The flock is taken: the holder is alive, on this host or on another host that shares the file
+   system's locks. `acquire` refuses and names the holder.
+2. The flock is free: the recorded holder is gone. `acquire` takes over with the next epoch.
+3. The file system has no locks: the record decides. A holder is gone if it released the folder, if
+   its pid no longer runs on this host, or if it is an earlier start of the same Slurm job (a job
+   runs once at a time). Any other holder is assumed to be alive; the error names the file to
+   remove.
 
-The kernel cannot take a lock from a process that is stopped or cut off, only an operator can, by
-removing `.lock`. The next process then writes a record of its own. A holder therefore asks
-`check_held` before it makes a checkpoint visible: with another token in the file, or none, it has
-lost the folder and must not write again.
+The kernel does not release the lock of a process that is stopped or disconnected. An operator can
+do it by removing `.lock`; the next process then writes a new record. A holder therefore calls
+`check_held` before it makes a checkpoint visible. If the token in the file differs or is missing,
+the process has lost the folder and must not write to it again.
 """
 
 import contextlib
@@ -33,16 +34,19 @@ from typing import IO, Any
 from nemotron_train.config.errors import ConfigError
 
 LOCK = ".lock"
-MAX_BYTES = 4096  # of the record: what is longer is none
+MAX_BYTES = 4096  # of the record; a longer one is not valid
 
 
 class LostRunFolder(RuntimeError):
-    """Another process took over the run folder; this one must write nothing more into it."""
+    """Another process has taken over the run folder; this process must not write to it again."""
 
 
 @dataclass
 class RunLock:
-    """A held run folder. `took_over`: who left it without releasing it, in words; "" for nobody."""
+    """The lock on a run folder that this process holds.
+
+    took_over: describes the previous holder if it did not release the folder, else "".
+    """
 
     path: Path
     epoch: int
@@ -51,16 +55,16 @@ class RunLock:
     _file: IO[str] | None = field(repr=False)  # None: the file system has no locks
 
     def check_held(self) -> None:
-        """Raises LostRunFolder if another process took the folder over. Costs one small read."""
-        now = _read(self.path)
-        if now.get("token") != self._token:
+        """Raise LostRunFolder if another process has taken over. Costs one small read."""
+        current = _read(self.path)
+        if current.get("token") != self._token:
             raise LostRunFolder(
-                f"{self.path.parent} was taken over by {_who(now)} while this process (epoch "
-                f"{self.epoch}) stood still; nothing more is written by it"
+                f"{self.path.parent} was taken over by {_holder_text(current)} while this process "
+                f"(epoch {self.epoch}) stood still; nothing more is written by it"
             )
 
     def release(self) -> None:
-        """Lets another process in; the end of this one does it too, but leaves its name."""
+        """Release the folder. If the process just ends, the record stays marked as not released."""
         if _read(self.path).get("token") == self._token:
             _write(self.path, {**_read(self.path), "released": True})
         if self._file is not None:
@@ -68,8 +72,11 @@ class RunLock:
 
 
 def acquire(folder: Path) -> RunLock:
-    """Takes the run folder for this process. Raises ConfigError naming the one that has it, and
-    OSError where the lock file cannot be opened; a symbolic link in its place is not followed."""
+    """Lock the run folder for this process.
+
+    Raises ConfigError, which names the holder, if another process has it. Raises OSError if the
+    lock file cannot be opened; symbolic links are not followed.
+    """
     path = folder / LOCK
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
     file: IO[str] | None = os.fdopen(descriptor, "r+", encoding="utf-8")
@@ -79,18 +86,19 @@ def acquire(folder: Path) -> RunLock:
     except BlockingIOError:
         file.close()
         raise ConfigError(
-            f"{folder}: another process is training in this run folder: {_who(before)}; wait for "
-            "it, stop it, or give another name=..."
+            f"{folder}: another process is training in this run folder: {_holder_text(before)}; "
+            "wait for it, stop it, or give another name=..."
         ) from None
     except OSError:  # a file system without locks
         file.close()
         file = None
         if _may_be_alive(before):
             raise ConfigError(
-                f"{folder}: another process may be training in this run folder: {_who(before)}; "
-                f"this file system has no locks, so if it is gone, remove {path}"
+                f"{folder}: another process may be training in this run folder: "
+                f"{_holder_text(before)}; this file system has no locks, so if it is gone, remove "
+                f"{path}"
             ) from None
-    before = _read(path)
+    before = _read(path)  # again: the holder may have changed before the lock was taken
     epoch, token = _number(before, "epoch") + 1, uuid.uuid4().hex
     record = {
         "host": socket.gethostname(),
@@ -102,12 +110,12 @@ def acquire(folder: Path) -> RunLock:
         "released": False,
     }
     _write(path, record)
-    left = bool(before) and before.get("released") is not True
-    return RunLock(path, epoch, _who(before) if left else "", token, file)
+    is_unreleased = bool(before) and before.get("released") is not True
+    return RunLock(path, epoch, _holder_text(before) if is_unreleased else "", token, file)
 
 
 def _may_be_alive(record: Mapping[str, Any]) -> bool:
-    """Rule 3: whether the process of `record` must be taken for alive."""
+    """Rule 3: whether the process of `record` must be assumed to be alive."""
     if not record or record.get("released") is True:
         return False
     job = os.environ.get("SLURM_JOB_ID", "")
@@ -127,8 +135,8 @@ def _may_be_alive(record: Mapping[str, Any]) -> bool:
     return True
 
 
-def _who(record: Mapping[str, Any]) -> str:
-    """The process of a record in words."""
+def _holder_text(record: Mapping[str, Any]) -> str:
+    """Description of the process of a record, for messages."""
     if not record:
         return "a process that left no name"
     job = f", job {record['job']}" if record.get("job") else ""
@@ -139,12 +147,13 @@ def _who(record: Mapping[str, Any]) -> str:
 
 
 def _number(record: Mapping[str, Any], name: str) -> int:
+    """An integer field of the record; 0 if it is missing or no integer."""
     value = record.get(name, 0)
     return value if type(value) is int else 0
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The record; {} where there is none that can be read."""
+    """The record in the lock file; {} if it is missing or not valid."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
         with os.fdopen(descriptor, "rb") as file:
@@ -155,7 +164,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _write(path: Path, record: Mapping[str, Any]) -> None:
-    """In place: a rename would leave the lock on a file that is no longer there."""
+    """Write the record in place. After a rename, the flock would be on the old, unlinked file."""
     text = json.dumps(record) + "\n"
     with contextlib.suppress(FileNotFoundError):
         descriptor = os.open(path, os.O_WRONLY | os.O_NOFOLLOW)

@@ -1,13 +1,13 @@
-"""Which group a number of metrics.jsonl belongs to, and which numbers are of the clock. No torch.
+"""Groups of the metrics in metrics.jsonl, and which metrics are timings. No torch.
 
-Owns: the groups, in the order a person reads them. The report's page has a section for each; W&B
-and TensorBoard show a section for what stands before the first slash, so they get GROUP/NAME. Does
-not own: what the numbers are (docs/metrics.md).
+Owns: the groups, in display order. The HTML report has one section per group. W&B and TensorBoard
+make a section of the text before the first slash, so they get GROUP/NAME. Does not own: the meaning
+of the metrics (docs/metrics.md).
 """
 
 import fnmatch
 
-# Group -> its title, and patterns of its names.
+# Group -> title, and patterns of metric names.
 GROUPS: dict[str, tuple[str, tuple[str, ...]]] = {
     "loss": ("Loss", ("loss", "mtp_loss_*", "validation_loss", "validation_mtp_loss_*")),
     "precision": ("Precision", ("flush_to_zero/*", "zero_weight_gradients")),
@@ -29,7 +29,7 @@ _TIMINGS += ("slowest_rank", "straggler_ratio")
 
 
 def group_of(name: str) -> str:
-    """The group of a number; `other` for one that is in none."""
+    """Group of a metric; `other` if it matches no group."""
     for group, (_, patterns) in GROUPS.items():
         if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
             return group
@@ -37,10 +37,10 @@ def group_of(name: str) -> str:
 
 
 def grouped(name: str) -> str:
-    """A number's name where groups are told by what stands before the first slash."""
+    """GROUP/NAME, the metric's name for W&B and TensorBoard."""
     return f"{group_of(name)}/{name}"
 
 
 def is_timing(name: str) -> bool:
-    """Whether a number is of the clock: no two runs agree there."""
+    """Whether a metric is a timing. Timings differ between otherwise equal runs."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in _TIMINGS)

@@ -1,23 +1,23 @@
-"""Where the numbers of a run go: metrics.jsonl always, W&B and TensorBoard when asked.
+"""Output of a run's metrics: always metrics.jsonl, optionally W&B and TensorBoard.
 
-Owns: one JSON object a logged step, its safety over crashes and resumes, and the two optional
-sinks. Does not own: which numbers there are (the caller; docs/metrics.md lists them) nor their
-reduction over ranks: values come in as plain Python, and only one rank has a writer.
+Owns: the lines of metrics.jsonl, their consistency after crashes and resumes, the two optional
+sinks. Does not own: which metrics exist (the caller; docs/metrics.md lists them), their reduction
+over ranks. Values are plain Python, and only one rank has a writer.
 """
 
 import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self
 
 from nemotron_train.config.schema import LoggingConfig
+from nemotron_train.platform.files import write_atomically
 from nemotron_train.run_folder.metric_groups import grouped
 
 
 class Sink(Protocol):
-    """A second reader of the numbers, which go there as GROUP/NAME (`metric_groups`)."""
+    """An additional output for metrics. Their names are GROUP/NAME (`metric_groups`)."""
 
     name: str
 
@@ -27,11 +27,11 @@ class Sink(Protocol):
 
 
 class MetricsWriter:
-    """Appends to metrics.jsonl, one flushed line a call, and hands the numbers to the sinks.
+    """Appends to metrics.jsonl, one flushed line per call, and passes the numbers to the sinks.
 
-    `resume_step`: the step of the checkpoint that training goes on from (0: from the start). Lines
-    of later steps are dropped first: those steps are run again. So is a line torn by a crash.
-    A sink that fails is told of once through `say` and then left out; training goes on.
+    resume_step: the step of the checkpoint that training continues from (0: a new run). Lines of
+    later steps are removed first, because these steps run again; so are incomplete lines from a
+    crash. If a sink fails, `say` reports it once and the sink is removed; training continues.
     """
 
     def __init__(
@@ -49,8 +49,11 @@ class MetricsWriter:
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
 
     def write(self, metrics: Mapping[str, Any]) -> None:
-        """Writes one object. `metrics` holds `step` and plain values; a number that is not finite
-        is written as null, since JSON has no word for it. Raises TypeError for anything else."""
+        """Write one line. `metrics` holds `step` and plain values.
+
+        Non-finite numbers are written as null, because JSON cannot represent them. Raises TypeError
+        for a value that is not plain.
+        """
         step = metrics["step"]
         line = json.dumps(_plain(metrics), ensure_ascii=False, allow_nan=False)
         self._file.write(line + "\n")
@@ -64,13 +67,16 @@ class MetricsWriter:
             self._guard(sink, lambda sink=sink: sink.write(step, numbers))
 
     def rewind(self, step: int) -> None:
-        """Drops the lines of later steps than `step`: training goes back to it. W&B and TensorBoard
-        keep what they have until a step is logged again."""
+        """Remove the lines of steps after `step`, to which training goes back.
+
+        W&B and TensorBoard keep their points until a step is logged again.
+        """
         self._file.close()
         _keep_until(self._path, step)
         self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
 
     def close(self) -> None:
+        """Close metrics.jsonl and all sinks."""
         self._file.close()
         for sink in list(self._sinks):
             self._guard(sink, sink.close)
@@ -82,9 +88,10 @@ class MetricsWriter:
         self.close()
 
     def _guard(self, sink: Sink, action: Callable[[], None]) -> None:
+        """Run `action`; if it fails, report and remove the sink."""
         try:
             action()
-        except Exception as error:  # whatever a logging service does, training goes on
+        except Exception as error:  # an error of a logging service must not stop training
             self._sinks.remove(sink)
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             self._say(f"{sink.name} failed and is left out from now on: {reason}")
@@ -100,29 +107,34 @@ def open_sinks(
     resume_step: int = 0,
     say: Callable[[str], None] = print,
 ) -> list[Sink]:
-    """The sinks that `logging` asks for, writing into the run folder `folder`.
+    """The sinks that `logging` enables. They write to the run folder `folder`.
 
-    `config`: the whole configuration as plain values, shown by W&B. `run_id` makes a resumed run
-    the same run there. A sink that cannot start costs one warning.
+    config: the whole configuration as plain values, shown in W&B. run_id: lets a resumed run
+    continue the same W&B run. If a sink cannot start, `say` prints one warning.
     """
-    wanted: list[tuple[str, Callable[[], Sink]]] = []
+    builders: list[tuple[str, Callable[[], Sink]]] = []
     if logging.wandb:
-        wanted.append(("W&B", lambda: WandbSink(logging, folder, run_name, run_id, config, say)))
+        builders.append(("W&B", lambda: WandbSink(logging, folder, run_name, run_id, config, say)))
     if logging.tensorboard:
-        wanted.append(("TensorBoard", lambda: TensorBoardSink(folder / "tensorboard", resume_step)))
+        builders.append(
+            ("TensorBoard", lambda: TensorBoardSink(folder / "tensorboard", resume_step))
+        )
     sinks = []
-    for name, build in wanted:
+    for name, build in builders:
         try:
             sinks.append(build())
-        except Exception as error:  # a missing package, no network, a full disk: only logging
+        except Exception as error:  # a missing package, no network, a full disk: train without it
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             say(f"{name} cannot start and is left out: {reason}")
     return sinks
 
 
 class WandbSink:
-    """Weights & Biases. The key comes from its environment variable or netrc and is never written
-    by us; without one the run is kept offline in the run folder, for `wandb sync` later."""
+    """Weights & Biases.
+
+    W&B reads the API key from its environment variable or netrc; we never write it. Without a key,
+    the run is stored offline in the run folder, and `wandb sync` can upload it later.
+    """
 
     name = "W&B"
 
@@ -140,7 +152,7 @@ class WandbSink:
         settings = wandb.Settings(console="off", silent=True, disable_code=True)
         online = wandb.setup().settings.mode == "online"  # the default; WANDB_MODE changes it
         if online and not wandb.login(prompt=False):
-            # wandb.init would ask for a key and wait for an answer.
+            # wandb.init would prompt for a key and block.
             settings.mode = "offline"
             online = False
             say("W&B: no key found, so the run is kept offline; `wandb sync` uploads it later")
@@ -159,14 +171,16 @@ class WandbSink:
             say(f"W&B: {self._run.url}")
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Log the numbers of a step."""
         self._run.log(dict(numbers), step=step)
 
     def close(self) -> None:
+        """Finish the W&B run."""
         self._run.finish()
 
 
 class TensorBoardSink:
-    """TensorBoard event files; on a resume it hides the points of steps that are run again."""
+    """TensorBoard event files. On a resume, points of steps that run again are hidden."""
 
     name = "TensorBoard"
 
@@ -177,33 +191,33 @@ class TensorBoardSink:
         self._writer = SummaryWriter(str(folder), purge_step=purge_step)
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Add one point per number."""
         for name, value in numbers.items():
             self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
+        """Close the event file."""
         self._writer.close()
 
 
 def _keep_until(path: Path, step: int) -> None:
-    """Rewrites the file with the whole lines of steps <= `step`; atomic, as a crash may strike."""
+    """Atomically rewrite the file with only the complete lines of steps up to `step`."""
     if not path.exists():
         return
-    kept = []
+    kept_lines = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             metrics = json.loads(line)
         except ValueError:
-            continue  # torn by a crash
-        known = metrics.get("step") if isinstance(metrics, dict) else None
-        if isinstance(known, int) and known <= step:
-            kept.append(line + "\n")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, path)
+            continue  # incomplete: the process crashed while writing it
+        line_step = metrics.get("step") if isinstance(metrics, dict) else None
+        if isinstance(line_step, int) and line_step <= step:
+            kept_lines.append(line + "\n")
+    write_atomically(path, "".join(kept_lines))
 
 
 def _plain(value: Any) -> Any:
-    """`value` with numbers that are not finite as None; TypeError names what JSON cannot hold."""
+    """`value` as JSON values, with None for non-finite numbers. Raises TypeError."""
     if isinstance(value, Mapping):
         return {str(key): _plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):

@@ -1,6 +1,6 @@
-"""Where a run stands, and what one step reports. A checkpoint records the first.
+"""Progress of a run (stored in checkpoints), and the result of a step.
 
-No torch: both are plain values that the training loop, its hooks and the checkpoints share.
+Plain values shared by the training loop, its hooks and the checkpoints. No torch.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from nemotron_train.data.batches import DataState
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands: optimizer steps taken, tokens trained on, and the data's cursor."""
+    """Position in a run: optimizer steps taken, tokens trained on, and the data cursor."""
 
     step: int
     tokens: int
@@ -20,10 +20,10 @@ class Progress:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step leaves behind.
+    """Result of one optimizer step.
 
-    metrics: plain numbers of the step, or tensors on the device until a hook asks for them;
-    hooks may add to it. seconds: time the step took, side jobs excluded.
+    metrics: plain numbers, or device tensors that a hook reads later; hooks may add entries.
+    seconds: duration of the step, without the hooks.
     """
 
     progress: Progress

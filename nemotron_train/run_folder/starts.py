@@ -1,8 +1,8 @@
-"""The starts of a run: from where each began, how it ended, and when enough is enough. No torch.
+"""The starts of a run: where each began, how it ended, and the detection of crash loops. No torch.
 
-Owns the fields `from_step`, `ended`, `end_time` and `reason` of `starts` in environment.json. A
-start without `ended` was killed. Does not own: the other fields (`run_folder`), who starts a run
-again (a person, Slurm, a loop in a shell).
+Owns: the fields `from_step`, `ended`, `end_time` and `reason` of `starts` in environment.json. A
+start without `ended` was killed. Does not own: the other fields (`run_folder.folder`), the restart
+of a run (by a person, Slurm or a shell loop).
 """
 
 import json
@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from nemotron_train.config.errors import ConfigError
-from nemotron_train.run_folder.folder import read_json, write_atomically
+from nemotron_train.platform.files import write_atomically
+from nemotron_train.run_folder.folder import read_json
 from nemotron_train.run_folder.integrity import steps_in
 
 ENVIRONMENT = "environment.json"
@@ -21,29 +22,30 @@ STOP_FILE = "STOP"
 
 
 def begin(folder: Path, crash_loop_starts: int) -> str:
-    """Notes from which step this start, the last of environment.json, goes on; returns the line
-    that refuses it if it would only be the next round of a crash loop, else "".
+    """Record the step from which this start, the last in environment.json, continues.
 
-    Raises ConfigError where the folder holds a STOP file: a chain of jobs ends with it.
+    Returns a line that refuses the start if the run is in a crash loop, else "". Raises ConfigError
+    if the folder has a STOP file, which ends a chain of jobs.
     """
     stop_file = folder / STOP_FILE
     record = read_json(folder / ENVIRONMENT)
-    *earlier, own = record["starts"]
-    own["from_step"] = max(steps_in(folder / "checkpoints"), default=0)  # sound or not
-    line = crash_loop(earlier, own["from_step"], crash_loop_starts)
-    if line or stop_file.exists():
-        own["ended"] = "refused"
+    *earlier_starts, this_start = record["starts"]
+    # The newest checkpoint, even if it is damaged.
+    this_start["from_step"] = max(steps_in(folder / "checkpoints"), default=0)
+    refusal = crash_loop(earlier_starts, this_start["from_step"], crash_loop_starts)
+    if refusal or stop_file.exists():
+        this_start["ended"] = "refused"
     _write(folder, record)
     if stop_file.exists():
         raise ConfigError(f"{stop_file}: the run was asked to stop; remove the file to go on")
-    return f"{folder}: {line}" if line else ""
+    return f"{folder}: {refusal}" if refusal else ""
 
 
 def crash_loop(starts: Sequence[Mapping[str, Any]], step: int, limit: int) -> str:
-    """What to say of a run whose last `limit` starts made no progress past `step`, the newest
-    checkpoint's, and all ended out of order; "" otherwise, and for limit 0.
+    """The error line if the run is in a crash loop, else "".
 
-    Starts that were refused for their configuration count neither way.
+    A crash loop: the last `limit` starts all crashed, and all continued from `step`, the step of
+    the newest checkpoint. limit 0: no check. Starts that were refused are ignored.
     """
     crashed: list[Mapping[str, Any]] = []
     for start in reversed(starts):
@@ -64,8 +66,11 @@ def crash_loop(starts: Sequence[Mapping[str, Any]], step: int, limit: int) -> st
 
 @contextmanager
 def recorded(folder: Path | None) -> Iterator[dict[str, str]]:
-    """Writes how the current start ended: the body says so in the yielded `ended`, an exception
-    says it for itself. folder: None on all ranks but the one that opened the run folder."""
+    """Context manager that records in environment.json how the current start ended.
+
+    The body sets `ended` in the yielded dict; after an exception, it is "refused" or "failed".
+    folder: None on all ranks except the one that opened the run folder.
+    """
     end = {"ended": "failed"}
     try:
         yield end
@@ -78,7 +83,7 @@ def recorded(folder: Path | None) -> Iterator[dict[str, str]]:
     finally:
         if folder is not None:
             record = read_json(folder / ENVIRONMENT)
-            if record.get("starts"):  # not where the folder was deleted under the run
+            if record.get("starts"):  # missing if the folder was deleted during the run
                 record["starts"][-1] |= end | {"end_time": _now()}
                 _write(folder, record)
 

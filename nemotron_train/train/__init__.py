@@ -1,1 +1,1 @@
-"""The training loop, the train step, and the trainer that holds a run together."""
+"""The training loop, the train step, and the trainer that connects the parts of a run."""

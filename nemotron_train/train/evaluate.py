@@ -1,4 +1,7 @@
-"""Validation: mean loss of each head over a fixed part of the validation split."""
+"""Validation: mean loss of each head over a fixed part of the validation split.
+
+K heads: the main head and one per MTP depth.
+"""
 
 from collections.abc import Sequence
 
@@ -10,7 +13,7 @@ from nemotron_train.config.schema import Config
 from nemotron_train.data.batches import BatchSource
 from nemotron_train.plan.derive import Derived
 from nemotron_train.platform.groups import sum_over
-from nemotron_train.train.train_step import _forward_step, count_targets, run_micro_batches
+from nemotron_train.train.train_step import count_targets, forward_step, run_micro_batches
 
 
 @torch.no_grad()
@@ -22,10 +25,10 @@ def validation_losses(
     groups: ProcessGroupCollection,
     device: str,
 ) -> list[float]:
-    """Mean loss of the main head and of each depth, always over the same sequences; COLLECTIVE.
+    """Mean loss of the main head and of each MTP depth, in nats per token. COLLECTIVE.
 
-    Every data-parallel rank takes an equal share of whole micro-batches; what is left over at
-    the end of `validation_tokens` is not evaluated.
+    Every call evaluates the same sequences. Each data-parallel rank takes the same number of whole
+    micro-batches. The remainder at the end of `validation_tokens` is not evaluated.
     """
     rows = config.train.micro_batch_sequences
     num_micro = derived.validation_sequences // (rows * groups.dp.size())
@@ -39,11 +42,11 @@ def validation_losses(
     targets_K = torch.from_numpy(count_targets(batch, num_heads)).to(device)
     for chunk in chunks:
         chunk.eval()
-    reports = run_micro_batches(chunks, _forward_step, batch, config, device, forward_only=True)
+    reports = run_micro_batches(chunks, forward_step, batch, config, device, forward_only=True)
     for chunk in chunks:
         chunk.train()
     sums_K = torch.stack(reports).double().sum(0) if reports else torch.zeros_like(targets_K)
     sum_over(sums_K, groups.pp)
     sum_over(sums_K, groups.dp_cp)
-    sum_over(targets_K, groups.dp)  # rows are whole on every context-parallel rank
+    sum_over(targets_K, groups.dp)  # not over cp: every context-parallel rank has whole rows
     return (sums_K / targets_K.clamp(min=1)).tolist()

@@ -1,6 +1,6 @@
-"""Side jobs of the loop, in the order `run.py` lists them: validate, log, save.
+"""Hooks of the training loop, in the order of `Trainer.fit`: validate, log, save.
 
-Each says when it is due and does one thing. The last step is due for all of them.
+Each hook does one job and decides for which steps it is due. Every hook is due at the last step.
 """
 
 import math
@@ -24,7 +24,10 @@ def _due(progress: Progress, every_steps: int, last_step: int) -> bool:
 
 
 class Validate:
-    """Adds `validation_loss` (and one a depth) to the step's metrics."""
+    """Adds `validation_loss`, and one validation loss per MTP depth, to the step's metrics.
+
+    losses: computes the mean validation losses, main head first. COLLECTIVE.
+    """
 
     def __init__(
         self,
@@ -33,26 +36,34 @@ class Validate:
         last_step: int,
         clock: StepClock,
     ) -> None:
-        self._losses, self._every, self._last = losses, every_steps, last_step
+        self._losses = losses
+        self._every = every_steps
+        self._last = last_step
         self._clock = clock
         self.latest: float = math.nan
 
     def due(self, progress: Progress) -> bool:
+        """Every `every_steps` steps (0: never) and at the last step."""
         return _due(progress, self._every, self._last)
 
     def run(self, progress: Progress, result: StepResult) -> None:
+        """Validate, and write the losses to `result.metrics`."""
         self._clock.begin()
-        main, *depths = self._losses()
+        main_loss, *depth_losses = self._losses()
         self._clock.lap("validation")
-        self.latest = main
-        result.metrics["validation_loss"] = main
-        for depth, loss in enumerate(depths, start=1):
+        self.latest = main_loss
+        result.metrics["validation_loss"] = main_loss
+        for depth, loss in enumerate(depth_losses, start=1):
             result.metrics[f"validation_mtp_loss_{depth}"] = loss
 
 
 class Log:
-    """Turns the step's metrics into plain numbers and hands them on; only the rank that has a
-    writer writes."""
+    """Converts the step's metrics to plain numbers and passes them to the writer and the display.
+
+    Only the rank that has a writer writes. Logs every `every_steps` and every `also_every_steps`
+    steps (0: never), and at the first and the last step. peak_flops: of all ranks together; 0 if
+    not known.
+    """
 
     def __init__(
         self,
@@ -66,17 +77,24 @@ class Log:
         peak_flops: float,
         clock: StepClock,
     ) -> None:
-        self._writer, self._display = writer, display
-        self._every, self._also_every, self._last = every_steps, also_every_steps, last_step
+        self._writer = writer
+        self._display = display
+        self._every = every_steps
+        self._also_every = also_every_steps
+        self._last = last_step
         self._tokens_per_step = tokens_per_step
-        self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
-        self._clock, self._seconds, self._steps = clock, 0.0, 0
+        self._flops_per_token = flops_per_token
+        self._peak_flops = peak_flops
+        self._clock = clock
+        self._seconds, self._steps = 0.0, 0  # since the last log step
         self.latest: Mapping[str, Any] = {}
 
     def due(self, progress: Progress) -> bool:
-        return True  # every step's time counts
+        """Always: the time of every step is counted."""
+        return True
 
     def run(self, progress: Progress, result: StepResult) -> None:
+        """Count the step's time, and log if this is a log step."""
         self._seconds += result.seconds
         self._steps += 1
         is_due = any(_due(progress, n, self._last) for n in (self._every, self._also_every))
@@ -86,7 +104,7 @@ class Log:
     def _log(self, progress: Progress, result: StepResult) -> None:
         numbers: dict[str, Any] = {"step": progress.step, "tokens": progress.tokens}
         numbers["time"] = round(time.time(), 3)
-        for name, value in result.metrics.items():  # SYNC: the device's numbers are read here
+        for name, value in result.metrics.items():  # SYNC: copies the metrics from the device
             numbers[name] = value.tolist() if isinstance(value, torch.Tensor) else value
         for name, seconds in self._clock.take().items():
             numbers[f"step_time/{name}"] = seconds / self._steps
@@ -95,8 +113,8 @@ class Log:
         numbers["tokens_per_second"] = self._tokens_per_step / seconds
         numbers["step_seconds"] = seconds
         if self._peak_flops > 0:
-            rate = numbers["tokens_per_second"] * self._flops_per_token
-            numbers["model_flops_utilization"] = rate / self._peak_flops
+            flops_per_second = numbers["tokens_per_second"] * self._flops_per_token
+            numbers["model_flops_utilization"] = flops_per_second / self._peak_flops
         self.latest = numbers
         if self._writer is not None:
             self._writer.write(numbers)
@@ -105,26 +123,28 @@ class Log:
 
 
 class TelemetryRecord:
-    """Writes what precision telemetry measured in the step, as a line of its own; COLLECTIVE."""
+    """Writes the step's precision telemetry as a separate line of metrics.jsonl. COLLECTIVE."""
 
     def __init__(self, telemetry: Telemetry, writer: MetricsWriter | None) -> None:
         self._telemetry, self._writer = telemetry, writer
 
     def due(self, progress: Progress) -> bool:
+        """At the steps that telemetry measures."""
         return self._telemetry.is_due(progress.step)
 
     def run(self, progress: Progress, result: StepResult) -> None:
+        """Gather the measurements of all ranks and write them. COLLECTIVE."""
         modules = self._telemetry.modules()
         if self._writer is not None:
-            about = {"kind": "precision", "step": progress.step, "tokens": progress.tokens}
-            self._writer.write(about | flush_rates(modules) | {"precision_telemetry": modules})
+            header = {"kind": "precision", "step": progress.step, "tokens": progress.tokens}
+            self._writer.write(header | flush_rates(modules) | {"precision_telemetry": modules})
 
 
 class Save:
-    """Saves a checkpoint, beside the training if it `is_async`; COLLECTIVE.
+    """Saves checkpoints, in the background if `is_async`. Every method is COLLECTIVE.
 
-    While a save is in flight the hook is due at every step: it learns there of the end of it, or of
-    the error. Raises SaveFailed.
+    While a save is in flight, the hook is due at every step, to notice its end or its error. Its
+    methods raise SaveFailed if a checkpoint cannot be written.
     """
 
     def __init__(
@@ -136,43 +156,50 @@ class Save:
         say: Callable[[str], None],
         clock: StepClock,
     ) -> None:
-        self._checkpoints, self._every, self._last = checkpoints, every_steps, last_step
-        self._is_async, self._say, self._clock = is_async, say, clock
-        self._started_step = -1
+        self._checkpoints = checkpoints
+        self._every = every_steps
+        self._last = last_step
+        self._is_async = is_async
+        self._say = say
+        self._clock = clock
+        self._started_step = -1  # step of the last save that was started
 
     def due(self, progress: Progress) -> bool:
+        """Every `every_steps` steps, at the last step, and while a save is in flight."""
         return _due(progress, self._every, self._last) or self._checkpoints.in_flight
 
     def run(self, progress: Progress, result: StepResult) -> None:
+        """Check the save in flight, and start a new one if this step is to be saved."""
         self._clock.begin()
-        self._tell(wait=False)
+        self._poll(wait=False)
         if _due(progress, self._every, self._last):
             self._start(progress)
         self._clock.lap("save")
 
     def save(self, progress: Progress) -> None:
-        """Save unless this very step was saved already; the checkpoint is there on return."""
+        """Save this step, unless it was saved before. The checkpoint is complete on return."""
         self._start(progress)
         self.finish()
 
     def finish(self) -> None:
-        """Wait for the save in flight, if there is one."""
-        self._tell(wait=True)
+        """Wait for the save in flight, if any."""
+        self._poll(wait=True)
 
     def forget(self) -> None:
-        """The run went back to an earlier checkpoint: the same step may have to be saved again."""
+        """Allow a step to be saved again. Call it after a roll-back."""
         self._started_step = -1
 
     def _start(self, progress: Progress) -> None:
         if progress.step == self._started_step:
             return
-        self._tell(wait=True)  # one at a time
+        self._poll(wait=True)  # only one save at a time
         self._checkpoints.start(progress, is_copied=self._is_async)
         self._started_step = progress.step
         if not self._is_async:
             self.finish()
 
-    def _tell(self, *, wait: bool) -> None:
+    def _poll(self, *, wait: bool) -> None:
+        """Report the save in flight if it is complete; with `wait`, wait for it first."""
         path = self._checkpoints.poll(wait=wait)
         if path is not None:
             self._say(f"saved {path}")

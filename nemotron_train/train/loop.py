@@ -1,4 +1,7 @@
-"""The training loop: steps, then hooks, until enough tokens. Knows no model and no framework."""
+"""The training loop: run a step, then the hooks, until the token budget is reached.
+
+It does not depend on a model or a framework.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -7,7 +10,7 @@ from nemotron_train.run_folder.progress import Progress, StepResult
 
 
 class Hook(Protocol):
-    """A side job that runs after the steps for which it is due, in the order `run.py` lists."""
+    """A job that runs after each step for which it is due. `Trainer.fit` sets the order."""
 
     def due(self, progress: Progress) -> bool: ...
 
@@ -15,7 +18,7 @@ class Hook(Protocol):
 
 
 class Stop(Protocol):
-    """Answers whether the run should end early, the same on every rank."""
+    """Decides whether the run ends early. The answer is the same on every rank."""
 
     def agreed(self, progress: Progress) -> bool: ...
 
@@ -28,7 +31,7 @@ def fit(
     hooks: Sequence[Hook],
     stop: Stop,
 ) -> Progress:
-    """Train until `progress.tokens` reaches `until`; returns where it ended."""
+    """Train until `progress.tokens` reaches `until` or `stop` agrees; return the final progress."""
     while progress.tokens < until:
         result = step(progress)
         progress = result.progress

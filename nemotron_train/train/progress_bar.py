@@ -1,7 +1,7 @@
-"""What a person sees while a run goes on: a bar on a terminal, plain lines elsewhere.
+"""Progress display of a run: a bar on a terminal, plain lines elsewhere.
 
-Owns: the display of numbers it is given, and the estimate of the time left. Does not own: the
-numbers. Only one rank makes a display.
+Owns: the display of metrics, and the estimate of the time left. Does not own: the metrics. Only one
+rank creates a display.
 """
 
 import time
@@ -12,17 +12,18 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
-SECONDS_BETWEEN_LINES = 2.0  # without a terminal: readable by a person, small in a log file
-SLOWEST_SECONDS_BETWEEN_LINES = 30.0  # reached as the run grows long
+# Interval of the plain lines: 1/50 of the elapsed time, within these limits. This keeps logs small.
+SECONDS_BETWEEN_LINES = 2.0
+SLOWEST_SECONDS_BETWEEN_LINES = 30.0
 
 
 class ProgressDisplay:
-    """Shows a run of `total_steps` steps, of which `start_step` are done before it begins.
+    """Displays a run of `total_steps` steps, `start_step` of which are already done.
 
     with ProgressDisplay(total_steps, console) as display:
         display.update({"step": 1, "loss": 8.3, "tokens_per_second": 2300.0, ...})
 
-    `update` takes an object of metrics.jsonl (docs/metrics.md); what it lacks is not shown.
+    `update` takes an object of metrics.jsonl (docs/metrics.md). Missing metrics are not shown.
     """
 
     def __init__(
@@ -66,13 +67,15 @@ class ProgressDisplay:
             self._bar.stop()
 
     def update(self, metrics: Mapping[str, Any]) -> None:
-        """Shows the numbers of a step. Without a terminal: the first and the last step, and
-        between them one line in a while."""
+        """Show the metrics of a step.
+
+        Without a terminal: print the first and the last step, and a line every 2 to 30 s between.
+        """
         self._step = metrics["step"]
         now = self._clock()
-        numbers, left = format_numbers(metrics), format_seconds(self._seconds_left(now))
+        numbers, time_left = format_numbers(metrics), format_seconds(self._seconds_left(now))
         if self._bar is not None:
-            self._bar.update(self._task, completed=self._step, numbers=numbers, left=left)
+            self._bar.update(self._task, completed=self._step, numbers=numbers, left=time_left)
             return
         if now < self._next_line_time and self._step < self._total_steps:
             return
@@ -81,14 +84,14 @@ class ProgressDisplay:
             max(SECONDS_BETWEEN_LINES, elapsed / 50), SLOWEST_SECONDS_BETWEEN_LINES
         )
         width = len(str(self._total_steps))
-        self._print(f"step {self._step:{width}}/{self._total_steps}  {numbers}  {left} left")
+        self._print(f"step {self._step:{width}}/{self._total_steps}  {numbers}  {time_left} left")
 
     def message(self, text: str) -> None:
-        """A line of its own, above the bar."""
+        """Print a separate line, above the bar if there is one."""
         self._print(text)
 
     def _print(self, text: str) -> None:
-        # Text: brackets in names are no markup. soft_wrap: one line stays one line in a log.
+        # Text: brackets are not parsed as markup. soft_wrap: a line stays one line in a log.
         self._console.print(Text(text), soft_wrap=True)
 
     def _seconds_left(self, now: float) -> float | None:
@@ -99,21 +102,21 @@ class ProgressDisplay:
 
 
 def format_numbers(metrics: Mapping[str, Any]) -> str:
-    """`loss 3.2140  validation 3.3021  2,310 tokens/s`, as far as `metrics` has them."""
-    shown = []
+    """`loss 3.2140  validation 3.3021  2,310 tokens/s`; missing metrics are left out."""
+    parts = []
     if metrics.get("loss") is not None:
-        shown.append(f"loss {metrics['loss']:.4f}")
+        parts.append(f"loss {metrics['loss']:.4f}")
     if metrics.get("validation_loss") is not None:
-        shown.append(f"validation {metrics['validation_loss']:.4f}")
+        parts.append(f"validation {metrics['validation_loss']:.4f}")
     if metrics.get("tokens_per_second") is not None:
-        shown.append(f"{metrics['tokens_per_second']:,.0f} tokens/s")
-    return "  ".join(shown)
+        parts.append(f"{metrics['tokens_per_second']:,.0f} tokens/s")
+    return "  ".join(parts)
 
 
 def format_seconds(seconds: float | None) -> str:
-    """`0:42`, `12:05`, `3:02:10`; `?` where nothing is known yet."""
+    """`0:42`, `12:05` or `3:02:10`; `?` for None."""
     if seconds is None:
         return "?"
-    minutes, rest = divmod(round(seconds), 60)
+    minutes, secs = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+    return f"{hours}:{minutes:02}:{secs:02}" if hours else f"{minutes}:{secs:02}"

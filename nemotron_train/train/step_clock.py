@@ -1,8 +1,9 @@
-"""Where the time of a step goes: seconds of each of its parts, added up from log step to log step.
+"""Measures the time of each part of a step, summed from one log step to the next.
 
-Owns: the marks and their sums. Does not own: where a part ends (`step`, `hooks`), the line they are
-written to (`hooks.Log`). On a GPU the marks are events in the stream that computes: taking one
-waits for nothing, and what runs beside that stream (an overlapped reduction) is not counted.
+Owns: the time marks and their sums. Does not own: where a part begins and ends (`train_step`,
+`hooks`), the line that reports the times (`hooks.Log`). On a GPU, a mark is an event in the compute
+stream: recording it does not synchronize. Work in other streams, such as an overlapped reduction,
+is not counted.
 """
 
 from typing import Any
@@ -11,25 +12,27 @@ from nemotron_train.platform.device import seconds_between, time_mark
 
 
 class StepClock:
-    """`begin` starts a part, `lap` ends it under a name and starts the next one."""
+    """Stopwatch with named laps: `begin` starts a part, `lap` ends it and starts the next one."""
 
     def __init__(self) -> None:
         self._laps: list[tuple[str, Any, Any]] = []
         self._last: Any = None
 
     def begin(self) -> None:
-        """The time since the last mark belongs to nobody."""
+        """Start a part. The time since the last mark is not counted."""
         self._last = time_mark()
 
     def lap(self, name: str) -> None:
-        """The time since the last mark went to `name`."""
+        """End a part: add the time since the last mark to `name`."""
         now = time_mark()
         self._laps.append((name, self._last, now))
         self._last = now
 
     def take(self) -> dict[str, float]:
-        """Seconds by name since the last call, in the order of their first lap. SYNC: waits for the
-        last mark; a log step has waited for the device already."""
+        """Seconds per part name since the last call, in the order of the first laps; then reset.
+
+        SYNC: waits for the last mark. A log step has already waited for the device.
+        """
         seconds: dict[str, float] = {}
         for name, start, end in self._laps:
             seconds[name] = seconds.get(name, 0.0) + seconds_between(start, end)

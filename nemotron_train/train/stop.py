@@ -1,5 +1,6 @@
-"""Ending early: signals, a file, limits of steps and time, agreed on by all ranks. The only owner
-of signals.
+"""Early stop of a run: signals, the STOP file, limits of steps and time; all ranks agree on it.
+
+Owns: the signal handlers of the process. Does not own: the final checkpoint (`trainer`).
 """
 
 import signal
@@ -16,12 +17,14 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopOnRequest:
-    """True once any rank was signalled or finds `file`, after `after_steps` steps of this process,
-    or after `after_minutes` since `started` (of `time.monotonic`); 0: no such limit.
+    """Stops the run on a signal to any rank, on the existence of `file`, or at a limit.
 
-    A first signal asks for a checkpoint and a clean end; the handlers then step aside, so that
-    a second one ends the process at once. Only the first rank looks for the file: one look at the
-    file system a step. `reason` is the same on every rank, once they agreed.
+    Limits: `after_steps` steps of this process, or `after_minutes` since `started`, a value of
+    `time.monotonic()`. 0 means no limit.
+
+    The first signal requests a checkpoint and a clean end. It also restores the default signal
+    handlers, so a second signal ends the process at once. Only the first rank checks for the file:
+    one file system access per step. `reason` is the same on every rank once they have agreed.
     """
 
     def __init__(
@@ -39,32 +42,37 @@ class StopOnRequest:
 
     def _handle(self, number: int, frame: types.FrameType | None) -> None:
         self._signal = number
-        for each in SIGNALS:
-            signal.signal(each, signal.SIG_DFL)
+        for handled in SIGNALS:
+            signal.signal(handled, signal.SIG_DFL)
 
     def agreed(self, progress: Progress) -> bool:
-        """COLLECTIVE. SYNC on a GPU: one number a step."""
-        self._remaining -= 1
-        wanted = 0  # the largest that any rank wants: a signal's number, or one of these
-        if self._limited and self._remaining <= 0:
-            wanted = 101
-        if time.monotonic() >= self._deadline:
-            wanted = 102
-        if dist.get_rank() == 0 and self._file.exists():
-            wanted = 103
-        if self._signal:
-            wanted = self._signal
-        if dist.get_world_size() > 1:
-            wanteds = torch.tensor([wanted], device=self._device)
-            dist.all_reduce(wanteds, op=dist.ReduceOp.MAX)
-            wanted = int(wanteds.item())
-        if wanted:
-            self.reason = self._text(wanted)
-        return wanted > 0
+        """Whether the run stops after this step. Call once per step.
 
-    def _text(self, wanted: int) -> str:
-        if wanted == 101:
+        COLLECTIVE. SYNC on a GPU: one number per step.
+        """
+        self._remaining -= 1
+        # 0: go on; 101 to 103: a limit or the file; otherwise a signal number.
+        cause = 0
+        if self._limited and self._remaining <= 0:
+            cause = 101
+        if time.monotonic() >= self._deadline:
+            cause = 102
+        if dist.get_rank() == 0 and self._file.exists():
+            cause = 103
+        if self._signal:
+            cause = self._signal
+        if dist.get_world_size() > 1:
+            # The largest cause of all ranks counts.
+            reduced = torch.tensor([cause], device=self._device)
+            dist.all_reduce(reduced, op=dist.ReduceOp.MAX)
+            cause = int(reduced.item())
+        if cause:
+            self.reason = self._text(cause)
+        return cause > 0
+
+    def _text(self, cause: int) -> str:
+        if cause == 101:
             return "train.stop_after_steps"
-        if wanted == 102:
+        if cause == 102:
             return f"train.stop_after_minutes={self._after_minutes:g}"
-        return str(self._file) if wanted == 103 else signal.Signals(wanted).name
+        return str(self._file) if cause == 103 else signal.Signals(cause).name

@@ -1,11 +1,12 @@
-"""One optimizer step: micro-batches through Megatron's schedule, gradients, AdamW.
+"""One optimizer step: micro-batches through Megatron's schedule, gradient reduction, AdamW.
 
-Every loss is a mean over the counted targets of the whole global batch. The targets are known
-before any forward pass, so each head's weight is too: depth k's summed loss enters with
-`weight_k / targets_k`. Megatron divides all gradients by one number of tokens at the end; the
-weights passed to it are multiplied by that number first.
+Loss scaling: the loss of a head is its mean over the counted targets of the whole global batch. The
+number of targets is known before the forward pass, so the summed loss of head k is multiplied by
+`weight_k / targets_k`. Megatron divides all gradients by the number of tokens of the global batch
+at the end. The weights passed to Megatron are multiplied by that number in advance to cancel it.
 
-Shapes: B rows of a micro-batch, S tokens a row, K heads (the main one and a depth each).
+Shapes: B rows per micro-batch, S tokens per row, K heads (the main head and one per MTP depth),
+L MoE layers, E experts.
 """
 
 import math
@@ -46,7 +47,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 def count_targets(batch: Batch, num_heads: int) -> np.ndarray:
-    """Counted targets of each head in `batch`: float64 [K]."""
+    """Number of targets that count in the loss of each head in `batch`: float64 [K]."""
     return np.array(
         [
             depth_mask(batch.loss_mask_BS, batch.document_ids_BS, depth).astype(np.float64).sum()
@@ -56,12 +57,14 @@ def count_targets(batch: Batch, num_heads: int) -> np.ndarray:
 
 
 def micro_batches(batch: Batch, rows: int, device: str) -> Iterator[Tensors]:
-    """Cut this replica's rows, whole on each of its context-parallel ranks, into micro-batches of
-    tensors on `device`."""
+    """Split the rows of this data-parallel replica into micro-batches of `rows` rows on `device`.
+
+    Rows are not cut along S: every context-parallel rank gets whole rows.
+    """
     for start in range(0, len(batch.tokens_BS), rows):
-        part = slice(start, start + rows)
+        micro_rows = slice(start, start + rows)
         yield {
-            name: torch.from_numpy(array[part]).to(device, non_blocking=True)
+            name: torch.from_numpy(array[micro_rows]).to(device, non_blocking=True)
             for name, array in (
                 ("tokens_BS", batch.tokens_BS),
                 ("labels_BS", batch.labels_BS),
@@ -72,21 +75,29 @@ def micro_batches(batch: Batch, rows: int, device: str) -> Iterator[Tensors]:
 
 
 def head_weights(config: Config) -> np.ndarray:
-    """Weight of each head's mean loss in the total: 1, then loss_scale / depths a depth: [K]."""
+    """Weight of each head's mean loss in the total loss: [K].
+
+    1 for the main head, `loss_scale / depths` for each MTP depth.
+    """
     mtp = config.model.mtp
     return np.array([1.0] + [mtp.loss_scale / max(mtp.depths, 1)] * mtp.depths)
 
 
-def _forward_step(
+def forward_step(
     iterator: Iterator[Tensors], model: Any, weights_K: torch.Tensor | None = None
 ) -> tuple:
+    """Megatron's `forward_step_func`: run one micro-batch, return the output and a loss function.
+
+    The model's output on the last pipeline stage is the summed loss of each head, [K].
+    """
     batch = next(iterator)
     output = model(**batch)
 
     def loss(sums_K: torch.Tensor) -> tuple:
-        # Megatron adds these up over the context-parallel ranks too, which share the rows.
-        own_tokens = batch["tokens_BS"].numel() // model.config.context_parallel_size
-        num_tokens = torch.tensor(own_tokens, dtype=torch.int)
+        """Return what Megatron expects: loss to differentiate, number of tokens, report."""
+        # Megatron sums the token counts over context-parallel ranks too, and these share the rows.
+        local_tokens = batch["tokens_BS"].numel() // model.config.context_parallel_size
+        num_tokens = torch.tensor(local_tokens, dtype=torch.int)
         total = sums_K.sum() if weights_K is None else (sums_K * weights_K).sum()
         return total, num_tokens.to(sums_K.device), sums_K.detach()
 
@@ -101,13 +112,14 @@ def run_micro_batches(
     device: str,
     forward_only: bool,
 ) -> list[torch.Tensor]:
-    """This rank's rows through Megatron's schedule (none, 1F1B or interleaved 1F1B), all micro-
-    batches forward and, unless `forward_only`, backward; COLLECTIVE. Micro-batches have as many
-    tokens whatever the length of the rows.
+    """Run this rank's rows through Megatron's schedule: no pipeline, 1F1B or interleaved 1F1B.
 
-    Returns each micro-batch's loss sums on ranks that hold the last stage, else nothing.
+    Runs the forward pass of every micro-batch and, unless `forward_only`, the backward pass.
+    COLLECTIVE. Returns the loss sums [K] of each micro-batch on ranks of the last pipeline stage,
+    and an empty list on other ranks.
     """
     length = batch.tokens_BS.shape[1]
+    # With shorter rows, a micro-batch takes more of them: its number of tokens stays the same.
     rows = config.train.micro_batch_sequences * (config.train.sequence_length // length)
     iterators = [micro_batches(batch, rows, device) for _ in chunks]
     return get_forward_backward_func()(
@@ -122,7 +134,7 @@ def run_micro_batches(
 
 
 def moe_layer_names(model: ModelConfig) -> list[str]:
-    """All MoE layers of the model, whatever this rank holds, by their module paths."""
+    """Module paths of all MoE layers of the model, including layers on other ranks."""
     decoder = model.pattern.replace("|", "")
     names = [f"decoder.layers.{i}" for i, letter in enumerate(decoder) if letter == "E"]
     if model.mtp.depths:
@@ -132,22 +144,32 @@ def moe_layer_names(model: ModelConfig) -> list[str]:
 
 
 def moe_layer_name(router: SigmoidRouter) -> str:
-    """The name in `moe_layer_names` of the layer that `router` belongs to."""
+    """Name of the layer that `router` belongs to, as listed by `moe_layer_names`."""
     block = "mtp.layers.0.mtp_model_layer" if router.is_mtp_layer else "decoder"
     assert router.layer_number is not None
     return f"{block}.layers.{router.layer_number - 1}"
 
 
 def is_short(train: TrainConfig, step: int) -> bool:
-    """Whether step `step`, counted from 1, trains on short rows: `short_share` of the steps, as
-    evenly as whole steps allow. Long and short rows alternate by step, never within one, as in the
-    context extension of Nemotron 3 (Ultra report: 8% of the iterations at 4k, the rest at 1M)."""
-    share = Fraction(str(train.short_share))  # 0.1 means one tenth, not the nearest double
+    """Whether step `step` (counted from 1) trains on short rows.
+
+    A share of `short_share` of the steps is short, spread as evenly as possible. All rows of a step
+    have the same length, as in the context extension of Nemotron 3 (Ultra report: 8% of the
+    iterations at 4k, the rest at 1M).
+    """
+    share = Fraction(str(train.short_share))  # through str: 0.1 is exactly 1/10
     return math.floor(step * share) > math.floor((step - 1) * share)
 
 
 class TrainStep:
-    """Takes optimizer steps. Holds what a step needs; the state of the run is in `Progress`."""
+    """Callable that takes one optimizer step.
+
+    Owns: the order of operations in a step, and the step's metrics. Does not own: the position in
+    the run (`Progress`, passed in and returned), the decision about the update (`guard`).
+
+    `_finalize_gradients` runs inside `run_micro_batches`: Megatron calls it after the last backward
+    pass.
+    """
 
     def __init__(
         self,
@@ -161,9 +183,15 @@ class TrainStep:
         precision: PrecisionControl | NativePrecision,
         guard: Guard,
     ) -> None:
-        self.config, self.derived, self.precision = config, derived, precision
-        self.chunks, self.optimizer, self.batches = chunks, optimizer, batches
-        self.groups, self.device, self.guard = groups, device, guard
+        self.config = config
+        self.derived = derived
+        self.chunks = chunks
+        self.optimizer = optimizer
+        self.batches = batches
+        self.groups = groups
+        self.device = device
+        self.precision = precision
+        self.guard = guard
         self.weights = head_weights(config)
         self.clock = StepClock()
         rows = derived.sequences_per_step // derived.data_parallel
@@ -175,59 +203,69 @@ class TrainStep:
             if isinstance(module, SigmoidRouter)
         ]
         self.moe_layers = moe_layer_names(config.model)
-        translated: Any = chunks[0].config  # the same object in all chunks
-        translated.finalize_model_grads_func = self._finalize
+        megatron_config: Any = chunks[0].config  # one object, shared by all chunks
+        megatron_config.finalize_model_grads_func = self._finalize_gradients
         no_sync = [chunk.no_sync for chunk in chunks]
-        translated.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]
-        translated.grad_scale_func = optimizer.scale_loss
+        megatron_config.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]
+        megatron_config.grad_scale_func = optimizer.scale_loss
         self.health = Health(config, chunks, groups, device)
-        straggler_every, ratio = config.guard.straggler_every, config.guard.straggler_ratio
-        self.own_gradients_are_finite = torch.tensor(True)
-        self.stragglers = Stragglers(straggler_every, ratio, device)
-        # UPSTREAM(megatron-core 0.19.2): the scale is the process's, and the shape of an earlier
-        # user's (evaluation, another model) refuses ours.
+        straggler_every = config.guard.straggler_every
+        straggler_ratio = config.guard.straggler_ratio
+        self.local_gradients_are_finite = torch.tensor(True)
+        self.stragglers = Stragglers(straggler_every, straggler_ratio, device)
+        # UPSTREAM(megatron-core 0.19.2): this scale is a global of the process. An earlier user
+        # (evaluation, another model) may leave a scale whose shape does not match ours.
         MoEAuxLossAutoScaler.main_loss_backward_scale = None
 
-    def _finalize(self, *args: Any, **kwargs: Any) -> None:
-        """Read what Megatron's own finalization overwrites, then run it: the routers' counts and
-        biases, and whether this rank's own gradients are finite."""
+    def _finalize_gradients(self, *args: Any, **kwargs: Any) -> None:
+        """Megatron's `finalize_model_grads_func`: reduce the gradients over ranks. COLLECTIVE.
+
+        First reads what Megatron's `finalize_model_grads` overwrites: router token counts, router
+        biases, and whether the gradients of this rank alone are finite.
+        """
         self.clock.lap("forward_backward")
-        if self.stragglers.is_due(self.step):  # before the first collective: ranks wait in it
-            wait_for_device()  # SYNC: this rank's passes are done
-            self.own_work_ended = time.perf_counter()
+        if self.stragglers.is_due(self.step):  # before the first collective, where ranks wait
+            wait_for_device()  # SYNC: this rank's forward and backward passes are done
+            self.local_work_ended = time.perf_counter()
         self.routing = self._routing_metrics()
-        self.biases = [bias.clone() for bias in self._router_biases()]
-        if not self.config.parallel.overlap_gradient_reduce:  # else they are mixed already
-            self.own_gradients_are_finite = gradients_are_finite(self.chunks)
+        self.biases_before = [bias.clone() for bias in self._router_biases()]
+        # With overlap, the reduction has already mixed the gradients of several ranks.
+        if not self.config.parallel.overlap_gradient_reduce:
+            self.local_gradients_are_finite = gradients_are_finite(self.chunks)
         finalize_model_grads(*args, **kwargs)
         self.precision.gradients_ready(self.chunks)
         self.clock.lap("gradient_reduce")
 
     def _routing_metrics(self) -> dict[str, torch.Tensor]:
-        """MaxVio of each MoE layer, fullest expert / mean load (Ultra report, section 2.7), the
-        largest of them, and the mean load-balance loss; on steps that look inside the model each
-        expert's share of the tokens too. The same on every rank. COLLECTIVE."""
+        """Load-balance metrics of the MoE layers, the same on every rank. COLLECTIVE.
+
+        MaxVio of each layer: load of the fullest expert / mean load (Ultra report, section 2.7).
+        Also the largest MaxVio and the mean load-balance loss. On health steps, also each expert's
+        share of the tokens, [E] per layer.
+        """
         if not self.moe_layers:
             return {}
-        stats = torch.zeros(2, len(self.moe_layers), device=self.device)
-        shares_LE = torch.zeros(len(self.moe_layers), self.config.model.moe.experts).to(stats)
+        # Row 0: MaxVio, row 1: load-balance loss. Columns of other pipeline stages stay zero.
+        stats_2L = torch.zeros(2, len(self.moe_layers), device=self.device)
+        shares_LE = torch.zeros(len(self.moe_layers), self.config.model.moe.experts).to(stats_2L)
         if self.routers:
             loads = torch.stack([router.local_tokens_per_expert for router in self.routers])
             sum_over(loads, self.groups.tp_dp_cp)
             losses = torch.stack([router.load_balance_loss_sum.float() for router in self.routers])
             sum_over(losses, self.groups.tp_dp_cp)
-            own = [self.moe_layers.index(moe_layer_name(router)) for router in self.routers]
-            stats[0, own] = loads.amax(1) / loads.mean(1).clamp(min=1e-9)
-            stats[1, own] = losses / self.derived.tokens_per_step
-            shares_LE[own] = loads.to(stats) / loads.sum(1, keepdim=True).clamp(min=1)
+            local_layers = [self.moe_layers.index(moe_layer_name(r)) for r in self.routers]
+            stats_2L[0, local_layers] = loads.amax(1) / loads.mean(1).clamp(min=1e-9)
+            stats_2L[1, local_layers] = losses / self.derived.tokens_per_step
+            shares_LE[local_layers] = loads.to(stats_2L) / loads.sum(1, keepdim=True).clamp(min=1)
             for router in self.routers:
                 router.load_balance_loss_sum = torch.zeros(())
-        sum_over(stats, self.groups.pp)  # each stage fills in its own layers
+        sum_over(stats_2L, self.groups.pp)  # each stage fills in its own layers
         metrics = {
-            f"max_vio/{name}": value for name, value in zip(self.moe_layers, stats[0], strict=True)
+            f"max_vio/{name}": value
+            for name, value in zip(self.moe_layers, stats_2L[0], strict=True)
         }
-        metrics["max_vio"] = stats[0].amax()
-        metrics["load_balance_loss"] = stats[1].mean()
+        metrics["max_vio"] = stats_2L[0].amax()
+        metrics["load_balance_loss"] = stats_2L[1].mean()
         if self.health.is_due(self.step):
             sum_over(shares_LE, self.groups.pp)
             loads_by_name = zip(self.moe_layers, shares_LE, strict=True)
@@ -235,13 +273,20 @@ class TrainStep:
         return metrics
 
     def __call__(self, progress: Progress) -> StepResult:
-        """Train on the next global batch; COLLECTIVE."""
-        started, self.step = time.perf_counter(), progress.step + 1
+        """Train on the next global batch. COLLECTIVE.
+
+        Raises RollBack if the guard rejects the step and asks to return to a checkpoint, and
+        TrainingFailed if it stops the run.
+        """
+        started = time.perf_counter()
+        self.step = progress.step + 1
         self.clock.begin()
+
+        # Learning rate, batch and loss weights.
         tokens = progress.tokens + self.derived.tokens_per_step
         rate = learning_rate(tokens, self.config.optim, self.config.train.total_tokens)
         set_learning_rate(self.optimizer, rate, self.config.optim.weight_decay)
-        batch, data = self.batches.take(
+        batch, next_data = self.batches.take(
             progress.data, self.derived.sequences_per_step, self.rank_rows
         )
         if is_short(self.config.train, self.step):
@@ -251,82 +296,92 @@ class TrainStep:
         weights_K = torch.from_numpy(self.weights).to(self.device) / targets_K.clamp(min=1)
         self.clock.lap("data")
 
+        # Forward and backward passes, then gradient reduction (`_finalize_gradients`).
         self.precision.before_step(progress.step, progress.tokens)
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         if self.health.is_due(self.step):
             self.health.begin()
-        weighted = partial(
-            _forward_step, weights_K=(weights_K * self.derived.tokens_per_step).float()
+        weighted_step = partial(
+            forward_step, weights_K=(weights_K * self.derived.tokens_per_step).float()
         )
         reports = run_micro_batches(
-            self.chunks, weighted, batch, self.config, self.device, forward_only=False
+            self.chunks, weighted_step, batch, self.config, self.device, forward_only=False
         )
+
+        # Measurements, then the weight update, if the guard allows it.
         losses_K = self._mean_losses(reports, targets_K)
         grad_norm = gradient_norm(self.optimizer)
-        inside = self._look_inside(started)
-        num_zeros = self._update(data, reports, losses_K, grad_norm)
+        diagnostics = self._diagnostics(started)
+        num_zeros = self._update_weights(next_data, reports, losses_K, grad_norm)
+
         metrics: dict[str, Any] = {"loss": losses_K[0], "lr": rate, "grad_norm": grad_norm}
         for depth, loss in enumerate(losses_K[1:], start=1):
             metrics[f"mtp_loss_{depth}"] = loss
         if self.config.train.short_sequence_length:
             metrics["sequence_length"] = batch.tokens_BS.shape[1]
-        metrics |= self.routing | inside
+        metrics |= self.routing | diagnostics
         metrics["zero_weight_gradients"] = num_zeros
         metrics["skipped_updates"] = self.guard.skipped
         self.clock.lap("optimizer")
-        after = Progress(self.step, tokens, data)
-        return StepResult(after, metrics, time.perf_counter() - started)
+        next_progress = Progress(self.step, tokens, next_data)
+        return StepResult(next_progress, metrics, time.perf_counter() - started)
 
-    def _look_inside(self, started: float) -> dict[str, Any]:
-        """What is measured every so many steps: the model's health, slow ranks. COLLECTIVE."""
-        found: dict[str, Any] = {}
+    def _diagnostics(self, started: float) -> dict[str, Any]:
+        """Metrics that are measured only every few steps: model health, stragglers. COLLECTIVE.
+
+        started: `time.perf_counter()` at the start of the step.
+        """
+        metrics: dict[str, Any] = {}
         if self.health.is_due(self.step):
             self.health.end()
-            found |= self.health.metrics()
+            metrics |= self.health.metrics()
         if self.stragglers.is_due(self.step):
-            numbers, line = self.stragglers.measure(self.own_work_ended - started)
-            found |= numbers
-            if line:
-                self.guard.report("straggler", self.step, line)
-        return found
+            straggler_metrics, message = self.stragglers.measure(self.local_work_ended - started)
+            metrics |= straggler_metrics
+            if message:
+                self.guard.report("straggler", self.step, message)
+        return metrics
 
-    def _update(
+    def _update_weights(
         self,
-        data: DataState,
+        next_data: DataState,
         reports: list[torch.Tensor],
         losses_K: torch.Tensor,
         grad_norm: float,
     ) -> float:
-        """Let the gradients change the weights, if the guard lets them; returns how many of their
-        elements are zero, NaN where the update was skipped. COLLECTIVE. SYNC."""
-        own_loss_is_finite = bool(torch.stack(reports).isfinite().all()) if reports else True
-        losses_are_finite = own_loss_is_finite and bool(losses_K.isfinite().all())
+        """Update the weights if the guard allows it. COLLECTIVE. SYNC.
+
+        next_data: data cursor after this step's batch. Returns the number of gradient elements that
+        are zero, or NaN if the update was skipped. Raises RollBack or TrainingFailed.
+        """
+        local_loss_is_finite = bool(torch.stack(reports).isfinite().all()) if reports else True
+        losses_are_finite = local_loss_is_finite and bool(losses_K.isfinite().all())
 
         def find() -> Findings:
             gradients, weights = non_finite(self.chunks)
             return Findings(
-                not own_loss_is_finite, not self.own_gradients_are_finite, gradients, weights
+                not local_loss_is_finite, not self.local_gradients_are_finite, gradients, weights
             )
 
         action = self.guard.judge(self.step, float(losses_K[0]), grad_norm, losses_are_finite, find)
         if action == Action.roll_back:
-            raise RollBack(self.step, data, self.guard.events[-1]["reason"])
-        if action == Action.skip:
-            for bias, before in zip(self._router_biases(), self.biases, strict=True):
-                bias.copy_(before)
+            raise RollBack(self.step, next_data, self.guard.events[-1]["reason"])
+        if action == Action.skip:  # undo Megatron's update of the router biases, too
+            for bias, bias_before in zip(self._router_biases(), self.biases_before, strict=True):
+                bias.copy_(bias_before)
             return math.nan
         num_zeros = apply_update(self.optimizer, grad_norm)
         self.precision.weights_changed()
         return num_zeros
 
     def _router_biases(self) -> list[torch.Tensor]:
-        """The balancing biases of this rank's routers, which Megatron's finalization moves."""
-        return [r.expert_bias for r in self.routers if r.expert_bias is not None]
+        """Load-balancing biases of this rank's routers. `finalize_model_grads` updates them."""
+        return [router.expert_bias for router in self.routers if router.expert_bias is not None]
 
     def _mean_losses(self, reports: list[torch.Tensor], targets_K: torch.Tensor) -> torch.Tensor:
-        """Mean loss of each head over the global batch, on every rank: FP64 [K]."""
+        """Mean loss of each head over the global batch, on every rank: FP64 [K]. COLLECTIVE."""
         sums_K = torch.stack(reports).double().sum(0) if reports else torch.zeros_like(targets_K)
         sum_over(sums_K, self.groups.dp_cp)
         sum_over(sums_K, self.groups.pp)  # only the last stage has reports

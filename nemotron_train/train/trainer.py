@@ -1,7 +1,8 @@
-"""One process's part of a run: model, optimizer, data and checkpoints, built once and joined.
+"""The Trainer of one rank: builds the model, optimizer, data and checkpoints and connects them.
 
-`run.py` decides what is built and prints; this holds the objects and the order in which the
-side jobs follow a step. Everything Megatron-Core needs exists when this module is imported.
+Owns: these objects, and the order of the hooks after a step. Does not own: what is built and what
+is printed around the training (`run.py`). Import this module only after the environment that
+Megatron-Core needs has been set up (`start_runtime`).
 """
 
 import math
@@ -46,7 +47,11 @@ from nemotron_train.train.train_step import TrainStep
 
 
 class Trainer:
-    """Builds this rank's part of the run; COLLECTIVE."""
+    """This rank's model, optimizer, checkpoints and train step. Construction is COLLECTIVE.
+
+    native: use native block-scaled formats instead of emulated ones. check_held: raises if this
+    process may no longer write to the run folder.
+    """
 
     def __init__(
         self,
@@ -61,8 +66,12 @@ class Trainer:
         native: bool = False,
         check_held: Callable[[], None] = lambda: None,
     ) -> None:
-        self.config, self.derived, self.platform, self.groups = config, derived, platform, groups
-        self.train_data, self.validation_data = train_data, validation_data
+        self.config = config
+        self.derived = derived
+        self.platform = platform
+        self.groups = groups
+        self.train_data = train_data
+        self.validation_data = validation_data
         self.console = console
         model_parallel_cuda_manual_seed(config.train.seed)
         cores = build_chunks(config, derived.plan, platform, groups, native)
@@ -92,9 +101,11 @@ class Trainer:
             self.precision,
             self.guard,
         )
-        self.run_folder, self.folder = folder, folder / "checkpoints"
+        self.run_folder = folder
+        self.folder = folder / "checkpoints"
         self.plan_record = plan_record(derived.plan)
-        self.plan_before: dict[str, Any] | None = None  # the loaded checkpoint's, if another one
+        # The precision plan of the loaded checkpoint, if it differs from this run's plan.
+        self.plan_before: dict[str, Any] | None = None
         self.checkpoints = Checkpoints(
             self.folder,
             self.chunks,
@@ -108,16 +119,20 @@ class Trainer:
         )
 
     def resume(self) -> Progress:
-        """Progress of the newest undamaged checkpoint, loaded; of the one branched from; or of a
-        fresh run. Raises ConfigError for a checkpoint of another model, or of another precision
-        plan where that was not asked for."""
+        """Load the checkpoint to start from and return its progress. COLLECTIVE.
+
+        Loads the run's newest undamaged checkpoint. If there is none, loads the checkpoint that
+        `branch` names. Without either, returns the progress of a new run. Raises ConfigError if the
+        checkpoint has another model, other data, or another precision plan that the configuration
+        does not allow.
+        """
         path, is_branch = self.checkpoints.latest(), False
         if path is None and self.config.branch:
             path, is_branch = branch_checkpoint(self.config.branch), True
         if path is None:
             return Progress(0, 0, self.train_data.state_at_start())
-        is_fresh = is_branch and self.config.fresh_data
-        if not is_fresh:
+        starts_fresh_data = is_branch and self.config.fresh_data
+        if not starts_fresh_data:
             check_data(path, self.train_data.description)
         before = plan_of(path)
         if before["digest"] != self.plan_record["digest"]:
@@ -129,16 +144,19 @@ class Trainer:
                 raise ConfigError(refusal(path, before, self.plan_record, self.run_folder))
             self.plan_before = before
         progress = self._load(path)
-        if is_fresh:
+        if starts_fresh_data:
             progress = replace(progress, data=self.train_data.state_at_start())
         self.console.print(f"{'branched' if is_branch else 'resumed'} from {path}")
         if is_branch:
-            # From here on the run needs nothing of its parent, which goes on dropping checkpoints.
+            # The parent may later delete its checkpoint. With a copy, this run no longer needs it.
             self.checkpoints.save(progress)
         return progress
 
     def roll_back(self) -> tuple[Path, Progress] | None:
-        """Load the newest undamaged checkpoint while the run goes on; COLLECTIVE."""
+        """Load the newest undamaged checkpoint during a run; return its path and progress.
+
+        None if the run has no checkpoint. COLLECTIVE.
+        """
         path = self.checkpoints.latest()
         if path is None:
             return None
@@ -152,7 +170,7 @@ class Trainer:
         return progress
 
     def validate(self) -> list[float]:
-        """Mean validation loss of the main head and of each depth; COLLECTIVE."""
+        """Mean validation loss of the main head and of each MTP depth. COLLECTIVE."""
         return validation_losses(
             self.config,
             self.derived,
@@ -163,15 +181,21 @@ class Trainer:
         )
 
     def _last_step(self, progress: Progress) -> int:
-        """Not `derived.total_steps`: a branch counts its parent's steps, maybe of another batch."""
-        left = max(0, self.config.train.total_tokens - progress.tokens)
-        return progress.step + -(-left // self.derived.tokens_per_step)
+        """Number of the run's last step.
+
+        It can differ from `derived.total_steps`: the step number of a branch includes the steps of
+        its parent, which may have had another batch size.
+        """
+        tokens_left = max(0, self.config.train.total_tokens - progress.tokens)
+        return progress.step + -(-tokens_left // self.derived.tokens_per_step)
 
     def fit(
         self, progress: Progress, writer: MetricsWriter | None, process_started: float
     ) -> tuple[Progress, dict[str, Any]]:
-        """Train to the end or to a request to stop; returns the progress and the summary.
-        process_started: of `time.monotonic`, for the limit of time."""
+        """Train until the last step or a stop request; return progress and summary. COLLECTIVE.
+
+        process_started: `time.monotonic()` at process start, for `train.stop_after_minutes`.
+        """
         train, last_step = self.config.train, self._last_step(progress)
         if self.telemetry is not None:
             self.telemetry.last_step = last_step
@@ -227,7 +251,7 @@ class Trainer:
                     hooks=[*hooks, save, watchdog],
                     stop=stop,
                 )
-            except TrainingFailed:  # of all ranks; what they began to save of before is good
+            except TrainingFailed:  # raised on all ranks; a save in flight holds good weights
                 save.finish()
                 raise
             save.save(progress)

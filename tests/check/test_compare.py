@@ -5,7 +5,7 @@ import pytest
 
 from nemotron_train.check.compare import (
     Shard,
-    assembled,
+    assemble,
     by_module,
     depth,
     differences,
@@ -24,7 +24,7 @@ def halves(*factors: float) -> list[Shard]:
 
 
 def test_shards_add_up_to_the_whole() -> None:
-    assert np.array_equal(assembled(halves(1, 1))["layer.weight"], WHOLE)
+    assert np.array_equal(assemble(halves(1, 1))["layer.weight"], WHOLE)
     assert differences(ONE, halves(1, 1))["layer.weight"].relative == 0.0
 
 

@@ -42,7 +42,7 @@ def proof_of(folder: Path, *overrides: str) -> Proof:
 
 
 def outcome_of(proof: Proof, fault: str = "") -> Outcome:
-    proof.ranks = ranks(proof.asked.folder, fault)
+    proof.ranks = ranks(proof.options.folder, fault)
     return proof.outcome(fault or "layout", proof.shrunk.config, proof.shrunk.num_ranks)
 
 

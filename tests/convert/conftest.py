@@ -89,10 +89,10 @@ def saved_model(groups: Any, small_run: tuple[Path, list[str]]) -> Callable[...,
         from nemotron_train.compose.compose import compose_config
         from nemotron_train.config.knobs import to_plain
         from nemotron_train.data.batches import DataState
-        from nemotron_train.data.indexed import file_sha256
         from nemotron_train.optim.build import build_optimizer
         from nemotron_train.plan.precision.record import plan_record
         from nemotron_train.platform import device
+        from nemotron_train.platform.files import file_sha256
         from nemotron_train.run_folder.progress import Progress
         from nemotron_train.train.checkpoint.checkpoints import Checkpoints
 

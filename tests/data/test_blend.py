@@ -176,3 +176,16 @@ def test_fingerprints_of_different_histories_differ() -> None:
 def test_damaged_json_is_refused(change: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match="data state"):
         DataState.from_dict(start([phase([1])]).to_dict() | change)
+
+
+def test_ties_go_to_the_source_listed_first() -> None:
+    """Equal weights tie at every second sample. The order is part of a run's identity: another rule
+    would read other samples after a resume."""
+    blend = phase([1.0, 1.0, 1.0])
+    draws, _ = schedule([blend], start([blend]), 6)
+    assert [draw.source for draw in draws] == ["source0", "source1", "source2"] * 2
+    # 1:2:1 by hand: source1 has the largest weight; it is then at its share of two, and 0 ties with
+    # 2; of three, 0 is at its share, and 1 (2 / 2) ties with 2 (1 / 1); 2 is left.
+    blend = phase([1.0, 2.0, 1.0])
+    draws, _ = schedule([blend], start([blend]), 4)
+    assert [draw.source for draw in draws] == ["source1", "source0", "source1", "source2"]

@@ -23,7 +23,7 @@ from nemotron_train.run_folder.progress import Progress, StepResult  # noqa: E40
 from nemotron_train.train import train_step  # noqa: E402
 
 what, rank, broken_samples = "", 0, [0]
-forward_step = train_step._forward_step
+forward_step = train_step.forward_step
 take_step = train_step.TrainStep.__call__
 is_broken = is_slow = False
 
@@ -60,6 +60,6 @@ if __name__ == "__main__":  # a checkpoint's writers import this file again
     what, comma, _ = sys.argv[1].partition(",")
     is_slow, rank = comma == ",", int(sys.argv[2])
     broken_samples = [int(number) for number in sys.argv[3].split(",")]
-    train_step._forward_step = broken_forward_step
+    train_step.forward_step = broken_forward_step
     train_step.TrainStep.__call__ = broken_step  # type: ignore[method-assign]
     sys.exit(main(sys.argv[4:]))

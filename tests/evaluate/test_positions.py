@@ -15,7 +15,7 @@ from nemotron_train.cli.main import main
 from nemotron_train.data.prepare import PrepareConfig
 from nemotron_train.data.readers import TextDocuments
 from nemotron_train.evaluate.knobs import PositionsConfig
-from nemotron_train.evaluate.positions import curve_of, evaluate_positions
+from nemotron_train.evaluate.positions import evaluate_positions, fit_curve
 
 
 def test_a_power_law_is_found_again() -> None:
@@ -23,7 +23,7 @@ def test_a_power_law_is_found_again() -> None:
     positions = np.arange(1, 5000)
     sums = 3 * positions**0.9
     nll_T = np.diff(sums, prepend=0)
-    curve = curve_of("x", 64, np.stack([nll_T, nll_T]), first_position=100)
+    curve = fit_curve("x", 64, np.stack([nll_T, nll_T]), first_position=100)
     assert curve.slope == pytest.approx(-0.1, abs=1e-6)
     assert np.exp(curve.intercept) == pytest.approx(3, rel=1e-5)
     assert curve.r_squared == pytest.approx(1)
@@ -36,7 +36,7 @@ def test_a_power_law_is_found_again() -> None:
 
 def test_a_rise_is_told() -> None:
     nll_DT = np.array([[4.0] + [3.0] * 2 + [2.0] * 4 + [2.5] * 8 + [1.0] * 16])
-    curve = curve_of("x", 64, nll_DT, first_position=1)
+    curve = fit_curve("x", 64, nll_DT, first_position=1)
     assert [octave[2] for octave in curve.octaves] == [4, 3, 2, 2.5, 1]
     assert curve.falls_to == 7
 

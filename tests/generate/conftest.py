@@ -36,7 +36,7 @@ def _build(groups: Any, *overrides: str, tokens_apart: bool = True) -> Any:
     config = compose_config([*model_knobs, "model.init_std=0.1", *overrides])
     model = build_model(config, resolve_plan(config), PLATFORM, groups)
     control = PrecisionControl([model], config, resolve_plan(config), groups)
-    control.scale_tokens_apart(tokens_apart)
+    control.set_per_token_scales(tokens_apart)
     model.eval()
     model.control = control  # type: ignore[assignment]
     return model

@@ -68,7 +68,7 @@ def build(groups: Any, *overrides: str) -> Any:
 
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the compiled passes that a test has run."""
+    """The names of the C kernels that a test has run."""
     names: list[str] = []
     run = library.Kernel.__call__
 

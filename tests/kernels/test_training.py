@@ -1,4 +1,4 @@
-"""The compiled passes against the torch operators they stand for.
+"""The C kernels of training against the torch operators they stand for.
 
 The modules' own tests hold what this machine takes against definitions in float64. Here: both forms
 on the same numbers, over sizes on both sides of a block and a tile and any memory order, and the
@@ -120,7 +120,7 @@ def test_norms(inputs: dict, groups: int) -> None:
 )
 def test_scan(inputs: dict, chunk_size: int, with_documents: bool, with_steep: bool) -> None:
     """Two groups of two heads of 40 channels, state size 8. A wider tolerance: the rounding of an
-    operand goes on through three products. BF16 is held to FP32 in test_ssd.py."""
+    operand goes on through three products. BF16 is held to FP32 in model/mamba/test_core.py."""
     x = _activations(**inputs).unflatten(-1, (4, 40))
     generator = torch.Generator().manual_seed(inputs["seed"])
     dt = torch.rand(x.shape[:3], generator=generator)

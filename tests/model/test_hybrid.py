@@ -2,7 +2,7 @@
 
 Second truths: the parameter formula, each document run alone, a brute-force mask, finite
 properties. The layers against another implementation are compared elsewhere (Mamba-2 in
-test_ssd.py, experts in test_grouped_mlp.py); Hugging Face's whole model is not compared here.
+mamba/test_core.py, experts in moe/test_core.py); Hugging Face's whole model is not compared here.
 """
 
 import itertools

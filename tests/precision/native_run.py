@@ -66,7 +66,7 @@ def batch() -> dict[str, torch.Tensor]:
 
 def one_plan(plan: str, platform: Any, groups: Any, build_model: Any) -> dict[str, Any]:
     """What the modules are set to, and ran in, over one forward and backward pass."""
-    from nemotron_train.precision.native import NativePrecision, ran_in
+    from nemotron_train.precision.native import NativePrecision, executed_format
 
     config = small(plan)
     model = build_model(config, resolve_plan(config), platform, groups, native=True)
@@ -78,7 +78,7 @@ def one_plan(plan: str, platform: Any, groups: Any, build_model: Any) -> dict[st
     control.before_step(2, 256)  # raises where a linear ran in another format
     return {
         "set": before,
-        "ran": {path: ran_in(module) for path, module in control._linears.items()},
+        "ran": {path: executed_format(module) for path, module in control._linears.items()},
         "losses": losses.tolist(),
         "without_gradient": [n for n, p in model.named_parameters() if p.grad is None],
     }

@@ -111,6 +111,31 @@ def test_stochastic_rounding_follows_the_clock(groups) -> None:
     assert torch.equal(first[0], other[0]) and not torch.equal(first[1], other[1])
 
 
+def test_dgrad_and_wgrad_round_by_words_of_their_own(groups) -> None:
+    """Words that both share would correlate the rounding errors of dx and dW."""
+    linear, control, x = linear_under(groups)
+    control.clock.step = 3
+    shape = (256, 64)
+    words = {product: linear.attached.random_words(shape, product, 0) for product in PRODUCTS}
+    drawn = {product: source.draw(shape) for product, source in words.items()}
+    assert words["dgrad"].stream != words["wgrad"].stream
+    same = (drawn["dgrad"] == drawn["wgrad"]).float().mean()
+    # Equal bytes by chance: 1 / 256, with a deviation of sqrt(1 / 256 / n) over n elements.
+    assert abs(float(same) - 1 / 256) < 5 * (1 / 256 / (256 * 64)) ** 0.5
+    # And the products take them under those names.
+    seen: list[str] = []
+    draw = type(linear.attached).random_words
+
+    def recorded(attached, shape, product, call):
+        seen.append(product)
+        return draw(attached, shape, product, call)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(linear.attached), "random_words", recorded)
+        products(linear, x, torch.randn(40, 1, linear.weight.shape[0]).bfloat16())
+    assert sorted(seen) == ["dgrad", "wgrad"]
+
+
 def test_weights_are_quantized_again_when_they_change(groups) -> None:
     linear, control, x = linear_under(groups)
     before, _ = linear(x)
@@ -120,6 +145,8 @@ def test_weights_are_quantized_again_when_they_change(groups) -> None:
     after, _ = linear(x)
     assert torch.equal(after, 2 * before), "a power of two leaves the codes as they are"
 
+
+PRODUCTS = ("dgrad", "wgrad")
 
 EXPERT_OPERANDS = {
     # Of a tensor's rows; of a weight for fprop; of a weight for dgrad.

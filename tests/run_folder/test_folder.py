@@ -16,7 +16,8 @@ from nemotron_train.compose.compose import compose_config
 from nemotron_train.config.errors import ConfigError
 from nemotron_train.config.schema import Config
 from nemotron_train.plan.derive import derive
-from nemotron_train.run_folder.folder import RunFolder, open_run_folder, write_atomically
+from nemotron_train.platform.files import write_atomically
+from nemotron_train.run_folder.folder import RunFolder, open_run_folder
 
 
 def config_in(folder: Path, *overrides: str) -> Config:

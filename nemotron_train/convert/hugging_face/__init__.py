@@ -1,1 +1,1 @@
-"""Hugging Face's NemotronH format: names, fields, files, both directions."""
+"""Export to and import from Hugging Face's NemotronH format: names, fields, files."""

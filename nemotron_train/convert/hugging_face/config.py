@@ -1,8 +1,8 @@
-"""Our model from Hugging Face's `config.json`, and the recipe of it.
+"""Reads our model from Hugging Face's `config.json` and writes it as a recipe.
 
-Owns: what is refused and in which words. Does not own: what the fields mean
-(`huggingface_fields`), weights (`huggingface`). Plain JSON is read; the code that a config.json
-may name under `auto_map` is neither fetched nor run. No torch.
+Owns: which configurations are rejected, and the messages. Does not own: the meaning of the fields
+(`fields`), weights (`mapping`). Reads plain JSON only: code that a config.json names under
+`auto_map` is neither fetched nor run. No torch.
 """
 
 import json
@@ -46,14 +46,15 @@ MAX_CONFIG_BYTES = 2**24
 
 @dataclass(frozen=True)
 class Read:
-    """A config.json that we can represent."""
+    """The model that a config.json describes."""
 
     model: ModelConfig
-    dtype: str  # "float32" or "bfloat16": what the weights are said to be stored in
+    dtype: str  # "float32" or "bfloat16": the declared dtype of the weights
 
 
 def read_fields(folder: Path) -> dict[str, Any]:
-    """`folder`/config.json. Raises ConfigError where there is none, or no object in it."""
+    """The fields of `folder`/config.json. Raises ConfigError if it is missing or unreadable or
+    holds no object."""
     path = folder / CONFIG
     try:
         if path.stat().st_size > MAX_CONFIG_BYTES:
@@ -70,10 +71,11 @@ def read_fields(folder: Path) -> dict[str, Any]:
 
 
 def read_model(folder: Path, name: str, ignored: frozenset[str] = frozenset()) -> Read:
-    """The model that `folder`/config.json describes, called `name`.
+    """The model that `folder`/config.json describes, with the name `name`.
 
-    Raises ConfigError naming the field, its value and why for what our model cannot be, and for a
-    field that is not known, unless it is among `ignored`: it might change what the weights mean.
+    Raises ConfigError, naming field, value and reason, for anything that our model cannot represent
+    and for unknown fields that are not in `ignored`, because they might change the meaning of the
+    weights.
     """
     reader = _Reader(folder / CONFIG, read_fields(folder))
     reader.refuse(ignored)
@@ -117,7 +119,7 @@ def read_model(folder: Path, name: str, ignored: frozenset[str] = frozenset()) -
 
 
 class _Reader:
-    """Values of one config.json, each with a ConfigError of its own."""
+    """Reads values of one config.json; raises a specific ConfigError for each invalid one."""
 
     def __init__(self, path: Path, fields: dict[str, Any]) -> None:
         self.path, self.fields = path, fields
@@ -128,13 +130,14 @@ class _Reader:
         raise ConfigError(f"{self.path}: {field}={shown}: {why}")
 
     def refuse(self, ignored: frozenset[str]) -> None:
-        """Every field that says something our model is not."""
+        """Raises ConfigError for the first field that our model cannot represent or does not
+        know."""
         for field, value in self.fields.items():
             if field in ignored or value is None:
                 continue
-            wanted = FIXED.get(field, ABSENT.get(field))
-            if (field in FIXED or field in ABSENT) and not _same(value, wanted):
-                only = "nothing" if wanted is None else json.dumps(wanted)
+            required = FIXED.get(field, ABSENT.get(field))
+            if (field in FIXED or field in ABSENT) and not _same(value, required):
+                only = "nothing" if required is None else json.dumps(required)
                 self.fail(field, f"cannot be represented; our model has {only} there")
         if self.fields.get("use_conv_bias", True) is None:
             self.fail("use_conv_bias", "cannot be represented; our model has true there")
@@ -153,8 +156,9 @@ class _Reader:
             self.fail("norm_eps", "is not layer_norm_epsilon; our norms share one")
 
     def pattern(self, field: str, listed: tuple[str, ...], default: str = "") -> str:
-        """Layers in letters, from the pattern or from a list of names. A dense MLP is refused."""
-        found: dict[str, str] = {}
+        """The layers as letters, from a pattern or a list of layer names. `field`: the pattern's
+        field; `listed`: alternative fields. Rejects dense MLP layers."""
+        patterns: dict[str, str] = {}
         for name in (field, *listed):
             value = self.fields.get(name)
             if isinstance(value, list):
@@ -165,19 +169,19 @@ class _Reader:
             if value is not None and not (isinstance(value, str) and value):
                 self.fail(name, "must name at least one layer")
             if value is not None:
-                found[name] = value
-        if not found and not default:
+                patterns[name] = value
+        if not patterns and not default:
             self.fail(field, "is missing; it names the layers")
-        name, pattern = next(iter(found.items()), (field, default))
-        for other, again in found.items():
-            if again != pattern:
+        name, pattern = next(iter(patterns.items()), (field, default))
+        for other, other_pattern in patterns.items():
+            if other_pattern != pattern:
                 self.fail(other, f"says other layers than {name}")
         for position, letter in enumerate(pattern, start=1):
             if letter not in "M*E":
-                what = "a dense MLP" if letter == "-" else "unknown"
+                reason = "a dense MLP" if letter == "-" else "unknown"
                 self.fail(
                     name,
-                    f"{letter!r} at position {position} is {what} and cannot be represented; our "
+                    f"{letter!r} at position {position} is {reason} and cannot be represented; our "
                     "layers are M (Mamba-2), * (attention), E (mixture of experts)",
                 )
         return pattern
@@ -188,8 +192,8 @@ class _Reader:
             self.fail("num_hidden_layers", f"the pattern has {len(pattern)} layers")
 
     def mtp(self) -> MtpConfig:
-        """Nemotron 3 trains two depths with one block (arXiv 2604.12374, section 2.1.2); a file
-        says only that there is a block."""
+        """The multi-token-prediction block. A config.json only records that there is a block;
+        Nemotron 3 trains two depths with one block (arXiv 2604.12374, section 2.1.2)."""
         number = self.size("num_nextn_predict_layers", 0)
         if number > 1:
             self.fail(
@@ -204,7 +208,7 @@ class _Reader:
     def size(self, field: str, default: int | None = None) -> int:
         value = self.fields.get(field, default)
         value = default if value is None else value
-        if field == "head_dim" and value is None:  # Nemotron-H before version 3 calls it so
+        if field == "head_dim" and value is None:  # its name in Nemotron-H before version 3
             value = self.fields.get("attention_head_dim")
         if value is None:
             self.fail(field, "is missing")
@@ -220,55 +224,57 @@ class _Reader:
         return float(value)
 
     def limits(self) -> tuple[float, float]:
-        """dt's limits; infinity as Python's JSON, transformers 5 or a careful hand writes it."""
+        """Limits of dt. Accepts infinity as written by Python's JSON, by transformers 5, or as the
+        string "Infinity"."""
         value = self.fields.get("time_step_limit")
         if value is None:
             return 0.0, math.inf
-        ends = value if isinstance(value, list) and len(value) == 2 else []
-        plain = [end.get("__float__") if isinstance(end, dict) else end for end in ends]
-        numbers = [math.inf if end == "Infinity" else end for end in plain]
-        if len(numbers) != 2 or not all(type(end) in (int, float) for end in numbers):
+        pair = value if isinstance(value, list) and len(value) == 2 else []
+        plain = [limit.get("__float__") if isinstance(limit, dict) else limit for limit in pair]
+        numbers = [math.inf if limit == "Infinity" else limit for limit in plain]
+        if len(numbers) != 2 or not all(type(limit) in (int, float) for limit in numbers):
             self.fail("time_step_limit", "must be two numbers")
-        low, high = (float(end or 0) for end in numbers)
+        low, high = (float(limit or 0) for limit in numbers)
         if not 0 <= low < high:
             self.fail("time_step_limit", "must ascend from 0 or more")
         return low, math.inf if high >= 1e20 else high
 
     def training(self) -> dict[str, Any]:
-        """What our own export kept of the training."""
-        kept = self.fields.get(OURS)
-        if kept is None:
+        """Training knobs that our own export stored; {} if there are none."""
+        stored = self.fields.get(OURS)
+        if stored is None:
             return {}
-        if not isinstance(kept, dict) or set(kept) != set(TRAINING):
+        if not isinstance(stored, dict) or set(stored) != set(TRAINING):
             self.fail(OURS, f"must hold {', '.join(TRAINING)}")
-        for knob, value in kept.items():
-            wanted = (int,) if knob == "mtp.depths" else (int, float)
-            if type(value) not in wanted or not 0 <= value < math.inf:
+        for knob, value in stored.items():
+            types = (int,) if knob == "mtp.depths" else (int, float)
+            if type(value) not in types or not 0 <= value < math.inf:
                 self.fail(OURS, f"{knob} must be a number, 0 or more")
-        return dict(kept)
+        return dict(stored)
 
     def dtype(self) -> str:
         value = self.fields.get("torch_dtype") or self.fields.get("dtype") or "bfloat16"
         return "float32" if value in ("float32", "float64") else "bfloat16"
 
 
-def _same(value: Any, wanted: Any) -> bool:
-    """Equal, where True is no 1 and 0 may be written 0.0."""
-    return value == wanted and isinstance(value, bool) == isinstance(wanted, bool)
+def _same(value: Any, required: Any) -> bool:
+    """Equality in which True differs from 1, and 0 equals 0.0."""
+    return value == required and isinstance(value, bool) == isinstance(required, bool)
 
 
-# Knobs that leave the function of given weights alone.
+# Knobs that do not change the function that given weights compute.
 _FREE = {"name", "init_std", "mamba.dt_max", "mamba.dt_init_floor", "mamba.chunk_size", *TRAINING}
 
 
 def check_overrides(theirs: ModelConfig, asked: ModelConfig, folder: Path) -> None:
-    """Raises ConfigError where overrides made another model of it."""
-    for knob, (said, is_now) in differences(to_plain(theirs), to_plain(asked)).items():
+    """Raises ConfigError if overrides changed the model that the weights belong to. `theirs`: the
+    model of config.json; `asked`: the model after overrides."""
+    for knob, (base, is_now) in differences(to_plain(theirs), to_plain(asked)).items():
         if knob == "pattern":
             is_now = str(is_now).replace("|", "")
-        if knob not in _FREE and said != is_now:
+        if knob not in _FREE and base != is_now:
             raise ConfigError(
-                f"model.{knob}={is_now}: {folder / CONFIG} says {said}, and the weights are of that"
+                f"model.{knob}={is_now}: {folder / CONFIG} says {base}, and the weights are of that"
             )
     if bool(theirs.mtp.depths) != bool(asked.mtp.depths):
         raise ConfigError(
@@ -278,7 +284,7 @@ def check_overrides(theirs: ModelConfig, asked: ModelConfig, folder: Path) -> No
 
 
 def summary(model: ModelConfig) -> str:
-    """Layers and parameters in a line."""
+    """One line with the number of layers and parameters."""
     counts = Counter(model.pattern)
     kinds = ", ".join(f"{counts[letter]} {letter}" for letter in "M*E" if counts[letter])
     numbers = parameters(model)
@@ -294,12 +300,12 @@ def summary(model: ModelConfig) -> str:
 
 
 def model_name(folder: Path) -> str:
-    """A model's name from that of its folder: what may be a run's name."""
+    """A model name derived from the folder's name, valid as a run name."""
     return re.sub(r"[^a-z0-9_.-]+", "_", folder.resolve().name.lower()).strip("._-") or "imported"
 
 
 def recipe_text(model: ModelConfig, source: Path) -> str:
-    """The model as a recipe, `model=FILE.yaml`; knobs at their default are left out."""
+    """The model as YAML recipe text for `model=FILE.yaml`, without knobs at their default."""
     plain = to_plain(model)
     for part, default in (("mamba", MambaConfig()), ("moe", MoeConfig()), ("mtp", MtpConfig())):
         plain[part] = _without_defaults(plain[part], to_plain(default))

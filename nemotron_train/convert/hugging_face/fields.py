@@ -1,12 +1,13 @@
-"""The fields of Hugging Face's `config.json`, as tables, and the file for a model of ours.
+"""The fields of Hugging Face's `config.json` as tables, and the fields written for our model.
 
-Owns: the folder's file names, which field says what, which values we cannot represent. Does not
-own: reading a config.json (`huggingface_config`), weights (`huggingface`). No torch.
+Owns: the folder's file names, the meaning of each field, the values we cannot represent. Does not
+own: reading a config.json (`config`), weights (`mapping`). No torch.
 
 UPSTREAM(transformers 5.24; pull request 48989): its mixer clamps dt to `time_step_min`, the lower
-end of the initial draw, instead of to `time_step_limit`: with the published 0.001 in it, identical
-weights give other logits there. We write the limit that was trained with into both, and keep the
-end of the initial draw, which matters only before the first step, under `nemotron_train`.
+bound of the initial draw, instead of to `time_step_limit`. With the published 0.001, identical
+weights give different logits there. We write the limit used in training into both fields. The lower
+bound of the initial draw, which matters only before the first step, is stored under
+`nemotron_train`.
 """
 
 import math
@@ -21,8 +22,8 @@ from nemotron_train.plan.architecture.layers import LayerKind
 CONFIG, GENERATION = "config.json", "generation_config.json"
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-OURS = "nemotron_train"  # the field for what Hugging Face's have no word for
-# Any number above 0 that changes no dt; 0 has no logarithm, which transformers takes of it.
+OURS = "nemotron_train"  # our field, for settings that Hugging Face's fields cannot express
+# Above 0, because transformers takes its logarithm, but too small to change any dt.
 NO_LIMIT = 1e-30
 
 # Their field -> our knob below `model`.
@@ -41,7 +42,7 @@ SIZES = {
     "moe_intermediate_size": "moe.expert_hidden_size",
     "moe_shared_expert_intermediate_size": "moe.shared_expert_hidden_size",
 }
-# The same with the value that holds where the field is not given.
+# Their field -> (our knob, value if the field is missing).
 OPTIONAL = {
     "conv_kernel": ("mamba.conv_kernel_size", 4),
     "chunk_size": ("mamba.chunk_size", 128),
@@ -51,7 +52,7 @@ OPTIONAL = {
     "time_step_max": ("mamba.dt_max", 0.1),
     "time_step_floor": ("mamba.dt_init_floor", 1e-4),
 }
-# Sizes that a model without such layers need not state.
+# Sizes that may be missing if the model has no layers of the kind.
 OF_KIND = {
     LayerKind.attention: ("num_attention_heads", "num_key_value_heads", "head_dim"),
     LayerKind.mamba: ("mamba_num_heads", "mamba_head_dim", "ssm_state_size", "n_groups"),
@@ -62,7 +63,7 @@ OF_KIND = {
         "moe_shared_expert_intermediate_size",
     ),
 }
-# What we keep under OURS: knobs of the model that change training only.
+# Stored under OURS: knobs of the model that affect training only.
 TRAINING = (
     "mamba.dt_min",
     "mamba.A_init_min",
@@ -72,7 +73,7 @@ TRAINING = (
     "mtp.depths",
     "mtp.loss_scale",
 )
-# Field -> the one value that is our model. Written, and refused by name where it is another.
+# Field -> the only value our model supports. Written on export; any other value is rejected.
 FIXED: dict[str, Any] = {
     "model_type": "nemotron_h",
     "architectures": ["NemotronHForCausalLM"],
@@ -93,7 +94,7 @@ FIXED: dict[str, Any] = {
     "topk_group": 1,
     "norm_topk_prob": True,
 }
-# Refused unless absent, null or this; not written.
+# Rejected unless absent, null or this value; not written.
 ABSENT: dict[str, Any] = {
     "hidden_act": "relu2",
     "activation_function": "relu2",
@@ -104,8 +105,8 @@ ABSENT: dict[str, Any] = {
     "is_encoder_decoder": False,
     "add_cross_attention": False,
 }
-# What changes neither the function nor the weights. rope_theta and partial_rotary_factor stand in
-# the published files and no implementation reads them: the attention has no positions.
+# Fields that affect neither the function nor the weights. rope_theta and partial_rotary_factor are
+# in the published files, but no implementation reads them: the attention has no positions.
 WITHOUT_MEANING = {
     *("auto_map", "transformers_version", "_name_or_path", "torch_dtype", "dtype", "use_cache"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id"),
@@ -119,7 +120,7 @@ WITHOUT_MEANING = {
 }
 LETTERS = {"mamba": "M", "linear_attention": "M", "moe": "E", "mlp": "-"}
 LETTERS |= {"attention": "*", "full_attention": "*"}
-# What `huggingface_config` reads one by one.
+# Fields that `config` reads individually.
 READ_BY_HAND = {"hybrid_override_pattern", "layers_block_type", "layer_types", "num_hidden_layers"}
 READ_BY_HAND |= {"mtp_hybrid_override_pattern", "mtp_layers_block_type", "num_nextn_predict_layers"}
 READ_BY_HAND |= {"moe_latent_size", "time_step_min", "time_step_limit", "norm_eps", OURS}
@@ -127,8 +128,8 @@ READ_BY_HAND |= {"attention_head_dim"}
 
 
 def config_fields(config: Config, dtype: str, end_of_document_id: int) -> dict[str, Any]:
-    """The fields of config.json for a run's model. Raises ConfigError, naming the knob, for what
-    Hugging Face's model has no form for."""
+    """The fields of config.json for a run's model. Raises ConfigError, naming the knob, for
+    settings that Hugging Face's model cannot represent."""
     model = config.model
     pattern = model.pattern.replace("|", "")
     inside = model.mtp.pattern if model.mtp.depths else ""
@@ -153,7 +154,7 @@ def config_fields(config: Config, dtype: str, end_of_document_id: int) -> dict[s
         "norm_eps": model.norm_epsilon,
         "time_step_min": limit[0] or NO_LIMIT,
         "num_nextn_predict_layers": 1 if model.mtp.depths else 0,
-        # Read by none of our layers, and required or shown somewhere.
+        # Not used by our layers, but required or displayed by other tools.
         "expand": 2,
         "intermediate_size": model.moe.expert_hidden_size,
         "max_position_embeddings": config.train.sequence_length,
@@ -163,7 +164,7 @@ def config_fields(config: Config, dtype: str, end_of_document_id: int) -> dict[s
         "use_cache": True,
         OURS: {knob: attrgetter(knob)(model) for knob in TRAINING},
     }
-    if limit[0]:  # without one, absence says the same and JSON has no infinity
+    if limit[0]:  # the default is no limit, and JSON has no infinity
         fields["time_step_limit"] = list(limit)
     if model.moe.latent_size:
         fields["moe_latent_size"] = model.moe.latent_size
@@ -173,7 +174,7 @@ def config_fields(config: Config, dtype: str, end_of_document_id: int) -> dict[s
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether `folder` holds safetensors. Raises ConfigError for one that holds pickles only."""
+    """Whether `folder` holds safetensors. Raises ConfigError if it holds only pickles."""
     if (folder / INDEX).is_file() or (folder / SINGLE).is_file():
         return True
     for name in PICKLES:

@@ -1,11 +1,11 @@
-"""`convert from-hf`: a Hugging Face folder as a recipe and, where weights are there, as a run.
+"""`convert from-hf`: imports the weights of a Hugging Face folder as a run.
 
-Owns: the run folder that results, its one checkpoint at step 0, which finished shards are kept.
-Does not own: config.json (`huggingface_config`), names and layout of weights (`huggingface`), the
-format of a checkpoint (`tensors`). Streams: in memory are some rows of a tensor, or one projection
-of attention.
+Owns: the resulting run folder, its single checkpoint at step 0, which finished shards are kept.
+Does not own: config.json and the recipe (`config`), names and layout of weights (`mapping`), the
+checkpoint format (`checkpoint_tensors`). Streams: only some rows of a tensor, or one attention
+projection, are in memory.
 
-The folder comes from somebody else: JSON and safetensors are read, pickles and code are not.
+The folder is untrusted: only JSON and safetensors are read, never pickles or code.
 """
 
 import hashlib
@@ -34,23 +34,16 @@ from nemotron_train.data.tokenize import FILE_NAME as TOKENIZER
 from nemotron_train.data.tokenize import copy_tokenizer
 from nemotron_train.plan.precision.record import plan_record
 from nemotron_train.plan.precision.resolve import resolve_plan
+from nemotron_train.platform.files import file_sha256, write_atomically, write_durably
 from nemotron_train.run_folder import checkpoint_metadata
-from nemotron_train.run_folder.folder import write_atomically
-from nemotron_train.run_folder.integrity import (
-    RECORD,
-    commit,
-    file_sha256,
-    partial_folder,
-    step_folder,
-    write_durably,
-)
+from nemotron_train.run_folder.integrity import RECORD, commit, partial_folder, step_folder
 from nemotron_train.run_folder.lineage import LINEAGE
 from nemotron_train.run_folder.progress import Progress
 
 MAX_INDEX_BYTES = 2**28
 ROWS_BYTES = 2**24  # read and written at a time
-# The name of the decoder's path in files that a newer transformers wrote.
-ALSO = ("backbone.", "model.")
+# Prefixes of the decoder's tensors: published checkpoints, newer transformers.
+DECODER_PREFIXES = ("backbone.", "model.")
 
 
 def from_hf(
@@ -61,12 +54,13 @@ def from_hf(
     *,
     shard_bytes: int = 5 * 2**30,
 ) -> Path:
-    """Make the run folder `output` of `config`, whose model `folder`/config.json describes, with
-    the weights in `folder` as the checkpoint of step 0; returns that. Called again after it was cut
-    off, it goes on after the last whole shard.
+    """Creates the run folder `output` with the configuration `config` and the weights in `folder`
+    as the checkpoint of step 0; returns that checkpoint. `config.model` must be the model that
+    `folder`/config.json describes. After an interruption, a second call continues after the last
+    complete shard.
 
-    Raises ConfigError, naming file and tensor, for weights that are missing, of another shape, of
-    a dtype that is no plain float, or not this model's, and where `output` exists.
+    Raises ConfigError, naming file and tensor, if weights are missing, have another shape, are not
+    plain floats or do not belong to the model; also if `output` exists.
     """
     theirs = _Theirs(folder)
     table = weights(config.model)
@@ -84,7 +78,7 @@ def from_hf(
         sums = _write_tensors(final, shards, table, theirs, making, console)
         for name, text in _texts(config).items():
             write_durably(partial_folder(final) / name, text)
-        # Of a process that was cut off between here and the end.
+        # Left by a process that was interrupted between here and the end.
         (making.folder / RECORD).unlink(missing_ok=True)
         commit(final, sums, lambda: None)
         _make_run_folder(making.folder, folder, config, theirs)
@@ -95,7 +89,7 @@ def from_hf(
 
 
 class _Theirs:
-    """The tensors of a Hugging Face folder."""
+    """The tensors of a Hugging Face folder. Raises ConfigError for an unreadable file or index."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -109,11 +103,12 @@ class _Theirs:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What tells these files from others, without reading them."""
+        """File name -> [size in bytes, modification time in ns]: identifies the files without
+        reading them."""
         return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in self._paths()}
 
     def _paths(self) -> list[Path]:
-        """The files that the index names, or the only one."""
+        """The files that the index names, or the single file."""
         index = self.folder / INDEX
         if not index.is_file():
             return [self.folder / SINGLE]
@@ -129,15 +124,15 @@ class _Theirs:
         return [self.folder / name for name in sorted(names)]
 
     def check(self, table: Sequence[Weight]) -> None:
-        """Raises ConfigError unless the tensors are those of the table."""
-        wanted = {self._name(weight.name): weight for weight in table}
-        for name in sorted(wanted.keys() - self._places.keys()):
+        """Raises ConfigError unless names, shapes and dtypes match the table."""
+        expected = {self._name(weight.name): weight for weight in table}
+        for name in sorted(expected.keys() - self._places.keys()):
             raise ConfigError(f"{self.folder}: {name} is missing")
-        for name in sorted(self._places.keys() - wanted.keys()):
+        for name in sorted(self._places.keys() - expected.keys()):
             raise ConfigError(
                 f"{self._places[name].path}: {name} is not in the model that config.json describes"
             )
-        for name, weight in wanted.items():
+        for name, weight in expected.items():
             file = self._places[name]
             shape, dtype = file.shapes[name], file.dtypes[name]
             if shape != weight.shape:
@@ -150,7 +145,7 @@ class _Theirs:
                 )
 
     def dtype(self, weight: Weight) -> torch.dtype:
-        """In which the tensor is stored here: theirs, but FP32 where our model computes in it."""
+        """The dtype in which we store the tensor: theirs, or FP32 if our model keeps it in FP32."""
         if weight.keeps_float32:
             return torch.float32
         name = self._name(weight.name)
@@ -162,7 +157,8 @@ class _Theirs:
         return self._places[name].rows(name, start, stop).to(self.dtype(weight))
 
     def _name(self, name: str) -> str:
-        ours, other = ALSO
+        """The tensor's name in these files, which may use the other decoder prefix."""
+        ours, other = DECODER_PREFIXES
         if name not in self._places and name.startswith(ours):
             renamed = other + name.removeprefix(ours)
             return renamed if renamed in self._places else name
@@ -173,18 +169,18 @@ class _Theirs:
 
 
 def _sources(table: Sequence[Weight]) -> dict[str, list[tuple[Weight, Piece, int]]]:
-    """Our tensor -> the pieces of it, each with the row of their tensor at which it begins."""
-    found: dict[str, list[tuple[Weight, Piece, int]]] = {}
+    """Our tensor -> its (their tensor, piece, first row of the piece in their tensor)."""
+    sources: dict[str, list[tuple[Weight, Piece, int]]] = {}
     for weight in table:
         row = 0
         for piece in weight.pieces:
-            found.setdefault(piece.name, []).append((weight, piece, row))
+            sources.setdefault(piece.name, []).append((weight, piece, row))
             row += piece.rows
-    return found
+    return sources
 
 
 def _cut(table: Sequence[Weight], theirs: _Theirs, shard_bytes: int) -> list[list[str]]:
-    """Our tensors' names, shard by shard."""
+    """Names of our tensors, shard by shard."""
     sources, shards, size = _sources(table), [[]], 0
     for name, shape in our_shapes(list(table)).items():
         dtypes = {theirs.dtype(weight) for weight, _, _ in sources[name]}
@@ -208,18 +204,18 @@ def _write_tensors(
     making: Unfinished,
     console: Console,
 ) -> dict[str, str]:
-    """All tensors into the half-written checkpoint of `final`; returns the shards' digests."""
+    """Writes all tensors into the partial checkpoint of `final`; returns shard -> SHA-256."""
     partial = partial_folder(final)
     partial.mkdir(parents=True, exist_ok=True)
-    inside = partial.relative_to(making.folder)
+    relative = partial.relative_to(making.folder)
     sources, shapes, sums = _sources(table), our_shapes(list(table)), {}
     writer = CheckpointWriter(partial)
     for number, names in enumerate(shards):
         file = shard_name(number)
-        kept = making.kept(str(inside / file))
-        if kept is not None:
-            writer.places += [Place(**place) for place in kept]
-            sums[file] = making.digest(str(inside / file))
+        places_json = making.kept(str(relative / file))
+        if places_json is not None:
+            writer.places += [Place(**place) for place in places_json]
+            sums[file] = making.digest(str(relative / file))
             console.print(f"{file}: is there already", highlight=False)
             continue
         before = len(writer.places)
@@ -230,7 +226,7 @@ def _write_tensors(
         writer.close_shard()
         sums[file] = file_sha256(partial / file, flush=True)
         places = [asdict(place) for place in writer.places[before:]]
-        making.done(str(inside / file), sums[file], places)
+        making.done(str(relative / file), sums[file], places)
         size = (partial / file).stat().st_size
         console.print(f"{file}: {len(names)} tensors, {format_bytes(size)}", highlight=False)
     writer.open_shard(len(shards))
@@ -241,13 +237,13 @@ def _write_tensors(
 def _blocks(
     sources: Sequence[tuple[Weight, Piece, int]], theirs: _Theirs
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """One of our tensors as (first row, rows): as it is in pieces, or whole where its rows are
-    taken from several of theirs in turn."""
+    """One of our tensors as (first row, rows): piece by piece, or whole if its rows alternate
+    between several of theirs."""
     _, first, _ = sources[0]
     if first.groups == 1:
         for weight, piece, row in sources:
             shape = (piece.stop - piece.start, *piece.shape[1:])
-            if len(weight.shape) < len(shape):  # a matrix of the stack
+            if len(weight.shape) < len(shape):  # one expert of a stacked tensor
                 rows = theirs.rows(weight, 0, weight.shape[0])
                 yield piece.start, rows.reshape(shape)
                 continue
@@ -266,32 +262,32 @@ def _blocks(
 
 
 def _texts(config: Config) -> dict[str, str]:
-    """The JSON files of the checkpoint; no data.json, since no data was seen here."""
+    """The JSON files of the checkpoint. There is no data.json, because no data was consumed."""
     progress = Progress(0, 0, checkpoint_metadata.NO_DATA)
     texts = checkpoint_metadata.texts_of(progress, config, plan_record(resolve_plan(config)), {}, 0)
     del texts[checkpoint_metadata.DATA]
     about = json.loads(texts[checkpoint_metadata.ABOUT])
     about |= {"optimizer": False, "imported": True}
     texts[checkpoint_metadata.ABOUT] = json.dumps(about, indent=1)
-    # Megatron-Core's own word for the format of the tensors.
+    # Megatron-Core's identifier of the tensor format.
     tensors_format = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
     texts["metadata.json"] = json.dumps(tensors_format)
     return texts
 
 
 def _with_own_data(config: Config, output: Path) -> Config:
-    """The weights come with a tokenizer of their own, and the embedded default's data is of
-    another: the folders are left to be named when the training begins."""
+    """The configuration with prepared data and the imported tokenizer. The embedded data uses
+    another tokenizer, so the user names data folders when training starts."""
     if config.data.kind == DataKind.prepared:
         return config
-    own = {"kind": DataKind.prepared, "tokenizer": str(output / "tokenizer")}
-    return replace(config, data=replace(config.data, **own, phases=[], validation=[]))
+    changes = {"kind": DataKind.prepared, "tokenizer": str(output / "tokenizer")}
+    return replace(config, data=replace(config.data, **changes, phases=[], validation=[]))
 
 
 def _make_run_folder(making: Path, folder: Path, config: Config, theirs: _Theirs) -> None:
-    """What makes it a run to branch from: configuration, tokenizer, and where it is from."""
-    once = {"resume": "", "branch": "", "fresh_data": False, "switch_precision": False}
-    plain = to_plain(replace(config, **once))
+    """Writes configuration, tokenizer and lineage, so that runs can branch from the folder."""
+    start_knobs = {"resume": "", "branch": "", "fresh_data": False, "switch_precision": False}
+    plain = to_plain(replace(config, **start_knobs))
     text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=100)
     write_atomically(making / "config.yaml", text)
     if (folder / TOKENIZER).is_file():

@@ -1,17 +1,17 @@
-"""Which of our tensors make up each tensor of Hugging Face's `NemotronH`, as one table.
+"""Table of which of our tensors make up each tensor of Hugging Face's `NemotronH`.
 
 Owns: the names and the layout of weights in the published checkpoints. Does not own: config.json
-(`huggingface_config`), reading and writing (`to_hf`, `from_hf`). No torch.
+(`config`), reading and writing (`to_hf`, `from_hf`). No torch.
 
-Each of their tensors is some rows of ours, one after the other. The table is read in both
-directions, so that what is written and what is read back cannot disagree. Where the two differ:
+Each of their tensors is a concatenation of rows of ours. Export and import use the same table, so
+they cannot disagree. Differences between the two:
 
-    in_proj, conv1d         ours are stored a component at a time (z, x, B, C, dt), theirs in one
-    conv1d.weight           theirs has a dimension of 1 in the middle, torch's depthwise form
+    in_proj, conv1d         ours are one tensor per component (z, x, B, C, dt), theirs are joined
+    conv1d.weight           theirs has a middle dimension of 1, torch's depthwise form
     q_proj, k_proj, v_proj  ours is Megatron's linear_qkv: for each key/value head, the queries that
                             share it, then the key, then the value
-    experts                 ours are stacked, [experts, out, in]; theirs are a tensor an expert
-    mtp.layers              ours is one block with layers inside; theirs are its layers, the first
+    experts                 ours are stacked, [experts, out, in]; theirs are one tensor per expert
+    mtp.layers              ours is one block with inner layers; theirs are these layers, the first
                             with the projection and its two norms, the last with the final norm
 """
 
@@ -22,7 +22,7 @@ from math import prod
 from nemotron_train.config.schema import ModelConfig
 from nemotron_train.plan.architecture.layers import LayerKind, LayerShape, layers, tensors
 
-# Ours -> theirs, below a layer's path, where both are the same tensor.
+# Ours -> theirs, relative to the layer's path, for tensors that are identical.
 SAME: dict[LayerKind, dict[str, str]] = {
     LayerKind.mamba: {
         "norm.weight": "norm.weight",
@@ -46,7 +46,7 @@ SAME: dict[LayerKind, dict[str, str]] = {
         "mlp.shared_experts.linear_fc2.weight": "mixer.shared_experts.down_proj.weight",
     },
 }
-# Ours, stored by component -> theirs; the components in their order.
+# Ours, stored by component -> (theirs, the components in order; t is dt).
 JOINED = {
     "mixer.in_proj.weight": ("mixer.in_proj.weight", "zxBCt"),
     "mixer.conv_weight": ("mixer.conv1d.weight", "xBC"),
@@ -64,14 +64,14 @@ OUTSIDE = {
 }
 FIRST_OF_MTP = ("enorm.weight", "hnorm.weight", "eh_proj.weight")
 LAST_OF_MTP = "final_layernorm.weight"
-# Stored in FP32 whatever the dtype asked: they feed exponentials, or move by steps of 1e-3.
+# Always stored in FP32: inputs of exponentials, or values updated in steps of 1e-3.
 FLOAT32 = ("A_log", "D", "dt_bias", "e_score_correction_bias")
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Rows of one of our tensors: of each of `groups` equal blocks of its rows, those from `start`
-    to `stop`. With one group, simply rows."""
+    """Rows of one of our tensors. The tensor's rows form `groups` equal blocks; the piece is rows
+    [start, stop) of each block."""
 
     name: str
     shape: tuple[int, ...]  # of our whole tensor
@@ -81,12 +81,13 @@ class Piece:
 
     @property
     def rows(self) -> int:
+        """Number of rows over all groups."""
         return self.groups * (self.stop - self.start)
 
 
 @dataclass(frozen=True)
 class Weight:
-    """One of their tensors: our pieces joined along the rows, seen in `shape`."""
+    """One of their tensors: our pieces concatenated along the rows and viewed as `shape`."""
 
     name: str
     shape: tuple[int, ...]
@@ -94,36 +95,38 @@ class Weight:
 
     @property
     def keeps_float32(self) -> bool:
+        """Whether the tensor is stored in FP32 for any requested dtype."""
         return self.name.endswith(FLOAT32)
 
     @property
-    def numbers(self) -> int:
+    def num_elements(self) -> int:
+        """Number of elements."""
         return prod(self.shape)
 
 
 def weights(model: ModelConfig) -> list[Weight]:
-    """Every tensor of the model under Hugging Face's name: the decoder in the order of its layers,
-    then what multi-token prediction adds, as the published checkpoints have it."""
+    """Every tensor of the model under its Hugging Face name, ordered as in the published
+    checkpoints: the decoder layer by layer, then multi-token prediction."""
     shapes = {tensor.name: tensor.shape for tensor in tensors(model)}
     embedding, norm, head = (_same(ours, theirs, shapes[ours]) for ours, theirs in OUTSIDE.items())
-    found, block = [embedding], []
+    table, block = [embedding], []
     for layer in layers(model):
         if layer.in_mtp:
             block += _layer(model, layer, f"mtp.layers.{layer.number}")
         else:
-            found += _layer(model, layer, f"backbone.layers.{layer.number}")
-    found += [norm, head, *block]
+            table += _layer(model, layer, f"backbone.layers.{layer.number}")
+    table += [norm, head, *block]
     if model.mtp.depths > 0:
         last = len(model.mtp.pattern) - 1
         for name in (*FIRST_OF_MTP, LAST_OF_MTP):
             ours = f"mtp.layers.0.{name}"
             number = last if name == LAST_OF_MTP else 0
-            found.append(_same(ours, f"mtp.layers.{number}.{name}", shapes[ours]))
-    return found
+            table.append(_same(ours, f"mtp.layers.{number}.{name}", shapes[ours]))
+    return table
 
 
 def our_shapes(table: list[Weight]) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of each of our tensors, as a checkpoint stores them, in the table's order."""
+    """Name -> shape of each of our tensors as stored in a checkpoint, in the table's order."""
     return {piece.name: piece.shape for weight in table for piece in weight.pieces}
 
 
@@ -132,7 +135,7 @@ def _layer(model: ModelConfig, layer: LayerShape, theirs: str) -> Iterator[Weigh
     if layer.kind == LayerKind.moe:
         below["mlp.router.expert_bias"] = (model.moe.experts,)
     for name, their_name in SAME[layer.kind].items():
-        if name in below:  # without latent projections or a shared expert some are not there
+        if name in below:  # latent projections and shared expert are optional
             yield _same(f"{layer.path}.{name}", f"{theirs}.{their_name}", below[name])
     if layer.kind == LayerKind.mamba:
         yield from _joined(model, layer.path, theirs, below)

@@ -1,8 +1,8 @@
-"""Safetensors files written a tensor at a time, with their digest, and read some rows at a time.
+"""Writes safetensors files one tensor at a time, with their digest, and reads them by rows.
 
-Owns: the bytes of the format (a length, a JSON header, the tensors; little-endian). Does not own:
-what is in it, nor whether a file is sound, which the library says. The library's own writer wants
-all tensors at once, and its reader maps the file, all of which then counts as memory.
+Owns: the byte format (a length, a JSON header, the tensors; little-endian). Does not own: the
+content; the validation of a file, which the safetensors library does. The library's own writer
+needs all tensors at once, and its reader maps the whole file, which counts as used memory.
 """
 
 import hashlib
@@ -23,13 +23,13 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class SafetensorsReader:
-    """One file. Raises ConfigError where the library does not accept it.
+    """Reads one file. Raises ConfigError if the safetensors library rejects it.
 
-    `shapes`, `dtypes` (in the format's words): of every tensor, by name."""
+    `shapes`, `dtypes` (the format's dtype names): tensor name -> value."""
 
     def __init__(self, path: Path) -> None:
         try:
-            with safe_open(path, framework="pt"):  # checks the whole header against the length
+            with safe_open(path, framework="pt"):  # validates the header against the file size
                 pass
             with open(path, "rb") as file:
                 (length,) = struct.unpack("<Q", file.read(8))
@@ -43,7 +43,8 @@ class SafetensorsReader:
         self._begins = {name: 8 + length + e["data_offsets"][0] for name, e in header.items()}
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows [start, stop) of a tensor of one of DTYPES."""
+        """Rows [start, stop) of a tensor whose dtype is in DTYPES. Raises ConfigError if the file
+        has become shorter."""
         dtype, below = DTYPES[self.dtypes[name]], self.shapes[name][1:]
         width = prod(below) * dtype.itemsize
         data = bytearray((stop - start) * width)
@@ -59,9 +60,10 @@ def write_safetensors(
     tensors: Sequence[tuple[str, tuple[int, ...], torch.dtype]],
     parts: Iterable[Iterator[torch.Tensor]],
 ) -> str:
-    """Write `tensors` (name, shape, dtype); `parts` gives, for each, its values in order, in any
-    number of parts of that dtype. The file appears under its name complete and flushed. Returns its
-    SHA-256. Wider tensors should come first, so that each lies at a multiple of its width."""
+    """Writes `tensors` (name, shape, dtype) and returns the file's SHA-256. `parts` gives the
+    values of each tensor in order, in any number of parts of its dtype. The file appears at `path`
+    only when complete and flushed. Put wider dtypes first, so that every tensor is aligned to its
+    width."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape, dtype in tensors:
@@ -83,7 +85,7 @@ def write_safetensors(
                 file.write(data)
                 digest.update(data)
                 count += part.numel()
-                del part, data  # may be all that holds a block, and the next one is read now
+                del part, data  # free the block before the next one is read
             assert count == prod(shape), f"{name} has {count} numbers, not {prod(shape)}"
         file.flush()
         os.fsync(file.fileno())

@@ -1,9 +1,9 @@
-"""`convert to-hf`: a checkpoint of any layout as a folder that Hugging Face's transformers loads.
+"""`convert to-hf`: exports a checkpoint of any layout for Hugging Face's transformers.
 
-Owns: which files there are, what is written in them, which finished ones are kept. Does not own:
-the names and the layout of weights (`huggingface`), config.json's fields (`huggingface_fields`),
-the tokenizer's files (`tokenizer_files`), the bytes of a safetensors file. Streams: in memory are
-one block of rows as the checkpoint has it and a small copy, whatever the model's size.
+Owns: the files and their content, which finished files are kept. Does not own: the names and the
+layout of weights (`mapping`), config.json's fields (`fields`), the tokenizer's files
+(`tokenizer_files`), the bytes of a safetensors file (`safetensors_file`). Streams: only one block
+of rows as stored in the checkpoint and a small copy are in memory, for any model size.
 """
 
 import hashlib
@@ -25,9 +25,10 @@ from nemotron_train.convert.hugging_face.mapping import Piece, Weight, our_shape
 from nemotron_train.convert.hugging_face.safetensors_file import write_safetensors
 from nemotron_train.convert.hugging_face.tokenizer_files import TokenizerFiles
 from nemotron_train.convert.unfinished import unfinished
+from nemotron_train.platform.files import write_durably
 from nemotron_train.run_folder import checkpoint_metadata
 from nemotron_train.run_folder.folder import read_config
-from nemotron_train.run_folder.integrity import MANIFEST, step_folder, steps_in, write_durably
+from nemotron_train.run_folder.integrity import MANIFEST, step_folder, steps_in
 from nemotron_train.run_folder.lineage import parse_branch
 
 COPY_BYTES = 2**24  # converted and written at a time
@@ -43,15 +44,15 @@ def to_hf(
     shard_bytes: int = 5 * 2**30,
     tokenizer: str = "",
 ) -> None:
-    """Write the checkpoint (RUN@STEP) to the folder `output`: weights in shards of at most
+    """Writes the checkpoint (RUN@STEP) to the folder `output`: weights in shards of at most
     `shard_bytes` (or one tensor), config.json, generation_config.json, the tokenizer.
 
-    dtype: of the weights, "" for the run's own; A_log, D, dt_bias and router biases stay FP32.
-    tokenizer: a folder, "" for the run's `data.tokenizer`. Called again after it was cut off, it
-    goes on after the last whole shard.
+    dtype: dtype of the weights, "" for the run's; A_log, D, dt_bias and router biases stay FP32.
+    tokenizer: a folder, "" for the run's `data.tokenizer`. After an interruption, a second call
+    continues after the last complete shard.
 
-    Raises ConfigError where the checkpoint is missing or damaged, where Hugging Face's model cannot
-    be this one, where the tokenizer is not the one trained with, and where `output` exists.
+    Raises ConfigError if the checkpoint is missing or damaged, if Hugging Face's model cannot
+    represent it, if the tokenizer is not the one used in training, or if `output` exists.
     """
     config, path = _find(checkpoint)
     kind = Dtype(dtype) if dtype else config.precision.parameter_dtype
@@ -94,7 +95,8 @@ def to_hf(
 
 
 def _find(text: str) -> tuple[Config, Path]:
-    """The run's configuration at that step, and the checkpoint's folder."""
+    """(the run's configuration at that step, checkpoint folder) of RUN@STEP. Raises ConfigError if
+    there is no such checkpoint."""
     try:
         run, step = parse_branch(text)
     except ConfigError:
@@ -103,20 +105,20 @@ def _find(text: str) -> tuple[Config, Path]:
         raise ConfigError(f"{text}: no such run folder {run}")
     steps = steps_in(run / "checkpoints")
     if step not in steps:
-        there = f"it has {', '.join(map(str, steps))}" if steps else "it has none"
-        raise ConfigError(f"{text}: {run} has no checkpoint of step {step}; {there}")
+        available = f"it has {', '.join(map(str, steps))}" if steps else "it has none"
+        raise ConfigError(f"{text}: {run} has no checkpoint of step {step}; {available}")
     return read_config(run, step), step_folder(run / "checkpoints", step)
 
 
 def _check_tensors(reader: CheckpointReader, table: list[Weight]) -> None:
-    """Raises ConfigError where the checkpoint is not of the model in its run's config.yaml."""
-    ours, there = our_shapes(table), reader.shapes
-    names = ours.keys() ^ there.keys() | {n for n, s in ours.items() if there.get(n, s) != s}
+    """Raises ConfigError if the checkpoint does not match the model in its run's config.yaml."""
+    ours, stored = our_shapes(table), reader.shapes
+    names = ours.keys() ^ stored.keys() | {n for n, s in ours.items() if stored.get(n, s) != s}
     if names:
         name = min(names)
         raise ConfigError(
             f"{reader.folder} is not of the model in its run's config.yaml: {name} is "
-            f"{there.get(name, 'missing')} there and {ours.get(name, 'missing')} here"
+            f"{stored.get(name, 'missing')} there and {ours.get(name, 'missing')} here"
         )
 
 
@@ -125,11 +127,11 @@ def _dtype(weight: Weight, dtype: torch.dtype) -> torch.dtype:
 
 
 def _bytes(weight: Weight, dtype: torch.dtype) -> int:
-    return weight.numbers * _dtype(weight, dtype).itemsize
+    return weight.num_elements * _dtype(weight, dtype).itemsize
 
 
 def _cut(table: list[Weight], dtype: torch.dtype, shard_bytes: int) -> dict[str, list[Weight]]:
-    """File name -> its tensors, those in FP32 first: each then lies at a multiple of its width."""
+    """File name -> its tensors. FP32 tensors come first, so that every tensor is aligned."""
     shards: list[list[Weight]] = [[]]
     size = 0
     for weight in table:
@@ -153,8 +155,8 @@ def _index(shards: dict[str, list[Weight]], dtype: torch.dtype) -> dict[str, Any
 
 
 class _Rows:
-    """Values of their tensors from our checkpoint. Holds the block of rows read last: the next
-    piece is mostly of the same one (experts, query and key and value)."""
+    """Values of their tensors, read from our checkpoint. Keeps the last block of rows in memory,
+    because the next piece is usually in the same block (experts; query, key and value)."""
 
     def __init__(self, reader: CheckpointReader) -> None:
         self._reader = reader
@@ -180,6 +182,6 @@ class _Rows:
 
     def _block(self, *place: Any) -> torch.Tensor:
         if self._held is None or self._held[0] != place:
-            self._held = None  # before the next one is read
+            self._held = None  # free it before the next block is read
             self._held = place, self._reader.read_rows(*place)
         return self._held[1]

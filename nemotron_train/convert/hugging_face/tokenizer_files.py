@@ -1,7 +1,7 @@
-"""A run's tokenizer as Hugging Face's `AutoTokenizer` reads it.
+"""Exports a run's tokenizer in the form that Hugging Face's `AutoTokenizer` reads.
 
-Owns: tokenizer_config.json, which token ends a document. Does not own: loading and copying
-(`data.tokenize`).
+Owns: tokenizer_config.json, the choice of the end-of-document token. Does not own: loading and
+copying (`data.tokenize`).
 """
 
 import json
@@ -18,17 +18,17 @@ from nemotron_train.data.tokenize import (
     copy_tokenizer,
     load_tokenizer,
 )
+from nemotron_train.platform.files import write_durably
 from nemotron_train.run_folder.folder import read_json
-from nemotron_train.run_folder.integrity import write_durably
 
 SETTINGS = "tokenizer_config.json"
 
 
 class TokenizerFiles:
-    """The tokenizer in `folder`, whose tokenizer.json must have the digest `sha256` ("": any that
-    `vocab_size` has room for).
+    """The tokenizer in `folder`. Its tokenizer.json must have the digest `sha256` ("": any) and at
+    most `vocab_size` tokens.
 
-    Raises ConfigError where it is missing, another one, or has no token that ends a document."""
+    Raises ConfigError if it is missing, does not match, or has no end-of-document token."""
 
     def __init__(self, folder: Path, sha256: str, vocab_size: int) -> None:
         if not (folder / FILE_NAME).is_file():
@@ -51,11 +51,12 @@ class TokenizerFiles:
         self.end_of_document_id = self._end_of_document(loaded)
 
     def write(self, folder: Path) -> None:
-        """Copy it into `folder`, with what `AutoTokenizer` needs. No code comes with it."""
+        """Copies the tokenizer into `folder` with the settings that `AutoTokenizer` needs, but
+        without any code (`auto_map`)."""
         copy_tokenizer(self._folder, folder)
         settings: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "clean_up_tokenization_spaces": False,  # decoding gives back what was encoded
+            "clean_up_tokenization_spaces": False,  # decoding must return exactly the encoded text
             "eos_token": self._token,
             "pad_token": self._token,
         }
@@ -63,15 +64,16 @@ class TokenizerFiles:
         write_durably(folder / SETTINGS, json.dumps(settings, indent=2) + "\n")
 
     def _end_of_document(self, loaded: LoadedTokenizer) -> int:
-        """From the prepared data that the tokenizer lies in, its own settings, or our default."""
-        beside = self._folder.parent
-        if (beside / DATA_MANIFEST).is_file() and not (beside / "config.yaml").is_file():
-            entry = load_manifest(beside).tokenizer
+        """Id of the end-of-document token: from the prepared data next to the tokenizer, from its
+        own settings, or our default."""
+        parent = self._folder.parent
+        if (parent / DATA_MANIFEST).is_file() and not (parent / "config.yaml").is_file():
+            entry = load_manifest(parent).tokenizer
             if entry.sha256 == loaded.sha256:
                 self._token = loaded.tokenizer.id_to_token(entry.end_of_document_id)
                 return entry.end_of_document_id
-        named = self._settings.get("eos_token")
-        token = named.get("content") if isinstance(named, dict) else named
+        setting = self._settings.get("eos_token")
+        token = setting.get("content") if isinstance(setting, dict) else setting
         self._token = token if isinstance(token, str) else END_OF_DOCUMENT
         token_id = loaded.tokenizer.token_to_id(self._token)
         if token_id is None:

@@ -1,5 +1,5 @@
-/* The experts' activation p relu(h)^2 with a weight p a row, and its gradient: model/moe/experts.py
-   defines them. Rows are contiguous. */
+/* The activation p relu(h)^2 with one weight p a row, and its gradient. model/activation.py defines
+   them. Rows are contiguous. */
 
 #include "rows.h"
 
@@ -10,10 +10,10 @@ struct activation {
     int32_t is_bfloat16;
 };
 
-/* A NaN stays one. */
+/* Keeps NaN. */
 INLINE float relu(float value) { return value < 0.0f ? 0.0f : value; }
 
-/* out may be the hidden itself. */
+/* out = p relu(hidden)^2, [rows, width]; out may be the memory of hidden. */
 void squared_relu(const struct activation *of, void *out, int max_threads) {
 #pragma omp parallel for schedule(static) num_threads(max_threads)
     for (int64_t row = 0; row < of->rows; row++) {
@@ -27,8 +27,8 @@ void squared_relu(const struct activation *of, void *out, int max_threads) {
     }
 }
 
-/* grad: of the result; becomes the hidden's, 2 p relu(h) grad. dweight [rows], or null: the sum of
-   relu(h)^2 grad. */
+/* grad: in, the gradient of the result; out, the gradient of hidden, 2 p relu(h) grad. dweight
+   [rows], or null: the gradient of p, the sum of relu(h)^2 grad over the row. */
 void squared_relu_backward(
     const struct activation *of, void *grad, float *dweight, int max_threads
 ) {

@@ -1,9 +1,10 @@
-/* A few tokens through an attention layer: norm, linear_qkv, the cache, attention over it,
-   linear_proj, residual. model/attention/decoding.py defines the attention. */
+/* A few tokens through an attention layer: norm, linear_qkv, update of the KV cache, attention over
+   it, linear_proj, residual. model/attention/decoding.py defines the attention. */
 
 #include "decoding.h"
 
-/* Keys that a thread takes at a time; query heads over a key, at most. */
+/* PIECE: keys that one job of a thread covers. MAX_QUERIES: query heads per key head, at most.
+   MAX_HEAD: head dimension, at most. */
 enum { PIECE = 256, MAX_QUERIES = 64, MAX_HEAD = 256 };
 
 /* Read by library.py. */
@@ -14,21 +15,22 @@ const int64_t attention_decoding_max_head_dim = MAX_HEAD;
 struct attention {
     struct tokens tokens;
     int64_t groups;   /* key/value heads */
-    int64_t queries;  /* query heads over each, at most MAX_QUERIES */
+    int64_t queries;  /* query heads of each group, at most MAX_QUERIES */
     int64_t head_dim; /* at most MAX_HEAD */
     const void *linear_qkv;  /* [groups x (queries + 2) x head_dim, width]: a group's queries, its
                                 key, its value */
     const void *linear_proj; /* [width, groups x queries x head_dim] */
     void *keys, *values;     /* [sequences, groups, cache_capacity, head_dim] */
-    int64_t cache_capacity;      /* tokens that fit */
-    int64_t longest;         /* tokens of the longest sequence after the pass */
-    const int64_t *rows, *positions; /* [tokens]: whose, and where in it */
+    int64_t cache_capacity;      /* tokens of a sequence that fit */
+    int64_t longest;         /* tokens of the longest sequence after this call */
+    const int64_t *rows, *positions; /* [tokens]: the sequence of a token, its position there */
     float *workspace;                     /* see `attention_decoding` */
 };
 
 INLINE int64_t num_pieces(const struct attention *of) { return (of->longest + PIECE - 1) / PIECE; }
 
-/* Where a token's group finds its query heads, or (which = queries, queries + 1) its key, value. */
+/* Address of a query head of a token's group (which < queries), of its key (which = queries) or of
+   its value (which = queries + 1). */
 INLINE float *head_of(
     const struct attention *of, float *projected, int64_t token, int64_t group, int64_t which
 ) {
@@ -52,7 +54,8 @@ INLINE void fill_cache(const struct attention *of, float *projected) {
     }
 }
 
-/* `count` rows of the cache (at most LANES) from element `first` on, widened if need be. */
+/* `count` rows of the cache (at most LANES) from element `first` on, converted to FP32 in `wide` if
+   they are BF16. */
 INLINE const float *cached_rows(
     const struct attention *of, const void *cache, int64_t first, int64_t count, float *wide
 ) {
@@ -61,7 +64,8 @@ INLINE const float *cached_rows(
     return wide;
 }
 
-/* scores [queries, PIECE] of `count` keys. */
+/* scores [queries, PIECE] for `count` keys. The keys are transposed, LANES at a time, so that each
+   lane sums the score of one key. */
 INLINE void score(
     const struct attention *of, const float *query, int64_t first, int64_t count, float *scores
 ) {
@@ -88,8 +92,8 @@ INLINE void score(
     }
 }
 
-/* Softmax over the piece, not yet divided: largest score and sum of weights of each head; scores
-   become weights. */
+/* Softmax over the piece without the division: replaces scores by weights e^(score - largest), and
+   gives the largest score and the sum of weights of each head. */
 INLINE void weigh(
     const struct attention *of, float *scores, int64_t count, float *largest, float *sums
 ) {
@@ -136,8 +140,8 @@ INLINE void add_values(
     }
 }
 
-/* parts: a piece's largest scores, sums and weighted values, [tokens, groups, pieces, queries x
-   (2 + head_dim)]. */
+/* Attention over each piece separately. parts: largest scores, sums of weights and weighted values
+   of each piece, [tokens, groups, pieces, queries x (2 + head_dim)]. */
 INLINE void attend_pieces(const struct attention *of, float *projected, float *parts) {
     int64_t pieces = num_pieces(of), size = of->queries * (2 + of->head_dim);
     SHARED_OUT
@@ -156,7 +160,8 @@ INLINE void attend_pieces(const struct attention *of, float *projected, float *p
     }
 }
 
-/* mixed: [tokens, groups x queries x head_dim]. */
+/* Combines the pieces: each is rescaled to the largest score of all pieces, then summed and divided
+   by the sum of weights. mixed: [tokens, groups x queries x head_dim]. */
 INLINE void join_pieces(const struct attention *of, const float *parts, float *mixed) {
     int64_t pieces = num_pieces(of), size = of->queries * (2 + of->head_dim), width = of->head_dim;
     SHARED_OUT
@@ -180,8 +185,8 @@ INLINE void join_pieces(const struct attention *of, const float *parts, float *m
     }
 }
 
-/* workspace: a token's normed or resulting width, projected width, mixed width, [tokens, ...] one behind
-   the other, and the pieces' parts. */
+/* workspace: arrays one after the other, [tokens, width] (normed, later the result), [tokens,
+   projected width], [tokens, mixed width], and the parts of `attend_pieces`. */
 void attention_decoding(const struct attention *of, int max_threads) {
     int64_t count = of->tokens.count, width = of->tokens.width;
     int is_bfloat16 = of->tokens.is_bfloat16;

@@ -1,9 +1,9 @@
-/* The short causal convolution with its SiLU, forward and backward: model/mamba/convolution.py
-   defines it.
+/* The short causal convolution with SiLU, forward and backward. model/mamba/convolution.py defines
+   it.
 
-   A tile of channels of a block of tokens is worked on token by token; the last few inputs and
-   unfinished gradients stay in the first-level cache. The sums before the SiLU are computed again in
-   the backward pass: a few multiplications cost less than keeping them. */
+   A job is a tile of channels of a block of tokens, processed token by token. The last few inputs
+   and unfinished gradients stay in the first-level cache. The backward kernel recomputes the sums
+   before the SiLU: a few multiplications cost less than saving them. */
 
 #include "rows.h"
 
@@ -24,7 +24,7 @@ struct tile {
     float weight[MAX_TAPS][TILE], bias[TILE], x[MAX_TAPS][TILE];
 };
 
-/* How many taps of `token` stay inside the row and the document. */
+/* Number of taps of `token` that stay inside the row and the document. */
 INLINE int seen(const struct convolution *conv, int64_t row, int64_t token) {
     const int64_t *ids = conv->document_ids ? conv->document_ids + row * conv->length : 0;
     int taps = 1;
@@ -48,7 +48,8 @@ INLINE void store_tile(const float *from, int count, void *to, int64_t start, in
         store(from, count, to, start, is_bfloat16);
 }
 
-/* The tile's weights, and its inputs before `token`. */
+/* Loads the weights of the tile, and its inputs before `token`. tile->x is a ring buffer: the input
+   of token t is in x[t % MAX_TAPS]. */
 INLINE void start_tile(
     struct tile *tile, const struct convolution *conv, const struct rows *x, int64_t row,
     int64_t token, int64_t channel, int count
@@ -104,7 +105,9 @@ struct gradients {
     float x[MAX_TAPS][TILE], weight[MAX_TAPS][TILE], bias[TILE];
 };
 
-/* One token's part of all gradients. `grad`: of the sum before the SiLU. */
+/* Adds one token's contribution to all gradients. grad: gradient of the sum before the SiLU. dx is
+   added for tokens of this block only; taps and bias only for tokens before `end`, since the next
+   block counts its own. */
 INLINE void spread(
     const struct tile *tile, struct gradients *to, int64_t token, int taps, int64_t start,
     int64_t end, const float *grad
@@ -121,8 +124,8 @@ INLINE void spread(
         for (int i = 0; i < TILE; i++) to->bias[i] += grad[i];
 }
 
-/* parts: FP32 [batch x blocks, taps + 1, channels], one row for each block's sums over its tokens;
-   out: [taps + 1, channels], gradients of the weights and, last, of the bias. */
+/* parts: FP32 [batch x blocks, taps + 1, channels], the sums over the tokens of each block.
+   out: [taps + 1, channels], the gradients of the taps, then of the bias. */
 void convolution_backward(
     const struct convolution *conv, const struct rows *x, const struct rows *dy,
     const struct rows *dx, int max_threads, float *parts, float *out
@@ -137,7 +140,7 @@ void convolution_backward(
         struct gradients to = {0};
         float total[TILE], grad[TILE];
         start_tile(&tile, conv, x, row, start, channel, count);
-        /* The last tokens' gradients come from the next block's outputs too. */
+        /* The gradients of the last taps - 1 inputs also depend on outputs of the next block. */
         for (int64_t token = start; token < end + conv->taps - 1; token++) {
             if (token < end) memset(to.x[token % MAX_TAPS], 0, sizeof to.x[0]);
             if (token < conv->length) {

@@ -1,10 +1,10 @@
-/* What the layers' decoding passes are made of. A pass takes a few tokens through a whole layer in
-   one call, so weights and states are read once and what costs is reading them.
+/* Building blocks of the decoding kernels. One call computes a whole layer for a few tokens, so
+   weights and states are read once, and reading them is the main cost.
 
-   Everything between the steps is FP32; with `is_bfloat16` a step's result is rounded to BF16 where
-   the layer's modules round it. The functions are the body of one parallel region: they share out
-   their loops and end together. No result depends on the number of threads, nor a token on those
-   behind it. */
+   Values between the steps are FP32. With `is_bfloat16`, a step's result is rounded to BF16 where
+   the modules of the layer round it. The functions run inside one parallel region: each distributes
+   its loop over the threads, with a barrier at the end. No result depends on the number of threads,
+   and no token on later tokens. */
 
 #pragma once
 #include "rows.h"
@@ -13,10 +13,10 @@
 
 struct tokens {
     int64_t count, width;
-    int32_t is_bfloat16; /* x, out, weights and caches; what is always FP32 is `float` */
+    int32_t is_bfloat16; /* dtype of all `void *`: x, out, weights, caches; `float *` is FP32 */
     float epsilon;       /* of the norms */
     const void *x;       /* [count, width], the residual stream */
-    void *out;           /* [count, width]: x plus what the layer makes of it */
+    void *out;           /* [count, width]: x plus the output of the layer */
     const void *norm;    /* [width] */
 };
 
@@ -29,7 +29,7 @@ INLINE void round_row(float *values, int64_t count, int is_bfloat16) {
         for (int64_t i = 0; i < count; i++) values[i] = rounded(values[i], 1);
 }
 
-/* `normalize`, rounded. */
+/* `normalize` with the result rounded. */
 INLINE void normalize_rounded(
     float *u, int64_t width, const void *weight, int64_t start, const struct tokens *of
 ) {
@@ -37,7 +37,7 @@ INLINE void normalize_rounded(
     round_row(u, width, of->is_bfloat16);
 }
 
-/* The residual stream after the layer's norm: [count, width]. */
+/* out = norm(x) of the residual stream, [count, width]. */
 INLINE void normed_tokens(const struct tokens *of, float *out) {
     SHARED_OUT
     for (int64_t token = 0; token < of->count; token++) {
@@ -47,8 +47,8 @@ INLINE void normed_tokens(const struct tokens *of, float *out) {
     }
 }
 
-/* How many numbers are worked on side by side, and rows of one operand that share a read of the
-   other. The compiler makes `lanes` of what the processor has. */
+/* LANES: floats in one vector. TOGETHER: rows of one operand that share a read of the other. The
+   compiler maps `lanes` to the vector registers of the processor. */
 enum { LANES = 16, TOGETHER = 4 };
 typedef float lanes __attribute__((vector_size(LANES * sizeof(float))));
 
@@ -65,8 +65,8 @@ INLINE float sum_of(lanes values) {
     return sum;
 }
 
-/* to[j][i] = w[i] . x[j], of `rows` rows of x (a constant where this is called, at most TOGETHER)
-   and the first `count` of TOGETHER rows of weights. */
+/* to[j][i] = w[i] . x[j], for `rows` rows of x (a constant at each call, at most TOGETHER) and the
+   first `count` of TOGETHER rows of weights. */
 INLINE void product_block(
     const float *const *w, int64_t count, const float *x, int rows, int64_t width, float *to,
     int64_t to_width
@@ -87,7 +87,8 @@ INLINE void product_block(
 }
 
 /* `count` (at most TOGETHER) rows of weights from `first` on, times each of `rows` rows of x:
-   to[row][0 ... count - 1], `to_width` apart. BF16 weights are widened once for all rows. */
+   to[row][0 ... count - 1], rows `to_width` apart. BF16 weights are converted to FP32 once for all
+   rows. */
 INLINE void product_rows(
     const float *x, int64_t rows, int64_t width, const void *weight, int64_t first, int64_t count,
     int is_bfloat16, float *to, int64_t to_width
@@ -106,7 +107,7 @@ INLINE void product_rows(
     if (rows == 1) product_block(w, count, x, 1, width, to, to_width);
 }
 
-/* y = x W', not rounded: x [rows, width], weight [outputs, width], y [rows, outputs]. */
+/* y = x W', FP32, not rounded: x [rows, width], weight [outputs, width], y [rows, outputs]. */
 INLINE void linear(
     const float *x, int64_t rows, int64_t width, const void *weight, int64_t outputs,
     int is_bfloat16, float *y
@@ -118,7 +119,7 @@ INLINE void linear(
     }
 }
 
-/* out = x + y, y rounded first. */
+/* out = x + y; y is rounded first. */
 INLINE void add_residual(const struct tokens *of, const float *y) {
     SHARED_OUT
     for (int64_t token = 0; token < of->count; token++) {

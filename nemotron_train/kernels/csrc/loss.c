@@ -1,5 +1,5 @@
-/* The sums behind cross entropy, and its gradient over the logits' own memory: model/cross_entropy.py
-   defines them. A row of logits is read once each way. */
+/* The sums for cross entropy, and its gradient, which overwrites the logits. model/cross_entropy.py
+   defines them. The second loop over a row reads it from the cache. */
 
 #include "rows.h"
 
@@ -11,7 +11,7 @@ struct logits {
     int32_t is_bfloat16;
 };
 
-/* largest, sum [rows]: max of the row, and the sum of e^(logit - max). */
+/* largest, sum [rows]: the maximum of the row, and the sum of e^(logit - maximum). */
 void cross_entropy_sums(const struct logits *logits, float *largest, float *sum, int max_threads) {
 #pragma omp parallel for schedule(static) num_threads(max_threads)
     for (int64_t row = 0; row < logits->rows; row++) {
@@ -34,7 +34,7 @@ void cross_entropy_sums(const struct logits *logits, float *largest, float *sum,
     }
 }
 
-/* Each logit becomes e^(logit - largest) factor, and the one of `label` gets `onehot` added. */
+/* Replaces each logit by e^(logit - largest) factor, and adds onehot at column `label`. */
 void cross_entropy_gradient(
     const struct logits *logits, const float *largest, const float *factor, const int64_t *label,
     const float *onehot, int max_threads

@@ -1,5 +1,5 @@
 /* A few tokens through a Mamba-2 layer: norm, in_proj, convolution, recurrence, gated norm,
-   out_proj, residual. model/mamba (convolution.py, decoding.py, gated_norm.py) defines the steps. */
+   out_proj, residual. convolution.py, decoding.py and gated_norm.py in model/mamba define them. */
 
 #include "decoding.h"
 
@@ -11,20 +11,20 @@ const int64_t mamba_decoding_max_taps = MAX_TAPS;
 struct mamba {
     struct tokens tokens;
     int64_t batch, most; /* sequences; tokens of the longest one */
-    const int64_t *starts; /* [batch + 1]: a sequence's tokens lie end to end */
+    const int64_t *starts; /* [batch + 1]: first token of each sequence, and the token count */
     int64_t heads, head_dim, groups, state_size, taps;
-    const void *in_proj;          /* [z, x, B, C, dt end to end, width] */
-    const void *conv_weight;      /* [channels, taps], channels being x, B and C */
+    const void *in_proj;          /* [z, x, B, C, dt concatenated, width] */
+    const void *conv_weight;      /* [channels, taps], channels: x, B and C */
     const void *conv_bias;        /* [channels] */
     const float *dt_bias, *A_log, *D; /* [heads] */
     float dt_min, dt_max;
     const void *gated_norm; /* [heads x head_dim] */
     const void *out_proj;   /* [width, heads x head_dim] */
-    const void *window;     /* [batch, taps - 1, channels]: the inputs before the pass */
-    void *inputs;           /* [batch, taps - 1 + most, channels]: those, and the pass's own */
-    const float *before;    /* [batch, heads, head_dim, state_size] */
-    float *after;           /* the same after each token, [most, ...]; or `before` itself, which
-                               then becomes the state after the last token */
+    const void *window;     /* [batch, taps - 1, channels]: the inputs before this call */
+    void *inputs;           /* [batch, taps - 1 + most, channels]: window, then the new inputs */
+    const float *before;    /* state before this call, [batch, heads, head_dim, state_size] */
+    float *after;           /* state after each token, [most, ...]; or `before` itself, which is
+                               then updated in place to the state after the last token */
     float *workspace;            /* see `mamba_decoding` */
 };
 
@@ -44,7 +44,7 @@ INLINE int64_t sequence_of(const struct mamba *of, int64_t token) {
     return row;
 }
 
-/* Collect the convolution's inputs. */
+/* Fills of->inputs: for each sequence the window, then its new inputs. */
 INLINE void gather_inputs(const struct mamba *of, const float *projected) {
     int64_t channels = num_channels(of), taps = of->taps - 1, each = taps + of->most;
     int is_bfloat16 = of->tokens.is_bfloat16;
@@ -66,7 +66,7 @@ INLINE void gather_inputs(const struct mamba *of, const float *projected) {
     }
 }
 
-/* SiLU(bias + taps on the inputs), [tokens, channels]. */
+/* out = SiLU(bias + sum over taps of weight input), [tokens, channels]. */
 INLINE void convolve(const struct mamba *of, float *out) {
     int64_t channels = num_channels(of), blocks = num_blocks(channels);
     int is_bfloat16 = of->tokens.is_bfloat16;
@@ -88,7 +88,7 @@ INLINE void convolve(const struct mamba *of, float *out) {
     }
 }
 
-/* state = state decay + (dt x) B, y = state C + D x, of one head for one token. */
+/* state = state decay + (dt x) B, y = state C + D x, for one head and one token. */
 INLINE void step_head(
     const struct mamba *of, const float *convolved, float dt, int64_t head, const float *before,
     float *after, float *y
@@ -113,7 +113,7 @@ INLINE void step_head(
     }
 }
 
-/* y: [tokens, heads x head_dim]. */
+/* The recurrence of all heads over their tokens. y: [tokens, heads x head_dim]. */
 INLINE void recur(
     const struct mamba *of, const float *projected, const float *convolved, float *y
 ) {
@@ -132,7 +132,7 @@ INLINE void recur(
             before = after;
             after += stride;
         }
-        /* What a shorter sequence leaves where others go on. */
+        /* A shorter sequence repeats its last state in the remaining entries. */
         for (int64_t i = of->starts[row + 1] - of->starts[row]; stride && i < of->most; i++) {
             memcpy(after, before, (size_t)state * sizeof(float));
             after += stride;
@@ -158,8 +158,8 @@ INLINE void round_tokens(float *values, int64_t rows, int64_t width, int is_bflo
     for (int64_t row = 0; row < rows; row++) round_row(values + row * width, width, 1);
 }
 
-/* workspace: a token's normed or resulting width, projected width, channels and inner width,
-   [tokens, ...] one behind the other. */
+/* workspace: four arrays one after the other, [tokens, width] (normed, later the result),
+   [tokens, projected width], [tokens, channels] and [tokens, inner width]. */
 void mamba_decoding(const struct mamba *of, int max_threads) {
     int64_t count = of->tokens.count, width = of->tokens.width, inner = inner_width(of);
     int is_bfloat16 = of->tokens.is_bfloat16;

@@ -1,24 +1,24 @@
-/* A few tokens through a LatentMoE layer: norm, router, shared expert, the latent projections
-   around the chosen experts, residual. model/moe (layer.py, decoding.py) defines the steps. */
+/* A few tokens through a LatentMoE layer: norm, router, shared expert, latent projection, chosen
+   experts, latent projection, residual. model/moe (layer.py, decoding.py) defines the steps. */
 
 #include "decoding.h"
 
 struct moe {
     struct tokens tokens;
     int64_t num_experts, choices, hidden;
-    int64_t latent, shared; /* widths; 0: no latent projections, no shared expert */
+    int64_t latent, shared; /* widths; 0 if there are no latent projections, no shared expert */
     const void *router;     /* [num_experts, width] */
-    const float *bias;      /* [num_experts]: on the scores, for the choice alone */
+    const float *bias;      /* [num_experts]: added to the scores for the choice only */
     float scale;
     const void *shared1, *shared2;  /* [shared, width], [width, shared] */
     const void *latent1, *latent2;  /* [latent, width], [width, latent] */
-    const void *weight1, *weight2;  /* [num_experts, hidden, latent or width] and its inverse */
+    const void *weight1, *weight2;  /* [num_experts, hidden, latent or width], and transposed */
     float *workspace;                    /* see `moe_decoding` */
     int64_t *experts;               /* the chosen experts: [tokens, choices] */
 };
 
-/* The experts of the highest sigmoid(logit) + bias and their weights, scale sigmoid(logit) / sum
-   over the chosen: [tokens, choices]. */
+/* Chooses the experts with the highest sigmoid(logit) + bias. probabilities: scale sigmoid(logit) /
+   sum over the chosen experts, [tokens, choices]. */
 INLINE void route(const struct moe *of, const float *logits, float *probabilities) {
     SHARED_OUT
     for (int64_t token = 0; token < of->tokens.count; token++) {
@@ -43,7 +43,7 @@ INLINE void route(const struct moe *of, const float *logits, float *probabilitie
 
 INLINE float squared_relu(float value) { return value < 0.0f ? 0.0f : value * value; }
 
-/* hidden = p relu(W1 x)^2 of each choice: [tokens, choices, hidden]. */
+/* hidden = p relu(W1 x)^2 for each choice, [tokens, choices, hidden]. */
 INLINE void enter_experts(
     const struct moe *of, const float *x, const float *probabilities, float *hidden
 ) {
@@ -63,7 +63,7 @@ INLINE void enter_experts(
     }
 }
 
-/* y = sum over the choices of W2 hidden: [tokens, latent or width]. */
+/* y = sum over the choices of W2 hidden, [tokens, latent or width]. */
 INLINE void leave_experts(const struct moe *of, const float *hidden, float *y) {
     int64_t width = of->latent ? of->latent : of->tokens.width;
     int64_t blocks = (width + TOGETHER - 1) / TOGETHER;
@@ -93,7 +93,7 @@ INLINE void activate_shared(const struct moe *of, float *hidden) {
             hidden[i] = rounded(squared_relu(rounded(hidden[i], is_bfloat16)), is_bfloat16);
 }
 
-/* to = to + from, both rounded first, and rounded. */
+/* to = to + from, both rounded first. */
 INLINE void add(const struct moe *of, const float *from, float *to) {
     int is_bfloat16 = of->tokens.is_bfloat16;
     SHARED_OUT
@@ -101,8 +101,8 @@ INLINE void add(const struct moe *of, const float *from, float *to) {
         to[i] = rounded(to[i], is_bfloat16) + rounded(from[i], is_bfloat16);
 }
 
-/* workspace: a token's width three times, num_experts, choices, shared, latent twice, choices x hidden,
-   [tokens, ...] one behind the other. */
+/* workspace: arrays [tokens, ...] one after the other, with the widths: width (three times),
+   num_experts, choices, shared, latent (twice), choices x hidden. */
 void moe_decoding(const struct moe *of, int max_threads) {
     int64_t count = of->tokens.count, width = of->tokens.width, latent = of->latent;
     int is_bfloat16 = of->tokens.is_bfloat16;

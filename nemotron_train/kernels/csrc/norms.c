@@ -1,5 +1,6 @@
-/* RMSNorm and Mamba-2's gated grouped RMSNorm, forward and backward: model/norm.py and
-   model/mamba/gated_norm.py define them. A group of channels of one token is read once, stays in the cache, and is written.
+/* RMSNorm and Mamba-2's gated grouped RMSNorm, forward and backward. model/norm.py and
+   model/mamba/gated_norm.py define them. A group of channels of one token is read once, stays in
+   the cache, and is written once.
 
    With u = y SiLU(gate), or u = y without a gate: out = weight u / sqrt(mean of u^2 + epsilon). */
 
@@ -13,7 +14,7 @@ struct norm {
     float epsilon;
     const void *weight; /* [groups x width] */
     int32_t weight_is_bfloat16;
-    float *scale; /* [batch x length, groups], 1 / sqrt(...): written forward, read backward */
+    float *scale; /* [batch x length, groups], 1 / sqrt(...): out in forward, in for backward */
 };
 
 INLINE void forward_group(
@@ -33,7 +34,8 @@ INLINE void forward_group(
     store(u, width, out->data, place(out, row, token) + channel, out->is_bfloat16);
 }
 
-/* With n = u scale and t = dout weight: du = scale (t - n mean(t n)). */
+/* With n = u scale and t = dout weight: dweight += dout n, du = scale (t - n mean(t n)), and with a
+   gate dy = du SiLU(gate), dgate = du y SiLU'(gate). */
 INLINE void backward_group(
     const struct norm *norm, const struct rows *y, const struct rows *gate,
     const struct rows *dout, const struct rows *dy, const struct rows *dgate, int64_t row,
@@ -72,7 +74,8 @@ INLINE void backward_group(
     store(grad, width, dy->data, place(dy, row, token) + channel, dy->is_bfloat16);
 }
 
-/* gate: null for a plain norm. */
+/* gate: null for a norm without a gate. The calls with a constant null let the compiler remove the
+   gate's code. */
 void norm_forward(
     const struct norm *norm, const struct rows *y, const struct rows *gate, const struct rows *out,
     int max_threads
@@ -92,7 +95,8 @@ void norm_forward(
     }
 }
 
-/* parts: FP32 [blocks of batch x length, channels], zeros; dweight: FP32 [channels]. */
+/* parts: FP32 [blocks of batch x length, channels], zeros on entry, the sums over the tokens of
+   each block; dweight: FP32 [channels]. */
 void norm_backward(
     const struct norm *norm, const struct rows *y, const struct rows *gate,
     const struct rows *dout, const struct rows *dy, const struct rows *dgate, int max_threads,

@@ -1,13 +1,14 @@
-/* Quantization of a matrix in one pass over it, for a CPU: the arithmetic of nvfp4.py, mxfp8.py and
-   rounding.py operation by operation, so that the bits are the same (tests/kernels/test_quantize.py checks it).
+/* Quantization of a matrix in one sweep over it, for a CPU: the arithmetic of precision/nvfp4.py,
+   mxfp8.py and rounding.py operation by operation, so that the bits are the same
+   (tests/kernels/test_quantize.py checks this).
 
-   Owns: the loops. Does not own: the definitions and their sources (the Python files say them), the
-   tensor's largest magnitude (found first, since ranks may share it), how this is built and called
-   (kernels/quantize.py, which keeps the compiler from fusing multiplications with additions).
+   Owns: the loops. Does not own: the definitions and their sources (in the Python files), the
+   tensor's largest magnitude (computed before, since ranks may share it), compiling and calling
+   (kernels/quantize.py, whose flags forbid fused multiply-adds).
 
-   A block is `height` x `width` elements with one scale. A strip is one block high and goes to one
-   thread; within it TILE columns at a time stay in the first-level cache. The loops over a tile
-   have no branch and a constant length, so that a compiler makes vector instructions of them. */
+   A block is `height` x `width` elements with one scale. A strip is one block high and is processed
+   by one thread; TILE of its columns at a time stay in the first-level cache. The loops over a tile
+   have no branches and a constant length, so that the compiler can vectorize them. */
 
 #include <math.h>
 #include <stdint.h>
@@ -15,26 +16,27 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
-/* What a tile becomes: an operand of a product (code times block scale), or NVFP4's codes. */
+/* The result of a tile: an operand of a product (code times block scale), or NVFP4's codes. */
 enum output { NVFP4_OPERAND, NVFP4_CODES, MXFP8_OPERAND };
 enum { TILE = 64, MAX_HEIGHT = 32, WORK_PER_THREAD = 1 << 14 };
 
 static const float FLOAT_MAX = 3.40282346638528859812e38f;
 
-/* Random words by place; random_words in rounding.py. */
+/* The counter of random words, which are a function of the element's position; random_words in
+   rounding.py. */
 struct words {
     uint64_t seed;
     uint32_t stream, step;
     int64_t row_offset, column_offset;
 };
 
-/* What all blocks of a tensor share. */
+/* Values that all blocks of a tensor share. */
 struct scales {
     float sixth, decode_all; /* NVFP4 */
     int32_t largest;         /* MXFP8 */
 };
 
-/* Where results go: an operand's BF16 [rows, columns], or codes and block scales. */
+/* The output: an operand in BF16 [rows, columns], or codes and block scales. */
 struct target {
     uint16_t *operand;
     uint8_t *codes, *scales;
@@ -72,8 +74,8 @@ INLINE float round_to_nearest(float value, int mantissa_bits, int min_exponent) 
     return (value + magic) - magic;
 }
 
-/* _round_stochastically_ in nvfp4.py: twice the rounded number. A NaN becomes whatever the
-   conversion makes it; its block's scale is NaN too. */
+/* _round_stochastically_ in nvfp4.py: returns twice the rounded number. For a NaN the result is
+   arbitrary; the scale of its block is NaN too. */
 INLINE float round_stochastically(float value, uint8_t word) {
     float power = float_of(max_bits(bits_of(value) & 0x7F800000u, 0x3F800000u));
     float increment = copysignf((float)word * power, value) * 0x1p-9f;
@@ -81,7 +83,7 @@ INLINE float round_stochastically(float value, uint8_t word) {
     return float_of(bits_of(whole) & 0xFFC00000u);
 }
 
-/* 2^e, exactly; 2^-127, subnormal, for any below. */
+/* 2^exponent, exactly; 2^-127 (subnormal) for any smaller exponent. */
 INLINE float power_of_two(int32_t exponent) {
     int32_t bits = (int32_t)((uint32_t)(exponent + 127) << 23);
     return float_of((uint32_t)(bits > (1 << 22) ? bits : (1 << 22)));
@@ -96,8 +98,9 @@ INLINE int32_t scale_exponent(float amax) {
     return (exponent > 254 ? 254 : exponent) - 127;
 }
 
-/* e2m1_codes in nvfp4.py, to nearest: the code of a scaled number and of it clamped, as a number. A
-   NaN has code 0; asked of its bits, since GCC 12 makes branches of comparing it with itself. */
+/* e2m1_codes in nvfp4.py, to nearest: the code, as a float, from the scaled number and its clamped
+   value. A NaN has code 0. It is tested by its bits, since GCC 12 compiles a comparison with itself
+   to branches. */
 INLINE float e2m1_code(float scaled, float clamped) {
     uint32_t is_number = -(uint32_t)((bits_of(scaled) & 0x7FFFFFFFu) <= 0x7F800000u);
     uint32_t half_binade = bits_of(fabsf(round_to_nearest(clamped, 1, 0)) + 0.25f) >> 22;
@@ -105,7 +108,7 @@ INLINE float e2m1_code(float scaled, float clamped) {
     return (float)(int32_t)(((max_bits(half_binade, 252) - 252) | sign) & is_number);
 }
 
-/* What a block multiplies its elements by, before rounding and after. */
+/* The factors of a block: encode multiplies its elements before rounding, decode after it. */
 INLINE void nvfp4_scale(float amax, struct scales scales, float *encode, float *decode) {
     float scale = round_to_nearest(at_most(amax * scales.sixth, 448.0f), 3, -6);
     *encode = at_most(1.0f / (scale * scales.decode_all), FLOAT_MAX);
@@ -132,8 +135,8 @@ static void row_key(const struct words *words, int64_t row, uint32_t key[2]) {
     key[0] = c0, key[1] = c1;
 }
 
-/* Words of TILE columns from `column` of the whole matrix, four to an integer; returns where in
-   buffer[TILE / 4 + 1] the first one lies. */
+/* The random words of TILE columns from `column` of the whole matrix on, four bytes to an integer.
+   Returns the address of the first one in buffer[TILE / 4 + 1]. */
 INLINE const uint8_t *row_words(const uint32_t key[2], int64_t column, uint32_t *buffer) {
     uint32_t first = (uint32_t)(column >> 2);
     for (uint32_t i = 0; i < TILE / 4 + 1; i++) {
@@ -145,7 +148,7 @@ INLINE const uint8_t *row_words(const uint32_t key[2], int64_t column, uint32_t 
     return (const uint8_t *)buffer + (column & 3);
 }
 
-/* `count` of a row's values as FP32, zeros after them up to TILE. */
+/* Loads `count` values of a row as FP32, then zeros up to TILE. A row past the end is all zeros. */
 INLINE void load(const struct matrix *x, int64_t row, int64_t column, int count, float *values) {
     int64_t start = row * x->columns + column;
     if (row >= x->rows) {
@@ -159,12 +162,12 @@ INLINE void load(const struct matrix *x, int64_t row, int64_t column, int count,
     for (int i = count; i < TILE; i++) values[i] = 0.0f;
 }
 
-/* One row of a tile to an operand's BF16, exactly: a code times its block's scale fits. */
+/* Stores one row of a tile as BF16. Exact: a code times its block's scale fits in BF16. */
 INLINE void store_operand(const float *values, int count, uint16_t *to) {
     for (int i = 0; i < count; i++) to[i] = (uint16_t)(bits_of(values[i]) >> 16);
 }
 
-/* One row of a tile of codes, two to a byte, the first in the lower half. */
+/* Stores one row of a tile of codes, two to a byte, the first in the lower half. */
 INLINE void store_codes(const float *values, int count, uint8_t *to) {
     uint8_t packed[TILE / 2];
     for (int i = 0; i < TILE / 2; i++)
@@ -172,7 +175,7 @@ INLINE void store_codes(const float *values, int count, uint8_t *to) {
     memcpy(to, packed, (size_t)(count + 1) / 2);
 }
 
-/* Scales that are numbers of E4M3 already, as its bits. */
+/* Stores scales as E4M3 bits; they are E4M3 numbers already. */
 INLINE void store_scales(const float *scales, int count, uint8_t *to) {
     for (int i = 0; i < count; i++) {
         uint32_t normal = (bits_of(scales[i]) >> 20) - ((127 - 7) << 3);
@@ -182,7 +185,8 @@ INLINE void store_scales(const float *scales, int count, uint8_t *to) {
     }
 }
 
-/* Writes the scales of the tile's blocks too. */
+/* Quantizes the values of a tile in place, and writes the scales of its blocks to block_decode.
+   words: null to round to nearest. */
 INLINE void quantize_tile(
     enum output output, int height, int width, float values[][TILE], const uint8_t *const *words,
     struct scales scales, float *block_decode
@@ -204,7 +208,7 @@ INLINE void quantize_tile(
             mxfp8_scale(amax, scales.largest, &block_encode[block], &block_decode[block]);
         else
             nvfp4_scale(amax, scales, &block_encode[block], &block_decode[block]);
-        /* Zeros of a block whose scale rounded to zero are +0 in an operand. */
+        /* If the scale of a block rounded to zero, all its elements are +0 in an operand. */
         if (output == NVFP4_OPERAND)
             block_encode[block] = block_decode[block] == 0.0f ? 0.0f : block_encode[block];
     }
@@ -267,7 +271,8 @@ static int threads_for(const struct matrix *x, int max_threads) {
     return wanted < max_threads ? (int)wanted : max_threads;
 }
 
-/* max |x| of each strip of `height` rows, FP32; NaN if one of its elements is. */
+/* max |x| of each strip of `height` rows, FP32; NaN if an element is NaN (as bits, a NaN compares
+   larger than any number). */
 void strip_amax(const struct matrix *x, int64_t height, int max_threads, float *amax) {
     int64_t strips = (x->rows + height - 1) / height;
 #pragma omp parallel for schedule(static) num_threads(threads_for(x, max_threads))
@@ -299,9 +304,9 @@ static struct scales nvfp4_scales(float amax) {
     return (struct scales){encode_all * (1.0f / 6.0f), 1.0f / encode_all, 0};
 }
 
-/* nvfp4_operand in nvfp4.py. layout: 0, blocks 1 x 16; 1, 16 x 1; 2, 16 x 16, to nearest only.
-   amax: of the tensor that a strip belongs to, `amax_stride` apart (0: one for all). words: null
-   for nearest. out: BF16 [rows, columns]. */
+/* nvfp4_operand in nvfp4.py. layout: block shape, 0: 1 x 16; 1: 16 x 1; 2: 16 x 16 (to nearest
+   only). amax: of the tensor that a strip belongs to, strip i at amax[i x amax_stride] (stride 0:
+   one for all). words: null to round to nearest. out: BF16 [rows, columns]. */
 void nvfp4_operand(
     const struct matrix *x, int layout, const float *amax, int64_t amax_stride,
     const struct words *words, int max_threads, uint16_t *out
@@ -324,8 +329,9 @@ void nvfp4_operand(
     }
 }
 
-/* quantize_nvfp4 in nvfp4.py, to nearest. layout: 0, blocks 1 x 16; 2, 16 x 16. codes: [rows,
-   ceil(columns / 2)]; scales: [rows, ceil(columns / 16)], 2-D blocks' for each of their 16 rows. */
+/* quantize_nvfp4 in nvfp4.py, to nearest. layout: block shape, 0: 1 x 16; 2: 16 x 16. codes: [rows,
+   ceil(columns / 2)]; block_scales: [rows, ceil(columns / 16)], the scale of a 16 x 16 block
+   repeated for each of its rows. */
 void nvfp4_codes(
     const struct matrix *x, int layout, const float *amax, int max_threads, uint8_t *codes,
     uint8_t *block_scales
@@ -342,7 +348,8 @@ void nvfp4_codes(
     }
 }
 
-/* mxfp8_operand in mxfp8.py. layout: 0, blocks 1 x 32; 1, 32 x 1. amax: of the whole tensor. */
+/* mxfp8_operand in mxfp8.py. layout: block shape, 0: 1 x 32; 1: 32 x 1. amax: of the whole
+   tensor. */
 void mxfp8_operand(
     const struct matrix *x, int layout, const float *amax, int max_threads, uint16_t *out
 ) {

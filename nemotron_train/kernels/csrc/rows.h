@@ -1,9 +1,9 @@
-/* What the passes share: rows of numbers in BF16 or FP32, computed on in FP32.
+/* Functions that all layer kernels share. Rows are BF16 or FP32; the arithmetic is FP32.
 
-   Owns: reading and writing rows, exp and the sigmoid, the cut of a tensor into blocks of tokens.
-   A sum over tokens adds up within a block, then block after block: the same result for any number
-   of threads. Loops run over a constant or a whole row, without branches, for a compiler to
-   make vector instructions of. */
+   Owns: reading and writing rows, exp and sigmoid, the division of a tensor into blocks of tokens.
+   A sum over tokens is computed within each block, then over the blocks in order, so the result
+   does not depend on the number of threads. Loops have a constant length or cover a whole row, and
+   have no branches, so that the compiler can vectorize them. */
 
 #pragma once
 #include <math.h>
@@ -11,13 +11,13 @@
 #include <string.h>
 
 #define INLINE static inline __attribute__((always_inline))
-/* Reductions over a row may be reordered into vector lanes; nothing else may. */
+/* Lets the compiler reorder this sum over a row into vector lanes. Nothing else is reordered. */
 #define SIMD_SUM(name) _Pragma(STRING(omp simd reduction(+ : name)))
 #define STRING(text) #text
 
 enum { MAX_WIDTH = 8192, BLOCK = 64 };
 
-/* [B, S, C] with contiguous channels; strides in elements. */
+/* A [B, S, C] tensor with contiguous channels; strides in elements. */
 struct rows {
     void *data;
     int64_t batch_stride, token_stride;
@@ -36,7 +36,7 @@ INLINE float float_of(uint32_t bits) {
     return value;
 }
 
-/* To nearest, ties to even; a NaN stays one. */
+/* Rounds to nearest, ties to even; keeps NaN. */
 INLINE uint16_t to_bfloat16(float value) {
     uint32_t bits = bits_of(value);
     uint32_t rounded = (bits + 0x7FFFu + (bits >> 16 & 1)) >> 16;
@@ -67,9 +67,9 @@ INLINE int64_t place(const struct rows *x, int64_t row, int64_t token) {
     return row * x->batch_stride + token * x->token_stride;
 }
 
-/* e^x to about one unit in the last place, infinite from 88.4 on; a NaN stays one.
-   x = n log 2 + r with |r| <= log 2 / 2, e^r by its Taylor polynomial of degree 7 (5e-9), and n is
-   added to the exponent. */
+/* e^x to about one unit in the last place; infinite from 88.4 on; keeps NaN.
+   x = n log 2 + r with |r| <= log 2 / 2. e^r is a Taylor polynomial of degree 7 (error 5e-9), and
+   the result is multiplied by 2^n through the exponent bits. */
 INLINE float exponential(float x) {
     x = x > 89.0f ? 89.0f : x;
     x = x < -87.0f ? -87.0f : x;
@@ -91,7 +91,7 @@ INLINE float exponential(float x) {
 
 INLINE float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
 
-/* u becomes weight u scale, scale = 1 / sqrt(mean of u^2 + epsilon), which is returned; weight: from
+/* u = weight u scale, in place; returns scale = 1 / sqrt(mean of u^2 + epsilon). weight: read from
    element `start` on. width: at most MAX_WIDTH. */
 INLINE float normalize(
     float *u, int64_t width, const void *weight, int64_t start, int is_bfloat16, float epsilon
@@ -109,7 +109,7 @@ INLINE int64_t num_blocks(int64_t count) { return (count + BLOCK - 1) / BLOCK; }
 
 INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-/* out[i] = sum over blocks, in their order. */
+/* out[i] = sum over blocks of parts[block][i], in the order of the blocks. */
 INLINE void sum_blocks(const float *parts, int64_t blocks, int64_t width, float *out) {
     memcpy(out, parts, (size_t)width * sizeof(float));
     for (int64_t block = 1; block < blocks; block++)

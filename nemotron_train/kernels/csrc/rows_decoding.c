@@ -1,8 +1,8 @@
-/* What lies between and behind the layers: norms and linears of a few rows. */
+/* Norms and linears of a few rows, for the parts of the model outside the layers. */
 
 #include "decoding.h"
 
-/* out = norm(x). */
+/* out = norm(x), row by row. */
 void norm_rows(const struct tokens *of, int max_threads) {
 #pragma omp parallel for schedule(static) num_threads(max_threads)
     for (int64_t token = 0; token < of->count; token++) {
@@ -13,8 +13,8 @@ void norm_rows(const struct tokens *of, int max_threads) {
     }
 }
 
-/* y = x W' in BF16, of a few rows: x [rows, width] widened, weight [outputs, width]; workspace: [rows,
-   outputs]. */
+/* y = x W' for a few rows: x FP32 [rows, width] (converted from BF16), weight BF16 [outputs,
+   width], y BF16 [rows, outputs]; workspace: [rows, outputs]. */
 void few_rows(
     const float *x, int64_t rows, int64_t width, const void *weight, int64_t outputs, float *workspace,
     void *y, int max_threads

@@ -1,9 +1,10 @@
-/* What surrounds the matrix products of the chunked SSD: scaling head by head between the order of
-   the tokens and the order of the chunks, and the running sum of states.
-   model/mamba/scan_scaling.py defines it.
+/* The elementwise work around the matrix products of the chunked SSD: per-head scaling with the
+   change between token order and chunk order, the matching gradients, and the recurrence over chunk
+   states. model/mamba/scan_scaling.py defines the functions.
 
-   Shapes: tokens [B, S, H, P] with strides, H = G x J heads of P channels; chunks [K, G, B, L, J]
-   for numbers a head, [K, G, B, L, J, P] for operands, contiguous; S = K x L. */
+   Shapes: tokens [B, S, H, P] with strides, H = G x J heads of P channels, S = K x L. In chunk
+   order, factors of a head are [K, G, B, L, J] and operands of products [K, G, B, L, J, P],
+   contiguous. */
 
 #include "rows.h"
 
@@ -16,7 +17,8 @@ struct scan {
     int64_t chunks, groups, batch, length, heads, head_dim; /* K, G, B, L, J, P */
 };
 
-/* One head of one token: where its number and its channels lie in either order. */
+/* One head of one token. Token order: row, token, first channel. Chunk order: index of its factor
+   (`number`). */
 struct head {
     int64_t row, token, channel, number;
 };
@@ -29,8 +31,8 @@ INLINE struct head locate(const struct scan *scan, int64_t group, int64_t token,
     return (struct head){row, position, (group * scan->heads + i) * scan->head_dim, number};
 }
 
-/* Runs `body` for every head of every token, `at` telling where it is; P constant where it is
-   one of the usual head sizes. */
+/* Runs `body` for every head of every token, with `at` its location. P is a compile-time constant
+   for the usual head sizes. */
 #define EVERY_HEAD(body)                                                                          \
     _Pragma("omp parallel for schedule(static) num_threads(max_threads)")                         \
     for (int64_t token = 0; token < scan->batch * scan->chunks * scan->length; token++)           \
@@ -62,7 +64,7 @@ INLINE void to_chunks_of(
     store(values, width, out, at.number * width, x->is_bfloat16);
 }
 
-/* out = x scale1 scale2 in the order of the chunks, in x's type. */
+/* out = x scale1 scale2 in chunk order, in x's dtype. */
 void scan_to_chunks(
     const struct scan *scan, const struct rows *x, const float *scale1, const float *scale2,
     void *out, int max_threads
@@ -83,7 +85,7 @@ INLINE void from_chunks_of(
     store_head(values, width, out, at);
 }
 
-/* out = x own + part scale in the order of the tokens; part in that of the chunks. */
+/* out = x own + part scale in token order; part is in chunk order. */
 void scan_from_chunks(
     const struct scan *scan, const struct rows *x, const void *part, const float *own,
     const float *scale, const struct rows *out, int max_threads
@@ -111,7 +113,8 @@ INLINE void readers_of(
     store(grads, width, dyr, at.number * width, x->is_bfloat16);
 }
 
-/* dyr = dy read in the order of the chunks; row = read sum_P dy part; dyx = sum_P dy x. */
+/* Gradients of y = x own + part read. dyr = dy read, of part, in chunk order; row = read sum_P dy
+   part, of log(read); dyx = sum_P dy x, of own. */
 void scan_readers(
     const struct scan *scan, const struct rows *dy, const struct rows *x, const void *part,
     const float *read, void *dyr, float *row, float *dyx, int max_threads
@@ -136,7 +139,8 @@ INLINE void writers_of(
     store_head(grads, width, dx, at);
 }
 
-/* dx = dy own + dxw dt write in the order of the tokens; dxdt = write sum_P dxw x. */
+/* Gradients of xw = x dt write and of y = x own + ... dx = dy own + dxw dt write in token order;
+   dxdt = write sum_P dxw x, of dt. */
 void scan_writers(
     const struct scan *scan, const struct rows *dy, const struct rows *x, const void *dxw,
     const float *own, const float *dt, const float *write, const struct rows *dx, float *dxdt,
@@ -150,8 +154,8 @@ void scan_writers(
 #undef BODY
 }
 
-/* states [K + 1, R, N, J, P], FP32: entry k + 1 holds chunk k's own sum and becomes
-   end sum + carry (entry k); end, carry [K, R, J] with R = G x B. */
+/* states [K + 1, R, N, J, P], FP32, in place: states[k + 1] = end[k] states[k + 1] + carry[k]
+   states[k]. end, carry: [K, R, J] with R = G x B. */
 void scan_states(
     const struct scan *scan, int64_t state_size, float *states, const float *end,
     const float *carry, int max_threads
@@ -170,9 +174,11 @@ void scan_states(
             }
 }
 
-/* The gradients of scan_states. dstates [K + 1, R, N, J, P], FP32: entry k holds what chunk k asks
-   of the state entering it and gets carry (entry k + 1) added. With entry k + 1 whole: ends [K, R, J]
-   = sum over N and P of it times states, and dsum [K, R, N, J, P] = end times it, BF16 or FP32. */
+/* The gradient of scan_states, from the last chunk to the first. dstates [K + 1, R, N, J, P], FP32:
+   on entry, entry k is the gradient with respect to the state entering chunk k from the outputs of
+   chunk k only. In place: dstates[k] += carry[k] dstates[k + 1]. Also ends [K, R, J] = sum over N
+   and P of dstates[k + 1] states[k + 1], and dsum [K, R, N, J, P] = end[k] dstates[k + 1], BF16 or
+   FP32. */
 void scan_states_backward(
     const struct scan *scan, int64_t state_size, float *dstates, const float *states,
     const float *end, const float *carry, float *ends, void *dsum, int is_bfloat16,

@@ -1,1 +1,1 @@
-"""One multi-node Slurm job: rendered, checked, submitted, watched."""
+"""One multi-node Slurm job: check, render, submit, and show status."""

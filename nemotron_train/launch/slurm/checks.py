@@ -1,8 +1,8 @@
-"""What cannot work on a cluster, found before anybody waits in its queue. No torch, no Slurm.
+"""Checks a Slurm job before it is submitted, so that errors show before the queue wait.
 
-Owns: does the layout divide the job's ranks, do the weights and their optimizer fit a GPU, is the
-data there, does the run folder hold another run. Each refusal is one line that says what would
-work. Does not own: the checks on the configuration alone (`plan.checks`).
+Owns: whether the layout divides the job's ranks, whether weights and optimizer fit a GPU, whether
+the data exists, whether the run folder holds another run. Each error is one line that suggests a
+fix. Does not own: checks of the configuration alone (`plan.checks`). No torch, no Slurm.
 """
 
 import math
@@ -22,30 +22,32 @@ from nemotron_train.run_folder.folder import refuse_another_run, run_path
 from nemotron_train.run_folder.integrity import damage, step_folder, steps_in
 
 _GIB = 2**30
-_MAX_TIMES_NODES = 64  # how far to look for a number of nodes that would do
+_MAX_TIMES_NODES = 64  # largest multiple of `nodes` to try when searching for enough memory
 
 
 def check_nodes(config: Config, cluster: ClusterConfig, nodes: int) -> None:
-    """Raises ConfigError where the layout cannot divide the job's ranks, with the numbers of nodes
-    that it can."""
+    """Raises ConfigError if the layout does not divide the job's ranks; suggests node counts."""
     parallel = config.parallel
     dense = parallel.tensor * parallel.context
     grid = parallel.pipeline * math.lcm(dense, parallel.expert * parallel.expert_tensor)
     ranks = nodes * cluster.ranks_per_node
-    if grid < 1 or ranks % grid == 0:  # a sign that is wrong has a message of its own
+    if grid < 1 or ranks % grid == 0:  # grid < 1: `plan.checks` reports it
         return
     step = grid // math.gcd(grid, cluster.ranks_per_node)
-    below = nodes // step * step
-    would = f"{below} or {below + step}" if below else str(step)
+    lower = nodes // step * step
+    suggestion = f"{lower} or {lower + step}" if lower else str(step)
     raise ConfigError(
         f"nodes={nodes} x cluster.ranks_per_node={cluster.ranks_per_node} = {ranks} ranks, which "
-        f"parallel.* = {grid} ranks do not divide: nodes={would} would do"
+        f"parallel.* = {grid} ranks do not divide: nodes={suggestion} would do"
     )
 
 
 def check_memory(config: Config, derived: Derived, cluster: ClusterConfig, nodes: int) -> str:
-    """Raises ConfigError where parameters, gradients and optimizer alone exceed a GPU. A warning
-    where only the predicted peak does, which GPU kernels that keep less may stay below; or ""."""
+    """Raises ConfigError if parameters, gradients and optimizer alone exceed a GPU's memory.
+
+    Returns a warning if only the predicted peak exceeds it (GPU kernels that save less may stay
+    below), else "".
+    """
     limit = cluster.gpu_memory_gib * _GIB
     memory = heaviest_rank(config, derived, GPU)
     needed, peak = _state_bytes(config, derived), memory.peak_bytes
@@ -58,29 +60,33 @@ def check_memory(config: Config, derived: Derived, cluster: ClusterConfig, nodes
             f"a rank's predicted peak is {peak / _GIB:.0f} GiB, above cluster.gpu_memory_gib="
             f"{cluster.gpu_memory_gib:g}: try train.recompute, or a smaller micro batch"
         )
-    more = _nodes_that_hold(config, cluster, nodes, limit)
-    way_out = (
-        f"nodes={more} would hold it"
-        if more
+    sufficient_nodes = _smallest_sufficient_nodes(config, cluster, nodes, limit)
+    suggestion = (
+        f"nodes={sufficient_nodes} would hold it"
+        if sufficient_nodes
         else "no number of nodes holds it: raise parallel.tensor, parallel.pipeline or "
         "parallel.expert"
     )
     raise ConfigError(
         f"a rank needs {needed / _GIB:.1f} GiB before activations, more than "
-        f"cluster.gpu_memory_gib={cluster.gpu_memory_gib:g}: {way_out}"
+        f"cluster.gpu_memory_gib={cluster.gpu_memory_gib:g}: {suggestion}"
     )
 
 
-def _nodes_that_hold(config: Config, cluster: ClusterConfig, nodes: int, limit: float) -> int:
-    """The smallest multiple of `nodes` on which a rank's state fits and the batch divides; 0: none
-    was found. More nodes shard the optimizer further, and nothing else."""
-    for times in range(2, _MAX_TIMES_NODES + 1):
+def _smallest_sufficient_nodes(
+    config: Config, cluster: ClusterConfig, nodes: int, limit: float
+) -> int:
+    """The smallest multiple of `nodes` on which a rank's state fits and the batch divides, or 0.
+
+    More nodes only shard the optimizer further.
+    """
+    for factor in range(2, _MAX_TIMES_NODES + 1):
         try:
-            derived = derive(config, times * nodes * cluster.ranks_per_node)
+            derived = derive(config, factor * nodes * cluster.ranks_per_node)
         except ConfigError:
             continue
         if _state_bytes(config, derived) <= limit:
-            return times * nodes
+            return factor * nodes
     return 0
 
 
@@ -88,17 +94,19 @@ def _state_bytes(config: Config, derived: Derived) -> int:
     return max(memory.state_bytes for memory in rank_memory(config, derived, GPU))
 
 
-def problems_here(config: Config, plan: PrecisionPlan, cluster: ClusterConfig) -> list[str]:
-    """What is wrong around the job, one line each: data that is missing, a run folder that holds
-    another run or a checkpoint of another model. A container may see other files: there, only
-    mounted paths are looked at."""
-    found = []
+def local_problems(config: Config, plan: PrecisionPlan, cluster: ClusterConfig) -> list[str]:
+    """Problems with files of this machine, one line each: missing data, or a run folder with
+    another run or a checkpoint of another model.
+
+    With a container, only paths under its mounts are checked.
+    """
+    problems = []
     if config.data.kind == DataKind.prepared:
         sources = [source for phase in config.data.phases for source in phase.blend]
         for path in dict.fromkeys(source.path for source in [*sources, *config.data.validation]):
-            here = _seen_from_here(path, cluster)
-            if here is not None and not (here / FILE_NAME).is_file():
-                found.append(
+            local_path = _local_path(path, cluster)
+            if local_path is not None and not (local_path / FILE_NAME).is_file():
+                problems.append(
                     f"data: {path} holds no prepared data ({FILE_NAME} is missing): write it with "
                     f"nemotron-train data prepare output={path} ..."
                 )
@@ -106,13 +114,13 @@ def problems_here(config: Config, plan: PrecisionPlan, cluster: ClusterConfig) -
         refuse_another_run(config, plan)
         _refuse_another_model(config)
     except ConfigError as error:
-        found.append(str(error))
-    return found
+        problems.append(str(error))
+    return problems
 
 
 def _refuse_another_model(config: Config) -> None:
-    """The newest checkpoint is what the run would go on from. One that is damaged is left to the
-    run, which reads it whole and may have an older one."""
+    """Raises ConfigError if the newest checkpoint, from which the run would resume, has another
+    model. A damaged checkpoint is skipped: the run itself handles it."""
     folder = run_path(config) / "checkpoints"
     for step in steps_in(folder)[-1:]:
         checkpoint = step_folder(folder, step)
@@ -120,9 +128,9 @@ def _refuse_another_model(config: Config) -> None:
             check_model(checkpoint, config.model)
 
 
-def branch_problem(config: Config) -> list[str]:
-    """What keeps the run from its parent's checkpoint, so far as can be told without reading
-    tensors: no such step, another model, nothing left to train."""
+def branch_problems(config: Config) -> list[str]:
+    """Why the run cannot branch from its parent's checkpoint: no such step, another model, or
+    nothing left to train. Empty if it can. Tensors are not read."""
     if not config.branch:
         return []
     try:
@@ -132,13 +140,13 @@ def branch_problem(config: Config) -> list[str]:
     return []
 
 
-def _seen_from_here(path: str, cluster: ClusterConfig) -> Path | None:
-    """Where the login node finds a path of the job; None where it cannot know."""
+def _local_path(path: str, cluster: ClusterConfig) -> Path | None:
+    """The path on the login node of a path of the job; None if no container mount covers it."""
     if not cluster.container_image:
         return Path(path)
-    asked = Path.cwd() / path
+    absolute = Path.cwd() / path
     for mount in cluster.container_mounts:
         source, destination = mount.split(":")[:2]
-        if asked.is_relative_to(destination):
-            return Path(source) / asked.relative_to(destination)
+        if absolute.is_relative_to(destination):
+            return Path(source) / absolute.relative_to(destination)
     return None

@@ -1,13 +1,13 @@
-"""A multi-node training job: the script from `slurm/job.sh`, and its submission. No torch.
+"""Renders the script of a multi-node training job from `slurm/job.sh` and submits it. No torch.
 
-Owns: which `#SBATCH` lines and settings a script gets, quoting, `sbatch`. Does not own: what a
+Owns: the `#SBATCH` lines and settings of a script, quoting, calling `sbatch`. Does not own: what a
 script does (`slurm/*.sh`, the same text for every job), whether the run fits
-(`launch.slurm.checks`), the cluster's knobs (`config.cluster`), which cells an array has
+(`launch.slurm.checks`), the cluster's knobs (`config.cluster`), the cells of an array
 (`launch.sweep.slurm`).
 
-No user text reaches a shell unquoted: `#SBATCH` lines hold only words that `config.cluster` has
-matched whole, settings are quoted by `shlex`, and line breaks are refused. No secret reaches the
-script: what looks like one is refused by name.
+No user text reaches a shell unquoted: `#SBATCH` lines hold only words that fully match the patterns
+of `config.cluster`, `shlex` quotes settings, and line breaks are rejected. No secret reaches the
+script: a value that looks like one is rejected.
 """
 
 import re
@@ -30,16 +30,18 @@ from nemotron_train.compose.compose import (
 from nemotron_train.config.cluster import ClusterConfig, check_cluster, refuse_control_characters
 from nemotron_train.config.errors import ConfigError
 from nemotron_train.config.schema import Config
+from nemotron_train.config.secrets import is_secret
 from nemotron_train.launch.slurm.checks import check_nodes
 from nemotron_train.plan.derive import Derived, derive
-from nemotron_train.run_folder.folder import SECRET_NAME, SECRET_VALUE, run_path, write_atomically
+from nemotron_train.platform.files import write_atomically
+from nemotron_train.run_folder.folder import run_path
 
-SLURM_FOLDER = "slurm"  # inside a run folder: job.sh, links, chain.log, the jobs' own logs
+SLURM_FOLDER = "slurm"  # in a run folder: job.sh, links, chain.log, job logs
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run on `nodes` nodes of a cluster; `words` follow `nemotron-train pretrain`."""
+    """One run on `nodes` nodes of a cluster. words: the arguments of `nemotron-train pretrain`."""
 
     config: Config
     derived: Derived
@@ -50,58 +52,70 @@ class Job:
 
     @property
     def run_folder(self) -> Path:
-        """As the user gave it: relative to `workdir`, or absolute."""
+        """As the user set it: relative to `workdir`, or absolute."""
         return run_path(self.config)
 
 
 def templates_folder() -> Path:
-    """The job scripts' texts: inside an installed package, beside the package in a checkout."""
+    """The folder of the script templates: in an installed package, beside it in a checkout."""
     package = Path(__file__).resolve().parents[2]
     inside = package / "slurm"
     return inside if inside.is_dir() else package.parent / "slurm"
 
 
 def plan_job(overrides: Sequence[str], config_file: Path | None = None) -> Job:
-    """The job that `cluster=`, `cluster.KNOB=`, `nodes=` and a run's overrides ask for, composed
-    and derived on all of its ranks. Raises ConfigError."""
+    """Compose a job from `cluster=`, `cluster.KNOB=`, `nodes=` and the overrides of a run.
+
+    Raises ConfigError if the overrides, the cluster or the layout are invalid.
+    """
     parsed = parse_overrides(overrides)
-    own = [o.input_line for o in parsed if is_job_knob(o.key_or_group)]
-    given = [o.input_line for o in parsed if not is_job_knob(o.key_or_group)]
-    refuse_unsafe(given)
-    cluster, nodes = cluster_asked(own)
-    config = compose_config(given, config_file)
-    words = [*(["--config", str(config_file)] if config_file else []), *given]
-    return job_of(config, cluster, nodes, words)
+    job_words = [override.input_line for override in parsed if is_job_knob(override.key_or_group)]
+    run_words = [
+        override.input_line for override in parsed if not is_job_knob(override.key_or_group)
+    ]
+    refuse_unsafe(run_words)
+    cluster, nodes = requested_cluster(job_words)
+    config = compose_config(run_words, config_file)
+    words = [*(["--config", str(config_file)] if config_file else []), *run_words]
+    return make_job(config, cluster, nodes, words)
 
 
 def is_job_knob(knob: str) -> bool:
-    """Whether a knob is the job's rather than the run's."""
+    """Whether a knob belongs to the job (`nodes`, `cluster`, `cluster.KNOB`), not to the run."""
     return re.fullmatch(r"nodes|cluster(\..*)?", knob) is not None
 
 
 def refuse_unsafe(words: Sequence[str]) -> None:
-    """Raises ConfigError for overrides that hold a line break or what looks like a secret."""
+    """Raises ConfigError if an override contains a control character or looks like a secret."""
     for word in words:
         _refuse_secret(word)
         refuse_control_characters("an override", word)
 
 
-def cluster_asked(words: Sequence[str]) -> tuple[ClusterConfig, int]:
-    """The cluster and the number of nodes that `cluster=`, `cluster.KNOB=` and `nodes=` ask for.
-    Raises ConfigError."""
+def requested_cluster(words: Sequence[str]) -> tuple[ClusterConfig, int]:
+    """The cluster and number of nodes from `cluster=`, `cluster.KNOB=` and `nodes=` (default 1).
+
+    Raises ConfigError if one is missing or invalid.
+    """
     parsed = parse_overrides(words)
-    cluster = _compose_cluster([o for o in parsed if o.key_or_group != "nodes"])
-    nodes = next((o.value() for o in reversed(parsed) if o.key_or_group == "nodes"), 1)
+    cluster = _compose_cluster(
+        [override for override in parsed if override.key_or_group != "nodes"]
+    )
+    nodes = next(
+        (override.value() for override in reversed(parsed) if override.key_or_group == "nodes"), 1
+    )
     if not isinstance(nodes, int) or isinstance(nodes, bool) or nodes < 1:
         raise ConfigError(f"nodes={nodes}: give the number of nodes, 1 or more")
     _check_segments(cluster, nodes)
     return cluster, nodes
 
 
-def job_of(config: Config, cluster: ClusterConfig, nodes: int, words: list[str]) -> Job:
-    """The job of a run that is composed already; `words` follow `nemotron-train pretrain`. Raises
-    ConfigError where the layout does not divide its ranks, or for a folder that sbatch would
-    misread."""
+def make_job(config: Config, cluster: ClusterConfig, nodes: int, words: list[str]) -> Job:
+    """The job of a composed run. words: the arguments of `nemotron-train pretrain`.
+
+    Raises ConfigError if the layout does not divide the ranks, or a path contains a control
+    character or a character that sbatch expands.
+    """
     check_nodes(config, cluster, nodes)
     derived = derive(config, nodes * cluster.ranks_per_node)
     job = Job(config, derived, cluster, nodes, words, Path.cwd())
@@ -117,15 +131,18 @@ def job_of(config: Config, cluster: ClusterConfig, nodes: int, words: list[str])
 
 
 def render(job: Job) -> str:
-    """The whole job script."""
+    """The complete job script."""
     options = [f"--job-name={job.config.name}", "--output=slurm-%x-%j.log", *_options(job)]
-    # One start of a run at a time, in the order of submission, however the one before ended.
+    # singleton: jobs of the same name run one at a time, in submission order, however the previous
+    # one ended.
     return fill("job.sh", [*options, "--dependency=singleton"], _settings(job))
 
 
 def render_array(name: str, folder: Path, cells: Sequence[str], job: Job) -> str:
-    """The script of an array whose task N runs cell N of the sweep in `folder`; `job` is any
-    cell's."""
+    """The script of a job array whose task N runs `cells[N]` of the sweep in `folder`.
+
+    job: the job of any cell; sets the `#SBATCH` options.
+    """
     options = [f"--job-name={name}", "--output=slurm-%x-%A_%a.log", *_options(job)]
     settings = [
         f"workdir={shlex.quote(str(job.workdir))}",
@@ -136,18 +153,17 @@ def render_array(name: str, folder: Path, cells: Sequence[str], job: Job) -> str
 
 
 def fill(template: str, options: Sequence[str], settings: Sequence[str]) -> str:
-    """A script of `slurm/`: its `#SBATCH` lines and its settings put where it has marks for them.
-    Neither is quoted here."""
+    """Fill the `#SBATCH` lines and settings into a template of `slurm/`. Quotes neither of them."""
     text = (templates_folder() / template).read_text(encoding="utf-8")
-    before, mark, after = text.partition("# @SBATCH@\n")
-    middle, second_mark, end = after.partition("# @SETTINGS@\n")
-    assert mark and second_mark, "the script has both marks"
+    head, sbatch_mark, after_sbatch = text.partition("# @SBATCH@\n")
+    middle, settings_mark, tail = after_sbatch.partition("# @SETTINGS@\n")
+    assert sbatch_mark and settings_mark, "the script has both marks"
     lines = [*(f"#SBATCH {option}" for option in options), ""]
-    return before + "\n".join(lines) + middle + "\n".join([*settings, ""]) + end
+    return head + "\n".join(lines) + middle + "\n".join([*settings, ""]) + tail
 
 
 def need_sbatch() -> None:
-    """Raises ConfigError where there is no Slurm, before anything is written."""
+    """Raises ConfigError if `sbatch` is not on the PATH. Call it before writing files."""
     if shutil.which("sbatch") is None:
         raise ConfigError(
             "sbatch is not on this machine's PATH: submit from a login node of the cluster, or "
@@ -156,19 +172,22 @@ def need_sbatch() -> None:
 
 
 def sbatch(job: Job, script: Path, log: str, *options: str) -> str:
-    """Hand a script to Slurm; the job's number. `log` is the name of its output in the script's
-    folder. Raises ConfigError with Slurm's own words where it refuses."""
+    """Submit a script and return the job number.
+
+    log: file name of the job's output, in the script's folder. Raises ConfigError with Slurm's
+    message if it rejects the job.
+    """
     output = script.parent.resolve() / log
     command = ["sbatch", "--parsable", f"--chdir={job.workdir}", f"--output={output}"]
-    done = subprocess.run([*command, *options, str(script)], capture_output=True, text=True)
-    if done.returncode != 0:
-        said = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
-        raise ConfigError(f"cluster={job.cluster.name}: sbatch refused the job: {said}")
-    return done.stdout.strip().partition(";")[0]
+    result = subprocess.run([*command, *options, str(script)], capture_output=True, text=True)
+    if result.returncode != 0:
+        message = " ".join(result.stderr.split()) or f"exit code {result.returncode}"
+        raise ConfigError(f"cluster={job.cluster.name}: sbatch refused the job: {message}")
+    return result.stdout.strip().partition(";")[0]
 
 
 def write_script(job: Job) -> Path:
-    """The job's script, into its run folder."""
+    """Write the job's script into its run folder and return its path."""
     folder = job.run_folder / SLURM_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     script = folder / "job.sh"
@@ -177,8 +196,11 @@ def write_script(job: Job) -> Path:
 
 
 def submit(job: Job, console: Any) -> list[str]:
-    """Write the script into the run folder and hand it to `sbatch`, once a link; the jobs' numbers.
-    Raises ConfigError with Slurm's own words where it refuses."""
+    """Write the script into the run folder and submit it once per chain link; return job numbers.
+
+    Raises ConfigError if there is no Slurm or it rejects a job; the message lists the jobs
+    submitted before.
+    """
     need_sbatch()
     script = write_script(job)
     numbers: list[str] = []
@@ -186,9 +208,9 @@ def submit(job: Job, console: Any) -> list[str]:
         try:
             numbers.append(sbatch(job, script, "job_%j.log"))
         except ConfigError as error:
-            already = f" (submitted before that: {', '.join(numbers)})" if numbers else ""
-            raise ConfigError(f"{error}{already}") from None
-        # The script of a finished run cancels the links that are still waiting.
+            submitted = f" (submitted before that: {', '.join(numbers)})" if numbers else ""
+            raise ConfigError(f"{error}{submitted}") from None
+        # When a run is finished, its script cancels the remaining jobs of this list.
         write_links(job, numbers)
     links = "job" if len(numbers) == 1 else "jobs"
     console.print(
@@ -202,13 +224,13 @@ def submit(job: Job, console: Any) -> list[str]:
 
 
 def write_links(job: Job, numbers: Sequence[str]) -> None:
-    """Notes which jobs are the run's."""
+    """Write the run's job numbers to `slurm/links`, one per line."""
     path = job.run_folder / SLURM_FOLDER / "links"
     write_atomically(path, "".join(f"{number}\n" for number in numbers))
 
 
 def _options(job: Job) -> list[str]:
-    """`sbatch`'s options; every value is a number or a word that `check_cluster` has matched."""
+    """The `sbatch` options. Every value is a number or a word that `check_cluster` validated."""
     cluster, minutes = job.cluster, job.cluster.time_limit_minutes
     tasks = cluster.ranks_per_node
     options = [
@@ -241,7 +263,7 @@ def _options(job: Job) -> list[str]:
 
 
 def _settings(job: Job) -> list[str]:
-    """Assignments of the script's variables, in its own order."""
+    """Shell assignments of the script's variables."""
     cluster = job.cluster
     python = cluster.python or ("python3" if cluster.container_image else sys.executable)
     values = {
@@ -274,7 +296,7 @@ def _compose_cluster(overrides: Sequence[Any]) -> ClusterConfig:
 
     folder = recipes_folder() / "cluster"
     names = sorted(path.stem for path in folder.glob("*.yaml"))
-    chosen = [o.value() for o in overrides if o.key_or_group == "cluster"]
+    chosen = [override.value() for override in overrides if override.key_or_group == "cluster"]
     if not chosen:
         raise ConfigError(f"cluster is not set: give cluster=NAME; there are {', '.join(names)}")
     choice = str(chosen[-1])
@@ -291,7 +313,11 @@ def _compose_cluster(overrides: Sequence[Any]) -> ClusterConfig:
     if not OmegaConf.is_dict(base):
         raise ConfigError(f"cluster={choice}: {path} holds no cluster")
     knobs = parse_overrides(
-        [o.input_line.replace("cluster.", "", 1) for o in overrides if "." in o.key_or_group]
+        [
+            override.input_line.replace("cluster.", "", 1)
+            for override in overrides
+            if "." in override.key_or_group
+        ]
     )
     try:
         cluster = to_typed(ClusterConfig, base, knobs)
@@ -315,9 +341,10 @@ def _check_segments(cluster: ClusterConfig, nodes: int) -> None:
 
 
 def _refuse_secret(override: str) -> None:
-    """The value is not shown: this line lands in logs."""
+    """Raises ConfigError if the override looks like a secret. The message omits the value, because
+    it may end up in logs."""
     name, _, value = override.partition("=")
-    if SECRET_NAME.search(name.rpartition(".")[2]) or SECRET_VALUE.search(value):
+    if is_secret(name, value):
         raise ConfigError(
             f"{name}: the value looks like a secret, and a script is no place for one: export "
             "it in your own environment, which sbatch hands on, or use ~/.netrc"

@@ -1,7 +1,7 @@
-"""What one's jobs are doing: Slurm's queue joined with what the run folders say. No torch.
+"""Status of the user's jobs: joins Slurm's queue with the run folders. No torch.
 
-Owns the join and the table. A job is found in its run folder's `slurm/links` (what was submitted)
-and `slurm/chain.log` (what has started; `slurm/job.sh` has its format).
+Owns: the join and the table. The jobs of a run are listed in its `slurm/links` (submitted jobs) and
+`slurm/chain.log` (started jobs; `slurm/job.sh` defines the format).
 """
 
 import subprocess
@@ -17,7 +17,7 @@ from rich.table import Table
 from nemotron_train.config.errors import ConfigError
 from nemotron_train.report.runs.columns import parse_rows
 
-# squeue's own columns; its last one may hold any text, the others never a |.
+# squeue columns. Only the last one may contain a |.
 _COLUMNS = ("number", "state", "used", "left", "nodes", "reason")
 _FORMAT = "%i|%T|%M|%L|%D|%R"
 _TAIL_BYTES = 1 << 16  # enough for the last rows of a metrics.jsonl
@@ -25,7 +25,7 @@ _TAIL_BYTES = 1 << 16  # enough for the last rows of a metrics.jsonl
 
 @dataclass(frozen=True)
 class Queued:
-    """One line of squeue."""
+    """One line of squeue. used, left: time, as squeue prints it."""
 
     number: str
     state: str
@@ -36,12 +36,14 @@ class Queued:
 
 
 def print_status(folders: Sequence[Path], console: Any) -> None:
-    """One row a job in the queue, then one for each run that has none. Raises ConfigError where
-    nothing under `folders` was ever submitted, or without Slurm."""
+    """Print one row per queued job, and one row for each run without a queued job.
+
+    Raises ConfigError if no run under `folders` was submitted, or if squeue does not answer.
+    """
     runs = _runs(folders)
     if not runs:
-        named = ", ".join(map(str, folders))
-        raise ConfigError(f"{named}: no run here was submitted with nemotron-train slurm")
+        paths = ", ".join(map(str, folders))
+        raise ConfigError(f"{paths}: no run here was submitted with nemotron-train slurm")
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in (
         "run",
@@ -56,61 +58,63 @@ def print_status(folders: Sequence[Path], console: Any) -> None:
     ):
         table.add_column(name, no_wrap=True)
     table.add_column("checkpoint", no_wrap=True)
-    table.add_column("remark", overflow="fold")  # why it waits, or how its last start ended
+    table.add_column("remark", overflow="fold")  # why it is pending, or how its last start ended
     queue = {queued.number: queued for queued in read_queue()}
     for name, run in runs.items():
         jobs = [queue[number] for number in job_numbers(run) if number in queue]
         for job in jobs or [None]:
             table.add_row(name, *_row(run, job))
     if not console.is_terminal:
-        console.width = 200  # a pipe has no width; the numbers would be cut off
+        console.width = 200  # a pipe has no width; the default would cut off numbers
     console.print(table, highlight=False)
 
 
 def read_queue() -> list[Queued]:
-    """One's own jobs, pending ones included. Raises ConfigError without Slurm."""
+    """The user's jobs, pending ones included. Raises ConfigError if squeue does not answer."""
     command = ["squeue", "--me", "--noheader", "--all", "--array", f"--format={_FORMAT}"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        result = subprocess.run(command, capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ConfigError(f"squeue does not answer ({error}): ask on the cluster") from error
-    if done.returncode != 0:
-        raise ConfigError(f"squeue does not answer: {' '.join(done.stderr.split())}")
-    found = []
-    for line in done.stdout.splitlines():
+    if result.returncode != 0:
+        raise ConfigError(f"squeue does not answer: {' '.join(result.stderr.split())}")
+    jobs = []
+    for line in result.stdout.splitlines():
         parts = line.split("|", len(_COLUMNS) - 1)
         if len(parts) == len(_COLUMNS):
-            found.append(Queued(*(part.strip() for part in parts)))
-    return found
+            jobs.append(Queued(*(part.strip() for part in parts)))
+    return jobs
 
 
 def _runs(folders: Sequence[Path]) -> dict[str, Path]:
-    """What was submitted in `folders`, by the name that is shown: runs, and a sweep's cells."""
-    found: dict[str, Path] = {}
+    """Submitted runs and sweep cells in `folders`: displayed name -> run folder."""
+    runs: dict[str, Path] = {}
     for folder in folders:
         if (folder / "slurm").is_dir():
-            found[folder.name] = folder
+            runs[folder.name] = folder
         for pattern in ("*/slurm", "*/*/slurm"):
             for path in sorted(folder.glob(pattern)):
                 if path.is_dir():
-                    found[str(path.parent.relative_to(folder))] = path.parent
-    return found
+                    runs[str(path.parent.relative_to(folder))] = path.parent
+    return runs
 
 
 def job_numbers(run: Path) -> list[str]:
-    """Every job of the run, submitted here or by hand, the oldest first."""
+    """Numbers of all jobs of the run, the oldest first. Includes jobs that were submitted by hand,
+    once they started."""
     numbers = _read(run / "slurm/links").split()
     return list(dict.fromkeys([event[2] for event in read_chain(run)] + numbers))
 
 
 def read_chain(run: Path) -> list[list[str]]:
-    """The events of chain.log: time, `begin` or `end`, job, start, step, and what is left."""
+    """The events of chain.log: time, `begin` or `end`, job, start, step, then the nodes (`begin`)
+    or the exit code and the next action (`end`)."""
     lines = _read(run / "slurm/chain.log").splitlines()
     return [parts for line in lines if len(parts := line.split("\t")) >= 6]
 
 
 def last_end(run: Path) -> str:
-    """How the run's last start ended, "" where none has: `exit 3, requeue`."""
+    """How the run's last start ended, such as `exit 3, requeue`; "" if none has ended."""
     ends = [event for event in read_chain(run) if event[1] == "end"]
     return f"exit {ends[-1][5]}, {ends[-1][-1]}" if ends else ""
 
@@ -121,10 +125,10 @@ def _row(run: Path, job: Queued | None) -> list[str]:
     last = trained[-1] if trained else {}
     total = _total_steps(run, last)
     step = last.get("step", 0)
-    left = "-"
+    time_left = "-"
     seconds = last.get("step_seconds")
     if total and isinstance(seconds, int | float):
-        left = _duration(max(0, total - step) * seconds)
+        time_left = _duration(max(0, total - step) * seconds)
     remark = last_end(run) or "-"
     if job and job.state == "PENDING":
         remark = job.reason.strip("()")
@@ -135,7 +139,7 @@ def _row(run: Path, job: Queued | None) -> list[str]:
         f"{step:,}/{total:,}" if total else f"{step:,}",
         f"{last['loss']:.3f}" if last else "-",
         f"{last['tokens_per_second']:,.0f}" if "tokens_per_second" in last else "-",
-        left,
+        time_left,
         job.left if job else "-",
         _newest_checkpoint(run),
         remark,
@@ -152,15 +156,18 @@ def _newest_checkpoint(run: Path) -> str:
 
 
 def _total_steps(run: Path, last: Mapping[str, Any]) -> int:
-    """The run's last step, from where it stands: a branch counts its parent's steps too, whose
-    batch may have been another. 0 where the files do not say."""
+    """The number of the run's last step; 0 if the files do not tell.
+
+    Counted from the current step: a branch includes its parent's steps, which may have had another
+    batch size.
+    """
     try:
         derived = yaml.safe_load(_read(run / "derived.yaml"))
         if "tokens" not in last:
             return int(derived["total_steps"])
         train = yaml.safe_load(_read(run / "config.yaml"))["train"]
-        left = max(0, int(train["total_tokens"]) - int(last["tokens"]))
-        return int(last["step"]) + -(-left // int(derived["tokens_per_step"]))
+        tokens_left = max(0, int(train["total_tokens"]) - int(last["tokens"]))
+        return int(last["step"]) + -(-tokens_left // int(derived["tokens_per_step"]))
     except (yaml.YAMLError, KeyError, TypeError, ValueError, ZeroDivisionError):
         return 0
 
@@ -173,7 +180,7 @@ def _read(path: Path) -> str:
 
 
 def _read_tail(path: Path) -> str:
-    """The end of a file that may be large; its first line may be torn."""
+    """The last `_TAIL_BYTES` of a file; the first line may be incomplete."""
     try:
         with open(path, "rb") as file:
             file.seek(max(0, path.stat().st_size - _TAIL_BYTES))

@@ -1,1 +1,1 @@
-"""A grid of runs, on this machine or as one Slurm job array."""
+"""Sweeps: planning the cells of a grid and running them, locally or as a Slurm job array."""

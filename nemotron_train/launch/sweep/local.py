@@ -1,8 +1,9 @@
-"""Running a sweep on this machine: so many runs at a time, the cores divided among them. No torch.
+"""Runs a sweep on this machine, `at_once` runs at a time, with the cores split among them.
 
-Owns: processes and what is kept of them. Does not own: the cells (`launch.sweep.plan`). A finished
-cell is not run again, an interrupted one goes on from its checkpoint, a failed one is named at the
-end and stops none but its branches.
+Owns: the processes and their logs. Does not own: the cells (`launch.sweep.plan`). No torch.
+
+A finished cell is not run again. An interrupted cell resumes from its checkpoint. A failed cell
+stops only its branches and is reported at the end.
 """
 
 import os
@@ -17,8 +18,10 @@ from nemotron_train.launch.sweep.plan import Cell, Sweep, is_finished
 
 
 def run_here(sweep: Sweep, console: Any) -> list[str]:
-    """Run what is not finished; the names of the cells that failed. An interrupt stops the runs
-    with their checkpoints saved."""
+    """Run the unfinished cells and return the names of those that failed or could not start.
+
+    On an interrupt, all runs get SIGTERM, save a checkpoint and stop.
+    """
     sweep.write_description()
     waiting = [cell for cell in sweep.cells if not is_finished(sweep.folder / cell.name)]
     num_done, failed = len(sweep.cells) - len(waiting), []
@@ -58,20 +61,20 @@ def run_here(sweep: Sweep, console: Any) -> list[str]:
 
 
 def _ready(waiting: list[Cell], running: list[Cell], folder: Path) -> dict[str, bool | None]:
-    """Which cells can start; None: never, since the one to branch from has failed."""
-    going = {cell.name for cell in [*waiting, *running]}
-    found: dict[str, bool | None] = {}
+    """Whether each waiting cell can start; None: never, because its parent failed."""
+    unfinished = {cell.name for cell in [*waiting, *running]}
+    ready: dict[str, bool | None] = {}
     for cell in waiting:
-        if cell.after in going:
-            found[cell.name] = False
+        if cell.after in unfinished:
+            ready[cell.name] = False
         else:
-            found[cell.name] = True if not cell.after or is_finished(folder / cell.after) else None
-    return found
+            ready[cell.name] = True if not cell.after or is_finished(folder / cell.after) else None
+    return ready
 
 
 def _start(cell: Cell, folder: Path, threads: int) -> subprocess.Popen:
     command = [sys.executable, "-m", "nemotron_train", "pretrain", *cell.overrides]
-    if not any(o.startswith("train.threads=") for o in cell.overrides):
+    if not any(override.startswith("train.threads=") for override in cell.overrides):
         command.append(f"train.threads={threads}")
     with open(_log(cell, folder), "ab") as log:
         return subprocess.Popen(

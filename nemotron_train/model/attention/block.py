@@ -1,8 +1,8 @@
-"""Megatron's attention layer with a short way for the tokens of a decode batch.
+"""Megatron's attention layer with a shorter path for decode batches.
 
 Owns: norm -> attention -> residual of a decode batch, through the modules or, for a few tokens, in
-one compiled kernel. Does not own: anything else about the layer; in training it is Megatron's own
-(`model.mamba.block` says why decoding does not go through it).
+one C kernel. Does not own: the rest of the layer; training runs Megatron's own forward
+(`model.mamba.block` explains why decoding does not).
 """
 
 import functools
@@ -22,7 +22,7 @@ class AttentionBlock(TransformerLayer):
     """The layer behind a `*`."""
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """hidden_states [S,B,hidden] -> the same, and no context."""
+        """hidden_states [S,B,hidden] -> the layer's output, same shape, and no context."""
         batch = kwargs.get("packed_seq_params")
         if not isinstance(batch, DecodeBatch):
             return super().forward(*args, **kwargs)  # pyright: ignore[reportReturnType]
@@ -38,14 +38,14 @@ class AttentionBlock(TransformerLayer):
 
     @functools.cached_property
     def _compiles(self) -> bool:
-        """Whether the compiled kernel can compute this layer."""
+        """Whether the C kernel can compute this layer."""
         layer = cast(Any, self)
         norm, attention = layer.input_layernorm, layer.self_attention
         is_plain = are_plain(norm, attention.linear_qkv, attention.linear_proj)
         return is_plain and self._kernel_weights().are_accepted(norm.weight)
 
     def _kernel_weights(self) -> AttentionWeights:
-        """What the kernel reads; gathered anew each time, since a tensor may be replaced."""
+        """The weights the kernel reads. Collected at each call, since a tensor may be replaced."""
         attention = cast(Any, self).self_attention
         num_groups = attention.num_query_groups_per_partition
         return AttentionWeights(
@@ -60,7 +60,8 @@ class AttentionBlock(TransformerLayer):
 def compiled_attention(
     hidden_T1D: Tensor, norm: Any, attention: Any, weights: AttentionWeights, batch: DecodeBatch
 ) -> Tensor:
-    """x + attention(norm(x)), [T,1,D]; the new keys and values enter the layer's cache."""
+    """x + attention(norm(x)), [T,1,D], by the C kernel; appends the new keys and values to the
+    layer's cache."""
     hidden_T1D = hidden_T1D.contiguous()
     layer_number = attention.core_attention.layer_number
     like = hidden_T1D.new_empty(0, weights.head_dim)

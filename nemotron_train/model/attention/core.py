@@ -1,16 +1,16 @@
 """Causal grouped-query attention on a CPU as batched products, with a hand-written gradient.
 
-Owns: softmax(Q Kᵀ / √D) V of whole causal rows. Does not own: projections, documents, GPUs
+Owns: softmax(Q Kᵀ / √D) V of whole causal rows. Does not own: the projections, documents, GPUs
 (model/attention/layer.py chooses).
 
-Why not `scaled_dot_product_attention`: its CPU kernel multiplies tiles one head at a time, which
-for heads of 32 and rows of 512 took 1.5 times as long in FP32, forward and backward, and 2.9
-times in BF16. Here the queries of one block and of all heads that share a key head are one
-product, against no more keys than the block may see. The probabilities are kept for the
-gradient, half of S² per head, so rows longer than `LONGEST_ROW` go to torch's kernel.
+Why not `scaled_dot_product_attention`: its CPU kernel multiplies tiles one head at a time. For
+heads of 32 and rows of 512, forward and backward, it took 1.5 times as long in FP32 and 2.9 times
+in BF16. Here, the queries of one block and of all heads that share a key head are one product,
+against only the keys that the block may see. The probabilities are saved for the gradient, half of
+S² per head, so rows longer than `LONGEST_ROW` use torch's kernel.
 
 Shape legend: B rows, S tokens, H query heads, G key and value heads, D head width; N = B G
-batched products, R = H / G query heads a key head, b queries of a block, e keys it may see.
+batched products, R = H / G query heads per key head, b queries of a block, e keys it may see.
 """
 
 from typing import Any
@@ -23,16 +23,18 @@ from torch.autograd.function import once_differentiable
 from nemotron_train.platform.bfloat16_products import product_dtype
 
 LONGEST_ROW = 1024
-_BLOCK = 64  # queries a block: fewer waste less of the diagonal, more make longer products
+_BLOCK = 64  # queries a block: smaller wastes less on the diagonal, larger makes larger products
 
 
 def _scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
-    """scale · left right, the scale inside the product: no extra pass, no extra rounding."""
+    """scale · left right, with the scale inside the product: no extra sweep, no extra rounding."""
     out = left.new_empty(left.shape[0], left.shape[1], right.shape[2])
     return torch.baddbmm(out, left, right, beta=0, alpha=scale, out=out)
 
 
 class _CausalAttention(torch.autograd.Function):
+    """Block by block over the queries; saves q, k, v and the probabilities of each block."""
+
     @staticmethod
     def forward(ctx: Any, q_NRSD: Tensor, k_NSD: Tensor, v_NSD: Tensor) -> Tensor:
         num_products, heads_a_key, num_tokens, width = q_NRSD.shape
@@ -44,6 +46,7 @@ class _CausalAttention(torch.autograd.Function):
             end = min(start + size, num_tokens)
             q = q_NRSD[:, :, start:end].reshape(num_products, -1, width)
             scores = _scaled_product(q, k_NSD[:, :end].transpose(1, 2), width**-0.5)
+            # Only the last keys, those of this block itself, need the causal mask.
             diagonal = scores.view(num_products, heads_a_key, -1, end)[..., start:]
             diagonal += future_bb[: end - start, : end - start]
             probability = torch.softmax(scores, dim=-1)
@@ -56,12 +59,15 @@ class _CausalAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Per block, with P the probabilities and ∂O the output's gradient:
+        ∂V += Pᵀ ∂O, ∂P = ∂O Vᵀ, ∂scores = P (∂P - Σ ∂P P), ∂Q = ∂scores K / √D,
+        ∂K += ∂scoresᵀ Q / √D."""
         q_NRSD, k_NSD, v_NSD, *probabilities = ctx.saved_tensors
         num_products, heads_a_key, num_tokens, width = q_NRSD.shape
         size, scale = min(_BLOCK, num_tokens), width**-0.5
         wide = torch.promote_types(q_NRSD.dtype, torch.float32)
         grad_q_NRSD = torch.empty_like(q_NRSD)
-        # Blocks add up in FP32, or their BF16 roundings would too.
+        # Sums over blocks in FP32: in BF16 the rounding errors of the blocks would add up.
         grad_k_NSD, grad_v_NSD = (torch.zeros_like(k_NSD, dtype=wide) for _ in range(2))
         for block, probability in enumerate(probabilities):
             start = block * size
@@ -80,10 +86,12 @@ class _CausalAttention(torch.autograd.Function):
 
 
 def causal_attention(q_BSHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor) -> Tensor:
-    """softmax(Q Kᵀ / √D) V, each token seeing itself and those before: [B,S,H,D], [B,S,G,D] twice
-    → [B,S,H,D]. H is a multiple of G; query head h reads key head h G / H. BF16 scores are
-    rounded to BF16 before the softmax, which is computed in FP32; on a processor without BF16
-    instructions nothing is rounded but the result."""
+    """softmax(Q Kᵀ / √D) V, causal: [B,S,H,D] and twice [B,S,G,D] → [B,S,H,D].
+
+    H is a multiple of G; query head h reads key head h G / H (rounded down). BF16 scores are
+    rounded to BF16 before the softmax, which is computed in FP32. On a processor without BF16
+    instructions only the result is rounded. Rows longer than `LONGEST_ROW` use torch's kernel.
+    """
     num_rows, num_tokens, num_heads, width = q_BSHD.shape
     q_BHSD, k_BGSD, v_BGSD = (x.transpose(1, 2) for x in (q_BSHD, k_BSGD, v_BSGD))
     if num_tokens > LONGEST_ROW:

@@ -1,9 +1,9 @@
-"""Attention of new tokens over a cache of keys and values, grouped queries, no positions.
+"""Attention of new tokens over the KV cache, with grouped queries and no positional embedding.
 
-Owns: softmax(Q Kᵀ / √D) V where every query sees its sequence's cached keys up to itself. Does not
-own: the cache (`decode_state`), projections, whole rows without a cache (`attention`).
+Owns: softmax(Q Kᵀ / √D) V, where each query sees the cached keys of its sequence up to itself. Does
+not own: the cache (`decode_state`), the projections, whole rows without a cache (`core`).
 
-The arithmetic is `causal_attention`'s, in the same types, so that both give the same numbers up to
+The arithmetic and dtypes are those of `core.causal_attention`, so both give the same numbers up to
 the order of sums.
 
 Shapes: B sequences, n new tokens of each (padded), H query heads, G key/value heads, D head
@@ -17,7 +17,7 @@ from torch import Tensor
 from nemotron_train.model.decode_state import DecodeBatch, KVCache
 from nemotron_train.platform.bfloat16_products import product_dtype
 
-_SCORES = 1 << 22  # elements of a block's scores, at most
+_SCORES = 1 << 22  # maximum elements of the score matrix; longer inputs go block by block
 
 
 def cached_attention(
@@ -39,7 +39,8 @@ def cached_attention(
 
 
 def _unseen(batch: DecodeBatch, start: int, size: int) -> Tensor | None:
-    """True where a query of a block must not look: [B,b,L]; None where all look at everything."""
+    """The mask of a block of queries, [B,b,L]: True for keys that a query must not see. None if
+    every query sees every key (one new token, sequences of equal length)."""
     if batch.max_new == 1 and len(set(batch.lengths_before)) == 1:
         return None
     device = batch.lengths_before_B.device
@@ -51,6 +52,8 @@ def _unseen(batch: DecodeBatch, start: int, size: int) -> Tensor | None:
 def _products(
     q_BbHD: Tensor, keys_BGLD: Tensor, values_BGLD: Tensor, unseen_BbL: Tensor | None
 ) -> Tensor:
+    """Attention as batched products (CPU): the queries of all heads that share a key head are one
+    product. FP32 on a CPU without BF16 instructions."""
     num_rows, num_queries, num_heads, width = q_BbHD.shape
     num_products, dtype = num_rows * keys_BGLD.shape[1], q_BbHD.dtype
     q, keys, values = (t.to(product_dtype(t)) for t in (q_BbHD, keys_BGLD, values_BGLD))
@@ -68,7 +71,7 @@ def _products(
 def _fused(
     q_BbHD: Tensor, keys_BGLD: Tensor, values_BGLD: Tensor, unseen_BbL: Tensor | None
 ) -> Tensor:
-    """torch's kernel on a GPU. Not run: no GPU was at hand."""
+    """torch's fused kernel (GPU). Not run yet: no GPU was available."""
     output_BHbD = F.scaled_dot_product_attention(
         q_BbHD.transpose(1, 2),
         keys_BGLD,

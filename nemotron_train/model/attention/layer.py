@@ -1,11 +1,12 @@
-"""Core attention: grouped queries, causal, no positional embedding, documents kept apart.
+"""Core attention: grouped queries, causal, no positional embedding, no attention across documents.
 
-The projections around it are Megatron's `SelfAttention`; this module fills its
-`core_attention` slot. Forms: batched products on a CPU (`causal_attention`),
-`scaled_dot_product_attention` on a GPU, Transformer Engine's kernel where it is installed.
+This module fills the `core_attention` slot of Megatron's `SelfAttention`, which owns the
+projections. Forms: batched products on a CPU (`causal_attention`), `scaled_dot_product_attention`
+on a GPU, Transformer Engine's kernel if it is installed.
 
 Under context parallelism every form gets the whole sequence of some of the heads
-(`model.context`): causal work is then even over the ranks, without cutting the sequence in turns.
+(`model.context`). Causal work is then equal on all ranks, without interleaving pieces of the
+sequence.
 
 Shapes: S tokens, B rows, H query heads, G key/value heads, D head dimension.
 """
@@ -29,7 +30,8 @@ from nemotron_train.model.documents import PackedDocuments
 
 
 def _causal(q_BSHD: torch.Tensor, k_BSGD: torch.Tensor, v_BSGD: torch.Tensor) -> torch.Tensor:
-    """Causal attention of whole rows, [B,S,H,D]; scale 1/sqrt(D)."""
+    """Causal attention over whole rows: [B,S,H,D] and twice [B,S,G,D] -> [B,S,H,D]; scale
+    1/sqrt(D)."""
     if not q_BSHD.is_cuda:
         return causal_attention(q_BSHD, k_BSGD, v_BSGD)
     output_BHSD = F.scaled_dot_product_attention(
@@ -45,8 +47,8 @@ def _causal(q_BSHD: torch.Tensor, k_BSGD: torch.Tensor, v_BSGD: torch.Tensor) ->
 def _head_exchange(
     config: TransformerConfig, pg_collection: ProcessGroupCollection
 ) -> HeadExchange:
-    """Of the query, key and value heads on one tensor-parallel rank. `config` is what Megatron
-    hands its core attention: at least one key/value head for each of those ranks."""
+    """The exchange for the query, key and value heads of one tensor-parallel rank. `config` is the
+    one Megatron passes to its core attention: at least one key/value head a rank."""
     heads, groups, width = config.num_attention_heads, config.num_query_groups, config.kv_channels
     assert groups is not None and width is not None
     num_shards = pg_collection.tp.size()
@@ -55,7 +57,8 @@ def _head_exchange(
 
 
 def _to_heads(exchange: HeadExchange, *query_key_value: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """[s,B,heads,D] each of a piece -> [S,B,own heads,D] of the whole sequence; COLLECTIVE."""
+    """[s,B,heads,D] each, of this rank's piece -> [S,B,local heads,D], of the whole sequence.
+    COLLECTIVE under context parallelism."""
     if exchange.num_ranks == 1:
         return query_key_value
     width = query_key_value[0].shape[-1]
@@ -66,7 +69,8 @@ def _to_heads(exchange: HeadExchange, *query_key_value: torch.Tensor) -> tuple[t
 def kv_cache_of(
     layer_number: int, batch: DecodeBatch, num_heads: int, like: torch.Tensor
 ) -> KVCache:
-    """A layer's cache, which begins empty; `like` has the head dimension last."""
+    """This layer's cache, created empty on first use. `like` gives the dtype and device, and its
+    last dimension is the head dimension."""
     caches = batch.states.attention
     if layer_number not in caches:
         caches[layer_number] = KVCache(len(batch.counts), num_heads, like.shape[-1], like)
@@ -80,16 +84,17 @@ def _attend_to_cache(
     value_T1GD: torch.Tensor,
     batch: DecodeBatch,
 ) -> torch.Tensor:
-    """New tokens over this layer's cache: -> [T,1,H*D]."""
+    """Attention of new tokens over this layer's cache: -> [T,1,H*D]."""
     cache = kv_cache_of(layer_number, batch, key_T1GD.shape[2], key_T1GD)
     return cached_attention(query_T1HD, key_T1GD, value_T1GD, cache, batch)
 
 
 class CoreAttention(MegatronModule):
-    """softmax(Q K^T / sqrt(D)) V per document, by torch's fused kernels.
+    """softmax(Q K^T / sqrt(D)) V per document: `causal_attention` on a CPU, torch's fused kernel on
+    a GPU.
 
-    Documents are cut out and attended one by one: exact isolation, and no S x S mask that a
-    long context could not afford.
+    Each document is computed separately. The isolation is exact, and no S x S mask is needed, which
+    would not fit for a long context.
     """
 
     def __init__(
@@ -122,8 +127,8 @@ class CoreAttention(MegatronModule):
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> torch.Tensor:
-        """query [S,B,H,D], key and value [S,B,G,D] -> [S,B,H*D]; this rank's piece of S under
-        context parallelism."""
+        """query [S,B,H,D], key and value [S,B,G,D] -> [S,B,H*D]; S is this rank's piece under
+        context parallelism. `attention_mask` and the other unused arguments are Megatron's."""
         if isinstance(packed_seq_params, DecodeBatch):
             return _attend_to_cache(self.layer_number, query, key, value, packed_seq_params)
         whole = _to_heads(self.exchange, query, key, value)
@@ -151,9 +156,9 @@ class CoreAttention(MegatronModule):
 
 
 class TransformerEngineAttention(MegatronModule):
-    """The same through Transformer Engine's variable-length kernel.
+    """The same by Transformer Engine's variable-length kernel.
 
-    Translated and not run: no GPU with Transformer Engine was at hand.
+    Written but not run: no GPU with Transformer Engine was available.
     """
 
     def __init__(
@@ -164,13 +169,15 @@ class TransformerEngineAttention(MegatronModule):
 
         self.exchange = _head_exchange(config, pg_collection)
         self.layer_number: int = kwargs["layer_number"]
-        # The kernel sees whole sequences: its own context parallelism, which cuts them in turns,
-        # stays off, and it is told the heads that a rank has after the exchange.
-        seen, num_shards = copy.copy(config), pg_collection.tp.size()
+        # The kernel gets whole sequences, so its own context parallelism is off, and its head
+        # counts are those of a rank after the exchange.
+        kernel_config = copy.copy(config)
+        num_shards = pg_collection.tp.size()
         heads, groups, _ = (width // config.kv_channels for width in self.exchange.widths)
-        seen.num_attention_heads, seen.num_query_groups = heads * num_shards, groups * num_shards
-        seen.context_parallel_size = 1
-        self.kernel = TEDotProductAttention(seen, pg_collection=pg_collection, **kwargs)
+        kernel_config.num_attention_heads = heads * num_shards
+        kernel_config.num_query_groups = groups * num_shards
+        kernel_config.context_parallel_size = 1
+        self.kernel = TEDotProductAttention(kernel_config, pg_collection=pg_collection, **kwargs)
 
     def forward(
         self,
@@ -183,7 +190,7 @@ class TransformerEngineAttention(MegatronModule):
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> torch.Tensor:
-        """query [S,B,H,D], key and value [S,B,G,D] -> [S,B,H*D]; this rank's piece of S under
+        """query [S,B,H,D], key and value [S,B,G,D] -> [S,B,H*D]; S is this rank's piece under
         context parallelism."""
         if isinstance(packed_seq_params, DecodeBatch):
             return _attend_to_cache(self.layer_number, query, key, value, packed_seq_params)
@@ -199,6 +206,7 @@ class TransformerEngineAttention(MegatronModule):
         attn_mask_type: AttnMaskType,
         packed_seq_params: PackedSeqParams | None,
     ) -> torch.Tensor:
+        """The kernel over whole rows, or over all documents of all rows as one "thd" sequence."""
         if not isinstance(packed_seq_params, PackedDocuments):
             return self.kernel(*query_key_value, attention_mask, attn_mask_type)
         num_tokens, num_rows = query_key_value[0].shape[:2]

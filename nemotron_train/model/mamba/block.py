@@ -1,10 +1,10 @@
-"""Megatron's Mamba layer with a short way for the tokens of a decode batch.
+"""Megatron's Mamba layer with a shorter path for decode batches.
 
 Owns: norm -> mixer -> residual of a decode batch, through the modules or, for a few tokens, in one
-compiled kernel. Does not own: anything else about the layer; in training it is Megatron's own.
+C kernel. Does not own: the rest of the layer; training runs Megatron's own forward.
 
-Megatron's layer checks a dozen switches around each of these steps: nothing beside a training
-pass, and more than the layer itself beside one token.
+Megatron's layer checks a dozen switches around each of these steps. Their cost is nothing compared
+to a training step, but more than the layer itself for one token.
 """
 
 import functools
@@ -24,7 +24,7 @@ class MambaBlock(MambaLayer):
     """The layer behind an `M`."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """hidden_states [S,B,hidden] -> the same."""
+        """hidden_states [S,B,hidden] -> the layer's output, same shape."""
         batch = kwargs.get("packed_seq_params")
         if not isinstance(batch, DecodeBatch):
             return super().forward(*args, **kwargs)
@@ -38,14 +38,14 @@ class MambaBlock(MambaLayer):
 
     @functools.cached_property
     def _compiles(self) -> bool:
-        """Whether the compiled kernel can compute this layer."""
+        """Whether the C kernel can compute this layer."""
         layer = cast(Any, self)
         norm, mixer = layer.norm, layer.mixer
         is_plain = are_plain(norm, mixer.in_proj, mixer.out_proj)
         return is_plain and self._kernel_weights().are_accepted(norm.weight)
 
     def _kernel_weights(self) -> MambaWeights:
-        """What the kernel reads; gathered anew each time, since a tensor may be replaced."""
+        """The weights the kernel reads. Collected at each call, since a tensor may be replaced."""
         mixer = cast(Any, self).mixer
         return MambaWeights(
             mixer.in_proj.weight,
@@ -62,15 +62,15 @@ class MambaBlock(MambaLayer):
 def compiled_mamba(
     hidden_T1D: Tensor, norm: Any, mixer: Any, weights: MambaWeights, batch: DecodeBatch
 ) -> Tensor:
-    """x + mixer(norm(x)), [T,1,D]; the layer's state in `batch` moves on."""
+    """x + mixer(norm(x)), [T,1,D], by the C kernel; updates the layer's state in `batch`."""
     hidden_T1D = hidden_T1D.contiguous()
     state: MambaState = mixer.state_of(batch, hidden_T1D)
     channels, taps = weights.conv_weight_CK.shape
     num_sequences = len(batch.counts)
     inputs_BWC = hidden_T1D.new_empty(num_sequences, taps - 1 + batch.max_new, channels)
     before_BHPN = state.ssm_BHPN.contiguous()
-    after = before_BHPN
-    if batch.speculative:
+    after = before_BHPN  # updated in place: only the last state is needed
+    if batch.speculative:  # keep the state after every token
         after = torch.empty((batch.max_new, *before_BHPN.shape), dtype=torch.float32)
     mamba = mixer.mamba
     out_T1D = decoding_kernels.mamba_layer(

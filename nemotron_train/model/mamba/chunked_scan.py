@@ -17,8 +17,8 @@ inside the exponent range. A head that forgets faster than that anywhere in the 
 head) gets its explicit decay matrix instead (`steep_heads`) and takes no part in the shared
 product.
 
-A document's output does not depend on its neighbours in any bit, save that a neighbour's decays
-can make a head steep, which changes that head's rounding.
+The other documents of a row do not change a document's output by one bit, with one exception:
+their decays can make a head steep, which changes that head's rounding.
 """
 
 from typing import Any
@@ -59,7 +59,7 @@ def chunked_ssd(
     chunk_size: int,
     return_final_state: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """y_BSHP and, if asked for, the final state; see `core.ssd`."""
+    """y_BSHP, and the final state or None (`return_final_state`); see `core.ssd`."""
     return _ChunkedSsd.apply(
         x_BSHP,
         dt_BSH,
@@ -132,8 +132,8 @@ class _ChunkedSsd(torch.autograd.Function):
         row_l = sum_P dy_l r_l out_l, dyx_l = sum_P dy_l x_l, dxdt_s = sum_P dxw_s w_s x_s.
         """
         dy_BSHP, dfinal_BHPN = gradients
-        x_BSHP, A_H, D_H, states, out, xw, *rest = ctx.saved_tensors
-        op = Operands(*rest)
+        x_BSHP, A_H, D_H, states, out, xw, *saved_operands = ctx.saved_tensors
+        op = Operands(*saved_operands)
         num_chunks, num_groups = op.dt_KGBLJ.shape[:2]
         head_dim, dtype = x_BSHP.shape[3], x_BSHP.dtype
         accumulate = op.dt_KGBLJ.dtype
@@ -221,9 +221,9 @@ def _scan_states(op: Operands, xw: Tensor, initial_BHPN: Tensor | None) -> Tenso
 
 
 def _state_gradients(op: Operands, dyr: Tensor, dfinal_BHPN: Tensor | None) -> Tensor:
-    """Gradient of the loss with respect to the states through their readers alone, before it is
-    carried from chunk to chunk: [K + 1, G, B, N, J, P]. Entry k is of the state entering chunk k,
-    the last of the final state."""
+    """Gradient of the loss with respect to each state from the outputs of one chunk only:
+    [K + 1, G, B, N, J, P]. Entry k belongs to the state entering chunk k and the last entry to the
+    final state. `scan_states_backward` then adds the contribution of the later chunks."""
     num_chunks, num_groups, batch, _, state_size = op.B_KGBLN.shape
     heads = op.dt_KGBLJ.shape[4]
     shape = (num_chunks + 1, num_groups, batch, state_size, heads, dyr.shape[-1] // heads)

@@ -1,10 +1,10 @@
 """Short depthwise causal convolution followed by SiLU, as in Mamba-2, with document resets.
 
-Owns the function, its hand-derived backward and the choice between `causal_conv1d` on CUDA, one
-compiled pass on a CPU and PyTorch. Does not own the weights, nor the window of past inputs that
-generation carries along.
+Owns: the function, its hand-derived backward, and the choice between the `causal_conv1d` package
+on CUDA, one C kernel on a CPU, and PyTorch. Does not own: the weights, the window of past inputs
+that generation keeps (`decode_state`).
 
-Shape suffixes: B batch, S tokens, C channels, K kernel taps, R «young» tokens (see below).
+Shape suffixes: B batch, S tokens, C channels, K kernel taps, R young tokens (see `_CausalConv`).
 """
 
 import importlib.util
@@ -30,17 +30,19 @@ def causal_conv(
 ) -> Tensor:
     """y_t = SiLU(bias + sum_j weight[:, K-1-j] x_{t-j}), j = 0 ... K-1, channel by channel.
 
-    Taps before the first token read `initial_BKC` (the K-1 inputs before it, oldest first; they
-    belong to each row's first document) or zero; taps that reach into another document read
-    zero. `document_ids_BS` is non-decreasing along S. Sums in FP32 (FP64 with FP64 inputs);
-    returns y_BSC in x's dtype and memory order (batch- or sequence-first). x, weight, bias and
-    the initial inputs receive gradients.
+    Taps before the first token read `initial_BKC` (the K-1 inputs before it, oldest first, of each
+    row's first document) or zero. Taps that reach into another document read zero.
+    `document_ids_BS` is non-decreasing along S. Sums in FP32 (FP64 with FP64 inputs). Returns
+    y_BSC in x's dtype and memory order (batch- or sequence-first). x, weight, bias and the initial
+    inputs receive gradients.
 
-    On CUDA the `causal_conv1d` package computes it where it is installed, unless `force_torch`.
+    On CUDA the `causal_conv1d` package computes it if it is installed, K is 2 to 4 and x is not
+    FP64, unless `force_torch`.
     """
     if initial_BKC is not None:
         history = initial_BKC.shape[1]
         assert history == weight_CK.shape[1] - 1, "initial_BKC must hold K - 1 inputs"
+        # Prepend the history, convolve, drop its outputs: one code path for every form.
         x_BSC = torch.cat([initial_BKC.to(x_BSC.dtype), x_BSC], dim=1)
         if document_ids_BS is not None:
             first = document_ids_BS[:, :1].expand(-1, history)
@@ -72,7 +74,7 @@ def _causal_conv1d(
     from causal_conv1d import causal_conv1d_fn  # pyright: ignore[reportMissingImports]
 
     seq_idx = None
-    if document_ids_BS is not None:  # the kernel wants channels last and small indices
+    if document_ids_BS is not None:  # the kernel needs channels last and int32 indices
         seq_idx = (document_ids_BS - document_ids_BS[:, :1]).to(torch.int32).contiguous()
         x_BSC = x_BSC.contiguous()
     weight_CK, bias_C = weight_CK.to(x_BSC.dtype), bias_C.to(x_BSC.dtype)
@@ -81,7 +83,8 @@ def _causal_conv1d(
 
 
 class _CompiledCausalConv(torch.autograd.Function):
-    """One pass forward and one backward (compiled_passes), which keep nothing but the inputs."""
+    """One C kernel forward and one backward (csrc/convolution.c). Saves only the inputs: the kernel
+    recomputes the sums before the SiLU."""
 
     @staticmethod
     def forward(
@@ -91,12 +94,12 @@ class _CompiledCausalConv(torch.autograd.Function):
         bias_C: Tensor,
         document_ids_BS: Tensor | None,
     ) -> Tensor:
-        taps_KC = weight_CK.float().mT.flip(0).contiguous()
+        taps_KC = weight_CK.float().mT.flip(0).contiguous()  # tap j reads x_{t-j}
         if document_ids_BS is not None:
             document_ids_BS = document_ids_BS.long().contiguous()
         ctx.save_for_backward(x_BSC, taps_KC, bias_C.float().contiguous(), document_ids_BS)
         ctx.dtypes = weight_CK.dtype, bias_C.dtype
-        return training_kernels.causal_conv(*ctx.to_save)
+        return training_kernels.causal_conv(*ctx.to_save)  # the four tensors of the line above
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
@@ -109,12 +112,12 @@ class _CompiledCausalConv(torch.autograd.Function):
 
 class _CausalConv(torch.autograd.Function):
     """K shifted multiply-adds over whole rows: three to four times faster on a CPU than conv1d,
-    which wants channels first. Row by row, so that the wide temporaries of one row stay in the
-    cache and serve the next.
+    which needs channels first. One row at a time on a CPU, so that the FP32 temporaries of one row
+    stay in the cache and are reused for the next.
 
-    A token is young if one of its taps reaches into another document. They are few, so the
-    full-width passes ignore documents and the young rows are computed apart and written over:
-    exact, and no pass carries a mask.
+    A token is young if one of its taps reaches into another document. There are few (at most K - 1
+    per document). The full-width operations therefore ignore documents, and the young tokens are
+    computed separately and overwrite the result: exact, and without a mask over all tokens.
     """
 
     @staticmethod
@@ -128,7 +131,7 @@ class _CausalConv(torch.autograd.Function):
         wide = torch.promote_types(x_BSC.dtype, torch.float32)
         taps_KC = weight_CK.to(wide).mT.flip(0).contiguous()  # tap j reads x_{t-j}
         bias = bias_C.to(wide)
-        # Kept rather than recomputed: K passes against one saved tensor.
+        # sum_BSC: before the SiLU. Saved, since recomputing it would cost K operations.
         sum_BSC, y_BSC = torch.empty_like(x_BSC), torch.empty_like(x_BSC)
         blocks = _row_blocks(x_BSC)
         x_wide, total = (_scratch(x_BSC, blocks, wide) for _ in range(2))
@@ -136,7 +139,8 @@ class _CausalConv(torch.autograd.Function):
             x = _widened(x_BSC[rows], x_wide)
             torch.addcmul(bias, x, taps_KC[0], out=total)
             for j in _shifts(x, taps_KC):
-                total[:, j:].addcmul_(x[:, :-j], taps_KC[j])
+                total[:, j:].addcmul_(x[:, :-j], taps_KC[j])  # tokens before j read zero
+            # Young tokens: the same sum, with taps outside the document set to zero.
             young = _young(document_ids_BS, rows, len(taps_KC))
             if young is not None:
                 b, t, *sources = young
@@ -152,6 +156,13 @@ class _CausalConv(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
+        """With s_t the sum before the SiLU and tap j reading x_{t-j}:
+
+            ds_t = dy_t SiLU'(s_t),  dbias = sum_t ds_t,
+            dtaps_j = sum_t ds_t x_{t-j},  dx_u = sum_j taps_j ds_{u+j}.
+
+        Taps of young tokens that reach into another document contribute nothing.
+        """
         x_BSC, taps_KC, sum_BSC, document_ids_BS = ctx.saved_tensors
         dx_BSC = torch.empty_like(x_BSC)
         dtaps_KC, dbias_C = torch.zeros_like(taps_KC), torch.zeros_like(taps_KC[0])
@@ -167,63 +178,74 @@ class _CausalConv(torch.autograd.Function):
             young = _young(document_ids_BS, rows, len(taps_KC))
             drows_RC = None
             if young is not None:
+                # Take the young tokens out, so that the full-width sums below need no mask.
                 drows_RC = dsum[young[:2]]
                 dsum[young[:2]] = 0
+            # Tap 0 reads the token itself.
             torch.mul(dsum, taps_KC[0], out=dx)
             dtaps_KC[0] += torch.mul(dsum, x, out=product).sum((0, 1))
             for j in _shifts(x, taps_KC):
+                # x_t reached the output at t + j through tap j.
                 dx[:, :-j].addcmul_(dsum[:, j:], taps_KC[j])
                 torch.mul(dsum[:, j:], x[:, :-j], out=product[:, j:])
-                # Summing whole rows, zeros included: ten times faster than over a sliced view.
+                # Sum whole rows, zeros included: ten times faster than over a sliced view.
                 product[:, :j] = 0
                 dtaps_KC[j] += product.sum((0, 1))
             if young is not None and drows_RC is not None:
                 b, t, *sources = young
+                # The (b, t) pairs are distinct, also after the shift by j, so `+=` with indices
+                # adds every contribution.
                 dx[b, t] += drows_RC * taps_KC[0]
                 dtaps_KC[0] += (drows_RC * x[b, t]).sum(0)
                 for j, same in enumerate(sources, 1):
-                    kept = drows_RC * same[:, None]
-                    dx[b, t - j] += kept * taps_KC[j]
-                    dtaps_KC[j] += (kept * x[b, t - j]).sum(0)
+                    inside_RC = drows_RC * same[:, None]  # zero if tap j leaves the document
+                    dx[b, t - j] += inside_RC * taps_KC[j]
+                    dtaps_KC[j] += (inside_RC * x[b, t - j]).sum(0)
             dx_BSC[rows] = dx
         weight_dtype, bias_dtype = ctx.dtypes
-        dweight_CK = dtaps_KC.flip(0).mT.to(weight_dtype)
+        dweight_CK = dtaps_KC.flip(0).mT.to(weight_dtype)  # back to oldest tap first
         return dx_BSC, dweight_CK, dbias_C.to(bias_dtype), None
 
 
 def _row_blocks(x_BSC: Tensor) -> list[slice]:
-    """Rows worked on at a time: one on a CPU, all on a GPU."""
+    """The rows of one iteration: one at a time on a CPU, all at once on a GPU."""
     step = x_BSC.shape[0] if x_BSC.is_cuda else 1
     return [slice(start, start + step) for start in range(0, x_BSC.shape[0], step)]
 
 
 def _scratch(x_BSC: Tensor, blocks: list[slice], dtype: torch.dtype) -> Tensor:
+    """An uninitialized buffer for the rows of one iteration."""
     num_rows = x_BSC.shape[0] if len(blocks) == 1 else 1
     return torch.empty((num_rows, *x_BSC.shape[1:]), dtype=dtype, device=x_BSC.device)
 
 
 def _widened(t: Tensor, scratch: Tensor) -> Tensor:
+    """`t` in the scratch buffer's dtype: `t` itself, or a copy in the buffer."""
     return t if t.dtype == scratch.dtype else scratch.copy_(t)
 
 
 def _shifts(x_BSC: Tensor, taps_KC: Tensor) -> range:
-    """The taps that look back and stay inside the row."""
+    """The taps that read an earlier token, up to the row's length."""
     return range(1, min(len(taps_KC), x_BSC.shape[1]))
 
 
 def _young(document_ids_BS: Tensor | None, rows: slice, num_taps: int) -> tuple[Tensor, ...] | None:
-    """Row (counted from the block's first) and position of each young token, and for each tap
-    j >= 1 no longer than the row whether it stays inside the document (outside, if before the
-    row). None if there are none."""
+    """(b, t, inside_1, inside_2, ...) of the R young tokens, each [R]; None if there are none.
+
+    b counts from the first row of `rows`, t is the position, inside_j is True if tap j (j >= 1, up
+    to the row's length) stays in the document. A tap before the row's start is outside.
+    """
     if document_ids_BS is None:
         return None
     ids = document_ids_BS[rows]
     length = ids.shape[1]
     reach = min(num_taps - 1, length - 1)
+    # Ids do not decrease, so a token is young if its oldest tap lies in another document.
     oldest = torch.cat([ids[:, :1].expand(-1, reach), ids[:, : length - reach]], dim=1)
-    b, t = (ids != oldest).nonzero(as_tuple=True)  # SYNC: few rows, their number is data
+    b, t = (ids != oldest).nonzero(as_tuple=True)  # SYNC: the number of young tokens is data
     if b.numel() == 0:
         return None
-    # t - j may be negative and wrap: masked here, and it meets no other token's index.
+    # t - j may be negative and wrap around to the row's end. That value is masked here, and its
+    # index differs from those of all other young tokens.
     same = [(t >= j) & (ids[b, t - j] == ids[b, t]) for j in range(1, reach + 1)]
     return b, t, *same

@@ -1,8 +1,8 @@
-"""The state-space core of Mamba-2 (SSD, arXiv 2405.21060): one function, two kernels.
+"""The state-space core of Mamba-2 (SSD, arXiv 2405.21060): one function, two implementations.
 
-Owns the contract of the recurrence and the choice between `mamba_ssm` on CUDA and the chunked
-PyTorch form (`ssd_chunked`). Does not own the projections, the convolution, softplus and limits
-of dt, or the gate: the mixer does.
+Owns: the definition of the recurrence, and the choice between `mamba_ssm` on CUDA and the chunked
+PyTorch form (`chunked_scan`). Does not own: the projections, the convolution, softplus and limits
+of dt, the gate (all in `layer`).
 
 Shape suffixes: B batch, S tokens, H heads, P channels a head, G groups, N state size.
 """
@@ -19,9 +19,9 @@ from nemotron_train.config.errors import ConfigError
 from nemotron_train.model.mamba.chunked_scan import chunked_ssd
 from nemotron_train.model.mamba.scan_operands import SPLIT_RANGE
 
-# Tokens a chunk on a CPU, at most. Measured on two cores, forward and backward (docs/log.md): 64
-# costs 5 to 15 % less than 32 and two thirds of 128, but more heads are steep
-# in a longer chunk, and a steep head costs two to three times a mild one.
+# Chunk lengths on a CPU, in tokens (upper limits). Measured on two cores, forward and backward
+# (docs/log.md): 64 costs 5 to 15 % less than 32 and two thirds of 128. But more heads are steep in
+# a longer chunk, and a steep head costs two to three times as much as any other.
 CPU_CHUNKS = (64, 32)
 
 
@@ -50,8 +50,8 @@ def ssd(
     Returns y_BSHP in x's dtype, or (y_BSHP, final state BHPN in dt's dtype) with
     `return_final_state`. All floating inputs and the initial state receive gradients.
 
-    On CUDA `mamba_ssm` computes it where it is installed, unless `force_torch`. Raises
-    ConfigError where its 32-bit offsets would overflow (state-spaces/mamba#1015).
+    On CUDA `mamba_ssm` computes it if it is installed and x is not FP64, unless `force_torch`.
+    Raises ConfigError if its 32-bit offsets would overflow (state-spaces/mamba#1015).
     """
     arguments = (x_BSHP, dt_BSH, A_H, B_BSGN, C_BSGN, D_H)
     if x_BSHP.is_cuda and not force_torch and x_BSHP.dtype != torch.float64 and _has_mamba_ssm():
@@ -68,9 +68,10 @@ def ssd(
 
 @torch.no_grad()
 def _cpu_chunk(dt_BSH: Tensor, A_H: Tensor) -> int:
-    """The longer chunk, unless more than one head in sixteen would be steep in it."""
+    """The longer of CPU_CHUNKS, unless more than one head in sixteen would be steep in it."""
     longest, shorter = CPU_CHUNKS
     padding = -dt_BSH.shape[1] % longest
+    # Sum of dt over each chunk; times A it is cum at the chunk's end (documents ignored).
     windows = F.pad(dt_BSH, (0, 0, 0, padding)).unflatten(1, (-1, longest)).sum(2)
     steep_H = (windows.amax((0, 1)) * A_H) < -SPLIT_RANGE
     return longest if 16 * int(steep_H.sum()) <= len(A_H) else shorter
@@ -113,13 +114,14 @@ def _mamba_ssm(
     initial_state_BHPN: Tensor | None,
     return_final_state: bool,
 ) -> Any:
+    """`ssd` by mamba_ssm's Triton kernels."""
     from mamba_ssm.ops.triton.ssd_combined import (  # pyright: ignore[reportMissingImports]
         mamba_chunk_scan_combined,
     )
 
     check_offsets(x_BSHP, B_BSGN, C_BSGN, chunk_size)
     seq_idx = None
-    if document_ids_BS is not None:  # the kernel gives the initial state to index 0
+    if document_ids_BS is not None:  # the kernel applies the initial state to index 0 only
         seq_idx = (document_ids_BS - document_ids_BS[:, :1]).to(torch.int32).contiguous()
     return mamba_chunk_scan_combined(
         x_BSHP,

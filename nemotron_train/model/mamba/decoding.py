@@ -1,10 +1,10 @@
-"""The recurrence of SSD (arXiv 2405.21060, eq. 1) token by token, for passes of a few tokens.
+"""The recurrence of SSD (arXiv 2405.21060, eq. 1) token by token, for a few new tokens.
 
-Owns: the step in FP32, and the states after each token where a pass may be taken back. Does not
-own: long passes (`ssd`), gradients: generation needs none.
+Owns: the step in FP32, and the state after each token (speculative decoding may rewind to any of
+them). Does not own: many tokens at once (`core.ssd`), gradients (generation needs none).
 
-Each token costs the same operations whatever the number of tokens in the pass, so a pass over
-drafted tokens gives the states that single tokens give.
+Each token takes the same operations whatever the number of new tokens. A speculative batch
+therefore gives bit for bit the states that decoding one token at a time gives.
 
 Shapes: B sequences, n tokens, H heads of P channels, G groups of state size N, J = H / G.
 """
@@ -12,7 +12,7 @@ Shapes: B sequences, n tokens, H heads of P channels, G groups of state size N, 
 import torch
 from torch import Tensor
 
-MOST_TOKENS = 16  # above, the chunked form is faster
+MOST_TOKENS = 16  # new tokens of a sequence; for more, the chunked form is faster
 
 
 def ssd_steps(
@@ -24,14 +24,16 @@ def ssd_steps(
     D_H: Tensor,
     state_BHPN: Tensor,
 ) -> tuple[Tensor, list[Tensor]]:
-    """y in x's dtype, and the states after each token, new tensors each: the arguments and the
-    recurrence of `ssd.ssd`."""
+    """The recurrence of `core.ssd`, with its arguments: y [B, n, H, P] in x's dtype, and the state
+    after each token as n new tensors [B, H, P, N] in dt's dtype. `state_BHPN` is not changed."""
     num_tokens, num_groups = x_BnHP.shape[1], B_BnGN.shape[2]
     wide = dt_BnH.dtype
-    x, B, C = x_BnHP.to(wide), B_BnGN.to(wide), C_BnGN.to(wide)
+    x = x_BnHP.to(wide)
+    B, C = B_BnGN.to(wide), C_BnGN.to(wide)
     decay_BnH11 = torch.exp(dt_BnH * A_H)[..., None, None]
     written_BnHP1 = (x * dt_BnH.unsqueeze(-1)).unsqueeze(-1)
     heads = x.shape[2] // num_groups
+    # Repeat B and C of a group for each of its heads.
     B_BnH1N, C_BnHN1 = (
         t.unsqueeze(3).expand(*t.shape[:3], heads, -1).flatten(2, 3) for t in (B, C)
     )

@@ -1,7 +1,7 @@
 """Mamba-2's grouped gated RMSNorm: gate first, then normalize (norm_before_gate=False).
 
-Owns the function and its hand-derived backward. Does not own the weight, nor the plain RMSNorm
-of the residual stream.
+Owns: the function and its hand-derived backward. Does not own: the weight, the plain RMSNorm of
+the residual stream (`model.norm`).
 
 Shape suffixes: B batch, S tokens, D channels, G groups, W channels a group (D = G x W).
 """
@@ -19,12 +19,12 @@ from nemotron_train.kernels.library import limit, supports
 def gated_rms_norm(
     y_BSD: Tensor, gate_BSD: Tensor, weight_D: Tensor, *, group_size: int, epsilon: float
 ) -> Tensor:
-    """u = y SiLU(gate); weight u / sqrt(mean of u^2 over each `group_size` channels + epsilon).
+    """weight u / sqrt(mean of u^2 over each `group_size` channels + epsilon), u = y SiLU(gate).
 
-    Groups are contiguous; Mamba-2 takes `group_size` = inner width / B-C groups, so that a
+    Groups are contiguous. Mamba-2 uses `group_size` = inner width / B-C groups, so that a
     tensor-parallel split by groups needs no communication (arXiv 2405.21060, section 8.2).
     Computed in FP32 (FP64 with FP64 inputs), returned in y's dtype. y, gate and weight receive
-    gradients.
+    gradients. A C kernel computes BF16 and FP32 on a CPU.
     """
     assert y_BSD.shape[-1] % group_size == 0, "groups must divide the channels"
     if group_size <= limit("max_width") and supports(y_BSD, gate_BSD, weight_D):
@@ -37,7 +37,7 @@ def gated_rms_norm(
 
 
 class _CompiledGatedRmsNorm(torch.autograd.Function):
-    """One pass forward and one backward; saves what `_GatedRmsNorm` saves."""
+    """One C kernel forward and one backward (csrc/norms.c); saves what `_GatedRmsNorm` saves."""
 
     @staticmethod
     def forward(
@@ -54,7 +54,7 @@ class _CompiledGatedRmsNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        # Read once: recomputation hands it out once.
+        # Unpack `saved_tensors` once: under recomputation it can be read only once.
         y_BSD, gate_BSD, weight_D, scale = ctx.saved_tensors
         dy_BSD, dgate_BSD, dweight_D = training_kernels.rms_norm_backward(
             gradients[0], y_BSD, gate_BSD, weight_D, scale
@@ -63,9 +63,9 @@ class _CompiledGatedRmsNorm(torch.autograd.Function):
 
 
 class _GatedRmsNorm(torch.autograd.Function):
-    """Saves the inputs and one reciprocal root a group; recomputes the rest.
+    """Saves the inputs and one scale 1 / sqrt(...) a group; recomputes everything else.
 
-    Row by row on a CPU: the wide temporaries of one row stay in the cache and serve the next.
+    One row at a time on a CPU: the FP32 temporaries of one row stay in the cache for the next.
     """
 
     @staticmethod
@@ -83,7 +83,7 @@ class _GatedRmsNorm(torch.autograd.Function):
         scale_BSG1 = y_BSD.new_empty((*y_BSD.shape[:2], num_groups, 1), dtype=wide)
         for rows in _row_blocks(y_BSD):
             u_BSD = F.silu(gate_BSD[rows].to(wide)).mul_(y_BSD[rows])
-            u_BSGW = u_BSD.unflatten(-1, (num_groups, group_size))
+            u_BSGW = u_BSD.unflatten(-1, (num_groups, group_size))  # a view of u_BSD
             norm_BSG1 = torch.linalg.vector_norm(u_BSGW, dim=-1, keepdim=True)
             scale_BSG1[rows] = norm_BSG1.square_().div_(group_size).add_(epsilon).rsqrt_()
             u_BSGW.mul_(scale_BSG1[rows])
@@ -94,6 +94,14 @@ class _GatedRmsNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
+        """With u = y SiLU(gate), n = scale u (the normed u) and t = dout weight, per group:
+
+            dweight = sum over tokens of dout n
+            du      = scale (t - n mean(t n))
+            dy      = du SiLU(gate),  dgate = du y SiLU'(gate)
+
+        The mean(t n) term is the derivative of scale = (mean(u^2) + epsilon)^-1/2.
+        """
         y_BSD, gate_BSD, weight_D, scale_BSG1 = ctx.saved_tensors
         wide = scale_BSG1.dtype
         dy_BSD, dgate_BSD = torch.empty_like(y_BSD), torch.empty_like(gate_BSD)
@@ -103,12 +111,12 @@ class _GatedRmsNorm(torch.autograd.Function):
             gate, dout = gate_BSD[rows].to(wide), gradients[0][rows].to(wide)
             silu = F.silu(gate)
             normed = torch.mul(silu, y)
-            normed.unflatten(-1, ctx.groups).mul_(scale)
-            # With n the normed u and t = dout weight: du = scale (t - n mean(t n)).
+            normed.unflatten(-1, ctx.groups).mul_(scale)  # n, in place through the view
             product = normed * dout
             dweight_D += product.sum((0, 1))
+            # product becomes t n; its mean over the group's channels is all that du needs of it.
             mean = product.mul_(weight_D).unflatten(-1, ctx.groups).mean(-1, keepdim=True)
-            du = torch.mul(dout, weight_D, out=product)
+            du = torch.mul(dout, weight_D, out=product)  # t, in the memory of `product`
             du_groups, normed_groups = (t.unflatten(-1, ctx.groups) for t in (du, normed))
             du_groups.addcmul_(normed_groups, mean, value=-1).mul_(scale)
             dy_BSD[rows] = silu.mul_(du)
@@ -117,6 +125,6 @@ class _GatedRmsNorm(torch.autograd.Function):
 
 
 def _row_blocks(y_BSD: Tensor) -> list[slice]:
-    """Rows worked on at a time: one on a CPU, all on a GPU."""
+    """The rows of one iteration: one at a time on a CPU, all at once on a GPU."""
     step = y_BSD.shape[0] if y_BSD.is_cuda else 1
     return [slice(start, start + step) for start in range(0, y_BSD.shape[0], step)]

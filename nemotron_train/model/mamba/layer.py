@@ -1,13 +1,13 @@
 """Mamba-2 mixer (arXiv 2405.21060) in HybridModel's `mamba_layer` slot, tensor-parallel by
 heads and groups over Megatron's parallel linears.
 
-Owns the parameters and their sharding; the arithmetic is in `causal_conv`, `ssd` and
-`gated_norm`. Runs wherever those run, unlike Megatron's own mixer, which needs mamba_ssm.
+Owns: the parameters and their sharding. Does not own: the arithmetic (`convolution`, `core`,
+`gated_norm`). Unlike Megatron's own mixer, it does not need mamba_ssm.
 
 Shapes: S tokens, B rows, H heads of P channels (H*P = inner width), G groups of state size N,
 all of this tensor-parallel rank. Under context parallelism (`model.context`) a rank projects,
-gates and normalizes its own piece of the sequence, and in between, convolution and state see the
-whole sequence of some of the heads.
+gates and normalizes its own piece of the sequence. Between these steps, it computes convolution
+and state over the whole sequence for some of the heads.
 """
 
 from dataclasses import dataclass
@@ -43,14 +43,14 @@ from nemotron_train.platform.device import parameter_device
 
 @dataclass
 class Mamba2MixerSubmodules:
-    """The two projections; the precision of each is decided by what stands here."""
+    """The two projections. Their classes decide the precision of each."""
 
     in_proj: ModuleSpec | type
     out_proj: ModuleSpec | type
 
 
 class GatedNormWeight(nn.Module):
-    """Holds the weight of the gated RMSNorm under the name `norm.weight`."""
+    """Holds the weight of the gated RMSNorm, so that its parameter name is `norm.weight`."""
 
     def __init__(self, width: int, dtype: torch.dtype, device: Any) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class Mamba2Mixer(MegatronModule):
     """in_proj -> short causal convolution -> SSD -> gated grouped RMSNorm -> out_proj.
 
     `in_proj` packs [z, x, B, C, dt] in that order, as the published checkpoints do. A_log, D
-    and dt_bias stay FP32 whatever the parameter dtype: they feed exponentials.
+    and dt_bias are FP32 for every parameter dtype, because they enter exponentials.
     """
 
     A_log: nn.Parameter
@@ -91,7 +91,8 @@ class Mamba2Mixer(MegatronModule):
         state_width = self.num_groups * mamba.state_size
         self.conv_components = [self.inner_width, state_width, state_width]
         components = [self.inner_width, *self.conv_components, self.num_heads]
-        # x, B, C and dt of a head are exchanged together; z meets y after the way back.
+        # x, B, C and dt of a head are exchanged together. z stays: it is used after y is exchanged
+        # back.
         states = (self.num_groups, mamba.state_size)
         exchanged = [(self.num_heads, mamba.head_dim), states, states, (self.num_heads, 1)]
         self.exchange = HeadExchange(pg_collection.cp, exchanged)
@@ -151,7 +152,8 @@ class Mamba2Mixer(MegatronModule):
         inference_context: object | None = None,
         packed_seq_params: PackedDocuments | DecodeBatch | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """hidden_states [S,B,hidden] (its shard of S under sequence parallelism) -> the same."""
+        """hidden_states [S,B,hidden] (this rank's shard of S under sequence parallelism) -> the
+        same shape, and no bias. `packed_seq_params`: the documents, or a decode batch."""
         zxbcdt_SBF, _ = self.in_proj(hidden_states)
         if isinstance(packed_seq_params, DecodeBatch):
             return self.out_proj(self._mix_new(zxbcdt_SBF, packed_seq_params))
@@ -159,8 +161,8 @@ class Mamba2Mixer(MegatronModule):
         return self.out_proj(self.mix(zxbcdt_SBF, documents_BS))
 
     def mix(self, zxbcdt_SBF: torch.Tensor, documents_BS: torch.Tensor | None) -> torch.Tensor:
-        """What lies between the projections: [S,B,F] -> [S,B,inner width]. Cheap in FLOPs beside
-        what it keeps, so it is what selective recomputation runs again."""
+        """Everything between the projections: [S,B,F] -> [S,B,inner width]. Selective recomputation
+        runs this method again: it costs few FLOPs for the memory it saves."""
         widths = [self.inner_width, sum(self.conv_components), self.num_heads]
         if self.exchange.num_ranks == 1:
             z_BSI, xbc_BSC, dt_BSH = split_to_batch_first(zxbcdt_SBF, widths)
@@ -170,6 +172,7 @@ class Mamba2Mixer(MegatronModule):
         return self._gated(y_BSI, z_BSI).transpose(0, 1)
 
     def _gated(self, y_BSI: torch.Tensor, z_BSI: torch.Tensor) -> torch.Tensor:
+        """The gated norm over each group's channels."""
         return gated_rms_norm(
             y_BSI,
             z_BSI,
@@ -181,8 +184,9 @@ class Mamba2Mixer(MegatronModule):
     def _mix_over_ranks(
         self, zxbcdt_SBF: torch.Tensor, documents_BS: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """z and y of this rank's piece [B,s,I], y computed where the whole sequence of a head is.
-        A norm's group may lie on several ranks on the way; COLLECTIVE."""
+        """z and y of this rank's piece of the sequence, [B,s,I]. y is computed on the rank that has
+        the whole sequence of a head, and exchanged back before the norm, since a group of the norm
+        may be spread over several ranks until then. COLLECTIVE."""
         z, *parts = zxbcdt_SBF.split(
             [self.inner_width, *self.conv_components, self.num_heads], dim=-1
         )
@@ -196,12 +200,12 @@ class Mamba2Mixer(MegatronModule):
     def _mix_tokens(
         self, xbc_BSC: torch.Tensor, dt_BSH: torch.Tensor, documents_BS: torch.Tensor | None
     ) -> torch.Tensor:
-        """Convolution and state over whole sequences, of this context-parallel rank's heads."""
-        own = self.exchange.own
+        """Convolution and state over whole sequences, for this context-parallel rank's heads."""
+        local = self.exchange.own
         xbc_BSC = causal_conv(
             xbc_BSC,
-            own(self.conv_weight, [0, 1, 2]),
-            own(self.conv_bias, [0, 1, 2]),
+            local(self.conv_weight, [0, 1, 2]),
+            local(self.conv_bias, [0, 1, 2]),
             document_ids_BS=documents_BS,
         )
         y_BSHP = ssd(
@@ -212,27 +216,27 @@ class Mamba2Mixer(MegatronModule):
         return y_BSHP.flatten(2).to(xbc_BSC.dtype)
 
     def _operands(self, xbc_BSC: torch.Tensor, dt_BSH: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """x, dt, A, B, C and D as `ssd` takes them, from the convolution's output."""
-        mamba, own = self.mamba, self.exchange.own
+        """x, dt, A, B, C and D, the arguments of `ssd`, from the convolution's output."""
+        mamba, local = self.mamba, self.exchange.own
         *components, num_heads = self.exchange.widths
         xbc_BSC = xbc_BSC.to(product_dtype(xbc_BSC))
         x_BSI, B_BSK, C_BSK = torch.split(xbc_BSC, components, dim=-1)
-        dt_BSH = F.softplus(dt_BSH.float() + own(self.dt_bias, [3]))
+        dt_BSH = F.softplus(dt_BSH.float() + local(self.dt_bias, [3]))
         if mamba.dt_limit_min > 0.0 or mamba.dt_limit_max < float("inf"):
             dt_BSH = dt_BSH.clamp(mamba.dt_limit_min, mamba.dt_limit_max)
         num_groups = components[1] // mamba.state_size
         return (
             x_BSI.unflatten(-1, (num_heads, mamba.head_dim)),
             dt_BSH,
-            -torch.exp(own(self.A_log, [3])),
+            -torch.exp(local(self.A_log, [3])),
             B_BSK.unflatten(-1, (num_groups, mamba.state_size)),
             C_BSK.unflatten(-1, (num_groups, mamba.state_size)),
-            own(self.D, [3]),
+            local(self.D, [3]),
         )
 
     def _mix_new(self, zxbcdt_T1F: torch.Tensor, batch: DecodeBatch) -> torch.Tensor:
-        """`mix` of new tokens, from the states that the tokens before them left: [T,1,F] ->
-        [T,1,inner width]."""
+        """`mix` for a decode batch, starting from the states of the earlier tokens and updating
+        them: [T,1,F] -> [T,1,inner width]."""
         assert self.exchange.num_ranks == 1, "generation cuts no sequence"
         widths = [self.inner_width, sum(self.conv_components), self.num_heads]
         z_T1I, xbc_T1C, dt_T1H = zxbcdt_T1F.split(widths, dim=-1)
@@ -243,7 +247,7 @@ class Mamba2Mixer(MegatronModule):
         x, dt, A, B, C, D = self._operands(y_BnC, dt_BnH)
         is_token_Bn1 = batch.is_token_Bn1()
         if is_token_Bn1 is not None:
-            dt = dt * is_token_Bn1  # dt = 0: the state passes through padding untouched
+            dt = dt * is_token_Bn1  # dt = 0: padding does not change the state
         if batch.max_new <= MOST_TOKENS or batch.speculative:
             y_BnHP, steps = ssd_steps(x, dt, A, B, C, D, state.ssm_BHPN)
             state.record_states(steps, batch)
@@ -263,29 +267,30 @@ class Mamba2Mixer(MegatronModule):
         return self._gated(y_1TI, z_T1I.transpose(0, 1)).transpose(0, 1)
 
     def state_of(self, batch: DecodeBatch, like: torch.Tensor) -> MambaState:
-        """This layer's state, with a window in the type of `like`; zeros before the first token."""
-        found = batch.states.mamba.get(self.layer_number)
-        if found is None:
+        """This layer's state; zeros before the first token. `like` gives the device, and the dtype
+        of the convolution window (the SSM state is FP32)."""
+        state = batch.states.mamba.get(self.layer_number)
+        if state is None:
             mamba, num_rows = self.mamba, len(batch.counts)
             shape = (num_rows, self.num_heads, mamba.head_dim, mamba.state_size)
             window = (num_rows, mamba.conv_kernel_size - 1, sum(self.conv_components))
             ssm = torch.zeros(shape, dtype=torch.float32, device=like.device)
-            found = MambaState(ssm, like.new_zeros(window))
-            batch.states.mamba[self.layer_number] = found
-        return found
+            state = MambaState(ssm, like.new_zeros(window))
+            batch.states.mamba[self.layer_number] = state
+        return state
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> ShardedStateDict:
-        """Megatron's sharded form; packed tensors are stored one component at a time, so that a
-        checkpoint loads under another tensor-parallel size."""
+        """Megatron's sharded state dict. The components of packed tensors are stored separately, so
+        that a checkpoint loads under another tensor-parallel size."""
         metadata = ensure_metadata_has_dp_cp_group(metadata)
-        own: dict[str, torch.Tensor] = {}
-        self._save_to_state_dict(own, "", keep_vars=True)
+        direct: dict[str, torch.Tensor] = {}  # this module's parameters, without its children's
+        self._save_to_state_dict(direct, "", keep_vars=True)
         sharded = make_sharded_tensors_for_checkpoint(
-            own,
+            direct,
             prefix,
-            tensor_parallel_layers_axis_map=dict.fromkeys(own, 0),
+            tensor_parallel_layers_axis_map=dict.fromkeys(direct, 0),
             sharded_offsets=sharded_offsets,
             tp_group=self.tp_group,
             dp_cp_group=metadata["dp_cp_group"],

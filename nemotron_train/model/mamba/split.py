@@ -1,7 +1,7 @@
-"""Split a packed projection into its parts, so that their gradients meet in one buffer.
+"""Split a packed projection into its parts, with one buffer for the gradients of all parts.
 
-Owns the splitting only. torch's own split joins the gradients in the order of the parts' strides:
-behind a transpose that is one copy to join and one more to reorder, each as large as the widest
+Owns: the split only. torch's own split joins the gradients in the order of the parts' strides.
+After a transpose that takes one copy to join and one more to reorder, each as large as the widest
 activation of a Mamba-2 layer.
 
 Shape suffixes: S tokens, B batch, F packed features, W features of one part.
@@ -26,7 +26,7 @@ class _SplitToBatchFirst(torch.autograd.Function):
     def backward(ctx: Any, *grads_BSW: Tensor | None) -> tuple[Tensor, None]:
         shape, dtype, device = ctx.like
         grad_SBF = torch.empty(shape, dtype=dtype, device=device)
-        parts_BSW = grad_SBF.transpose(0, 1).split(ctx.widths, dim=-1)
+        parts_BSW = grad_SBF.transpose(0, 1).split(ctx.widths, dim=-1)  # views of grad_SBF
         for part_BSW, grad_BSW in zip(parts_BSW, grads_BSW, strict=True):
             if grad_BSW is None:
                 part_BSW.zero_()
@@ -36,7 +36,7 @@ class _SplitToBatchFirst(torch.autograd.Function):
 
 
 def split_to_batch_first(packed_SBF: Tensor, widths: Sequence[int]) -> tuple[Tensor, ...]:
-    """[S, B, F] -> views [B, S, W] of the given widths, which sum to F. The gradient is a fresh
+    """[S, B, F] -> views [B, S, W] of the given widths, which sum to F. The gradient is a new
     contiguous [S, B, F]."""
     assert sum(widths) == packed_SBF.shape[-1], (widths, packed_SBF.shape)
     return _SplitToBatchFirst.apply(packed_SBF, tuple(widths))  # pyright: ignore

@@ -1,8 +1,8 @@
-"""Megatron's MoE layer with a short way for the tokens of a decode batch.
+"""Megatron's MoE layer with a shorter path for decode batches.
 
-Owns: norm -> MoE -> residual of a decode batch, through the modules or, for a few tokens, in one
-compiled kernel. Does not own: anything else about the layer; in training it is Megatron's own
-(`model.mamba.block` says why decoding does not go through it).
+Owns: norm -> MoE -> residual of a decode batch, through the modules or, for a few tokens, in one C
+kernel. Does not own: the rest of the layer; training runs Megatron's own forward
+(`model.mamba.block` explains why decoding does not).
 """
 
 import functools
@@ -22,7 +22,7 @@ class MoEBlock(MoETransformerLayer):
     """The layer behind an `E`."""
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """hidden_states [S,B,hidden] -> the same, and no context."""
+        """hidden_states [S,B,hidden] -> the layer's output, same shape, and no context."""
         batch = kwargs.get("packed_seq_params")
         if not isinstance(batch, DecodeBatch):
             return super().forward(*args, **kwargs)  # pyright: ignore[reportReturnType]
@@ -36,10 +36,11 @@ class MoEBlock(MoETransformerLayer):
 
     @functools.cached_property
     def _compiles(self) -> bool:
-        """Whether the compiled kernel can compute this layer."""
+        """Whether the C kernel can compute this layer."""
         layer = cast(Any, self)
         norm, moe = layer.pre_mlp_layernorm, layer.mlp
-        if not (isinstance(moe, LatentMoELayer) and moe.all_here):  # all_here: GroupedExperts
+        # `all_here` also means that the experts are GroupedExperts.
+        if not (isinstance(moe, LatentMoELayer) and moe.all_here):
             return False
         linears = [*(_shared(moe) or ()), *(_latent(moe) or ())]
         if not (are_plain(norm, *linears) and cast(Any, moe.experts).only_products):
@@ -48,7 +49,7 @@ class MoEBlock(MoETransformerLayer):
         return has_bias and self._kernel_weights().are_accepted(norm.weight)
 
     def _kernel_weights(self) -> MoEWeights:
-        """What the kernel reads; gathered anew each time, since a tensor may be replaced."""
+        """The weights the kernel reads. Collected at each call, since a tensor may be replaced."""
         moe = cast(Any, self).mlp
         return MoEWeights(
             moe.router.weight,
@@ -61,13 +62,13 @@ class MoEBlock(MoETransformerLayer):
 
 
 def _shared(moe: Any) -> tuple[Any, Any] | None:
-    """The shared expert's two linears."""
+    """The shared expert's two linears; None without a shared expert."""
     shared = moe.shared_experts
     return None if shared is None else (shared.linear_fc1, shared.linear_fc2)
 
 
 def _latent(moe: Any) -> tuple[Any, Any] | None:
-    """The latent projections."""
+    """The two latent projections; None without a latent size."""
     return (moe.fc1_latent_proj, moe.fc2_latent_proj) if moe.config.moe_latent_size else None
 
 
@@ -76,7 +77,7 @@ def _weights_of(pair: tuple[Any, Any] | None) -> tuple[Tensor, Tensor] | None:
 
 
 def compiled_moe(hidden_T1D: Tensor, norm: Any, moe: Any, weights: MoEWeights) -> Tensor:
-    """x + moe(norm(x)), [T,1,D]."""
+    """x + moe(norm(x)), [T,1,D], by the C kernel."""
     stream = ResidualStream(hidden_T1D.contiguous(), norm.weight, norm.eps)
     scale = moe.router.config.moe_router_topk_scaling_factor or 1.0
     return decoding_kernels.moe_layer(stream, weights, top_k=moe.router.topk, scale=scale)

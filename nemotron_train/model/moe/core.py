@@ -1,14 +1,14 @@
 """Routed experts as grouped products, with hand-derived gradients.
 
 Owns: the ungated squared-ReLU experts over rows sorted by expert (`grouped_mlp`), and the same with
-the permutation for a rank that holds every expert (`routed_mlp`). Does not own: the permutation
+the permutation, for a rank that holds every expert (`routed_mlp`). Does not own: the permutation
 (`permutation`), the activation (`model.activation`), the router, the latent projections, the
 exchange between expert-parallel ranks, quantized experts.
 
-Why not a product per expert: with the small experts of a Nemotron 3 proxy, starting a CPU product
-costs more than the product itself (benchmarks/moe.py). One batched product over experts padded
-to the fullest is faster as long as the padding is small, so the permutation leaves space for the
-padding while it gathers, and nothing is copied twice.
+Why not one product per expert: for the small experts of a Nemotron 3 proxy, starting a CPU product
+costs more than the product itself (benchmarks/moe.py). One batched product over experts padded to
+the fullest one is faster if the padding is small. The permutation adds the padding rows while it
+gathers, so nothing is copied twice.
 
 Shape legend: S tokens, K choices a token, E experts, T rows sorted by expert (padding included),
 D expert input and output width, F expert hidden width.
@@ -34,7 +34,11 @@ from nemotron_train.platform.bfloat16_products import product_dtype
 
 
 def _product(x_TA: Tensor, weight_EAB: Tensor, rows_per_expert: list[int]) -> Tensor:
-    """x W of each expert's block: [T, A], [E, A, B] → [T, B]."""
+    """x W for each expert's block of rows: [T, A], [E, A, B] → [T, B].
+
+    One batched product if all blocks have equal length, torch's grouped product for BF16 on a GPU,
+    else one product per expert.
+    """
     num_experts, num_inputs, num_outputs = weight_EAB.shape
     if min(rows_per_expert) == max(rows_per_expert):
         x_EtA = x_TA.view(num_experts, rows_per_expert[0], num_inputs)
@@ -49,7 +53,8 @@ def _product(x_TA: Tensor, weight_EAB: Tensor, rows_per_expert: list[int]) -> Te
 
 
 def _outer_product(x_TA: Tensor, y_TB: Tensor, rows_per_expert: list[int]) -> Tensor:
-    """xᵀ y of each expert's block: [T, A], [T, B] → [E, A, B]; zero for an empty block."""
+    """xᵀ y for each expert's block of rows: [T, A], [T, B] → [E, A, B]; zero for an empty block.
+    The three forms of `_product`."""
     num_experts, num_rows = len(rows_per_expert), rows_per_expert[0]
     num_left, num_right = x_TA.shape[1], y_TB.shape[1]
     if min(rows_per_expert) == max(rows_per_expert):
@@ -65,13 +70,17 @@ def _outer_product(x_TA: Tensor, y_TB: Tensor, rows_per_expert: list[int]) -> Te
 
 
 def _block_ends(rows_per_expert: list[int], device: torch.device) -> Tensor:
+    """The end of each expert's block, int32 [E], as `grouped_mm` takes it."""
     return torch.tensor(rows_per_expert, device=device).cumsum(0, dtype=torch.int32)
 
 
 class _GroupedMlp(torch.autograd.Function):
-    """The routing weight multiplies the activation, before the second product, as in Megatron-Core
+    """h = x W1ᵀ, a = p relu(h)², y = a W2ᵀ for each expert's block of rows.
+
+    The routing weight p multiplies the activation, before the second product, as in Megatron-Core
     (transformer/moe/experts.py, TEGroupedMLP.forward). Elementwise work is done in FP32: for BF16
-    that costs no more than BF16 arithmetic and rounds once."""
+    that costs no more than BF16 arithmetic and rounds once.
+    """
 
     @staticmethod
     def forward(
@@ -83,6 +92,7 @@ class _GroupedMlp(torch.autograd.Function):
         rows_per_expert: list[int],
     ) -> Tensor:
         hidden_TF = _product(x_TD, weight1_EFD.transpose(1, 2), rows_per_expert)
+        # relu_TF is relu(h), in h's memory, or h itself (C kernel); `activate_backward` takes both.
         relu_TF, activation_TF = activate(hidden_TF, probabilities_T)
         ctx.save_for_backward(
             x_TD, weight1_EFD, weight2_EDF, probabilities_T, relu_TF, activation_TF
@@ -93,6 +103,9 @@ class _GroupedMlp(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """∂W2 = ∂yᵀ a, ∂a = ∂y W2, ∂h = 2 p relu(h) ∂a, ∂p = Σ_F relu(h)² ∂a, ∂W1 = ∂hᵀ x,
+        ∂x = ∂h W1, for each expert's block of rows. Padding rows have x = 0 and p = 0, so they add
+        nothing to the weight gradients."""
         x_TD, weight1_EFD, weight2_EDF, probabilities_T, relu_TF, activation_TF = ctx.saved_tensors
         rows_per_expert = ctx.rows_per_expert
         grad_y_TD = grads[0].contiguous()
@@ -100,6 +113,7 @@ class _GroupedMlp(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             grad_weight2_EDF = _outer_product(grad_y_TD, activation_TF, rows_per_expert)
         grad_activation_TF = _product(grad_y_TD, weight2_EDF, rows_per_expert)
+        # grad_hidden_TF overwrites grad_activation_TF.
         grad_hidden_TF, grad_probabilities_T = activate_backward(
             grad_activation_TF, relu_TF, probabilities_T, ctx.needs_input_grad[3]
         )
@@ -113,7 +127,8 @@ class _GroupedMlp(torch.autograd.Function):
 
 
 def _as_multiplied(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """FP32 copies on a CPU that multiplies BF16 no other way: cast once, not at each product."""
+    """The operands in the dtype of the products: FP32 on a CPU without BF16 instructions. Converted
+    once here, not at each product."""
     return tuple(t.to(product_dtype(t)) for t in tensors)
 
 
@@ -124,11 +139,12 @@ def grouped_mlp(
     weight2_EDF: Tensor,
     probabilities_T: Tensor | None = None,
 ) -> Tensor:
-    """y = (p relu(x W1ᵀ)²) W2ᵀ with each expert's own W1, W2 (Nemotron 3's ungated experts).
+    """y = (p relu(x W1ᵀ)²) W2ᵀ with W1, W2 of each row's expert (Nemotron 3's ungated experts).
 
-    `x_TD` [T, D] is sorted by expert, `tokens_per_expert_E` counts its rows (a list, or an int64
-    tensor; SYNC if that is on a GPU), `probabilities_T` [T] is the routing weight, FP32 or x's
-    dtype. Experts may be empty. Products take x's dtype and accumulate in FP32. → y [T, D].
+    `x_TD` [T, D] is sorted by expert. `tokens_per_expert_E` counts the rows of each expert (a list,
+    or an int64 tensor; SYNC if that is on a GPU) and may contain zeros. `probabilities_T` [T] is
+    the routing weight, FP32 or x's dtype; None means 1. Products take x's dtype and accumulate in
+    FP32. → y [T, D] in x's dtype.
     """
     if isinstance(tokens_per_expert_E, Tensor):
         tokens_per_expert_E = tokens_per_expert_E.tolist()
@@ -140,6 +156,7 @@ def grouped_mlp(
     num_experts, fullest = len(rows_per_expert), block_rows(rows_per_expert)
     num_padding = fullest * num_experts - x_TD.shape[0]
     if 0 < num_padding <= affordable_padding(weight1_EFD) * num_experts:
+        # Rows are sorted already: this permutation only inserts the padding rows.
         counts_E = torch.tensor(rows_per_expert)
         experts_T1 = torch.arange(num_experts).repeat_interleave(counts_E).unsqueeze(1)
         permutation = plan_permutation(experts_T1, num_experts, max_padding=num_padding)
@@ -163,10 +180,11 @@ def routed_mlp(
     weight1_EFD: Tensor,
     weight2_EDF: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """All experts on this rank: y_s = Σ_k p_sk expert_{e_sk}(x_s).
+    """y_s = Σ_k p_sk expert_{e_sk}(x_s), with every expert on this rank.
 
     `experts_SK` are the router's choices (any integer dtype), `probabilities_SK` their weights.
-    → y [S, D] and the tokens each expert received, int64 [E]. SYNC: the host reads the counts.
+    → y [S, D] in x's dtype, and the number of tokens of each expert, int64 [E]. SYNC: the host
+    reads the counts.
     """
     num_experts, dtype = weight1_EFD.shape[0], x_SD.dtype
     x_SD, weight1_EFD, weight2_EDF = _as_multiplied(x_SD, weight1_EFD, weight2_EDF)

@@ -1,7 +1,7 @@
-"""Routed experts of a decoding pass: a few tokens, and only the experts that were chosen.
+"""Routed experts for a few tokens of decoding: computes only the chosen experts.
 
-Owns: `routed_mlp` (grouped_mlp.py, which defines it) for so few choices that a product costs what
-reading its weights costs. Does not own: gradients, passes of many tokens, GPUs.
+Owns: the result of `core.routed_mlp` for so few choices that reading the weights is the whole cost
+of a product. Does not own: gradients, many tokens, GPUs (all in `core`).
 
 Shape legend: S tokens, K choices a token, E experts, T = S K rows sorted by expert, D expert input
 and output width, F expert hidden width.
@@ -13,14 +13,14 @@ from torch import Tensor
 from nemotron_train.model.moe.permutation import permute_probabilities, plan_permutation, unpermute
 from nemotron_train.platform.bfloat16_products import product_dtype
 
-FEW_CHOICES = 64
-# Elements of chosen weight matrices up to which copying them side by side costs less than starting
-# a product for each (about 40 microseconds for two of a small model's experts).
+FEW_CHOICES = 64  # tokens x choices a token
+# Up to this many elements of all chosen W1, copying the matrices into one tensor costs less than
+# starting a product for each (about 40 microseconds for two of a small model's experts).
 _COPIED = 1 << 18
 
 
 def are_few(x_SD: Tensor, experts_SK: Tensor) -> bool:
-    """Whether `few_experts` takes these: without gradients, on a CPU, up to FEW_CHOICES."""
+    """Whether `few_experts` handles these: no gradients, on a CPU, at most FEW_CHOICES choices."""
     is_few = experts_SK.numel() <= FEW_CHOICES and not x_SD.is_cuda
     return is_few and not torch.is_grad_enabled()
 
@@ -32,7 +32,10 @@ def few_experts(
     weight1_EFD: Tensor,
     weight2_EDF: Tensor,
 ) -> Tensor:
-    """y_s = Σ_k p_sk W2 relu(W1 x_s)² of its experts e_sk, [S, D], their weights read in place."""
+    """y_s = Σ_k p_sk W2 relu(W1 x_s)² over the chosen experts e_sk: [S, D] in x's dtype.
+
+    The weights are read in place, or copied if they are small (`_COPIED`).
+    """
     if experts_SK.numel() * weight1_EFD[0].numel() <= _COPIED:
         return _side_by_side(x_SD, experts_SK, probabilities_SK, weight1_EFD, weight2_EDF)
     permutation = plan_permutation(experts_SK, weight1_EFD.shape[0])
@@ -55,7 +58,7 @@ def _side_by_side(
     weight1_EFD: Tensor,
     weight2_EDF: Tensor,
 ) -> Tensor:
-    """The same as two batched products over copies of each choice's matrices."""
+    """`few_experts` as two batched products over copies of each choice's matrices."""
     (num_tokens, num_choices), dtype = experts_SK.shape, product_dtype(x_SD)
     experts_T = experts_SK.flatten()
     weight1_TFD = weight1_EFD.index_select(0, experts_T).to(dtype)
@@ -74,6 +77,6 @@ def _products(
     weight_EBA: Tensor,
     outputs: tuple[Tensor, ...],
 ) -> None:
-    """outputs_e = inputs_e W_eᵀ of each chosen expert."""
+    """outputs_e = inputs_e W_eᵀ for each chosen (expert, number of rows)."""
     for (expert, _), x, y in zip(chosen, inputs, outputs, strict=True):
         torch.mm(x, weight_EBA[expert].to(x.dtype).t(), out=y)

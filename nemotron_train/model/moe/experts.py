@@ -1,7 +1,7 @@
-"""Routed experts as a module: the weights, how they are sharded and stored, and their forward pass.
+"""Routed experts as a module: the weights, their sharding and storage, and the forward pass.
 
-Owns: `GroupedExperts`, the plain form. Does not own: the arithmetic (`core`, and `decoding` for a
-few tokens), Transformer Engine's grouped linears (`native`), quantized experts (`precision`).
+Owns: `GroupedExperts`, without quantization. Does not own: the arithmetic (`core`, and `decoding`
+for a few tokens), Transformer Engine's grouped linears (`native`), quantized experts (`precision`).
 
 Shapes: T tokens sorted by expert, E local experts, K choices a token, D width the experts see
 (latent or hidden), F width of one expert.
@@ -30,7 +30,7 @@ class ExpertWeights(nn.Module):
         self.weight = nn.Parameter(torch.empty(shape, dtype=config.params_dtype, device=device))
         mark_sharded(self.weight, dim=sharded_dim)
         self.weight.is_expert = True  # type: ignore[attr-defined]
-        # False sends the gradient to the expert-data-parallel group.
+        # False: Megatron reduces the gradient over the expert-data-parallel group.
         self.weight.allreduce = (  # type: ignore[attr-defined]
             config.expert_model_parallel_size == 1
             and config.expert_tensor_parallel_size == config.tensor_model_parallel_size
@@ -40,7 +40,7 @@ class ExpertWeights(nn.Module):
 class GroupedExperts(MegatronModule):
     """All local experts as grouped products: y = W2 (p * relu(W1 x)^2), p the routing weight."""
 
-    only_products = True  # their inputs and weights go into the products as they are
+    only_products = True  # inputs and weights are not quantized: the C kernels may compute them
 
     def __init__(
         self,
@@ -66,7 +66,8 @@ class GroupedExperts(MegatronModule):
         tokens_per_expert_E: torch.Tensor,
         probabilities_T: torch.Tensor,
     ) -> tuple[torch.Tensor, None]:
-        """tokens_TD sorted by expert -> [T,D]; partial sums under expert tensor parallelism."""
+        """tokens_TD sorted by expert -> [T,D], and no bias. Under expert tensor parallelism these
+        are partial sums. The dispatcher of Megatron calls this."""
         output_TD = grouped_mlp(
             tokens_TD,
             tokens_per_expert_E,
@@ -79,7 +80,8 @@ class GroupedExperts(MegatronModule):
     def routed(
         self, tokens_TD: torch.Tensor, experts_TK: torch.Tensor, probabilities_TK: torch.Tensor
     ) -> torch.Tensor:
-        """Sum over each token's experts, all of them here: [T,D], without an exchange."""
+        """Sum over each token's experts, [T,D]; all experts must be on this rank. Tokens are not
+        sorted."""
         weights = self.linear_fc1.weight, self.linear_fc2.weight
         if are_few(tokens_TD, experts_TK):
             return few_experts(tokens_TD, experts_TK, probabilities_TK, *weights)
@@ -89,7 +91,8 @@ class GroupedExperts(MegatronModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> ShardedStateDict:
-        """Stored as one [all experts, out, in] tensor a matrix: any expert-parallel size loads."""
+        """One [all experts, out, in] tensor for W1 and one for W2, so that the checkpoint loads
+        under any expert-parallel size."""
         ensure_metadata_has_dp_cp_group(metadata)
         sharded: ShardedStateDict = {}
         offset_axis = len(sharded_offsets)

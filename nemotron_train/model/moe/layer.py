@@ -1,11 +1,11 @@
-"""LatentMoE (arXiv 2601.18089, eq. 1-2): router and shared expert see the full width, only
-dispatch, routed experts and combine live in the latent width. Without a latent size it is
-Nano's standard MoE.
+"""LatentMoE (arXiv 2601.18089, eq. 1-2): router and shared expert use the full width; only
+dispatch, routed experts and combine use the latent width. Without a latent size it is the standard
+MoE of Nemotron 3 Nano.
 
-Megatron's `MoELayer` supplies the order of the steps, its router the scores and the expert bias,
+Megatron's `MoELayer` provides the order of the steps, its router the scores and the expert bias,
 its dispatchers the exchange between expert-parallel ranks. Ours are the two latent projections
-(they come from the spec, so a precision plan can keep them in BF16), the grouped experts and
-what is measured about routing.
+(taken from the spec, so that a precision plan can keep them in BF16), the grouped experts and the
+routing measurements.
 
 Shapes: S tokens of a row, B rows, T = S*B tokens, E local experts, D width the experts see
 (latent or hidden), F width of one expert.
@@ -29,7 +29,7 @@ from nemotron_train.model.moe.router import SigmoidRouter
 
 @dataclass
 class LatentMoESubmodules(MoESubmodules):
-    """Megatron's MoE submodules and the two latent projections."""
+    """Megatron's MoE submodules, and the class of the two latent projections."""
 
     latent_projection: ModuleSpec | type = ReplicatedLinear
 
@@ -37,8 +37,8 @@ class LatentMoESubmodules(MoESubmodules):
 class LatentMoELayer(MoELayer):
     """Megatron's MoE layer with the latent projections of the spec.
 
-    UPSTREAM(megatron-core 0.19.2): `MoELayer` builds the projections itself and only from
-    Transformer Engine; it is shown a configuration without a latent size while it builds.
+    UPSTREAM(megatron-core 0.19.2): `MoELayer` builds the projections itself, and only from
+    Transformer Engine. Its constructor therefore gets a configuration without a latent size.
     """
 
     def __init__(
@@ -84,9 +84,10 @@ class LatentMoELayer(MoELayer):
                 assert isinstance(projection, nn.Module)
                 self.add_module(projection_name, projection)
         assert pg_collection is not None
-        alone = (pg_collection.ep, pg_collection.expt_tp, pg_collection.tp_cp)
-        straight = isinstance(self.experts, GroupedExperts) and not self.moe_layer_recompute
-        self.all_here = straight and all(group.size() == 1 for group in alone)
+        groups = (pg_collection.ep, pg_collection.expt_tp, pg_collection.tp_cp)
+        is_plain = isinstance(self.experts, GroupedExperts) and not self.moe_layer_recompute
+        # Every expert is on this rank: no dispatcher is needed.
+        self.all_here = is_plain and all(group.size() == 1 for group in groups)
 
     def forward(
         self,
@@ -94,8 +95,8 @@ class LatentMoELayer(MoELayer):
         intermediate_tensors: object = None,
         padding_mask: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """[S,B,hidden] -> the same. With every expert on this rank, straight through; otherwise
-        through Megatron's dispatcher. tests/distributed holds the two against each other."""
+        """[S,B,hidden] -> the same shape, and no bias. If every expert is on this rank, without a
+        dispatcher; otherwise Megatron's forward. tests/distributed compares the two."""
         if not self.all_here or intermediate_tensors is not None or padding_mask is not None:
             return super().forward(hidden_states, intermediate_tensors, padding_mask)
         assert isinstance(self.router, SigmoidRouter)
@@ -113,5 +114,5 @@ class LatentMoELayer(MoELayer):
 
 
 def shared_expert_submodules(column_parallel: type, row_parallel: type) -> MLPSubmodules:
-    """The shared expert's two linears, at full width."""
+    """The submodules of the shared expert: two linears at full width."""
     return MLPSubmodules(linear_fc1=column_parallel, linear_fc2=row_parallel)

@@ -1,11 +1,11 @@
-"""Routed experts on Transformer Engine's grouped linears, for plans that its kernels compute.
+"""Routed experts on Transformer Engine's grouped linears, for precision plans it can compute.
 
-Owns the bridge to Megatron's `TEGroupedMLP`: weights drawn, and stored in checkpoints, as those of
-`latent_moe.GroupedExperts`, so that either loads what the other saved. Does not own: which format
-the products are in (Megatron's per-module file, `precision.native`), padding and dispatch
+Owns: the adapter to Megatron's `TEGroupedMLP`. Weights are initialized and stored in checkpoints
+like those of `experts.GroupedExperts`, so either class loads what the other saved. Does not own:
+the format of the products (Megatron's per-module file, `precision.native`), padding and dispatch
 (Megatron's dispatcher).
 
-Run on a CPU over a stand-in for Transformer Engine in the tests; never on a GPU.
+The tests run it on a CPU with a stand-in for Transformer Engine. It has never run on a GPU.
 """
 
 import copy
@@ -19,8 +19,8 @@ from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 
 
 class NativeExperts(TEGroupedMLP):
-    """All local experts: y = W2 (p * relu(W1 x)^2), p the routing weight; one parameter
-    `linear_fc1.weight<i>`, `linear_fc2.weight<i>` [out, in] an expert."""
+    """All local experts: y = W2 (p * relu(W1 x)^2), p the routing weight. Expert i has its own
+    parameters `linear_fc1.weight<i>` and `linear_fc2.weight<i>`, each [out, in]."""
 
     def __init__(
         self,
@@ -36,11 +36,12 @@ class NativeExperts(TEGroupedMLP):
             TERowParallelGroupedLinear,
         )
 
-        with_width = copy.copy(config)  # upstream takes the experts' width from this field
-        with_width.moe_latent_size = input_size if input_size != config.hidden_size else None
+        # Upstream takes the experts' input width from `moe_latent_size`.
+        config_with_width = copy.copy(config)
+        config_with_width.moe_latent_size = input_size if input_size != config.hidden_size else None
         super().__init__(
             num_local_experts,
-            with_width,
+            config_with_width,
             GroupedMLPSubmodules(TEColumnParallelGroupedLinear, TERowParallelGroupedLinear),
             pg_collection,
             name,
@@ -49,19 +50,19 @@ class NativeExperts(TEGroupedMLP):
         for linear in (self.linear_fc1, self.linear_fc2):
             for index in range(num_local_experts):
                 weight = getattr(linear, f"weight{index}")
-                # What `assemble.initialize` asks: an expert's own matrix, and which.
+                # `assemble.initialize` reads this: the global index of the expert.
                 weight.expert_index = self.ep_group.rank() * num_local_experts + index
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> ShardedStateDict:
-        """Each expert's matrix as its slice of one [all experts, out, in] tensor, under the name
-        that `GroupedExperts` stores it by."""
+        """Each expert's matrix as a slice of one [all experts, out, in] tensor, under the name that
+        `GroupedExperts` uses."""
         ensure_metadata_has_dp_cp_group(metadata)
         sharded: ShardedStateDict = {}
         expert_axis = len(sharded_offsets)
         num_experts = self.ep_group.size() * self.num_local_experts
-        for name, linear, cut in (
+        for name, linear, sharded_dim in (
             ("linear_fc1", self.linear_fc1, 0),
             ("linear_fc2", self.linear_fc2, 1),
         ):
@@ -72,7 +73,7 @@ class NativeExperts(TEGroupedMLP):
                     weight,
                     *sharded_offsets,
                     (expert_axis, weight.expert_index, num_experts),  # type: ignore[attr-defined]
-                    (expert_axis + 1 + cut, self.tp_group.rank(), self.tp_group.size()),
+                    (expert_axis + 1 + sharded_dim, self.tp_group.rank(), self.tp_group.size()),
                     replica_id=(0, 0, self.dp_group.rank()),
                     prepend_axis_num=expert_axis + 1,
                 )

@@ -1,7 +1,7 @@
 """The permutation that sorts tokens by expert on one rank, and its inverse.
 
-Owns: where each choice lies (`plan_permutation`), moving tokens there and back (`permute`,
-`unpermute`), and how many padding rows pay for one batched product. Does not own: the products
+Owns: the row of each choice (`plan_permutation`), the gather and its inverse (`permute`,
+`unpermute`), and how much padding is worth one batched product. Does not own: the products
 (`core`), the exchange between expert-parallel ranks (Megatron's dispatchers).
 
 Shape legend: S tokens, K choices a token, E experts, T rows sorted by expert (padding included),
@@ -16,20 +16,21 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Work that padding may waste, in FLOPs an expert and product: about the cost of starting one more
+# FLOPs that padding may waste, for each expert and product: about the cost of starting one more
 # product on two Zen 4 cores (benchmarks/moe.py; oneDNN's BF16 products start slower than FP32's).
 _PADDING_FLOPS = {torch.float32: 2_000_000, torch.bfloat16: 12_000_000}
 
-_BLOCK_MULTIPLE = 32
+_BLOCK_MULTIPLE = 32  # rows of a padded block are a multiple of this; see `block_rows`
 
 
 @dataclass(frozen=True)
 class Permutation:
-    """Where each (token, choice) lies when tokens are sorted by expert; stable in token order.
+    """The row of each (token, choice) when tokens are sorted by expert, in token order within an
+    expert.
 
-    `token_of_row_T`: token in each row, `num_tokens` (one past the last) in padding rows.
+    `token_of_row_T`: token of each row; `num_tokens` (one past the last) for padding rows.
     `row_of_choice_SK`: int32 row of each token's choice.
-    `rows_per_expert`: rows in each expert's block; all equal when the blocks are padded.
+    `rows_per_expert`: rows in each expert's block; all equal if the blocks are padded.
     `tokens_per_expert_E`: tokens in each expert's block, int64, on the tokens' device.
     """
 
@@ -40,12 +41,13 @@ class Permutation:
 
     @property
     def padded(self) -> bool:
+        """Whether there are padding rows."""
         return self.token_of_row_T.numel() > self.row_of_choice_SK.numel()
 
 
 def affordable_padding(weight_EFD: Tensor) -> int:
-    """Padding rows an expert below which one batched product beats a product per expert; 0 where
-    that never holds (a GPU's grouped product needs no padding)."""
+    """Number of padding rows per expert up to which one batched product is faster than one product
+    per expert. 0 on a GPU, whose grouped product needs no padding."""
     if weight_EFD.is_cuda:
         return 0
     _, num_hidden, num_inputs = weight_EFD.shape
@@ -53,9 +55,10 @@ def affordable_padding(weight_EFD: Tensor) -> int:
 
 
 def block_rows(rows_per_expert: list[int]) -> int:
-    """Rows of a padded block: the fullest expert's, rounded up so that few lengths occur. oneDNN
-    compiles a product for every new shape and keeps it: without rounding a BF16 step spends more
-    on that, and on the heap it scatters, than on the experts (docs/log.md)."""
+    """Rows of a padded block: those of the fullest expert, rounded up to a multiple so that few
+    lengths occur. oneDNN compiles and caches a product for every new shape. Without rounding, a
+    BF16 step spends more time on that, and on the heap fragmentation it causes, than on the experts
+    (docs/log.md)."""
     return -(-max(rows_per_expert) // _BLOCK_MULTIPLE) * _BLOCK_MULTIPLE
 
 
@@ -63,8 +66,8 @@ def block_rows(rows_per_expert: list[int]) -> int:
 def plan_permutation(experts_SK: Tensor, num_experts: int, max_padding: int = 0) -> Permutation:
     """Sort the choices by expert, ties in token order, so the result is deterministic.
 
-    Blocks are padded to the fullest one's length if that adds at most `max_padding` rows an
-    expert on average; otherwise they are packed. SYNC: the host reads the counts.
+    Blocks are padded to the length of the fullest one if that adds at most `max_padding` rows per
+    expert on average; otherwise there is no padding. SYNC: the host reads the counts.
     """
     num_tokens, num_choices = experts_SK.shape
     device = experts_SK.device
@@ -78,6 +81,7 @@ def plan_permutation(experts_SK: Tensor, num_experts: int, max_padding: int = 0)
     row_T = torch.arange(num_rows, device=device, dtype=torch.int32)
     token_T = order_T // num_choices
     if fullest * num_experts - num_rows <= max_padding * num_experts:
+        # Move each row by the distance between its expert's padded and packed block.
         block_E = torch.arange(num_experts, device=device) * fullest
         start_E = tokens_per_expert_E.cumsum(0) - tokens_per_expert_E
         row_T += (block_E - start_E).to(torch.int32).index_select(0, sorted_T.to(torch.int32))
@@ -97,7 +101,7 @@ def plan_permutation(experts_SK: Tensor, num_experts: int, max_padding: int = 0)
 
 def _gather_rows(x_SD: Tensor, permutation: Permutation) -> Tensor:
     """Row t of the result is x[token_of_row[t]]; padding rows are zero."""
-    if permutation.padded:
+    if permutation.padded:  # index `num_tokens` reads this row of zeros
         x_SD = torch.cat((x_SD, x_SD.new_zeros(1, x_SD.shape[1])))
     return x_SD.index_select(0, permutation.token_of_row_T)
 
@@ -106,11 +110,13 @@ def _sum_choices(rows_TD: Tensor, permutation: Permutation) -> Tensor:
     """Sum over each token's choices, in their order; low precision is accumulated in FP32."""
     if permutation.row_of_choice_SK.shape[1] == 1:
         return rows_TD.index_select(0, permutation.row_of_choice_SK.view(-1))
-    # The one CPU operator that gathers and sums in a single pass.
+    # The only CPU operator that gathers and sums in one sweep.
     return F.embedding_bag(permutation.row_of_choice_SK, rows_TD, mode="sum")
 
 
 class _Permute(torch.autograd.Function):
+    """Gather; its gradient sums over the K copies of a token."""
+
     @staticmethod
     def forward(ctx: Any, x_SD: Tensor, permutation: Permutation) -> Tensor:
         ctx.permutation = permutation
@@ -123,6 +129,8 @@ class _Permute(torch.autograd.Function):
 
 
 class _Unpermute(torch.autograd.Function):
+    """Sum over the K rows of a token; its gradient gathers."""
+
     @staticmethod
     def forward(ctx: Any, rows_TD: Tensor, permutation: Permutation) -> Tensor:
         ctx.permutation = permutation
@@ -135,7 +143,7 @@ class _Unpermute(torch.autograd.Function):
 
 
 def permute(x_SD: Tensor, permutation: Permutation) -> Tensor:
-    """Tokens [S, D] → rows [T, D] sorted by expert, each token K times; padding rows are zero."""
+    """Tokens [S, D] → rows [T, D] sorted by expert; each token appears K times, padding is zero."""
     return _Permute.apply(x_SD, permutation)  # pyright: ignore[reportReturnType]
 
 
@@ -145,7 +153,7 @@ def unpermute(rows_TD: Tensor, permutation: Permutation) -> Tensor:
 
 
 def permute_probabilities(probabilities_SK: Tensor, permutation: Permutation) -> Tensor:
-    """Routing weights [S, K] → [T] in the rows' order, zero in padding rows."""
+    """Routing weights [S, K] → [T], one a row; zero for padding rows."""
     rows_T = permutation.row_of_choice_SK.reshape(-1).long()
     zeros_T = probabilities_SK.new_zeros(permutation.token_of_row_T.shape)
     return zeros_T.scatter(0, rows_T, probabilities_SK.reshape(-1))

@@ -1,6 +1,6 @@
-"""The router: sigmoid scores, top-k with a balancing bias, and what is measured about routing.
+"""The router: sigmoid scores, top-k with a balancing bias, and the routing measurements.
 
-Megatron's `TopKRouter` supplies the scores and the bias update. Ours adds the measurements, and a
+Megatron's `TopKRouter` provides the scores and the bias update. Ours adds the measurements, and a
 compact form of the choices for ranks that hold every expert.
 
 Shapes: S tokens of a row, B rows, T = S*B tokens, E experts, K choices a token, D hidden width.
@@ -14,10 +14,10 @@ from megatron.core.transformer.moe.router import TopKRouter
 
 
 class SigmoidRouter(TopKRouter):
-    """Megatron's router with its measurements kept on the layer.
+    """Megatron's router with its measurements stored on the module.
 
-    UPSTREAM(megatron-core 0.19.2): the global metrics tracker indexes multi-token prediction's
-    layers past its end for a pattern like "*E" (Megatron-LM issue 7172). Here each router adds
+    UPSTREAM(megatron-core 0.19.2): the global metrics tracker indexes the layers of multi-token
+    prediction past its end for a pattern like "*E" (Megatron-LM issue 7172). Here each router adds
     its own loss to `load_balance_loss_sum`, and `train.metrics` reads the layers.
     """
 
@@ -37,9 +37,9 @@ class SigmoidRouter(TopKRouter):
     ) -> torch.Tensor:
         """Add the loss's gradient to `activation` and its value to this layer's sum.
 
-        The loss is weighted by this micro-batch's tokens, since gradients are divided by the
-        tokens of the whole global batch in the end; a repeated multi-token-prediction block
-        counts it once, not once a depth.
+        The loss is multiplied by this micro-batch's tokens, since gradients are later divided by
+        the tokens of the global batch. A repeated multi-token-prediction block counts the loss
+        once, not once a depth.
         """
         if self.is_mtp_layer and self.config.mtp_num_layers:
             aux_loss = aux_loss / self.config.mtp_num_layers
@@ -51,10 +51,11 @@ class SigmoidRouter(TopKRouter):
         return MoEAuxLossAutoScaler.apply(activation, weighted)
 
     def route_here(self, hidden_SBD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The choices of all tokens in compact form, where no other rank has a say.
+        """Route all tokens on a rank that holds every expert: (experts [T,K] int64, probabilities
+        [T,K] FP32).
 
-        The same scores, choices, bias counts and sequence-wise loss as `forward`, without its
-        [tokens, experts] maps: (experts [T,K] int64, probabilities [T,K] FP32).
+        The same scores, choices, counts for the bias and sequence-wise loss as `forward`, without
+        its [tokens, experts] maps.
         """
         num_tokens, num_rows = hidden_SBD.shape[:2]
         self._maintain_float32_expert_bias()
@@ -62,6 +63,7 @@ class SigmoidRouter(TopKRouter):
         logits_TE = self.gating(hidden_SBD).view(num_tokens * num_rows, -1).float()
         scores_TE = torch.sigmoid(logits_TE)
         with torch.no_grad():
+            # The bias affects the choice only; the probabilities below use the scores without it.
             experts_TK = torch.topk(scores_TE + self.expert_bias, self.topk, dim=1).indices
         chosen_TK = torch.gather(scores_TE, 1, experts_TK)
         scale = self.config.moe_router_topk_scaling_factor or 1.0
@@ -75,8 +77,9 @@ class SigmoidRouter(TopKRouter):
     def _with_sequence_loss(
         self, probabilities_TK: torch.Tensor, scores_TE: torch.Tensor, num_rows: int
     ) -> torch.Tensor:
-        """Attach E/(K S^2) sum_e count_e sum_t share_te, the mean over rows of the Switch loss of
-        each row (arXiv 2101.03961, eq. 4); shares are scores normalized over the experts."""
+        """Attach the load-balance loss to the probabilities: E/(K S^2) sum_e count_e sum_t share_te
+        for each row (the Switch loss, arXiv 2101.03961, eq. 4), averaged over rows. Shares are
+        scores normalized over the experts."""
         coefficient = self.config.moe_aux_loss_coeff
         assert isinstance(coefficient, float)
         if not coefficient:
@@ -85,9 +88,10 @@ class SigmoidRouter(TopKRouter):
         shares_TE = scores_TE / (scores_TE.sum(-1, keepdim=True) + 1e-20)
         shares_BE = shares_TE.view(-1, num_rows, num_experts).sum(0)
         with torch.no_grad():
-            # The loss counts choices before the bias, as upstream.
+            # The loss counts the choices without the bias, as upstream does.
             top_TK = torch.topk(scores_TE, self.topk, dim=1, sorted=False).indices
             rows_T1 = torch.arange(num_rows, device=top_TK.device).repeat(len(top_TK) // num_rows)
+            # One histogram over (row, expert) pairs.
             cells = (rows_T1.unsqueeze(1) * num_experts + top_TK).flatten()
             counts_BE = torch.bincount(cells, minlength=shares_BE.numel()).view_as(shares_BE)
         length = scores_TE.shape[0] // num_rows

@@ -1,1 +1,1 @@
-"""The pattern as layers with shapes, parameters and FLOPs, and pipeline stages."""
+"""The layers of a pattern with shapes, parameters and FLOPs, and the pipeline stages."""

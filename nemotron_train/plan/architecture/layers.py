@@ -1,21 +1,21 @@
-"""The arithmetic of the model: pattern -> layers, tensors, linears, parameters and FLOPs.
+"""Arithmetic of the model: from the pattern to layers, tensors, linears, parameters and FLOPs.
 
-Owns which tensors a Nemotron-3-shaped model has, their shapes, and what a token costs. Knows
-nothing of torch, of precision or of how the model is built. Names follow the modules of the built
-model, which are Megatron-Core's `HybridModel` and ours in its slots, except that layer numbers
-are global (Megatron's start again at every pipeline stage).
+Owns: the tensors of a Nemotron-3-style model, their shapes, and the FLOPs per token. Does not own:
+precision, or the construction of the model. No torch. Names follow the modules of the built model
+(Megatron-Core's `HybridModel` with our modules), except that layer numbers are global: Megatron
+counts from each pipeline stage.
 
-What exists (arXiv 2512.20856, section 2; no bias on any linear, every MLP ungated): embedding
+Parts of the model (arXiv 2512.20856, section 2; linears have no bias, MLPs are ungated): embedding
 and untied output layer; one RMSNorm before each layer and one at the end; Mamba-2 layers with a
-biased short convolution and a gated norm; grouped-query attention without positions; mixture of
-experts with a full-width router and shared expert, and routed experts in the latent width. The
-multi-token-prediction block exists once and is applied `mtp.depths` times. The router's expert
-bias is a buffer, moved by a rule and not by the optimizer: it is no `Tensor` here and is counted
-apart, because the published total of Super with MTP (123,611,033,088) includes it.
+biased short convolution and a gated norm; grouped-query attention without positional embedding;
+mixture of experts with a full-width router and shared expert, and routed experts in the latent
+width. The multi-token-prediction block exists once and is applied `mtp.depths` times. The router's
+expert bias is a buffer that the load-balancing rule updates, not the optimizer. It is no `Tensor`
+here and is counted separately, because the published total of Super with MTP (123,611,033,088)
+includes it.
 
-FLOPs are model FLOPs of the forward pass: two a multiply-add, masked halves not counted,
-element-wise work and norms left out. Training costs three times as much; recomputation is not
-counted.
+FLOPs are model FLOPs of the forward pass: two per multiply-add, without masked halves, element-wise
+operations and norms. Training costs three times as much; recomputation is not counted.
 """
 
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ from nemotron_train.config.schema import ModelConfig
 
 
 class LayerKind(StrEnum):
-    """What a pattern letter builds; each letter is a full pre-norm residual block."""
+    """The layer that a pattern letter stands for; each is a full pre-norm residual block."""
 
     mamba = "M"
     attention = "*"
@@ -35,17 +35,17 @@ class LayerKind(StrEnum):
 
 
 class Sharding(StrEnum):
-    """Over which ranks of one pipeline stage and replica a tensor is divided."""
+    """The ranks over which a tensor is sharded, within one pipeline stage and replica."""
 
     replicated = "replicated"
-    tensor = "tensor"  # by the tensor-parallel group
-    expert = "expert"  # by the expert-parallel group, and inside an expert by expert_tensor
+    tensor = "tensor"  # over the tensor-parallel group
+    expert = "expert"  # over the expert-parallel group, and within an expert over expert_tensor
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """One parameter tensor of the whole, unsharded model. `active` is how many of its elements
-    take part in computing one token: fewer than all only for routed experts."""
+    """One parameter tensor of the unsharded model. `active`: number of elements used for one token,
+    which is less than all only for routed experts."""
 
     name: str
     shape: tuple[int, ...]
@@ -54,13 +54,14 @@ class Tensor:
 
     @property
     def parameters(self) -> int:
+        """Number of elements."""
         return prod(self.shape)
 
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear module: `copies` matrices of out_size x in_size (experts; otherwise 1), of which
-    a token goes through `active_copies`, `applications` times (multi-token-prediction depths)."""
+    """A linear module with `copies` matrices of out_size x in_size (1 except for routed experts). A
+    token uses `active_copies` of them, `applications` times (once per depth in the MTP block)."""
 
     path: str
     in_size: int
@@ -72,11 +73,12 @@ class Linear:
 
     @property
     def flops(self) -> int:
-        """Forward FLOPs a token."""
+        """Forward FLOPs per token, all applications together."""
         return 2 * self.in_size * self.out_size * self.active_copies * self.applications
 
     @property
     def weight(self) -> Tensor:
+        """The weight, of shape (out_size, in_size) or (copies, out_size, in_size)."""
         matrix = (self.out_size, self.in_size)
         return Tensor(
             name=f"{self.path}.weight",
@@ -88,8 +90,8 @@ class Linear:
 
 @dataclass(frozen=True)
 class LayerShape:
-    """One layer. `number` counts from 0 over the whole decoder (or inside the MTP block), as
-    its `path` does. A layer of the MTP block is held once and costs `applications` forwards."""
+    """One layer. `number` counts from 0 over the whole decoder (or inside the MTP block), as in
+    `path`. A layer of the MTP block has one set of weights and runs `applications` times."""
 
     number: int
     kind: LayerKind
@@ -98,49 +100,50 @@ class LayerShape:
     applications: int
     tensors: tuple[Tensor, ...]
     linears: tuple[Linear, ...]
-    fixed_mixing_flops: int  # a token, whatever the sequence length: convolution and SSD
-    mixing_flops_per_position: int  # a token and a token of sequence length: attention
+    fixed_mixing_flops: int  # per token, for any sequence length: convolution and SSD
+    mixing_flops_per_position: int  # per token and per token of sequence length: attention
 
     @property
     def parameters(self) -> int:
+        """Number of parameters."""
         return sum(tensor.parameters for tensor in self.tensors)
 
     @property
     def active_parameters(self) -> int:
+        """Number of parameters used for one token."""
         return sum(tensor.active for tensor in self.tensors)
 
     def forward_flops(self, sequence_length: int) -> int:
-        """Forward FLOPs a token, averaged over a causal sequence of `sequence_length`."""
+        """Forward FLOPs per token, averaged over a causal sequence of `sequence_length` tokens."""
         mixing = self.fixed_mixing_flops + self.mixing_flops_per_position * sequence_length
         return sum(linear.flops for linear in self.linears) + mixing * self.applications
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """Parameter counts. The names without `mtp` leave the multi-token-prediction block out."""
+    """Parameter counts. Fields without `mtp` in their name exclude the MTP block."""
 
     total: int
     total_with_mtp: int
     mtp: int
-    active_with_embeddings: int  # a token's share of experts, plus embedding and output layer
-    active_with_head_only: int  # the same without the embedding, which is looked up
-    active_without_embeddings: int  # neither embedding nor output layer
+    active_with_embeddings: int  # used for one token, with embedding and output layer
+    active_with_head_only: int  # the same without the embedding, which is a lookup
+    active_without_embeddings: int  # without embedding and output layer
     embedding: int
-    expert_bias: int  # buffers of the routers, MTP block included; in none of the counts above
+    expert_bias: int  # router buffers, with the MTP block; not part of the counts above
 
     @property
     def published(self) -> int:
-        """Everything a checkpoint of the whole model holds, expert biases included: what the
-        model cards count."""
+        """The count in the model cards: all parameters of a checkpoint and the expert biases."""
         return self.total_with_mtp + self.expert_bias
 
 
 def parse_pattern(
     pattern: str, knob: str = "model.pattern", stages_allowed: bool = True
 ) -> list[list[LayerKind]]:
-    """The pattern's layers, one list a pipeline stage (stages are separated by `|`).
+    """The layers of the pattern, one list per pipeline stage (stages are separated by `|`).
 
-    Raises ConfigError naming `knob`, the offending letter and its position, counted from 1.
+    Raises ConfigError with `knob`, the invalid letter and its position, counted from 1.
     """
     stages: list[list[LayerKind]] = [[]]
     for position, letter in enumerate(pattern, start=1):
@@ -171,7 +174,7 @@ def parse_pattern(
 
 
 def layers(model: ModelConfig) -> list[LayerShape]:
-    """Every layer of the decoder in order, then those of the one physical MTP block.
+    """Every layer of the decoder in order, then the layers of the MTP block (once).
 
     Raises ConfigError on a bad `model.pattern` or, with depths > 0, `model.mtp.pattern`.
     """
@@ -196,20 +199,20 @@ def layers(model: ModelConfig) -> list[LayerShape]:
 
 
 def embedding_tensors(model: ModelConfig) -> list[Tensor]:
-    """What precedes the layers: the embedding, vocabulary x hidden."""
+    """Tensors before the layers: the embedding, vocabulary x hidden."""
     shape = (model.vocab_size, model.hidden_size)
     return [_tensor("embedding.word_embeddings.weight", shape, Sharding.tensor)]
 
 
 def head_tensors(model: ModelConfig) -> list[Tensor]:
-    """What follows the layers: the final norm and the untied output layer."""
+    """Tensors after the layers: the final norm and the untied output layer."""
     norm = _tensor("decoder.final_norm.weight", (model.hidden_size,))
     return [norm, _output_layer(model).weight]
 
 
 def mtp_tensors(model: ModelConfig) -> list[Tensor]:
-    """What the MTP block has around its layers: two norms (of the shifted embedding and of the
-    hidden state), the projection of both to one width, and its own final norm."""
+    """Tensors of the MTP block outside its layers: two norms (of the shifted embedding and of the
+    hidden state), the projection of both to one hidden size, and the block's final norm."""
     if model.mtp.depths == 0:
         return []
     norms = [
@@ -220,31 +223,31 @@ def mtp_tensors(model: ModelConfig) -> list[Tensor]:
 
 
 def tensors(model: ModelConfig) -> list[Tensor]:
-    """Every parameter tensor of the unsharded model under its full name."""
-    everything = embedding_tensors(model) + head_tensors(model) + mtp_tensors(model)
-    return everything + [tensor for layer in layers(model) for tensor in layer.tensors]
+    """Every parameter tensor of the unsharded model, with its full name."""
+    outer_tensors = embedding_tensors(model) + head_tensors(model) + mtp_tensors(model)
+    return outer_tensors + [tensor for layer in layers(model) for tensor in layer.tensors]
 
 
 def linears(model: ModelConfig) -> list[Linear]:
-    """Every linear module in forward order: the decoder's, the MTP block's, the output layer.
+    """Every linear module in forward order: decoder, MTP block, output layer.
 
-    The embedding is a lookup and the short convolution no matrix product: neither is listed.
+    Excludes the embedding (a lookup) and the short convolution (not a matrix product).
     """
     shapes = layers(model)
-    found = [linear for layer in shapes if not layer.in_mtp for linear in layer.linears]
+    result = [linear for layer in shapes if not layer.in_mtp for linear in layer.linears]
     if model.mtp.depths > 0:
-        found.append(_mtp_projection(model))
-        found += [linear for layer in shapes if layer.in_mtp for linear in layer.linears]
-    return [*found, _output_layer(model)]
+        result.append(_mtp_projection(model))
+        result += [linear for layer in shapes if layer.in_mtp for linear in layer.linears]
+    return [*result, _output_layer(model)]
 
 
 def parameters(model: ModelConfig) -> Parameters:
     """Total and active parameter counts (see `Parameters`)."""
     shapes = layers(model)
     decoder = [layer for layer in shapes if not layer.in_mtp]
-    outside = embedding_tensors(model) + head_tensors(model)
+    outer_tensors = embedding_tensors(model) + head_tensors(model)
     embedding = sum(tensor.parameters for tensor in embedding_tensors(model))
-    total = sum(tensor.parameters for tensor in outside)
+    total = sum(tensor.parameters for tensor in outer_tensors)
     active = total + sum(layer.active_parameters for layer in decoder)
     total += sum(layer.parameters for layer in decoder)
     mtp = sum(tensor.parameters for tensor in mtp_tensors(model))
@@ -262,14 +265,14 @@ def parameters(model: ModelConfig) -> Parameters:
 
 
 def forward_flops(model: ModelConfig, sequence_length: int) -> int:
-    """Forward FLOPs a token of the whole model, every MTP depth and its logits included."""
-    whole_layers = sum(layer.forward_flops(sequence_length) for layer in layers(model))
+    """Forward FLOPs per token of the whole model, with every MTP depth and its logits."""
+    layer_flops = sum(layer.forward_flops(sequence_length) for layer in layers(model))
     projection = _mtp_projection(model).flops if model.mtp.depths > 0 else 0
-    return whole_layers + projection + _output_layer(model).flops
+    return layer_flops + projection + _output_layer(model).flops
 
 
 def training_flops(model: ModelConfig, sequence_length: int) -> int:
-    """FLOPs a trained token: the backward pass costs twice the forward."""
+    """FLOPs per trained token: the backward pass costs twice the forward pass."""
     return 3 * forward_flops(model, sequence_length)
 
 
@@ -281,12 +284,12 @@ def mamba_in_proj_size(model: ModelConfig) -> int:
 
 
 def expert_width(model: ModelConfig) -> int:
-    """The width in which tokens are dispatched and routed experts work."""
+    """The input and output width of routed experts, in which tokens are dispatched."""
     return model.moe.latent_size or model.hidden_size
 
 
 def _output_layer(model: ModelConfig) -> Linear:
-    """Shared: each MTP depth predicts through it once more."""
+    """The output layer, which every MTP depth applies once more."""
     applications = 1 + model.mtp.depths
     return Linear(
         "output_layer", model.hidden_size, model.vocab_size, Sharding.tensor, applications
@@ -301,34 +304,35 @@ def _mtp_projection(model: ModelConfig) -> Linear:
 def _layer(
     model: ModelConfig, kind: LayerKind, number: int, path: str, applications: int
 ) -> LayerShape:
-    parts = {LayerKind.mamba: _mamba, LayerKind.attention: _attention, LayerKind.moe: _moe}[kind]
-    own_tensors, own_linears, fixed, per_position = parts(model, path, applications)
+    build = {LayerKind.mamba: _mamba, LayerKind.attention: _attention, LayerKind.moe: _moe}[kind]
+    other_tensors, layer_linears, fixed, per_position = build(model, path, applications)
     return LayerShape(
         number=number,
         kind=kind,
         path=path,
         in_mtp=path.startswith("mtp."),
         applications=applications,
-        tensors=(*own_tensors, *(linear.weight for linear in own_linears)),
-        linears=tuple(own_linears),
+        tensors=(*other_tensors, *(linear.weight for linear in layer_linears)),
+        linears=tuple(layer_linears),
         fixed_mixing_flops=fixed,
         mixing_flops_per_position=per_position,
     )
 
 
-# Tensors that are no linear's weight, linears, and the two mixing counts of LayerShape.
+# Tensors that are not weights of linears; linears; the two mixing FLOPs of LayerShape.
 type _Parts = tuple[list[Tensor], list[Linear], int, int]
 
 
 def _mamba(model: ModelConfig, path: str, applications: int) -> _Parts:
-    """Mamba-2 (arXiv 2405.21060, section 6, the chunked algorithm): inside a chunk of Q tokens
-    the two masked products C B^T and (L o C B^T) x, half of each; the chunk's state B x and its
-    reading C h in full; one multiply-add a state element and chunk to carry the state on."""
+    """Mamba-2 (arXiv 2405.21060, section 6, the chunked algorithm). In a chunk of Q tokens: half of
+    each of the two masked products C B^T and (L o C B^T) x; all of the products B x (the chunk's
+    state) and C h (its readout). Per chunk and state element: one multiply-add to pass the state to
+    the next chunk."""
     mamba, split = model.mamba, Sharding.tensor
     inner, state, chunk = mamba.heads * mamba.head_dim, mamba.state_size, mamba.chunk_size
     convolved = inner + 2 * mamba.groups * state
     mixer = f"{path}.mixer"
-    own = [
+    other_tensors = [
         _tensor(f"{path}.norm.weight", (model.hidden_size,)),
         _tensor(f"{mixer}.conv_weight", (convolved, mamba.conv_kernel_size), split),
         _tensor(f"{mixer}.conv_bias", (convolved,), split),
@@ -337,7 +341,7 @@ def _mamba(model: ModelConfig, path: str, applications: int) -> _Parts:
         _tensor(f"{mixer}.D", (mamba.heads,), split),
         _tensor(f"{mixer}.norm.weight", (inner,), split),
     ]
-    found = [
+    layer_linears = [
         Linear(
             f"{mixer}.in_proj", model.hidden_size, mamba_in_proj_size(model), split, applications
         ),
@@ -346,42 +350,48 @@ def _mamba(model: ModelConfig, path: str, applications: int) -> _Parts:
     convolution = 2 * mamba.conv_kernel_size * convolved
     inside_chunk = chunk * (mamba.groups * state + inner)
     states = 4 * inner * state + 2 * inner * state // chunk
-    return own, found, convolution + inside_chunk + states, 0
+    return other_tensors, layer_linears, convolution + inside_chunk + states, 0
 
 
 def _attention(model: ModelConfig, path: str, applications: int) -> _Parts:
-    """Grouped-query attention; of the two products over the sequence the causal half."""
+    """Grouped-query attention; the causal half of the two products over the sequence."""
     attention, hidden, split = model.attention, model.hidden_size, Sharding.tensor
     query = attention.heads * attention.head_dim
     query_key_value = query + 2 * attention.key_value_heads * attention.head_dim
     mixer = f"{path}.self_attention"
-    found = [
+    layer_linears = [
         Linear(f"{mixer}.linear_qkv", hidden, query_key_value, split, applications),
         Linear(f"{mixer}.linear_proj", query, hidden, split, applications),
     ]
-    return [_tensor(f"{path}.input_layernorm.weight", (hidden,))], found, 0, 2 * query
+    return [_tensor(f"{path}.input_layernorm.weight", (hidden,))], layer_linears, 0, 2 * query
 
 
 def _moe(model: ModelConfig, path: str, applications: int) -> _Parts:
-    """LatentMoE (arXiv 2601.18089, eq. 1 and 2), or the standard one when latent_size is 0."""
-    moe, hidden, width = model.moe, model.hidden_size, expert_width(model)
+    """LatentMoE (arXiv 2601.18089, eq. 1 and 2), or a standard MoE if latent_size is 0."""
+    moe = model.moe
+    hidden, width = model.hidden_size, expert_width(model)
     size, shared = moe.expert_hidden_size, moe.shared_expert_hidden_size
-    mlp, whole, split = f"{path}.mlp", Sharding.replicated, Sharding.tensor
+    mlp = f"{path}.mlp"
+    replicated, split = Sharding.replicated, Sharding.tensor
     routed = (Sharding.expert, applications, moe.experts, moe.experts_per_token)
-    found = [
-        Linear(f"{mlp}.router", hidden, moe.experts, whole, applications),
+    layer_linears = [
+        Linear(f"{mlp}.router", hidden, moe.experts, replicated, applications),
         Linear(f"{mlp}.experts.linear_fc1", width, size, *routed),
         Linear(f"{mlp}.experts.linear_fc2", size, width, *routed),
     ]
     if moe.latent_size > 0:
-        found.insert(1, Linear(f"{mlp}.fc1_latent_proj", hidden, width, whole, applications))
-        found.append(Linear(f"{mlp}.fc2_latent_proj", width, hidden, whole, applications))
+        layer_linears.insert(
+            1, Linear(f"{mlp}.fc1_latent_proj", hidden, width, replicated, applications)
+        )
+        layer_linears.append(
+            Linear(f"{mlp}.fc2_latent_proj", width, hidden, replicated, applications)
+        )
     if shared > 0:
-        found += [
+        layer_linears += [
             Linear(f"{mlp}.shared_experts.linear_fc1", hidden, shared, split, applications),
             Linear(f"{mlp}.shared_experts.linear_fc2", shared, hidden, split, applications),
         ]
-    return [_tensor(f"{path}.pre_mlp_layernorm.weight", (hidden,))], found, 0, 0
+    return [_tensor(f"{path}.pre_mlp_layernorm.weight", (hidden,))], layer_linears, 0, 0
 
 
 def _tensor(name: str, shape: tuple[int, ...], sharding: Sharding = Sharding.replicated) -> Tensor:

@@ -1,10 +1,10 @@
-"""Which layers a pipeline stage holds: as the pattern says with `|`, or balanced by FLOPs.
+"""Split of the layers into pipeline stages: given by `|` in the pattern, or balanced by FLOPs.
 
-A stage is a run of consecutive layers. With `parallel.virtual_pipeline` above 1 a rank holds
-several: stage s lies on pipeline rank s % pipeline, as its chunk s // pipeline. Owns the cut and
-its costs, not what runs on it. The costs are model FLOPs (`plan.architecture.layers`):
-recomputation, the optimizer and communication are not in them, and the embedding, a lookup, costs
-none. No torch.
+A stage is a sequence of consecutive layers. With `parallel.virtual_pipeline` above 1, a rank holds
+several stages: stage s is chunk s // pipeline of pipeline rank s % pipeline.
+
+Owns: the split and its costs. The costs are model FLOPs (`plan.architecture.layers`), without
+recomputation, the optimizer and communication; the embedding, a lookup, costs nothing. No torch.
 """
 
 from collections.abc import Sequence
@@ -17,8 +17,8 @@ from nemotron_train.plan.architecture.layers import forward_flops, layers
 
 @dataclass(frozen=True)
 class Stage:
-    """One pipeline stage: `pattern` without separators, the number of its first layer in the
-    decoder, the pipeline rank it lies on, and its forward FLOPs a token. The last stage's contain
+    """One pipeline stage: its part of the pattern without `|`, the decoder number of its first
+    layer, its pipeline rank, and its forward FLOPs per token. The FLOPs of the last stage include
     the output layer and multi-token prediction."""
 
     pattern: str
@@ -28,8 +28,9 @@ class Stage:
 
 
 def stages(config: Config) -> list[Stage]:
-    """All stages in the order of the forward pass. A pattern with `|` is cut there; one without
-    into pipeline x virtual_pipeline stages, the most expensive as cheap as it can be."""
+    """All stages in forward order. A pattern with `|` is split there. A pattern without is split
+    into pipeline x virtual_pipeline stages such that the most expensive stage costs as little as
+    possible."""
     length, model = config.train.sequence_length, config.model
     costs = [shape.forward_flops(length) for shape in layers(model) if not shape.in_mtp]
     after = forward_flops(model, length) - sum(costs)
@@ -39,22 +40,22 @@ def stages(config: Config) -> list[Stage]:
     else:
         parallel = config.parallel
         sizes = balance(costs, parallel.pipeline * parallel.virtual_pipeline, after)
-    found, start = [], 0
+    result, start = [], 0
     for number, size in enumerate(sizes):
         flops = sum(costs[start : start + size]) + (after if number == len(sizes) - 1 else 0)
         rank = number % config.parallel.pipeline
-        found.append(Stage(letters[start : start + size], start, rank, flops))
+        result.append(Stage(letters[start : start + size], start, rank, flops))
         start += size
-    return found
+    return result
 
 
 def stage_pattern(config: Config) -> str:
-    """The decoder's pattern with every `|`, asked for or found by balancing."""
+    """The decoder's pattern with `|` between all stages, given or found by balancing."""
     return "|".join(stage.pattern for stage in stages(config))
 
 
 def flops_by_rank(config: Config) -> list[int]:
-    """Forward FLOPs a token on each pipeline rank, all of its stages together."""
+    """Forward FLOPs per token on each pipeline rank, summed over its stages."""
     totals = [0] * config.parallel.pipeline
     for stage in stages(config):
         totals[stage.rank] += stage.flops
@@ -62,17 +63,17 @@ def flops_by_rank(config: Config) -> list[int]:
 
 
 def imbalance(costs: Sequence[int]) -> float:
-    """Largest cost over the mean: 1.25 means that the others wait a fifth of the time."""
+    """Largest cost divided by the mean. At 1.25, the other ranks wait a fifth of the time."""
     return max(costs) * len(costs) / sum(costs)
 
 
 def balance(costs: Sequence[int], num_stages: int, after: int = 0) -> list[int]:
-    """Cut `costs` into `num_stages` runs, none empty, whose largest sum is smallest, the last
-    with `after` more; returns how many each takes.
+    """Split `costs` into `num_stages` non-empty consecutive parts with the smallest possible
+    largest sum. `after` is added to the last part. Returns the number of layers of each part.
 
-    Of the cuts with the smallest largest sum, the one with the smallest sum of squares: where one
-    stage must be expensive (the output layer), the others are still even. Dynamic programming over
-    where a stage ends, O(stages x layers^2).
+    Among the splits with the smallest largest sum, it returns the one with the smallest sum of
+    squares: if one stage is unavoidably expensive (the output layer), the others are still
+    balanced. Dynamic programming over the end of each stage, O(stages x layers^2).
     """
     assert 1 <= num_stages <= len(costs)
     return list(_balance(tuple(costs), num_stages, after))
@@ -81,37 +82,42 @@ def balance(costs: Sequence[int], num_stages: int, after: int = 0) -> list[int]:
 @lru_cache
 def _balance(costs: tuple[int, ...], num_stages: int, after: int) -> tuple[int, ...]:
     num_layers = len(costs)
-    before = [0]
+    prefix_sums = [0]
     for cost in costs:
-        before.append(before[-1] + cost)
+        prefix_sums.append(prefix_sums[-1] + cost)
 
-    def run(start: int, end: int, stage: int) -> int:
-        return before[end] - before[start] + (after if stage == num_stages else 0)
+    def stage_cost(start: int, end: int, stage: int) -> int:
+        return prefix_sums[end] - prefix_sums[start] + (after if stage == num_stages else 0)
 
-    # smallest[end]: the least possible largest sum of the first `stage` stages, `end` layers.
+    # smallest[end]: the smallest possible largest sum if the first `stage` stages have `end`
+    # layers.
     smallest: list[float] = [
-        run(0, end, 1) if end else float("inf") for end in range(num_layers + 1)
+        stage_cost(0, end, 1) if end else float("inf") for end in range(num_layers + 1)
     ]
     for stage in range(2, num_stages + 1):
         smallest = [
             min(
-                (max(smallest[start], run(start, end, stage)) for start in range(stage - 1, end)),
+                (
+                    max(smallest[start], stage_cost(start, end, stage))
+                    for start in range(stage - 1, end)
+                ),
                 default=float("inf"),
             )
             for end in range(num_layers + 1)
         ]
     limit = smallest[num_layers]
 
+    # squares[end]: (smallest sum of squares, sizes) for the same, with no stage above `limit`.
     squares: dict[int, tuple[int, tuple[int, ...]]] = {0: (0, ())}
     for stage in range(1, num_stages + 1):
-        reached: dict[int, tuple[int, tuple[int, ...]]] = {}
+        best: dict[int, tuple[int, tuple[int, ...]]] = {}
         for start, (total, sizes) in squares.items():
             for end in range(start + 1, num_layers + 1):
-                cost = run(start, end, stage)
+                cost = stage_cost(start, end, stage)
                 if cost > limit:
                     break
                 candidate = (total + cost * cost, (*sizes, end - start))
-                if end not in reached or candidate < reached[end]:
-                    reached[end] = candidate
-        squares = reached
+                if end not in best or candidate < best[end]:
+                    best[end] = candidate
+        squares = best
     return squares[num_layers][1]

@@ -1,1 +1,1 @@
-"""Memory and traffic of a rank, from the operators of each layer."""
+"""Memory and communication of a rank, predicted from the operators of each layer."""

@@ -1,12 +1,13 @@
-"""What a rank hands to collectives in a training step, in bytes, by group and kind of collective.
+"""Communication of a rank in a training step: bytes by group, kind of collective and purpose.
 
-Counted: the tensor of an all-reduce, what goes into a reduce-scatter or an all-to-all, what comes
-out of an all-gather, a message sent to another stage. What then crosses wires depends on the
-algorithm: a ring of n ranks sends (n-1)/n of it, an all-reduce twice that.
+Owns: these predictions. Counted are the tensor of an all-reduce, the input of a reduce-scatter or
+an all-to-all, the output of an all-gather, and messages sent to another stage. The bytes on the
+network depend on the algorithm: a ring of n ranks sends (n-1)/n of the count, an all-reduce twice
+that.
 
-Left out: numbers of a few KiB (losses, norms, counts of routed tokens, the guard's agreement),
-evaluation, checkpoints, what telemetry and tensor scales of several ranks exchange. No torch.
-tests/distributed/test_communication.py holds the rest against what a step hands to torch.
+Not counted: tensors of a few KiB (losses, norms, counts of routed tokens, the guard's agreement),
+evaluation, checkpoints, and the exchange of telemetry and tensor scales between ranks. No torch.
+tests/distributed/test_communication.py compares the predictions with the calls to torch in a step.
 """
 
 from collections.abc import Iterable, Iterator
@@ -28,15 +29,15 @@ from nemotron_train.plan.cost.operators import GPU, WIDE, Local
 from nemotron_train.plan.derive import Derived
 
 _ALIGNED, _BUCKET = 64, 128  # elements; Megatron's optimizer/param_layout.py
-_KEPT_WIDE = ("A_log", ".D", "dt_bias")  # FP32 whatever the parameters are (model.mamba.layer)
+_FLOAT32_NAMES = ("A_log", ".D", "dt_bias")  # always FP32 (model.mamba.layer)
 ALL_GATHER, REDUCE_SCATTER, ALL_REDUCE = "all-gather", "reduce-scatter", "all-reduce"
 ALL_TO_ALL, SEND = "all-to-all", "send"
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes a step that a rank hands to one kind of collective for one purpose. `group` is an axis
-    of `report.plan.ranks`, or `embedding`: the first and the last pipeline rank."""
+    """Bytes per step that a rank passes to one kind of collective for one purpose. group: an axis
+    of `report.plan.ranks`, or `embedding` (the first and the last pipeline rank)."""
 
     group: str
     collective: str
@@ -45,22 +46,23 @@ class Traffic:
 
 
 def rank_traffic(config: Config, derived: Derived) -> list[list[Traffic]]:
-    """A rank's traffic in a step, for every pipeline rank; equal purposes added up. With experts
-    on several ranks it is the mean over them: routing decides who gets more."""
+    """The traffic of a rank in one step, for every pipeline rank; equal purposes are added up. With
+    expert parallelism it is the mean over the expert-parallel ranks, because the routing decides
+    the share of each."""
     local = Local(config, derived.plan.at(0).formats, GPU)
     tensors, num_ranks = stage_tensors(config, derived), config.parallel.pipeline
-    found = []
+    result = []
     for rank in range(num_ranks):
-        own = range(rank, len(tensors), num_ranks)
-        passes = [t for stage in own for t in _micro_batch(local, derived, stage)]
-        step = [t for stage in own for t in _gradients(local, derived, tensors[stage])]
-        step += _embedding(local, rank)
-        again = derived.micro_batches_per_step
-        found.append(_added_up([*((t, again) for t in passes), *((t, 1) for t in step)]))
-    return found
+        rank_stages = range(rank, len(tensors), num_ranks)
+        per_micro_batch = [t for stage in rank_stages for t in _micro_batch(local, derived, stage)]
+        per_step = [t for stage in rank_stages for t in _gradients(local, derived, tensors[stage])]
+        per_step += _embedding(local, rank)
+        times = derived.micro_batches_per_step
+        result.append(_sum([*((t, times) for t in per_micro_batch), *((t, 1) for t in per_step)]))
+    return result
 
 
-def _added_up(parts: Iterable[tuple[Traffic, int]]) -> list[Traffic]:
+def _sum(parts: Iterable[tuple[Traffic, int]]) -> list[Traffic]:
     sums: dict[tuple[str, str, str], int] = {}
     for part, times in parts:
         key = (part.group, part.collective, part.purpose)
@@ -72,7 +74,7 @@ def _added_up(parts: Iterable[tuple[Traffic, int]]) -> list[Traffic]:
 
 
 def _micro_batch(local: Local, derived: Derived, stage: int) -> Iterator[Traffic]:
-    """Forward and backward through one pipeline stage."""
+    """Forward and backward pass of one pipeline stage."""
     sizes, shapes = derived.layers_per_stage, layers(local.config.model)
     decoder = [shape for shape in shapes if not shape.in_mtp]
     start, last = sum(sizes[:stage]), stage == len(sizes) - 1
@@ -80,7 +82,7 @@ def _micro_batch(local: Local, derived: Derived, stage: int) -> Iterator[Traffic
     for shape in decoder[start : start + sizes[stage]]:
         yield from _layer(local, shape)
     if stage == 0:
-        yield from _row(local)  # the embedding sums like a row-parallel linear
+        yield from _row(local)  # the embedding reduces its output like a row-parallel linear
     if last:
         for _ in range(1 + depths):
             yield from _column(local, "output_layer", 1)
@@ -112,7 +114,7 @@ def _layer(local: Local, shape: LayerShape) -> Iterator[Traffic]:
         if local.config.model.moe.shared_expert_hidden_size > 0:
             path = f"{shape.path}.mlp.shared_experts.linear_fc1"
             yield from _column(local, path, 1, recompute.moe)
-            # In the middle of the layer, so that a second run of the whole layer repeats it.
+            # In the middle of the layer, so full recomputation repeats it.
             yield from _row(local, recompute.moe)
         yield from _dispatch(local, recompute.moe)
 
@@ -120,16 +122,16 @@ def _layer(local: Local, shape: LayerShape) -> Iterator[Traffic]:
 def _column(
     local: Local, path: str, width: int, recompute: RecomputeMode = RecomputeMode.off
 ) -> Iterator[Traffic]:
-    """A column-parallel linear of `width` x hidden inputs (Megatron's tensor_parallel/layers.py).
+    """A column-parallel linear with `width` x hidden inputs (Megatron's tensor_parallel/layers.py).
 
-    Under sequence parallelism it gathers its input, again for the weight's gradient (an emulated
-    format keeps its operand instead, `precision.linear`), and scatters the sum of the input's
-    gradients; without, it sums these on every rank."""
+    Under sequence parallelism it all-gathers its input in the forward pass and once more for the
+    weight gradient (an emulated format saves the operand instead, `precision.linear`), and
+    reduce-scatters the input gradient. Otherwise it all-reduces the input gradient."""
     size = width * local.gathered
     if local.splits_sequence:
         formats = local.formats.get(path)
-        keeps = formats is not None and formats.is_quantized
-        times = 1 + (not keeps) + (recompute == RecomputeMode.full)
+        saves_operand = formats is not None and formats.is_quantized
+        times = 1 + (not saves_operand) + (recompute == RecomputeMode.full)
         yield Traffic("tensor", ALL_GATHER, "activations", size * times)
         yield Traffic("tensor", REDUCE_SCATTER, "activations", size)
     elif local.config.parallel.tensor > 1:
@@ -137,8 +139,8 @@ def _column(
 
 
 def _row(local: Local, recompute: RecomputeMode = RecomputeMode.off) -> Iterator[Traffic]:
-    """A row-parallel linear: the other way about. At a layer's end nothing saves its sum, and
-    torch's checkpoint stops a second run before it."""
+    """A row-parallel linear: the reverse of `_column`. At the end of a layer no operator saves its
+    reduced output, and torch's checkpoint stops the recomputation before it."""
     times = 1 + (recompute == RecomputeMode.full)
     if local.splits_sequence:
         yield Traffic("tensor", REDUCE_SCATTER, "activations", local.gathered * times)
@@ -148,15 +150,15 @@ def _row(local: Local, recompute: RecomputeMode = RecomputeMode.off) -> Iterator
 
 
 def _gathered_join(local: Local) -> Iterator[Traffic]:
-    """eh_proj's output, whole on every rank and then each one's tokens of it
-    (Megatron's transformer/multi_token_prediction.py)."""
+    """The output of eh_proj: all-gathered over features, then split by tokens under sequence
+    parallelism (Megatron's transformer/multi_token_prediction.py)."""
     if local.config.parallel.tensor > 1:
         times = 1 + local.splits_sequence
         yield Traffic("tensor", ALL_GATHER, "activations", local.gathered * times)
 
 
 def _cross_entropy(local: Local) -> Iterator[Traffic]:
-    """model.cross_entropy: a largest logit, then two sums a token."""
+    """model.cross_entropy: per token, the maximum logit and two sums."""
     if local.config.parallel.tensor > 1:
         yield Traffic("tensor", ALL_REDUCE, "logits' sums", 3 * WIDE * local.tokens)
 
@@ -165,50 +167,52 @@ def _cross_entropy(local: Local) -> Iterator[Traffic]:
 
 
 def _exchange(local: Local, parts: Iterable[tuple[int, int]]) -> int:
-    """model.context: packed heads (count, channels) of a tensor-parallel rank, a run of them to
-    every context-parallel rank; the fewer are sent to several."""
+    """model.context: bytes of an all-to-all that distributes the heads of a tensor-parallel rank
+    over the context-parallel ranks. parts: (heads, channels per head); if there are fewer heads
+    than ranks, each is sent to several ranks."""
     ranks = local.config.parallel.context
-    own = sum(max(1, count // ranks) * width for count, width in parts)
-    return ranks * local.tokens * own * local.element
+    elements_per_token = sum(max(1, count // ranks) * width for count, width in parts)
+    return ranks * local.tokens * elements_per_token * local.element
 
 
 def _mamba_heads(local: Local, recompute: RecomputeMode) -> Iterator[Traffic]:
     mamba, tensor = local.config.model.mamba, local.config.parallel.tensor
     heads, states = mamba.heads // tensor, (mamba.groups // tensor, mamba.state_size)
-    there = _exchange(local, [(heads, mamba.head_dim), states, states, (heads, 1)])
-    back = _exchange(local, [(heads, mamba.head_dim)])
+    scattered = _exchange(local, [(heads, mamba.head_dim), states, states, (heads, 1)])
+    returned = _exchange(local, [(heads, mamba.head_dim)])
     times = 2 + (recompute != RecomputeMode.off)
     if local.config.parallel.context > 1:
-        yield Traffic("context", ALL_TO_ALL, "Mamba-2 heads", times * (there + back))
+        yield Traffic("context", ALL_TO_ALL, "Mamba-2 heads", times * (scattered + returned))
 
 
 def _attention_heads(local: Local, recompute: RecomputeMode) -> Iterator[Traffic]:
-    """Selective recomputation ends with what attention saves, before the way back."""
+    """Selective recomputation ends before the all-to-all of the result."""
     attention, tensor = local.config.model.attention, local.config.parallel.tensor
     query = (attention.heads // tensor, attention.head_dim)
     key = (max(1, attention.key_value_heads // tensor), attention.head_dim)
-    there = _exchange(local, [query, key, key]) * (2 + (recompute != RecomputeMode.off))
-    back = _exchange(local, [query]) * (2 + (recompute == RecomputeMode.full))
+    scattered = _exchange(local, [query, key, key]) * (2 + (recompute != RecomputeMode.off))
+    returned = _exchange(local, [query]) * (2 + (recompute == RecomputeMode.full))
     if local.config.parallel.context > 1:
-        yield Traffic("context", ALL_TO_ALL, "attention heads", there + back)
+        yield Traffic("context", ALL_TO_ALL, "attention heads", scattered + returned)
 
 
 def _dispatch(local: Local, recompute: RecomputeMode) -> Iterator[Traffic]:
-    """Megatron's transformer/moe/token_dispatcher.py: tokens to their experts in latent width with
-    their FP32 probabilities, results back; backward the same. Experts that are cut gather the
-    tokens of their group and scatter the sums of their outputs."""
+    """Megatron's transformer/moe/token_dispatcher.py: tokens in latent width and their FP32
+    probabilities go to the experts, results come back; the same in the backward pass. With
+    expert_tensor above 1, tokens are all-gathered and outputs are reduce-scattered."""
     moe, parallel = local.config.model.moe, local.config.parallel
     copies = local.stream_tokens * moe.experts_per_token
     tokens = copies * expert_width(local.config.model) * local.element
     full = recompute == RecomputeMode.full
-    # What comes back is saved by the second latent projection, else by nothing.
-    there, back = 2 + full, 2 + (full and moe.latent_size > 0)
+    # The second latent projection saves the combined result. Without it no operator does, and the
+    # recomputation stops before the combine.
+    dispatch_times, combine_times = 2 + full, 2 + (full and moe.latent_size > 0)
     if parallel.expert > 1:
-        yield Traffic("expert", ALL_TO_ALL, "dispatch", (tokens + WIDE * copies) * there)
-        yield Traffic("expert", ALL_TO_ALL, "combine", tokens * back)
+        yield Traffic("expert", ALL_TO_ALL, "dispatch", (tokens + WIDE * copies) * dispatch_times)
+        yield Traffic("expert", ALL_TO_ALL, "combine", tokens * combine_times)
     if parallel.expert_tensor > 1:
-        gathered = tokens * there + WIDE * copies * (there - 1)
-        scattered = tokens * back + WIDE * copies
+        gathered = tokens * dispatch_times + WIDE * copies * (dispatch_times - 1)
+        scattered = tokens * combine_times + WIDE * copies
         ranks = parallel.expert_tensor
         yield Traffic("expert tensor", ALL_GATHER, "tokens", ranks * gathered)
         yield Traffic("expert tensor", REDUCE_SCATTER, "tokens", ranks * scattered)
@@ -218,16 +222,16 @@ def _dispatch(local: Local, recompute: RecomputeMode) -> Iterator[Traffic]:
 
 
 def _gradients(local: Local, derived: Derived, tensors: list[Tensor]) -> Iterator[Traffic]:
-    """Once a step: Megatron's distributed/param_and_grad_buffer.py and finalize_model_grads.py.
+    """Once per step: Megatron's distributed/param_and_grad_buffer.py and finalize_model_grads.py.
 
-    Gradients are FP32, parameters in their own dtype. Experts have buffers of their own where
-    their ranks differ from the dense layers'."""
+    Gradients are FP32, parameters have their own dtype. Experts have separate buffers if their
+    ranks differ from those of the dense layers."""
     config, parallel = local.config, local.config.parallel
     if local.splits_sequence:
-        whole = sum(prod(t.shape) for t in tensors if t.sharding == Sharding.replicated)
-        yield Traffic("tensor", ALL_REDUCE, "gradients of what is not cut", WIDE * whole)
-    apart = parallel.expert > 1 or parallel.expert_tensor != parallel.tensor
-    routed = [t for t in tensors if t.sharding == Sharding.expert and apart]
+        replicated = sum(prod(t.shape) for t in tensors if t.sharding == Sharding.replicated)
+        yield Traffic("tensor", ALL_REDUCE, "gradients of what is not cut", WIDE * replicated)
+    separate_experts = parallel.expert > 1 or parallel.expert_tensor != parallel.tensor
+    routed = [t for t in tensors if t.sharding == Sharding.expert and separate_experts]
     dense = [t for t in tensors if t not in routed]
     replicas = (derived.data_parallel * parallel.context, derived.expert_data_parallel)
     for name, held, ranks in zip(("data", "expert data"), (dense, routed), replicas, strict=True):
@@ -239,9 +243,9 @@ def _gradients(local: Local, derived: Derived, tensors: list[Tensor]) -> Iterato
                 yield Traffic(name, ALL_REDUCE, "gradients", WIDE * elements)
                 continue
             yield Traffic(name, REDUCE_SCATTER, "gradients", WIDE * elements)
-            # UPSTREAM(megatron-core 0.19.2): experts apart have an optimizer apart, and each of
-            # the two gathers all parameters. Gathering ahead of the forward pass does it once.
-            times = 2 if apart and _has_experts(config) else 1
+            # UPSTREAM(megatron-core 0.19.2): separate expert buffers have a separate optimizer, and
+            # both optimizers gather all parameters. With overlap they are gathered only once.
+            times = 2 if separate_experts and _has_experts(config) else 1
             times = 1 if parallel.overlap_parameter_gather else times
             yield Traffic(name, ALL_GATHER, "parameters", times * size * elements)
 
@@ -251,36 +255,37 @@ def _has_experts(config: Config) -> bool:
 
 
 def _buffers(config: Config, tensors: list[Tensor]) -> list[list[Tensor]]:
-    """One a dtype."""
-    wide = [t for t in tensors if t.name.endswith(_KEPT_WIDE)]
+    """The tensors by dtype, as Megatron puts them into buffers."""
+    wide = [t for t in tensors if t.name.endswith(_FLOAT32_NAMES)]
     if config.precision.parameter_dtype != Dtype.bfloat16:
         return [tensors]
     return [[t for t in tensors if t not in wide], wide]
 
 
 def _parameter_bytes(config: Config, tensors: list[Tensor]) -> int:
-    wide = any(t.name.endswith(_KEPT_WIDE) for t in tensors)
+    wide = any(t.name.endswith(_FLOAT32_NAMES) for t in tensors)
     return 2 if config.precision.parameter_dtype == Dtype.bfloat16 and not wide else WIDE
 
 
 def _elements(config: Config, tensors: list[Tensor], replicas: int) -> int:
-    """Elements of a buffer on one rank; the distributed optimizer aligns every parameter, and the
-    end to a whole share for each replica. Several buckets pad more than this, by under 1 KiB."""
+    """Elements of a buffer on one rank. The distributed optimizer aligns every parameter, and pads
+    the end so that all replicas have equal shares. With several buckets the padding is larger than
+    computed here, by less than 1 KiB."""
     parallel = config.parallel
-    cut = {
+    num_shards = {
         Sharding.replicated: 1,
         Sharding.tensor: parallel.tensor,
         Sharding.expert: parallel.expert * parallel.expert_tensor,
     }
-    counts = [prod(t.shape) // cut[t.sharding] for t in tensors]
+    counts = [prod(t.shape) // num_shards[t.sharding] for t in tensors]
     if not parallel.distributed_optimizer:
         return sum(counts)
-    whole = lcm(replicas, _BUCKET)
-    return ceil(sum(ceil(n / _ALIGNED) * _ALIGNED for n in counts) / whole) * whole
+    multiple = lcm(replicas, _BUCKET)
+    return ceil(sum(ceil(n / _ALIGNED) * _ALIGNED for n in counts) / multiple) * multiple
 
 
 def _embedding(local: Local, rank: int) -> Iterator[Traffic]:
-    """The gradient of an embedding that the last stage holds too, for multi-token prediction."""
+    """The gradient of the embedding, which multi-token prediction replicates on the last stage."""
     parallel, model = local.config.parallel, local.config.model
     if parallel.pipeline > 1 and model.mtp.depths > 0 and rank in (0, parallel.pipeline - 1):
         (table,) = embedding_tensors(model)

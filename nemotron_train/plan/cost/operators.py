@@ -1,10 +1,10 @@
-"""What one operator leaves in memory, and the sizes of a micro-batch on one rank.
+"""Memory of one operator, and the sizes of a micro-batch on one rank.
 
-Owns `Op`, what a layer is made of, and the operators that several kinds of layers share: norms and
-linears, plain or emulated, with the exchanges of tensor and sequence parallelism. Each number
-follows from what the operator saves and allocates, none is fitted. No torch.
+Owns: `Op`, the unit of which layers consist, and the operators that several kinds of layers share:
+norms and linears, plain or emulated, with the collectives of tensor and sequence parallelism. Every
+number is computed from the tensors that the operator saves and allocates; none is fitted. No torch.
 
-Letters: b bytes an element of activations, x and y inputs and outputs, d their gradients.
+Letters: b is bytes per element of activations, x and y are inputs and outputs, d marks gradients.
 """
 
 from collections.abc import Mapping
@@ -18,9 +18,10 @@ WIDE = 4  # bytes of FP32
 
 @dataclass(frozen=True)
 class Op:
-    """Bytes of one operator. `forward` and `backward`: the most it allocates on top of what is
-    live when it starts, results included. `gradient`: what is in flight towards the operators
-    before it once its backward is done, the residual stream's included."""
+    """Bytes of one operator. keeps: saved for the backward pass; forward and backward: the most
+    that it allocates in addition to the memory in use when it starts, including results; gradient:
+    all gradients that exist after its backward pass for the operators before it, including the
+    residual stream's."""
 
     name: str
     keeps: int = 0
@@ -31,23 +32,24 @@ class Op:
 
 @dataclass(frozen=True)
 class Part:
-    """Operators in forward order. With `again` they run once more before their backward pass, and
-    until then keep only `output` bytes, that they would have kept as a result, and `inputs` bytes,
-    that nothing else keeps. `waits`: gradients of weights in use elsewhere too, that wait from this
-    part's backward pass for the others; negative where they join them."""
+    """Operators in forward order. recompute: they run once more before their backward pass, and
+    until then save only `output` bytes (their result, which they would have saved anyway) and
+    `inputs` bytes (inputs that no other operator saves). pending_gradients: bytes of gradients of
+    shared weights that stay allocated after this part's backward pass until the other uses have
+    theirs; negative where they are added up and released."""
 
     ops: tuple[Op, ...]
-    again: bool = False
+    recompute: bool = False
     output: int = 0
     inputs: int = 0
-    waits: int = 0
+    pending_gradients: int = 0
 
 
 @dataclass(frozen=True)
 class Machine:
-    """wide_products: BF16 products go through FP32 copies of operands and result, as on a CPU
-    without BF16 instructions (platform.bfloat16_products). collective_copies: a collective copies
-    what it sends (gloo)."""
+    """Memory properties of a kind of machine. wide_products: BF16 products use FP32 copies of
+    operands and result, as on a CPU without BF16 instructions (platform.bfloat16_products).
+    collective_copies: a collective copies the data that it sends (gloo)."""
 
     wide_products: bool
     collective_copies: bool
@@ -58,7 +60,7 @@ CPU, GPU = Machine(True, True), Machine(False, False)
 
 @dataclass(frozen=True)
 class Local:
-    """Sizes of one micro-batch on one rank. formats: of every linear by its path."""
+    """Sizes of one micro-batch on one rank. formats: module path -> formats of the linear."""
 
     config: Config
     formats: Mapping[str, LinearFormats]
@@ -66,72 +68,81 @@ class Local:
 
     @property
     def rows(self) -> int:
+        """Sequences of a micro-batch."""
         return self.config.train.micro_batch_sequences
 
     @property
     def length(self) -> int:
+        """Tokens of a sequence, over all context-parallel ranks."""
         return self.config.train.sequence_length
 
     @property
     def tokens(self) -> int:
+        """Tokens on this context-parallel rank."""
         return self.rows * self.length // self.config.parallel.context
 
     @property
     def stream_tokens(self) -> int:
+        """Tokens of the residual stream on this rank: under sequence parallelism, its share."""
         parallel = self.config.parallel
         return self.tokens // (parallel.tensor if parallel.sequence else 1)
 
     @property
     def splits_sequence(self) -> bool:
+        """Whether sequence parallelism is on, over more than one rank."""
         return self.config.parallel.sequence and self.config.parallel.tensor > 1
 
     @property
     def element(self) -> int:
+        """Bytes per element of activations."""
         return 2 if self.config.precision.parameter_dtype == Dtype.bfloat16 else 4
 
     @property
     def stream(self) -> int:
-        """The residual stream, or its gradient."""
+        """Bytes of the residual stream on this rank, or of its gradient."""
         return self.stream_tokens * self.config.model.hidden_size * self.element
 
     @property
     def gathered(self) -> int:
-        """The same of all tokens that the tensor-parallel ranks mix together."""
+        """Bytes of the residual stream gathered over the tensor-parallel ranks."""
         return self.tokens * self.config.model.hidden_size * self.element
 
     def widened(self, *elements: int) -> int:
-        """FP32 copies of a BF16 product's operands and result."""
+        """Bytes of the FP32 copies of a BF16 product's operands and result, given the number of
+        elements of each; 0 without `wide_products`."""
         return WIDE * sum(elements) if self.machine.wide_products and self.element == 2 else 0
 
     @property
     def chain(self) -> int:
-        """Bytes an element inside chains of products that are widened once, at their beginning:
-        the scan, attention, experts that are not quantized (platform.bfloat16_products)."""
+        """Bytes per element inside chains of products that are widened once, at their start: the
+        scan, attention, unquantized experts (platform.bfloat16_products)."""
         return WIDE if self.machine.wide_products else self.element
 
     @property
     def is_widened(self) -> bool:
+        """Whether such chains compute in FP32 on BF16 activations."""
         return self.chain != self.element
 
     def copied(self, size: int) -> int:
-        """What a collective copies of `size` bytes."""
+        """Bytes that a collective on `size` bytes copies: all on a CPU (gloo), none on a GPU."""
         return size if self.machine.collective_copies else 0
 
 
 def norm(local: Local, name: str = "norm") -> Op:
-    """model.norm: result and a scale a token."""
-    kept = local.stream + WIDE * local.stream_tokens
-    return Op(name, kept, kept, local.stream, local.stream)
+    """model.norm: the result, and one scale per token."""
+    saved = local.stream + WIDE * local.stream_tokens
+    return Op(name, saved, saved, local.stream, local.stream)
 
 
 def linear(
     local: Local, path: str, tokens: int, sizes: tuple[int, int], keeps: int = 0, gradient: int = 0
 ) -> Op:
-    """Megatron's parallel linears, or `precision.linear`: the result and, backward, the input's
-    and the weight's gradient. The input is kept by what made it.
+    """Megatron's parallel linears, or `precision.linear`. Forward allocates the result, backward
+    the gradients of input and weight. The operator that computed the input saves it.
 
-    A BF16 weight gradient is widened when it is added to the FP32 one. Block formats make operands
-    of 2 bytes an element of both tensors, and transformed copies of them for wgrad."""
+    sizes: (input, output) features; keeps, gradient: see `Op`. A BF16 weight gradient is widened
+    when it is added to the FP32 gradient. Block-scaled formats create operands of 2 bytes per
+    element of both tensors, and transformed copies of them for wgrad."""
     inputs, outputs = sizes
     b, weights = local.element, inputs * outputs
     result, dx, dw = tokens * outputs * b, tokens * inputs * b, weights * b
@@ -148,8 +159,8 @@ def linear(
 
 
 def column(local: Local, path: str, sizes: tuple[int, int], keeps: int) -> Op:
-    """A column-parallel linear behind a norm; under sequence parallelism its input's gradient is
-    summed into pieces (a copy for gloo)."""
+    """A column-parallel linear after a norm. Under sequence parallelism, its input's gradient is
+    reduce-scattered (with a copy for gloo)."""
     op = linear(local, path, local.tokens, sizes, keeps, 2 * local.stream)
     if not local.splits_sequence:
         return op
@@ -157,8 +168,8 @@ def column(local: Local, path: str, sizes: tuple[int, int], keeps: int) -> Op:
 
 
 def row(local: Local, path: str, sizes: tuple[int, int], branch: int) -> list[Op]:
-    """A row-parallel linear whose result joins the residual stream; `branch`: bytes of its input's
-    gradient."""
+    """A row-parallel linear whose result is added to the residual stream. Under sequence
+    parallelism, a reduce-scatter follows. branch: bytes of its input's gradient."""
     op = linear(local, path, local.tokens, sizes, 0, local.stream + branch)
     ops = [op]
     if local.splits_sequence:
@@ -169,4 +180,5 @@ def row(local: Local, path: str, sizes: tuple[int, int], branch: int) -> list[Op
 
 
 def residual(local: Local) -> Op:
+    """The addition to the residual stream."""
     return Op("residual", local.stream, 2 * local.stream, local.stream)

@@ -1,1 +1,1 @@
-"""The precision plan: rules resolved to a format for each product of each linear."""
+"""The precision plan: rules, resolved to a format for each matrix product of each linear."""

@@ -1,12 +1,13 @@
-"""Whether quantized blocks fit the sizes that a rank holds, and where zeros are padded.
+"""Checks that quantized blocks fit the sizes on one rank, and the places that need zero padding.
 
-Owns: the size each matrix product sums over on one rank, the padding of a size that is no multiple
-of the format's block, the refusal of cuts through a block. Does not own: which format a product
-has (plan.py), the padding itself (precision/linear.py and the quantizers). No torch.
+Owns: the size that each matrix product sums over on one rank, the padding of sizes that are no
+multiple of the block size, the error if a shard boundary lies inside a block. Does not own: the
+format of a product (`resolve`), the padding operation (precision/linear.py and the quantizers). No
+torch.
 
-Zeros at the end of a sum change neither scales nor result, so an uncut dimension is padded and the
-plan says so. A dimension that ranks share out must be cut between blocks: otherwise blocks would
-end at the cut, and two ranks would compute other numbers than one.
+Zeros at the end of a sum change neither the scales nor the result. So an unsharded dimension is
+padded, and the plan reports it. A sharded dimension must be split between blocks: otherwise blocks
+would end at the shard boundary, and two ranks would compute different results than one.
 """
 
 from collections.abc import Iterable
@@ -17,20 +18,21 @@ from nemotron_train.config.errors import ConfigError
 from nemotron_train.config.schema import Config, GemmFormat, ParallelConfig
 from nemotron_train.plan.architecture.layers import Linear, Sharding
 
-# Elements that share a scale, along the dimension that a product sums over.
+# Number of elements that share a scale, along the summed dimension of a product.
 BLOCK = {GemmFormat.nvfp4: 16, GemmFormat.mxfp8: 32}
 
-# Rows to whose multiple emulation pads an expert's tokens: whole blocks in every format, so that
-# the layout of the rows does not depend on the plan.
+# Emulation pads the tokens of each expert to a multiple of this number of rows: whole blocks in
+# every format, so that the layout of the rows does not depend on the plan.
 EXPERT_ROWS = 32
 
-# Cut along their inputs; every other sharded linear is cut along its outputs.
+# Sharded along their inputs; all other sharded linears are sharded along their outputs.
 _ROW_PARALLEL = ("out_proj", "linear_proj", "linear_fc2")
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One rank's part of a linear: features and, for the message, what cuts them (or "")."""
+    """One rank's shard of a linear: numbers of features, and the knob and number of ranks that
+    shard them (or "")."""
 
     in_size: int
     out_size: int
@@ -40,7 +42,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Padding:
-    """`role` of the linear at `path` sums over `size` numbers, padded to `padded`."""
+    """The product `role` of the linear at `path` sums over `size` elements, padded to `padded`."""
 
     path: str
     role: str
@@ -50,7 +52,7 @@ class Padding:
 
 
 def shard(linear: Linear, parallel: ParallelConfig) -> Shard:
-    """The sizes of one rank's part (of each expert's matrix, for experts)."""
+    """The sizes of one rank's shard of a linear (for experts: of each expert's matrix)."""
     knob, ranks = {
         Sharding.replicated: ("", 1),
         Sharding.tensor: ("parallel.tensor", parallel.tensor),
@@ -63,8 +65,8 @@ def shard(linear: Linear, parallel: ParallelConfig) -> Shard:
 
 
 def tokens_per_product(linear: Linear, config: Config) -> int:
-    """What wgrad sums over on a rank: its tokens of a micro batch; 0 for routed experts, each of
-    which sums over the tokens it is sent."""
+    """The number of tokens that wgrad sums over on a rank in one micro-batch. 0 for routed experts,
+    because it depends on the routing."""
     train, parallel = config.train, config.parallel
     tokens = train.micro_batch_sequences * train.sequence_length // parallel.context
     if linear.sharding == Sharding.expert:
@@ -75,7 +77,7 @@ def tokens_per_product(linear: Linear, config: Config) -> int:
 
 
 class Formats(Protocol):
-    """What blocking asks about a linear's formats (`plan.LinearFormats`)."""
+    """The fields of `resolve.LinearFormats` that this module needs."""
 
     @property
     def fprop(self) -> GemmFormat: ...
@@ -88,19 +90,20 @@ class Formats(Protocol):
 
 
 def paddings(config: Config, plan: Iterable[tuple[Linear, Formats]]) -> list[Padding]:
-    """Every sum that is padded to whole blocks, in order; routed experts' tokens, which differ
-    from step to step, left out.
+    """Every product whose summed dimension is padded to whole blocks, in order. Excludes the tokens
+    of routed experts, whose number differs between steps.
 
-    Raises ConfigError naming the module, the product and the sizes where ranks cut through blocks.
+    Raises ConfigError with the module, the product and the sizes if a shard boundary lies inside a
+    block.
     """
-    found, context = [], config.parallel.context
-    pieces = f"parallel.context={context}" if context > 1 else ""
+    result, context = [], config.parallel.context
+    token_cut = f"parallel.context={context}" if context > 1 else ""
     for linear, formats in plan:
-        part = shard(linear, config.parallel)
+        local = shard(linear, config.parallel)
         sums = {
-            "fprop": (part.in_size, part.in_cut_by),
-            "dgrad": (part.out_size, part.out_cut_by),
-            "wgrad": (tokens_per_product(linear, config), pieces),
+            "fprop": (local.in_size, local.in_cut_by),
+            "dgrad": (local.out_size, local.out_cut_by),
+            "wgrad": (tokens_per_product(linear, config), token_cut),
         }
         for role, (size, cut_by) in sums.items():
             name = getattr(formats, role)
@@ -108,18 +111,20 @@ def paddings(config: Config, plan: Iterable[tuple[Linear, Formats]]) -> list[Pad
             if size % block and cut_by:
                 raise ConfigError(_cut_through(linear, f"{role} in {name}", block, size, cut_by))
             if size % block:
-                found.append(Padding(linear.path, role, name, size, -(-size // block) * block))
+                result.append(Padding(linear.path, role, name, size, -(-size // block) * block))
         for size, cut_by in (sums["fprop"], sums["dgrad"]):
             if formats.weight_2d and cut_by and size % BLOCK[GemmFormat.nvfp4]:
-                what = "its weight in nvfp4 (weight_2d=true)"
-                raise ConfigError(_cut_through(linear, what, BLOCK[GemmFormat.nvfp4], size, cut_by))
-    return found
+                subject = "its weight in nvfp4 (weight_2d=true)"
+                raise ConfigError(
+                    _cut_through(linear, subject, BLOCK[GemmFormat.nvfp4], size, cut_by)
+                )
+    return result
 
 
-def _cut_through(linear: Linear, what: str, block: int, size: int, cut_by: str) -> str:
+def _cut_through(linear: Linear, subject: str, block: int, size: int, cut_by: str) -> str:
     whole = size * int(cut_by.rpartition("=")[2])
     return (
-        f"{linear.path}: {what} needs blocks of {block}, but {cut_by} leaves a rank {size} of "
+        f"{linear.path}: {subject} needs blocks of {block}, but {cut_by} leaves a rank {size} of "
         f"{whole}, no multiple of {block}; cut less, change the model's sizes, or give the module "
         "another format in precision.rules"
     )

@@ -1,7 +1,7 @@
-"""What a checkpoint remembers of the precision plan it was trained under, and its digest.
+"""The record of a precision plan in a checkpoint, and its digest.
 
-Owns: the plan as plain values, the digest that tells two plans apart. Does not own: how a plan is
-resolved (`plan`), nor what a run does when the digests differ (`run_folder.lineage`). No torch.
+Owns: the plan as plain values, and the digest that identifies a plan. Does not own: how a plan is
+resolved (`resolve`), or what a run does if digests differ (`run_folder.lineage`). No torch.
 """
 
 import hashlib
@@ -16,11 +16,11 @@ UNKNOWN: dict[str, Any] = {"name": "unknown", "digest": "unknown"}
 
 
 def plan_record(plan: PrecisionPlan) -> dict[str, Any]:
-    """The plan as JSON values: `name`, `digest`, `parameter_dtype`, and for each phase
-    `from_tokens` and `linears`, module path -> formats in words.
+    """The plan as JSON values: `name`, `digest`, `parameter_dtype`, and `phases`, each with
+    `from_tokens` and `linears` (module path -> text of its formats).
 
-    The digest covers all but the name: two files of rules that give every linear the same formats
-    at the same tokens are one plan.
+    The digest (SHA-256) covers everything except the name. Two sets of rules that give every linear
+    the same formats at the same tokens are the same plan.
     """
     resolved = {
         "parameter_dtype": plan.parameter_dtype.value,
@@ -38,7 +38,7 @@ def plan_record(plan: PrecisionPlan) -> dict[str, Any]:
 
 
 def label(record: Mapping[str, Any]) -> str:
-    """A plan in a message: its name and the first digits of its digest."""
+    """Text for a plan in messages: the name and the first 12 digits of the digest."""
     return f"{record['name']} ({record['digest'][:12]})"
 
 

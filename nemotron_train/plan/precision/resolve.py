@@ -1,8 +1,8 @@
-"""The precision plan: which format each matrix product of every linear is computed in, and when.
+"""The precision plan: the format of each matrix product of every linear, in each phase.
 
-Owns: `PrecisionPlan`, resolved once from a configuration, and its phases. Does not own: what a rule
-matches (`rules`), sizes against blocks (`blocking`), its text (`text`), arithmetic, or any module.
-No torch.
+Owns: `PrecisionPlan`, resolved once from a configuration, and its phases. Does not own: the
+matching of rules (`rules`), block sizes (`blocking`), the printed text (`text`), arithmetic, or
+modules. No torch.
 
 A linear has three products: `fprop` y = x W^T, `dgrad` dx = dy W, `wgrad` dW = dy^T x.
 """
@@ -36,8 +36,8 @@ from nemotron_train.plan.precision.rules import (
 
 @dataclass(frozen=True)
 class LinearFormats:
-    """The format of each product and NVFP4's options, which are False where no product of the
-    linear is concerned."""
+    """The formats of a linear's products, and its NVFP4 options. An option is False if it affects
+    no product of the linear."""
 
     fprop: GemmFormat
     dgrad: GemmFormat
@@ -59,8 +59,8 @@ class LinearFormats:
 
 @dataclass(frozen=True)
 class LinearPrecision:
-    """One linear module under the plan. rule: the name of the rule that decided, its condition in
-    parentheses. `flops` is the forward cost a token: each of the three products costs as much."""
+    """One linear module under the plan. rule: name of the rule that decided, with its condition in
+    parentheses; flops: forward FLOPs per token, which is the cost of each of the three products."""
 
     path: str
     formats: LinearFormats
@@ -70,9 +70,9 @@ class LinearPrecision:
 
 @dataclass(frozen=True)
 class PlanPhase:
-    """The plan from `from_tokens` trained tokens until the next phase. `linears` has every linear
-    of the model, in forward order (`plan.architecture.layers.linears`); at_least: the phase's lower
-    bound, None where the rules hold as they are; paddings: sums that are padded to whole blocks."""
+    """The plan from `from_tokens` trained tokens until the next phase. linears: every linear of the
+    model, in forward order (`plan.architecture.layers.linears`); at_least: the lower bound of the
+    phase, None if there is none; paddings: products that are padded to whole blocks."""
 
     from_tokens: int
     linears: tuple[LinearPrecision, ...]
@@ -81,14 +81,15 @@ class PlanPhase:
 
     @cached_property
     def formats(self) -> Mapping[str, LinearFormats]:
-        """Module path, with layer numbers of the whole model -> formats."""
+        """Module path (with global layer numbers) -> formats."""
         return {linear.path: linear.formats for linear in self.linears}
 
 
 @dataclass(frozen=True)
 class PrecisionPlan:
-    """A configuration's precision, resolved. `phases` begin with one at 0 tokens; linears_share:
-    the linears' share of all FLOPs of the model, the same forward and in training."""
+    """The resolved precision of a configuration. phases: in order, the first starts at 0 tokens;
+    linears_share: share of the linears in the FLOPs of the model, equal in the forward pass and in
+    training."""
 
     name: str
     model_name: str
@@ -99,8 +100,8 @@ class PrecisionPlan:
 
     @property
     def boundaries(self) -> list[int]:
-        """Trained tokens at which the formats change, in order; the first is 0. The first step that
-        starts at or after a boundary is the first under the new formats."""
+        """Numbers of trained tokens at which phases start, in order; the first is 0. The first step
+        that starts at or after a boundary uses the new formats."""
         return [phase.from_tokens for phase in self.phases]
 
     def at(self, tokens: int) -> PlanPhase:
@@ -109,7 +110,7 @@ class PrecisionPlan:
 
     @cached_property
     def formats_used(self) -> frozenset[GemmFormat]:
-        """Every format of any product of any phase, routers and the output layer included."""
+        """The formats of all products in all phases, including routers and the output layer."""
         return frozenset(
             product
             for phase in self.phases
@@ -124,11 +125,11 @@ class PrecisionPlan:
 
 
 def resolve_plan(config: Config) -> PrecisionPlan:
-    """The plan of `config`, checked. The composition root calls this once (through
+    """Resolve and check the plan of `config`. The composition root calls this once (through
     `plan.derive.derive`) and passes the plan on.
 
-    Raises ConfigError, one line with the knob and the names or sizes, for a rule, an option or a
-    phase that has no effect or is out of range, and for blocks that ranks would cut through.
+    Raises ConfigError, one line with the knob and the names or sizes, if a rule, an option or a
+    phase has no effect or is out of range, or if a shard boundary lies inside a block.
     """
     precision = config.precision
     rules = tuple(claims(config))
@@ -142,7 +143,7 @@ def resolve_plan(config: Config) -> PrecisionPlan:
         bounds = {role: getattr(phase.at_least, role) for role in ROLES}
         check_dtype(knob, bounds, precision.parameter_dtype)
         common = phase.at_least.format
-        if common != GemmFormat.nvfp4:  # which raises nothing anyway
+        if common != GemmFormat.nvfp4:  # as a lower bound, nvfp4 has no effect anyway
             check_used(f"{knob}.format={common}", common, bounds)
         resolved = _phase(config, rules, start, phase.at_least)
         if resolved.formats == before.formats:
@@ -167,8 +168,8 @@ def resolve_plan(config: Config) -> PrecisionPlan:
 def share_of_flops(
     linears: Iterable[LinearPrecision], roles: Sequence[str] = ROLES
 ) -> dict[GemmFormat, float]:
-    """Format -> its share of the FLOPs of these linears in these products, largest first; the
-    shares sum to 1."""
+    """Format -> share of FLOPs, over these linears and these products. Largest first; the shares
+    sum to 1."""
     flops: dict[GemmFormat, int] = {}
     for linear in linears:
         for role in roles:
@@ -182,8 +183,8 @@ def share_of_flops(
 def _phase(
     config: Config, rules: Sequence[Claim], from_tokens: int, at_least: AtLeast | None
 ) -> PlanPhase:
-    """Every linear's formats under the rules and a lower bound. Raises ConfigError where ranks cut
-    through blocks."""
+    """Every linear's formats under the rules and a lower bound. Raises ConfigError if a shard
+    boundary lies inside a block."""
     by_path = {
         linear.path: LinearPrecision(
             path=linear.path,
@@ -238,7 +239,8 @@ def _check_telemetry(config: Config, linears: Iterable[LinearPrecision]) -> None
 
 
 def _phase_starts(config: Config) -> list[int]:
-    """Start of each phase in trained tokens; ConfigError unless they increase within the run."""
+    """Start of each phase in trained tokens. Raises ConfigError unless the starts increase and lie
+    within the run."""
     total = config.train.total_tokens
     starts: list[int] = []
     for number, phase in enumerate(config.precision.phases):
@@ -259,14 +261,14 @@ def _phase_starts(config: Config) -> list[int]:
 
 
 def _phase_start(config: Config, phase: PrecisionPhase, knob: str) -> int:
-    given = {
+    start_knobs = {
         name: getattr(phase, name)
         for name in ("from_tokens", "from_fraction", "with_decay")
         if getattr(phase, name)
     }
-    if len(given) > 1:
-        both = " and ".join(f"{name}={value}" for name, value in given.items())
-        raise ConfigError(f"{knob}: {both} give its start twice; keep one")
+    if len(start_knobs) > 1:
+        settings = " and ".join(f"{name}={value}" for name, value in start_knobs.items())
+        raise ConfigError(f"{knob}: {settings} give its start twice; keep one")
     if phase.from_tokens < 0:
         raise ConfigError(f"{knob}.from_tokens={phase.from_tokens}: must be 0 or more")
     if not 0 <= phase.from_fraction < 1:

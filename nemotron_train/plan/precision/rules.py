@@ -1,12 +1,13 @@
-"""The rules of a precision plan: which linear each one gets, and whether it does what it says.
+"""The rules of a precision plan: which linears each rule applies to, and whether it has an effect.
 
-Owns the meaning of `precision.default` and `precision.rules`, and every complaint about them. Does
-not own: phases, printing (plan.py), whether blocks fit the sizes (blocking.py). No torch.
+Owns: the meaning of `precision.default` and `precision.rules`, and all errors about them. Does not
+own: phases (`resolve`), the printed text (`text`), whether blocks fit the sizes (`blocking`). No
+torch.
 
-The first enabled rule whose conditions a linear meets decides. Two kinds of linear are outside all
-rules, as no recipe or kernel quantizes them: routers, because a wrong choice of experts cannot be
-averaged away and the product is small (arXiv 2512.20856; Megatron-Core's moe_router_dtype), and
-the output layer, which Megatron-Core keeps out of its quantized contexts.
+The first enabled rule whose conditions a linear meets decides. Two kinds of linears are excluded
+from all rules, because no recipe or kernel quantizes them. Routers: a wrong choice of experts does
+not average out, and the product is small (arXiv 2512.20856; Megatron-Core's moe_router_dtype). The
+output layer: Megatron-Core keeps it out of its quantized contexts.
 """
 
 from collections.abc import Iterator
@@ -27,7 +28,7 @@ from nemotron_train.plan.architecture.layers import LayerKind, Linear, layers, l
 
 ROLES = ("fprop", "dgrad", "wgrad")
 
-# The products whose operands an NVFP4 option changes.
+# Each NVFP4 option and the products whose operands it changes.
 NVFP4_OPTIONS = {
     "weight_2d": ("fprop", "dgrad"),
     "hadamard": ("wgrad",),
@@ -46,8 +47,9 @@ _ROUTER, _OUTPUT_LAYER = ".mlp.router", "output_layer"
 
 @dataclass(frozen=True)
 class Claim:
-    """What decides over some linears. `linears` is empty for an optional rule without any, and
-    for a rule to whose linears earlier ones gave the very format it asks for."""
+    """A rule (or the default) and the linears that it decides. `linears` is empty for an optional
+    rule that matches none, and for a rule whose linears already got the same formats from earlier
+    rules."""
 
     name: str
     condition: str
@@ -56,12 +58,14 @@ class Claim:
 
     @property
     def text(self) -> str:
+        """The name, followed by the condition in parentheses if there is one."""
         return f"{self.name} ({self.condition})" if self.condition else self.name
 
 
 @dataclass(frozen=True)
 class _Place:
-    """What a rule can ask about a linear. number: of its decoder layer, or -1 elsewhere."""
+    """The properties of a linear that rules test. number: of its decoder layer, or -1 outside the
+    decoder."""
 
     linear: Linear
     kind: LinearKind
@@ -70,18 +74,18 @@ class _Place:
 
 
 def claims(config: Config) -> list[Claim]:
-    """Every linear of the model, under what decides its format: the rules in order, the default,
-    and last the linears outside all rules.
+    """All linears of the model, grouped by the rule that decides their formats: the rules in order,
+    then the default, then the linears that are excluded from all rules.
 
-    Raises ConfigError for a rule or default that reaches no linear, that asks for a format earlier
-    rules override everywhere, or that sets something without effect.
+    Raises ConfigError for a rule that matches no linear, for a rule or default that earlier rules
+    override everywhere with other formats, and for a setting without effect.
     """
     precision = config.precision
     check_format("precision.default", precision.default, precision.parameter_dtype)
     places = list(_places(config.model))
     num_layers = sum(not layer.in_mtp for layer in layers(config.model))
     owner: dict[str, Claim] = {}
-    found: list[Claim] = []
+    result: list[Claim] = []
     for name, rule in precision.rules.items():
         if not rule.enabled:
             continue
@@ -92,45 +96,47 @@ def claims(config: Config) -> list[Claim]:
         condition = _condition(rule, num_layers)
         if not matched and not rule.optional:
             raise ConfigError(_matches_nothing(knob, condition, rule, config.model))
-        free = tuple(linear for linear in matched if linear.path not in owner)
-        if not free:
+        unclaimed_matches = tuple(linear for linear in matched if linear.path not in owner)
+        if not unclaimed_matches:
             remedy = "move it before them or leave it out"
             _check_not_overridden(knob, rule, matched, owner, remedy)
-        claim = Claim(name, condition, rule, free)
-        owner |= {linear.path: claim for linear in free}
-        found.append(claim)
-    rest = tuple(p.linear for p in places if p.linear.path not in owner)
-    if not rest:
-        everything = [place.linear for place in places]
+        claim = Claim(name, condition, rule, unclaimed_matches)
+        owner |= {linear.path: claim for linear in unclaimed_matches}
+        result.append(claim)
+    unclaimed = tuple(p.linear for p in places if p.linear.path not in owner)
+    if not unclaimed:
+        all_linears = [place.linear for place in places]
         remedy = "put the format of one of them here"
-        _check_not_overridden("precision.default", precision.default, everything, owner, remedy)
-    found.append(Claim("default", "", precision.default, rest))
-    return found + _fixed_claims(config)
+        _check_not_overridden("precision.default", precision.default, all_linears, owner, remedy)
+    result.append(Claim("default", "", precision.default, unclaimed))
+    return result + _fixed_claims(config)
 
 
 def check_format(knob: str, format_config: FormatConfig, dtype: Dtype) -> None:
-    """Raises ConfigError for a setting of one rule that has no effect or no meaning."""
-    own = {role: getattr(format_config, role) for role in ROLES}
-    check_used(f"{knob}.format={format_config.format}", format_config.format, own)
-    check_dtype(knob, own, dtype)
+    """Raises ConfigError if a setting of one rule is invalid or has no effect."""
+    formats = {role: getattr(format_config, role) for role in ROLES}
+    check_used(f"{knob}.format={format_config.format}", format_config.format, formats)
+    check_dtype(knob, formats, dtype)
     for option, roles in NVFP4_OPTIONS.items():
-        concerned = any(own[role] == GemmFormat.nvfp4 for role in roles)
-        if not getattr(format_config, option) and not concerned:
+        is_used = any(formats[role] == GemmFormat.nvfp4 for role in roles)
+        if not getattr(format_config, option) and not is_used:
             raise ConfigError(
                 f"{knob}.{option}=false has no effect: it is an option of nvfp4, and "
-                + " and ".join(f"{role}={own[role]}" for role in roles)
+                + " and ".join(f"{role}={formats[role]}" for role in roles)
             )
 
 
 def check_used(setting: str, value: GemmFormat, formats: dict[str, GemmFormat]) -> None:
-    """Raises ConfigError if all three products override the common format."""
+    """Raises ConfigError if all three products override the common format `value`."""
     if value not in formats.values():
-        own = ", ".join(f"{role}={formats[role]}" for role in ROLES)
-        raise ConfigError(f"{setting} has no effect: all three products have their own, {own}")
+        own_formats = ", ".join(f"{role}={formats[role]}" for role in ROLES)
+        raise ConfigError(
+            f"{setting} has no effect: all three products have their own, {own_formats}"
+        )
 
 
 def check_dtype(knob: str, formats: dict[str, GemmFormat], dtype: Dtype) -> None:
-    """Raises ConfigError for an unquantized format that is not the parameters' own."""
+    """Raises ConfigError for an unquantized format that differs from the parameters' dtype."""
     high = HIGH_PRECISION[dtype]
     for role, value in formats.items():
         if value in HIGH_PRECISION.values() and value != high:
@@ -141,7 +147,7 @@ def check_dtype(knob: str, formats: dict[str, GemmFormat], dtype: Dtype) -> None
 
 
 def _places(model: ModelConfig) -> Iterator[_Place]:
-    """Every linear that rules decide over, in forward order."""
+    """Every linear to which rules can apply, in forward order."""
     inside = {
         linear.path: _Place(
             linear, _KIND_OF_LAYER[layer.kind], -1 if layer.in_mtp else layer.number, layer.in_mtp
@@ -160,16 +166,16 @@ def _is_fixed(linear: Linear) -> bool:
 
 
 def _fixed_claims(config: Config) -> list[Claim]:
-    """The linears outside all rules."""
+    """The linears that are excluded from all rules."""
     fixed = [linear for linear in linears(config.model) if _is_fixed(linear)]
     routers = tuple(linear for linear in fixed if linear.path != _OUTPUT_LAYER)
     output = tuple(linear for linear in fixed if linear.path == _OUTPUT_LAYER)
     in_float32 = _uniform(GemmFormat.float32)
     in_high = _uniform(HIGH_PRECISION[config.precision.parameter_dtype])
-    found = [Claim("fixed", "never quantized", in_high, output)]
+    result = [Claim("fixed", "never quantized", in_high, output)]
     if routers:
-        found.insert(0, Claim("fixed", "routers are float32", in_float32, routers))
-    return found
+        result.insert(0, Claim("fixed", "routers are float32", in_float32, routers))
+    return result
 
 
 def _uniform(value: GemmFormat) -> FormatConfig:
@@ -177,7 +183,7 @@ def _uniform(value: GemmFormat) -> FormatConfig:
 
 
 def _matches(rule: PrecisionRule, place: _Place, num_layers: int) -> bool:
-    """All conditions hold. `fnmatchcase` is what Megatron's GlobMatcher does on Linux."""
+    """Whether all conditions hold. Like Megatron's GlobMatcher on Linux, uses `fnmatchcase`."""
     if not fnmatchcase(place.linear.path, rule.match):
         return False
     if rule.layer_type not in (LinearKind.any, place.kind):
@@ -193,12 +199,12 @@ def _matches(rule: PrecisionRule, place: _Place, num_layers: int) -> bool:
 
 
 def last_layers(rule: PrecisionRule, num_layers: int) -> int:
-    """How many last layers the rule is about; 0: it has no such condition.
+    """The number of last layers in the rule's condition; 0 without such a condition.
 
-    A share is rounded to whole pairs of layers, a mixer and its experts, and is at least one: 0.15
-    is 14 of Super's 88 layers and 16 of Ultra's 108 (arXiv 2604.12374, Table 3; arXiv 2606.15007,
-    section 2.2), which neither rounding to layers nor rounding up or down gives, and 8 of 52, as
-    in arXiv 2509.25149's 8B hybrid.
+    A fraction is rounded to whole pairs of layers (a mixer and its experts), at least one pair. So
+    0.15 gives 14 of Super's 88 layers and 16 of Ultra's 108 (arXiv 2604.12374, Table 3; arXiv
+    2606.15007, section 2.2), and 8 of the 52 layers of the 8B hybrid in arXiv 2509.25149. No other
+    rounding (to single layers, or always up or down) gives both 14 and 16.
     """
     if rule.last_fraction == 0:
         return rule.last_layers
@@ -222,7 +228,7 @@ def _condition(rule: PrecisionRule, num_layers: int) -> str:
     return ", ".join(parts) or "every linear"
 
 
-# Complaints ---------------------------------------------------------------------------------
+# Errors -------------------------------------------------------------------------------------
 
 
 def _check_layer_counts(knob: str, rule: PrecisionRule, num_layers: int) -> None:
@@ -259,19 +265,22 @@ def _matches_nothing(knob: str, condition: str, rule: PrecisionRule, model: Mode
 
 
 def _check_not_overridden(
-    knob: str, wanted: FormatConfig, matched: list[Linear], owner: dict[str, Claim], remedy: str
+    knob: str, requested: FormatConfig, matched: list[Linear], owner: dict[str, Claim], remedy: str
 ) -> None:
-    """Nothing is left for this rule: an error unless the earlier ones do just what it asks."""
+    """For a rule without remaining linears: raises ConfigError unless the earlier rules gave all
+    its linears the formats and options that it sets."""
     for linear in matched:
         earlier = owner[linear.path]
-        if any(getattr(earlier.format, r) != getattr(wanted, r) for r in (*ROLES, *NVFP4_OPTIONS)):
+        if any(
+            getattr(earlier.format, r) != getattr(requested, r) for r in (*ROLES, *NVFP4_OPTIONS)
+        ):
             raise ConfigError(
                 f"{knob} has no effect: all {len(matched)} linears it is for belong to earlier "
                 f"rules ({linear.path} to precision.rules.{earlier.name}: {_text(earlier.format)}, "
-                f"not {_text(wanted)}); {remedy}"
+                f"not {_text(requested)}); {remedy}"
             )
 
 
 def _text(format_config: FormatConfig) -> str:
-    own = [getattr(format_config, role).value for role in ROLES]
-    return own[0] if len(set(own)) == 1 else "/".join(own)
+    formats = [getattr(format_config, role).value for role in ROLES]
+    return formats[0] if len(set(formats)) == 1 else "/".join(formats)

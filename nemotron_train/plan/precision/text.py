@@ -1,6 +1,6 @@
 """The precision plan as text: `precision.txt` in the run folder, the precision part of `plan`.
 
-Owns: the wording. Does not own: any decision (`resolve`). No torch.
+Owns: the wording. Does not own: the plan itself (`resolve`). No torch.
 """
 
 from nemotron_train.config.schema import GemmFormat
@@ -16,7 +16,7 @@ from nemotron_train.plan.precision.rules import NVFP4_OPTIONS, ROLES
 
 
 def plan_text(plan: PrecisionPlan) -> str:
-    """The whole plan as aligned plain text: what `precision.txt` in the run folder holds."""
+    """The whole plan as aligned plain text: the contents of `precision.txt` in the run folder."""
     lines = [f"precision plan {plan.name}, model {plan.model_name}", ""]
     lines += ["Rules; the first that matches a linear chooses its formats."]
     lines += _aligned(
@@ -48,7 +48,7 @@ def plan_text(plan: PrecisionPlan) -> str:
 
 
 def options_text(formats: LinearFormats) -> str:
-    """What the linear leaves out of NVFP4's recipe: `without hadamard`, or nothing."""
+    """The NVFP4 options that are off for a linear, such as `without hadamard`, or ""."""
     missing = [
         option
         for option, roles in NVFP4_OPTIONS.items()
@@ -59,12 +59,12 @@ def options_text(formats: LinearFormats) -> str:
 
 
 def rule_text(entry: LinearPrecision) -> str:
-    """What chose the formats, and what is left out of NVFP4's recipe."""
+    """The rule that chose the formats, and the NVFP4 options that are off."""
     return "; ".join(filter(None, (entry.rule, options_text(entry.formats))))
 
 
 def phase_text(plan: PrecisionPlan, phase: PlanPhase) -> str:
-    """One line about a phase: its reach in trained tokens and its lower bound."""
+    """One line about a phase: its range in trained tokens and its lower bound on formats."""
     reach = f"from {phase.from_tokens:,}"
     later = [start for start in plan.boundaries if start > phase.from_tokens]
     if later:
@@ -80,8 +80,8 @@ def phase_text(plan: PrecisionPlan, phase: PlanPhase) -> str:
 
 
 def padding_lines(phase: PlanPhase) -> list[str]:
-    """One line for every sum that is padded with zeros to whole blocks, and one for the tokens
-    of routed experts."""
+    """One line per matrix product whose summed dimension is padded with zeros to whole blocks, and
+    one line for the tokens of routed experts."""
     lines = [
         f"{p.path}: {p.role} in {p.format} sums over {p.size}, padded to {p.padded}"
         for p in phase.paddings
@@ -96,7 +96,8 @@ def padding_lines(phase: PlanPhase) -> list[str]:
 
 
 def share_rows(phase: PlanPhase) -> list[tuple[str, ...]]:
-    """Format and its share of FLOPs in fprop, dgrad, wgrad and all three, largest first."""
+    """Table rows: a format and its share of FLOPs in fprop, dgrad, wgrad and all three products, in
+    order of the last, largest first."""
     roles = (*((role,) for role in ROLES), ROLES)
     columns = [share_of_flops(phase.linears, role) for role in roles]
     return [(name, *(f"{shares.get(name, 0):.3%}" for shares in columns)) for name in columns[-1]]

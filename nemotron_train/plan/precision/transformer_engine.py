@@ -1,11 +1,11 @@
-"""The precision plan in Megatron-Core's own words, for Transformer Engine's kernels.
+"""Translation of the precision plan for Megatron-Core and Transformer Engine's kernels.
 
 Owns: the translation into `TransformerConfig` fields and Megatron's per-module precision file
-(megatron/core/quantization/quant_config.py, 0.19), and the proof on paper that Megatron, reading
-them, gives every linear the plan's format. Does not own: devices and versions, modules, reading
-the formats back from a built model. No torch, no Transformer Engine.
+(megatron/core/quantization/quant_config.py, 0.19), and the check that Megatron would give every
+linear the plan's format. The check simulates Megatron's rules. Does not own: devices and versions,
+modules, reading the formats back from a built model. No torch, no Transformer Engine.
 
-Never run on a Blackwell GPU: what Megatron does is known here from its source only.
+Not tested on a Blackwell GPU: this module relies on Megatron's source code only.
 """
 
 import re
@@ -23,16 +23,17 @@ from nemotron_train.plan.precision.blocking import shard, tokens_per_product
 from nemotron_train.plan.precision.resolve import PrecisionPlan
 from nemotron_train.plan.precision.rules import NVFP4_OPTIONS, ROLES, Claim, last_layers
 
-# Sizes of quantized products: cuBLAS wants four-bit sums in multiples of 32, and Transformer
-# Engine's NVFP4 and MXFP8 tensors want whole blocks along both dimensions.
+# Required multiple of the sizes of quantized products: cuBLAS requires summed dimensions in
+# multiples of 32 in four bits, and Transformer Engine's NVFP4 and MXFP8 tensors require whole
+# blocks along both dimensions.
 _SIZE_MULTIPLE = 32
 
-# Rows to which Megatron pads an expert's tokens, under this format as the default
+# Default format -> the multiple of rows to which Megatron pads each expert's tokens
 # (moe_utils.get_align_size_for_quantization).
 _EXPERT_TOKENS = {GemmFormat.bf16: 1, GemmFormat.nvfp4: 128, GemmFormat.mxfp8: 32}
 
-# What switches an NVFP4 option off in the whole process. Transformer Engine reads them when it is
-# imported (transformer_engine/common/recipe/__init__.py, NVFP4BlockScaling).
+# Environment variables that turn an NVFP4 option off for the whole process. Transformer Engine
+# reads them when it is imported (transformer_engine/common/recipe/__init__.py, NVFP4BlockScaling).
 _OPTION_OFF = {
     "weight_2d": "NVTE_NVFP4_DISABLE_2D_QUANTIZATION",
     "hadamard": "NVTE_NVFP4_DISABLE_RHT",
@@ -60,7 +61,8 @@ _MTP_PROJECTION = "mtp.layers.0.eh_proj"
 
 @dataclass(frozen=True)
 class _Matcher:
-    """forced: quantize also where Megatron's own context does not."""
+    """One entry of the per-module file. forced: quantize even outside Megatron's quantized
+    contexts."""
 
     name: str
     pattern: str
@@ -76,12 +78,12 @@ def to_transformer_engine(config: Config, plan: PrecisionPlan) -> dict[str, Any]
     """The plan as four plain dictionaries.
 
     `configs` and `matchers`: the per-module file, for `RecipeConfig.from_config_dict`.
-    `transformer_config`: fields of Megatron's TransformerConfig, beside its `quant_recipe`.
+    `transformer_config`: fields of Megatron's TransformerConfig other than `quant_recipe`.
     `environment`: variables to set before Transformer Engine is imported.
 
-    Raises ConfigError naming the rule, phase or module for what this form cannot say: formats
+    Raises ConfigError with the rule, phase or module if Megatron cannot express the plan: formats
     that differ between fprop, dgrad and wgrad; phases; NVFP4 options that differ between modules;
-    quantized formats chosen by layer number; sizes that the kernels refuse.
+    quantized formats chosen by layer number; sizes that the kernels reject.
     """
     _refuse_other_dtypes_and_phases(config)
     chosen = [claim for claim in plan.claims if claim.name != "fixed"]
@@ -130,8 +132,9 @@ def _recipe(matcher: _Matcher) -> dict[str, Any]:
 
 
 def _matchers(config: Config, chosen: Sequence[Claim], base: GemmFormat) -> list[_Matcher]:
-    """The rules in order; those about layer numbers are `_bf16_layers`'s."""
-    found = []
+    """One matcher or more per rule, in order, without the layer-number rules (see
+    `_bf16_layers`)."""
+    matchers = []
     for claim in chosen:
         rule = claim.format
         is_default = not isinstance(rule, PrecisionRule)
@@ -141,18 +144,18 @@ def _matchers(config: Config, chosen: Sequence[Claim], base: GemmFormat) -> list
         for number, pattern in enumerate(patterns):
             name = claim.name if len(patterns) == 1 else f"{claim.name}_{number}"
             forced = base == GemmFormat.bf16 and rule.format != GemmFormat.bf16
-            found.append(_Matcher(name, pattern, rule.format, forced))
+            matchers.append(_Matcher(name, pattern, rule.format, forced))
     projection = {p.path: c.format.format for c in chosen for p in c.linears}.get(
         _MTP_PROJECTION, GemmFormat.bf16
     )
     if base == GemmFormat.nvfp4 and projection != GemmFormat.bf16:
-        # Megatron enters its FP4 context layer by layer, and this projection lies in none.
-        found.insert(0, _Matcher("mtp_projection", _MTP_PROJECTION, projection, forced=True))
-    return found
+        # Megatron enters its FP4 context layer by layer, and this projection is in no layer.
+        matchers.insert(0, _Matcher("mtp_projection", _MTP_PROJECTION, projection, forced=True))
+    return matchers
 
 
 def _patterns(rule: PrecisionRule, chosen: Sequence[Linear]) -> list[str]:
-    """The rule's one condition as a glob, or a glob for each module that meets all of them."""
+    """The rule's condition as one glob, or, if it has several, one glob per matching module."""
     conditions = [rule.match] if rule.match != "*" else []
     if rule.layer_type != LinearKind.any:
         conditions.append(_KIND_GLOB[rule.layer_type])
@@ -166,7 +169,8 @@ def _patterns(rule: PrecisionRule, chosen: Sequence[Linear]) -> list[str]:
 
 
 def _bf16_layers(config: Config, chosen: Sequence[Claim]) -> tuple[int, int]:
-    """Numbers of first and last layers in BF16, from the rules about layer numbers."""
+    """The numbers of first and last layers in BF16, from the layer-number rules. Raises ConfigError
+    if such a rule has other conditions or another format."""
     num_layers = _num_layers(config)
     start, end = 0, 0
     for claim in chosen:
@@ -174,8 +178,10 @@ def _bf16_layers(config: Config, chosen: Sequence[Claim]) -> tuple[int, int]:
         if not isinstance(rule, PrecisionRule) or not _is_layer_rule(rule, config):
             continue
         at_end = last_layers(rule, num_layers)
-        others = rule.match != "*" or rule.layer_type != LinearKind.any or rule.mtp or rule.experts
-        if rule.format != GemmFormat.bf16 or others or (at_end and rule.first_layers):
+        has_other_conditions = (
+            rule.match != "*" or rule.layer_type != LinearKind.any or rule.mtp or rule.experts
+        )
+        if rule.format != GemmFormat.bf16 or has_other_conditions or (at_end and rule.first_layers):
             raise ConfigError(
                 f"precision.rules.{claim.text}: Megatron chooses by layer number only whole first "
                 "or last layers, and only BF16 for them; emulation can do this"
@@ -201,9 +207,12 @@ def _experts_quantized(chosen: Sequence[Claim]) -> bool:
 
 
 def _environment(chosen: Sequence[Claim]) -> dict[str, str]:
-    """One setting for the process, so every NVFP4 linear must agree on it."""
-    in_nvfp4 = [claim for claim in chosen if claim.linears and claim.format.format == "nvfp4"]
-    found = {}
+    """The variables that turn NVFP4 options off. They apply to the whole process. Raises
+    ConfigError if the NVFP4 linears have different options."""
+    in_nvfp4 = [
+        claim for claim in chosen if claim.linears and claim.format.format == GemmFormat.nvfp4
+    ]
+    environment = {}
     for option in NVFP4_OPTIONS:
         names = {getattr(claim.format, option): claim.name for claim in in_nvfp4}
         if len(names) > 1:
@@ -212,11 +221,11 @@ def _environment(chosen: Sequence[Claim]) -> dict[str, str]:
                 "Engine's NVFP4 options hold for the whole process; emulation can do this"
             )
         if False in names:
-            found[_OPTION_OFF[option]] = "1"
-    return found
+            environment[_OPTION_OFF[option]] = "1"
+    return environment
 
 
-# What it would do ---------------------------------------------------------------------------
+# Simulation of Megatron's choice of formats -------------------------------------------------
 
 
 def _refuse_difference(
@@ -226,7 +235,8 @@ def _refuse_difference(
     base: GemmFormat,
     bf16_layers: tuple[int, int],
 ) -> None:
-    """Raises ConfigError at the first linear to which Megatron would give another format."""
+    """Raises ConfigError at the first linear whose format in Megatron would differ from the
+    plan."""
     layers_per_stage = [len(stage.pattern) for stage in stages(config)]
     for claim in chosen:
         for linear in claim.linears:
@@ -247,33 +257,34 @@ def _megatron_format(
     bf16_layers: tuple[int, int],
     layers_per_stage: Sequence[int],
 ) -> GemmFormat:
-    """The format of a linear as Megatron-Core 0.19 chooses it.
+    """The format that Megatron-Core 0.19 chooses for a linear.
 
-    A layer's context quantizes between the first and last BF16 layers, counted over the decoder;
-    an MTP block's layers count from 0 again (fp4_utils.get_fp4_context, HybridStack.forward). The
-    MTP projection lies in an FP8 context but in no FP4 one (MultiTokenPredictionLayer). Inside a
-    context the first matching recipe replaces its format, outside only a forced one does
-    (extensions/transformer_engine.py, _get_fp8_autocast_for_quant_recipe).
+    The context of a layer quantizes if the layer is between the first and last BF16 layers, counted
+    over the decoder; layers of the MTP block are counted from 0 (fp4_utils.get_fp4_context,
+    HybridStack.forward). The MTP projection is inside an FP8 context, but not inside an FP4 context
+    (MultiTokenPredictionLayer). Inside a context, the first matching recipe replaces the format;
+    outside, only a forced recipe does (extensions/transformer_engine.py,
+    _get_fp8_autocast_for_quant_recipe).
     """
-    inside = re.search(r"(?:^decoder|mtp_model_layer)\.layers\.(\d+)\.", path)
-    number = int(inside[1]) if inside else -1
+    layer_match = re.search(r"(?:^decoder|mtp_model_layer)\.layers\.(\d+)\.", path)
+    number = int(layer_match[1]) if layer_match else -1
     start, end = bf16_layers
     if number < 0:
         in_context = base == GemmFormat.mxfp8
     else:
         in_context = base != GemmFormat.bf16 and start <= number < sum(layers_per_stage) - end
-    local = path
+    stage_path = path
     if path.startswith("decoder."):
         offsets = [0, *accumulate(layers_per_stage)]
         offset = max(offset for offset in offsets if offset <= number)
-        local = path.replace(f".{number}.", f".{number - offset}.", 1)
+        stage_path = path.replace(f".{number}.", f".{number - offset}.", 1)
     for matcher in matchers:
-        if fnmatchcase(local, matcher.pattern):
+        if fnmatchcase(stage_path, matcher.pattern):
             return matcher.format if in_context or matcher.forced else GemmFormat.bf16
     return base if in_context else GemmFormat.bf16
 
 
-# What it cannot say -------------------------------------------------------------------------
+# Plans that Megatron cannot express ---------------------------------------------------------
 
 
 def _refuse_other_dtypes_and_phases(config: Config) -> None:
@@ -292,9 +303,9 @@ def _refuse_other_dtypes_and_phases(config: Config) -> None:
 
 
 def _refuse_different_products(claim: Claim) -> None:
-    own = {role: getattr(claim.format, role) for role in ROLES}
-    if claim.linears and len(set(own.values())) > 1:
-        texts = ", ".join(f"{role}={value}" for role, value in own.items())
+    formats = {role: getattr(claim.format, role) for role in ROLES}
+    if claim.linears and len(set(formats.values())) > 1:
+        texts = ", ".join(f"{role}={value}" for role, value in formats.items())
         raise ConfigError(
             f"precision rule {claim.text}: {texts}: Megatron's per-module file has one format for "
             "all three products; emulation can do this"
@@ -306,16 +317,16 @@ def _refuse_sizes(config: Config, chosen: Sequence[Claim]) -> None:
     for linear in linears(config.model):
         if formats.get(linear.path, GemmFormat.bf16) == GemmFormat.bf16:
             continue
-        part = shard(linear, config.parallel)
+        local = shard(linear, config.parallel)
         sizes = {
-            "input features": part.in_size,
-            "output features": part.out_size,
+            "input features": local.in_size,
+            "output features": local.out_size,
             "tokens": tokens_per_product(linear, config),
         }
-        for what, size in sizes.items():
+        for name, size in sizes.items():
             if size % _SIZE_MULTIPLE:
                 raise ConfigError(
-                    f"{linear.path} in {formats[linear.path]}: {size} {what} on a rank are no "
+                    f"{linear.path} in {formats[linear.path]}: {size} {name} on a rank are no "
                     f"multiple of {_SIZE_MULTIPLE}, which Transformer Engine's kernels need; "
                     "emulation pads them"
                 )
@@ -324,8 +335,9 @@ def _refuse_sizes(config: Config, chosen: Sequence[Claim]) -> None:
 
 
 def _refuse_few_tokens(config: Config) -> None:
-    """Megatron pads an expert's tokens with others of the same rank, sent along with a routing
-    weight of zero, so a rank needs whole blocks of tokens (moe_utils.pad_routing_map)."""
+    """Megatron pads an expert's tokens with other tokens of the same rank, which it sends with a
+    routing weight of zero. So the tokens of a rank must be whole blocks
+    (moe_utils.pad_routing_map). Raises ConfigError if they are not."""
     train, parallel = config.train, config.parallel
     tokens = train.micro_batch_sequences * train.sequence_length // parallel.context
     tokens //= parallel.tensor if parallel.sequence else 1

@@ -1,1 +1,1 @@
-"""Loss gaps between paired runs: pairs, gaps, noise, verdicts."""
+"""Loss gaps between paired runs: pairing, gaps, noise, verdicts."""

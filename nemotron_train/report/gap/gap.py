@@ -1,11 +1,11 @@
-"""Loss gaps: each group of runs held to the baseline, seed by seed. NumPy only.
+"""Loss gaps: each group of runs compared with the baseline of the same seed. NumPy only.
 
-Owns: the gaps, their curves over tokens, the noise, the trend, the verdict in words. Does not own:
-who is paired with whom (`pairs`), the table (`gap_table`), the pictures.
+Owns: the gaps, their curves over tokens, the noise, the trend. Does not own: the pairing of runs
+(`pairs`), the verdict in words (`verdict`), the table (`table`), the plots.
 
-The relative gap is (loss - baseline's loss) / baseline's loss, as the Nemotron 3 and NVFP4 reports
-give it. A pair's difference carries none of the spread between seeds; the standard error is that of
-the mean over pairs, and intervals are Student's, for a comparison has few seeds.
+The relative gap is (loss - baseline's loss) / baseline's loss, as in the Nemotron 3 and NVFP4
+reports. The difference within a pair is free of the spread between seeds. The standard error is
+that of the mean over pairs. Intervals use Student's t because a comparison has few seeds.
 """
 
 import math
@@ -19,9 +19,9 @@ from nemotron_train.report.gap.pairs import Comparison
 from nemotron_train.report.runs.read import Run
 from nemotron_train.report.runs.thin import smoothed
 
-TAIL = 0.1  # share of the steps, at the end, whose mean training loss is compared
-SMOOTH = 16  # the smoothed gap is a mean over an eighth of the steps: 1/SMOOTH to each side
-TREND_BLOCKS = 32  # means of the last half of the tokens through which the trend is laid
+TAIL = 0.1  # the training loss compared is the mean over this share of the steps, at the end
+SMOOTH = 16  # the smoothed gap is a mean over 1/SMOOTH of the steps on each side (an eighth in all)
+TREND_BLOCKS = 32  # the trend is fitted to this many block means over the last half of the tokens
 MIN_TREND_BLOCKS = 8
 
 # 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom.
@@ -31,17 +31,18 @@ _STUDENT += (2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086)
 
 @dataclass(frozen=True)
 class Trend:
-    """Change of the gap over the last half of the tokens, percentage points a doubling of the
-    tokens, one slope a seed."""
+    """Change of the gap over the last half of the tokens: one slope per seed, in percentage points
+    per doubling of the tokens."""
 
     slopes: list[float]
-    from_tokens: float
+    from_tokens: float  # where the fit begins
 
 
 @dataclass(frozen=True)
 class Curve:
-    """The gap of the training loss over tokens, percent: [n] each. `raw` and `smooth` are means
-    over seeds, `error` the standard error of `smooth` (NaN for one seed)."""
+    """The gap of the training loss over tokens, in percent; every array is [n]. `raw` and `smooth`
+    are means over seeds, `error` is the standard error of `smooth` (NaN for one seed). `by_seed`:
+    the smoothed gap of each seed."""
 
     tokens: np.ndarray
     raw: np.ndarray
@@ -52,9 +53,11 @@ class Curve:
 
 @dataclass(frozen=True)
 class Noise:
-    """What a gap must exceed to mean something, percent of the loss. `source`: "sums" (the baseline
-    again, with its sums in another order), "seeds" (the spread of the baseline's own seeds) or
-    "none". tokens, band: the same for the smoothed training loss over tokens: [n]."""
+    """The noise level that a gap must exceed to be meaningful, in percent of the loss.
+
+    source: "sums" (repeats of the baseline with another summation order), "seeds" (the spread of
+    the baseline's seeds) or "none". tokens, band: the noise of the smoothed training loss over
+    tokens, [n]."""
 
     source: str = "none"
     validation: float = math.nan
@@ -65,22 +68,23 @@ class Noise:
 
 @dataclass(frozen=True)
 class Gap:
-    """A group's relative gaps to the baseline, one a seed, by seed; fractions, not percent.
+    """A group's relative gaps to the baseline, one per seed, ordered by seed; fractions, not
+    percent.
 
-    `validation` compares the last validation losses of pairs that are both finished, `training`
-    the mean training loss over the last tenth of the steps that both have.
+    `validation` compares the last validation losses of pairs in which both runs are finished,
+    `training` the mean training loss over the last tenth of the steps that both runs have.
     """
 
     group: str
     seeds: list[int]
-    loss: float  # mean validation loss of finished runs, nats a token; NaN without one
+    loss: float  # mean validation loss of finished runs, nats per token; NaN if there is none
     validation: list[float]
     training: list[float]
     trend: Trend | None = None
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and its standard error (NaN for fewer than two values)."""
+    """Mean (NaN for no values) and its standard error (NaN for fewer than two values)."""
     if not values:
         return math.nan, math.nan
     if len(values) < 2:
@@ -88,45 +92,47 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     return statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
 
 
-def student(freedom: int) -> float:
-    """The 97.5 % quantile of Student's t."""
-    # Beyond the table it is 1.96 + 2.4 / freedom to three digits.
+def student_quantile(freedom: int) -> float:
+    """The 97.5 % quantile of Student's t for `freedom` degrees of freedom."""
+    # Beyond the table, 1.96 + 2.4 / freedom is correct to three digits.
     known = 0 < freedom <= len(_STUDENT)
     return _STUDENT[freedom - 1] if known else 1.96 + 2.4 / max(freedom, 1)
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """The 95 % interval of the mean, after Student; NaN for fewer than two values."""
+    """The 95 % confidence interval (low, high) of the mean, by Student's t; NaN for fewer than two
+    values."""
     mean, error = mean_and_error(values)
-    factor = student(len(values) - 1)
+    factor = student_quantile(len(values) - 1)
     return mean - factor * error, mean + factor * error
 
 
 def gaps(comparison: Comparison) -> list[Gap]:
-    """Of every group that has a pair, the baseline first (its gaps are zero)."""
+    """The gaps of every group that has a pair, the baseline first (its gaps are zero)."""
     baseline = comparison.baseline
     ordered = [baseline, *(group for group in comparison.groups if group != baseline)]
-    found = []
+    results = []
     for group in ordered:
         pairs = comparison.pairs(group) if group in comparison.groups else {}
         if not pairs:
             continue
         losses = [_validation(run) for run, _ in pairs.values()]
-        known = [loss for loss in losses if loss is not None]
+        known_losses = [loss for loss in losses if loss is not None]
         validation = [
             (ours - theirs) / theirs
             for ours, theirs in ((_validation(a), _validation(b)) for a, b in pairs.values())
             if ours is not None and theirs is not None
         ]
         training = [value for a, b in pairs.values() if (value := _tail_gap(a, b)) is not None]
-        loss = statistics.fmean(known) if known else math.nan
+        loss = statistics.fmean(known_losses) if known_losses else math.nan
         trend = trend_of(list(pairs.values())) if group != baseline else None
-        found.append(Gap(group, list(pairs), loss, validation, training, trend))
-    return found
+        results.append(Gap(group, list(pairs), loss, validation, training, trend))
+    return results
 
 
 def relative(run: Run, twin: Run) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens that both have logged, and the gap of the training loss there, percent."""
+    """Token counts that both runs logged, and the gap of the training loss there in percent: [n]
+    each. `twin` is the baseline."""
     (tokens, losses), (twin_tokens, twin_losses) = run.series("loss"), twin.series("loss")
     common, ours, theirs = np.intersect1d(tokens, twin_tokens, return_indices=True)
     reference = twin_losses[theirs]
@@ -134,9 +140,10 @@ def relative(run: Run, twin: Run) -> tuple[np.ndarray, np.ndarray]:
 
 
 def curve(pairs: dict[int, tuple[Run, Run]]) -> Curve | None:
-    """Over the tokens that all pairs have; None where there are none."""
+    """The gap over the token counts that all pairs share; None if no pair shares any. `pairs`: seed
+    -> (run, its baseline twin)."""
     by_seed = {seed: relative(run, twin) for seed, (run, twin) in pairs.items()}
-    by_seed = {seed: found for seed, found in by_seed.items() if len(found[0])}
+    by_seed = {seed: points for seed, points in by_seed.items() if len(points[0])}
     if not by_seed:
         return None
     tokens = _common([tokens for tokens, _ in by_seed.values()])
@@ -151,11 +158,11 @@ def curve(pairs: dict[int, tuple[Run, Run]]) -> Curve | None:
 
 
 def noise(comparison: Comparison) -> Noise:
-    """From the repeats where there are any, else from the baseline's seeds."""
+    """The noise, estimated from the repeats if there are any, else from the baseline's seeds."""
     pairs = [pair for group in comparison.repeats for pair in comparison.pairs(group).values()]
     curves = [relative(run, twin) for run, twin in pairs]
     if curves and len(tokens := _common([where for where, _ in curves])):
-        # The mean is known to be zero, so the root of the mean square is the deviation.
+        # The expected gap of a repeat is zero, so the standard deviation is the root mean square.
         rows = [values[np.isin(where, tokens)] for where, values in curves]
         band = np.sqrt(np.mean([smoothed(row, len(tokens) // SMOOTH) ** 2 for row in rows], axis=0))
         losses = [(_validation(a), _validation(b)) for a, b in pairs]
@@ -177,8 +184,8 @@ def noise(comparison: Comparison) -> Noise:
 
 
 def trend_of(pairs: Sequence[tuple[Run, Run]]) -> Trend | None:
-    """Theil-Sen slopes over the logarithm of the tokens, one a seed; None where a pair has too few
-    steps in its last half."""
+    """Theil-Sen slopes over log2 of the tokens, one per pair; None if a pair has fewer than
+    MIN_TREND_BLOCKS steps in its last half."""
     slopes, start = [], math.nan
     for run, twin in pairs:
         tokens, values = relative(run, twin)
@@ -198,7 +205,7 @@ def trend_of(pairs: Sequence[tuple[Run, Run]]) -> Trend | None:
 
 
 def theil_sen(x: np.ndarray, y: np.ndarray) -> float:
-    """The median slope of all pairs of points: a spike or two do not move it."""
+    """The median slope over all pairs of points; robust to a few outliers."""
     first, second = np.triu_indices(len(x), k=1)
     return float(np.median((y[second] - y[first]) / (x[second] - x[first])))
 
@@ -212,12 +219,13 @@ def _validation(run: Run) -> float | None:
 
 
 def _tail_length(*values: np.ndarray) -> int:
+    """Number of steps in the last TAIL of the longest array."""
     return max(1, round(TAIL * max(map(len, values))))
 
 
 def _tail_gap(run: Run, twin: Run) -> float | None:
-    """Mean loss over the same steps, the last that both have, held to the twin's: a tenth of the
-    longer one's, for a branch is shorter than the run it began from."""
+    """Relative gap of the mean loss over the last steps that both runs have. Their number is a
+    tenth of the longer run's steps: a branch is shorter than its parent run."""
     (tokens, losses), (twin_tokens, twin_losses) = run.series("loss"), twin.series("loss")
     _, ours, theirs = np.intersect1d(tokens, twin_tokens, return_indices=True)
     if not len(ours):
@@ -227,18 +235,21 @@ def _tail_gap(run: Run, twin: Run) -> float | None:
     return float((mean - reference) / reference)
 
 
-def _common(places: Sequence[np.ndarray]) -> np.ndarray:
-    common = places[0] if places else np.empty(0)
-    for place in places[1:]:
-        common = np.intersect1d(common, place)
+def _common(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    """The values that all arrays contain, ascending."""
+    common = arrays[0] if arrays else np.empty(0)
+    for array in arrays[1:]:
+        common = np.intersect1d(common, array)
     return common
 
 
 def _root_mean_square(values: Sequence[float]) -> float:
+    """In percent, of fractions; NaN for no values."""
     return 100 * math.sqrt(statistics.fmean(v * v for v in values)) if values else math.nan
 
 
 def _spread(losses: Sequence[float]) -> float:
+    """Standard deviation in percent of the mean; NaN for fewer than two losses."""
     if len(losses) < 2:
         return math.nan
     return 100 * statistics.stdev(losses) / statistics.fmean(losses)

@@ -1,11 +1,11 @@
-"""Which runs are held against which: the groups of a sweep, or the twins among plain run folders.
-No torch.
+"""Pairs runs for comparison: the groups of a sweep, or matching runs among plain run folders. No
+torch.
 
 Owns: finding the baseline, the groups and the repeats. Does not own: the numbers (`gap`).
 
-A pair shares its seed, hence initial weights and data order. Groups differ in the precision plan,
-or in what a sweep's folder says. A repeat is a group that computes what the baseline does with its
-sums in another order: its gap is what rounding alone does to a run.
+The two runs of a pair share the seed, and so the initial weights and the data order. Groups differ
+in the precision plan, or as defined in the sweep folder. A repeat is a group that computes the same
+as the baseline with another summation order: its gap is the effect of rounding alone.
 """
 
 import json
@@ -22,14 +22,16 @@ from nemotron_train.report.plan.diff import flatten
 from nemotron_train.report.runs.read import Run, read_run
 from nemotron_train.run_folder.folder import read_config
 
-# Knobs that leave the mathematics alone and change the order of sums.
+# Knobs that change only the order of summation, not the mathematics.
 SUMS_ONLY = ("train.micro_batch_sequences", "parallel.")
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """groups: name -> seed -> run, in the order shown, the baseline's too. repeats: groups that
-    are the baseline with its sums in another order."""
+    """Groups of runs and their common baseline.
+
+    groups: name -> seed -> run, in display order, including the baseline. repeats: groups that
+    equal the baseline except for the summation order."""
 
     name: str
     baseline: str
@@ -37,20 +39,21 @@ class Comparison:
     repeats: tuple[str, ...] = ()
 
     def pairs(self, group: str) -> dict[int, tuple[Run, Run]]:
-        """Seed -> (run, its twin of the baseline), by seed."""
+        """Seed -> (run, baseline run of that seed), ascending by seed."""
         twins = self.groups.get(self.baseline, {})
         runs = self.groups[group]
         return {seed: (runs[seed], twins[seed]) for seed in sorted(runs) if seed in twins}
 
 
 def is_sweep(folder: Path) -> bool:
-    """Whether `folder` is a sweep's rather than a run's."""
+    """Whether `folder` is a sweep folder (it has a sweep.json)."""
     return (folder / "sweep.json").is_file()
 
 
 def read_sweep(folder: Path, read: Callable[[Path], Run] = read_run) -> list[Comparison]:
-    """The runs of a sweep that have logged a step, going ones too, each by `read`: a comparison for
-    each baseline, for the groups of a sweep may have baselines of their own. Raises ConfigError."""
+    """Reads the runs of a sweep that have logged a step, unfinished ones included. Returns one
+    comparison per baseline, since groups of a sweep can have different baselines. `read` reads one
+    run folder. Raises ConfigError if sweep.json is missing or invalid."""
     groups: dict[str, dict[int, Run]] = {}
     baselines: dict[str, list[str]] = {}
     for name, group, seed, baseline in _cells(folder):
@@ -60,22 +63,24 @@ def read_sweep(folder: Path, read: Callable[[Path], Run] = read_run) -> list[Com
         try:
             groups.setdefault(group, {})[seed] = read(folder / name)
         except ConfigError:
-            continue  # not begun yet
-    found = []
+            continue  # not started yet
+    comparisons = []
     for baseline, members in baselines.items():
         ordered = [baseline, *(group for group in members if group != baseline)]
         present = {group: groups[group] for group in ordered if groups.get(group)}
-        found.append(_with_repeats(Comparison(folder.resolve().name, baseline, present)))
-    return found
+        comparisons.append(_with_repeats(Comparison(folder.resolve().name, baseline, present)))
+    return comparisons
 
 
 def cell_folders(sweep: Path) -> list[Path]:
-    """Where a sweep's runs lie, in the order in which `read_sweep` reads them, begun or not."""
+    """The run folders of a sweep, started or not, in the order in which `read_sweep` reads them.
+    Raises ConfigError if sweep.json is missing or invalid."""
     return [sweep / name for name, *_ in _cells(sweep)]
 
 
 def _cells(folder: Path) -> list[tuple[str, str, int, str]]:
-    """(name, group, seed, baseline) of each run that sweep.json lists."""
+    """(name, group, seed, baseline) of each run that sweep.json lists. Raises ConfigError for an
+    invalid file or a name that is not a plain folder name."""
     try:
         sweep = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
         shared = str(sweep.get("baseline", ""))
@@ -92,30 +97,31 @@ def _cells(folder: Path) -> list[tuple[str, str, int, str]]:
 
 
 def find_pairs(runs: Sequence[Run]) -> list[Comparison]:
-    """Comparisons among plain run folders: runs that differ in nothing but the precision plan, the
-    seed and the order of sums. The baseline is the plan without block formats, BF16 before FP32."""
+    """Comparisons among plain run folders: runs that differ only in the precision plan, the seed
+    and the summation order. The baseline is the plan without block formats; BF16 is preferred to
+    FP32."""
     clusters: dict[str, list[tuple[Run, Config]]] = {}
     for run in runs:
         config = config_of(run)
         if config is not None:
-            clusters.setdefault(_alike(config), []).append((run, config))
-    found = []
+            clusters.setdefault(_shared_knobs(config), []).append((run, config))
+    comparisons = []
     for members in clusters.values():
-        groups, kinds = _grouped(members)
-        plain = [name for name, config in kinds.items() if _is_plain(config)]
-        plain.sort(key=lambda name: kinds[name].precision.parameter_dtype != Dtype.bfloat16)
+        groups, configs = _grouped(members)
+        plain = [name for name, config in configs.items() if _is_plain(config)]
+        plain.sort(key=lambda name: configs[name].precision.parameter_dtype != Dtype.bfloat16)
         if not plain:
             continue
         ordered = {name: groups[name] for name in [plain[0], *(g for g in groups if g != plain[0])]}
-        comparison = _with_repeats(Comparison(kinds[plain[0]].model.name, plain[0], ordered))
+        comparison = _with_repeats(Comparison(configs[plain[0]].model.name, plain[0], ordered))
         others = set(groups) - {plain[0], *comparison.repeats}
         if any(comparison.pairs(group) for group in others):
-            found.append(comparison)
-    return found
+            comparisons.append(comparison)
+    return comparisons
 
 
 def config_of(run: Run) -> Config | None:
-    """The run's configuration; None where this version cannot read it."""
+    """The run's configuration; None if this version cannot read it."""
     try:
         return read_config(run.path)
     except ConfigError:
@@ -123,7 +129,7 @@ def config_of(run: Run) -> Config | None:
 
 
 def is_repeat(config: Config, other: Config) -> bool:
-    """Whether two configurations of one seed ask for the same mathematics."""
+    """Whether two configurations of the same seed define the same mathematics."""
     ours, theirs = flatten(to_plain(config)), flatten(to_plain(other))
     return all(
         ours.get(knob) == theirs.get(knob) or is_free(knob) or knob.startswith(SUMS_ONLY)
@@ -132,6 +138,7 @@ def is_repeat(config: Config, other: Config) -> bool:
 
 
 def _with_repeats(comparison: Comparison) -> Comparison:
+    """The comparison with `repeats` filled in."""
     repeats = []
     for group in comparison.groups:
         pairs = list(comparison.pairs(group).values())
@@ -142,14 +149,14 @@ def _with_repeats(comparison: Comparison) -> Comparison:
     return Comparison(comparison.name, comparison.baseline, comparison.groups, tuple(repeats))
 
 
-def _alike(config: Config) -> str:
-    """What runs of one comparison share, as text."""
+def _shared_knobs(config: Config) -> str:
+    """The knobs that all runs of one comparison share, as JSON text."""
     knobs = flatten(to_plain(config))
-    own = ("precision.", "train.seed", "branch")
+    varying = ("precision.", "train.seed", "branch")
     shared: dict[str, Any] = {
         knob: value
         for knob, value in knobs.items()
-        if not (is_free(knob) or knob.startswith((*own, *SUMS_ONLY)))
+        if not (is_free(knob) or knob.startswith((*varying, *SUMS_ONLY)))
     }
     return json.dumps(shared, sort_keys=True, default=str)
 
@@ -157,17 +164,17 @@ def _alike(config: Config) -> str:
 def _grouped(
     members: Sequence[tuple[Run, Config]],
 ) -> tuple[dict[str, dict[int, Run]], dict[str, Config]]:
-    """Runs by plan and seed, and a configuration of each group. A second run of one plan and seed
-    goes into a group of its own."""
+    """Runs by plan and seed, and one configuration per group. A second run of the same plan and
+    seed gets its own group."""
     groups: dict[str, dict[int, Run]] = {}
-    kinds: dict[str, Config] = {}
+    configs: dict[str, Config] = {}
     for run, config in members:
         name = config.precision.name
         if config.train.seed in groups.get(name, {}):
             name = f"{name} ({run.path})"
         groups.setdefault(name, {})[config.train.seed] = run
-        kinds.setdefault(name, config)
-    return groups, kinds
+        configs.setdefault(name, config)
+    return groups, configs
 
 
 def _is_plain(config: Config) -> bool:

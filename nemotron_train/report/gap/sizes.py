@@ -1,8 +1,8 @@
-"""Does a gap grow or shrink with the model? The gaps of a sweep's sizes, each to its own baseline,
-against active parameters. NumPy only.
+"""Loss gap versus model size: the gaps of a sweep's sizes, each to its own baseline, against active
+parameters. NumPy only.
 
 Owns: which comparisons differ in size, the slope and its error, the sentence. Does not own: the
-gaps (`gap`), the picture (`plot_sizes`).
+gaps (`gap`), the plot (`plot.sizes`).
 """
 
 import math
@@ -13,16 +13,16 @@ import numpy as np
 
 from nemotron_train.config.schema import Config
 from nemotron_train.plan.architecture.layers import parameters
-from nemotron_train.report.gap.gap import gaps, student
+from nemotron_train.report.gap.gap import gaps, student_quantile
 from nemotron_train.report.gap.pairs import Comparison, config_of
 
-MIN_SIZES = 3  # for a slope
+MIN_SIZES = 3  # needed for a slope
 
 
 @dataclass(frozen=True)
 class Size:
-    """A plan's gaps at one size, percent, a value a seed. `active`: parameters that a token uses,
-    embedding and output layer counted."""
+    """A plan's gaps at one model size, in percent, one value per seed. `active`: active parameters
+    per token, including embedding and output layer."""
 
     active: int
     validation: list[float]
@@ -31,8 +31,8 @@ class Size:
 
 @dataclass(frozen=True)
 class Slope:
-    """Least squares through the seeds' gaps over log2 of the active parameters: percentage points
-    a doubling, and its 95 % interval."""
+    """Least-squares slope of the seeds' gaps over log2 of the active parameters, in percentage
+    points per doubling, with its 95 % interval."""
 
     value: float
     low: float
@@ -40,9 +40,9 @@ class Slope:
 
 
 def by_size(comparisons: Sequence[Comparison]) -> dict[str, list[Size]]:
-    """Plan -> its sizes in order, of plans that are there at two sizes or more; a group counts
-    where it has its baseline's model."""
-    found: dict[str, list[Size]] = {}
+    """Plan -> its sizes in ascending order, for plans measured at two or more sizes. Groups whose
+    model differs from their baseline's are left out."""
+    sizes_of: dict[str, list[Size]] = {}
     for comparison in comparisons:
         baseline = _config(comparison, comparison.baseline)
         for gap in gaps(comparison):
@@ -56,8 +56,10 @@ def by_size(comparisons: Sequence[Comparison]) -> dict[str, list[Size]]:
                 [100 * value for value in gap.validation],
                 [100 * value for value in gap.training],
             )
-            found.setdefault(config.precision.name, []).append(size)
-    ordered = {plan: sorted(sizes, key=lambda size: size.active) for plan, sizes in found.items()}
+            sizes_of.setdefault(config.precision.name, []).append(size)
+    ordered = {
+        plan: sorted(sizes, key=lambda size: size.active) for plan, sizes in sizes_of.items()
+    }
     return {
         plan: sizes for plan, sizes in ordered.items() if len({size.active for size in sizes}) > 1
     }
@@ -74,38 +76,43 @@ def is_final(sizes: Sequence[Size]) -> bool:
 
 
 def slope(sizes: Sequence[Size], *, validation: bool) -> Slope | None:
-    """Of the validation gaps or the training gaps; None for too few sizes or values."""
+    """Slope of the validation gaps or of the training gaps; None if there are fewer than MIN_SIZES
+    sizes or fewer than three values."""
     values = [size.validation if validation else size.training for size in sizes]
-    places = [math.log2(size.active) for size in sizes]
-    x = np.repeat(places, [len(v) for v in values])
+    log_sizes = [math.log2(size.active) for size in sizes]
+    x = np.repeat(log_sizes, [len(v) for v in values])
     y = np.concatenate([np.array(v, dtype=np.float64) for v in values])
     freedom = len(y) - 2
     if len(set(x)) < MIN_SIZES or freedom < 1:
         return None
-    away = x - x.mean()
-    spread = float((away**2).sum())
-    value = float((away * y).sum() / spread)
-    left = y - y.mean() - value * away
-    error = math.sqrt(float((left**2).sum()) / freedom / spread)
-    return Slope(value, value - student(freedom) * error, value + student(freedom) * error)
+    centered = x - x.mean()
+    spread = float((centered**2).sum())
+    value = float((centered * y).sum() / spread)
+    residual = y - y.mean() - value * centered
+    error = math.sqrt(float((residual**2).sum()) / freedom / spread)
+    return Slope(
+        value,
+        value - student_quantile(freedom) * error,
+        value + student_quantile(freedom) * error,
+    )
 
 
-def sentence(plan: str, sizes: Sequence[Size]) -> str:
-    """What the sizes say, in words; "" where there are too few."""
+def slope_sentence(plan: str, sizes: Sequence[Size]) -> str:
+    """One sentence on how the gap changes with size; "" if there are too few sizes."""
     validation = is_final(sizes)
-    found = slope(sizes, validation=validation)
-    if found is None:
+    fit = slope(sizes, validation=validation)
+    if fit is None:
         return ""
-    what = "final validation loss" if validation else "training loss so far, last tenth"
-    if found.low > 0:
+    metric = "final validation loss" if validation else "training loss so far, last tenth"
+    if fit.low > 0:
         words = "grows with the model"
-    elif found.high < 0:
+    elif fit.high < 0:
         words = "shrinks as the model grows"
     else:
         words = "cannot be said to grow or shrink with the model"
     factor = sizes[-1].active / sizes[0].active
     return (
-        f"{plan}: the gap of the {what} {words}: {found.value:+.3f} percentage points a doubling "
-        f"of the active parameters (95 % interval {found.low:+.3f} to {found.high:+.3f}), over a "
+        f"{plan}: the gap of the {metric} {words}: {fit.value:+.3f} percentage points a doubling "
+        f"of the active parameters (95 % interval {fit.low:+.3f} to {fit.high:+.3f}), over a "
         f"factor of {factor:.1f}, each size held to its own baseline."
     )

@@ -1,4 +1,4 @@
-"""The table of loss gaps, on the terminal and as gap.md, and the sentences below it. No torch."""
+"""The table of loss gaps, for the terminal and for gap.md, and the notes below it. No torch."""
 
 import math
 
@@ -10,13 +10,14 @@ HEADINGS = ("runs", "seeds", "validation loss", "validation gap %", "training ga
 HEADINGS += ("trend a doubling", "verdict")
 
 
-def gap_rows(comparison: Comparison, found: list[Gap]) -> tuple[list[list[str]], list[str]]:
-    """Cells under HEADINGS, a row a group, and the sentences that go with them."""
-    if not found:
+def gap_rows(comparison: Comparison, results: list[Gap]) -> tuple[list[list[str]], list[str]]:
+    """Returns (rows, notes): cells under HEADINGS, one row per group, and the notes below the
+    table."""
+    if not results:
         return [], []
     spread = noise(comparison)
-    verdicts = verdicts_of(comparison, found, spread)
-    rows = [_row(gap, comparison, verdicts) for gap in found]
+    verdicts = verdicts_of(comparison, results, spread)
+    rows = [_row(gap, comparison, verdicts) for gap in results]
     notes = [
         f"Gaps are to {comparison.baseline} of the same seed, in percent of its loss: mean ± "
         f"standard error over seeds. Training loss: mean of the last {TAIL:.0%} of the steps that "
@@ -25,13 +26,14 @@ def gap_rows(comparison: Comparison, found: list[Gap]) -> tuple[list[list[str]],
     return rows, [*notes, *(verdict.text for verdict in verdicts.values())]
 
 
-def verdicts_of(comparison: Comparison, found: list[Gap], spread: Noise) -> dict[str, Verdict]:
-    """By group, of all but the baseline."""
+def verdicts_of(comparison: Comparison, results: list[Gap], spread: Noise) -> dict[str, Verdict]:
+    """Group -> verdict, for all groups except the baseline."""
     baseline = comparison.baseline
-    return {gap.group: judge(gap, spread, baseline) for gap in found if gap.group != baseline}
+    return {gap.group: judge(gap, spread, baseline) for gap in results if gap.group != baseline}
 
 
 def markdown(rows: list[list[str]], notes: list[str]) -> str:
+    """The table and its notes as Markdown, the content of gap.md."""
     lines = ["| " + " | ".join(HEADINGS) + " |", "|---" + "|---:" * (len(HEADINGS) - 2) + "|---|"]
     lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
     return "\n".join(lines) + "\n\n" + "\n\n".join(notes) + "\n"
@@ -50,7 +52,7 @@ def _row(gap: Gap, comparison: Comparison, verdicts: dict[str, Verdict]) -> list
 
 
 def percent(values: list[float]) -> str:
-    """Fractions as percent: mean ± standard error."""
+    """Fractions as text in percent: mean ± standard error, "-" for none."""
     if not values:
         return "-"
     mean, error = mean_and_error([100 * value for value in values])

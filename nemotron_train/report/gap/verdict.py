@@ -1,10 +1,9 @@
-"""What a gap says, in words that claim no more than the numbers do.
+"""The verdict on a gap, in words that claim no more than the numbers show.
 
 Owns: the rule and the sentences. Does not own: the numbers (`gap`).
 
-A gap counts as apart from zero when Student's 95 % interval of the mean over seeds leaves zero out;
-it counts as more than noise when it also exceeds twice the noise. One seed has no interval, so it
-proves nothing.
+A gap differs from zero if Student's 95 % interval of the mean over seeds excludes zero. It is more
+than noise if it also exceeds twice the noise. One seed gives no interval, so it proves nothing.
 """
 
 import math
@@ -20,7 +19,8 @@ SOURCES = {
 
 @dataclass(frozen=True)
 class Verdict:
-    """short: for a table's cell; level: `same`, `unclear`, `worse` or `better`."""
+    """short: text for a table cell; level: `same`, `unclear`, `worse` or `better`; text: the full
+    sentence."""
 
     short: str
     level: str
@@ -28,11 +28,12 @@ class Verdict:
 
 
 def judge(gap: Gap, noise: Noise, baseline: str) -> Verdict:
-    """On the validation losses where every pair has them, else on the training losses."""
+    """The verdict from the validation losses if every pair has them, else from the training
+    losses."""
     is_final = bool(gap.validation) and len(gap.validation) == len(gap.seeds)
     values = [100 * value for value in (gap.validation if is_final else gap.training)]
     spread = noise.validation if is_final else noise.training
-    what = "validation loss" if is_final else "training loss so far, last tenth"
+    metric = "validation loss" if is_final else "training loss so far, last tenth"
     mean, error = mean_and_error(values)
     tail = f"{_noise_text(spread, noise)}. {_trend_text(gap.trend)}".strip()
     if not values:
@@ -40,15 +41,15 @@ def judge(gap: Gap, noise: Noise, baseline: str) -> Verdict:
         return Verdict("nothing to compare", "unclear", text)
     if math.isnan(error):
         beyond = spread == spread and abs(mean) > 2 * spread
-        than = ", more than twice the noise" if beyond else ""
+        remark = ", more than twice the noise" if beyond else ""
         text = (
             f"{gap.group}: one pair, so no error can be given: {mean:+.2f} % of {baseline}'s "
-            f"{what}{than}; repeat it with other seeds{tail}"
+            f"{metric}{remark}; repeat it with other seeds{tail}"
         )
         return Verdict("one seed", "unclear", text)
     low, high = interval(values)
     numbers = (
-        f"{mean:+.2f} ± {error:.2f} % of the {what} "
+        f"{mean:+.2f} ± {error:.2f} % of the {metric} "
         f"({len(values)} seeds, 95 % interval {low:+.2f} to {high:+.2f} %)"
     )
     if low <= 0 <= high:
@@ -63,7 +64,7 @@ def judge(gap: Gap, noise: Noise, baseline: str) -> Verdict:
 
 
 def trend_words(trend: Trend | None) -> str:
-    """For a table's cell: percentage points a doubling of the tokens."""
+    """Text for a table cell: percentage points per doubling of the tokens, "-" for no trend."""
     if trend is None:
         return "-"
     mean, error = mean_and_error(trend.slopes)

@@ -1,1 +1,1 @@
-"""One self-contained HTML page of one or more runs."""
+"""One self-contained HTML page that shows one or more runs."""

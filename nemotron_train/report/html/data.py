@@ -1,33 +1,34 @@
-"""The numbers behind the page's charts, cut down to what a screen shows. No torch.
+"""The data of the page's charts, thinned to screen resolution. No torch.
 
-Owns: which curves and heat maps there are, and their form for page.js. Does not own: the HTML
-(`page`), comparisons (`page_gap`). Runs are added one after the other and only their thinned curves
-stay, so that twenty runs of a hundred thousand steps fit a laptop.
+Owns: which curves and heat maps exist, and their format for page.js. Does not own: the HTML
+(`page`), comparisons (`gap`). Runs are added one by one and only their thinned curves are kept, so
+twenty runs of a hundred thousand steps fit in a laptop's memory.
 
 A chart is a dict: id, group, title, y (axis title), x ("tokens" or "hours"), log, lines, and
-`options` in place of lines where a person picks one of several. A line: run (its number), name, x
-(place in `xs`), y, lo and hi (of each bucket, where it has several points), and the switches that
-page.js reads: dots, raw, fixed (not to be smoothed). A heat map: id, group, title, options, each
-with rows, columns and cells.
+`options` instead of lines if the reader selects one of several. A line: run (its number), name, x
+(index into `xs`), y, lo and hi (minimum and maximum of each bucket of several points), and the
+flags that page.js reads: dots, raw, fixed (not smoothed). A heat map: id, group, title, options,
+each with rows, columns and cells.
 """
 
 from typing import Any
 
 import numpy as np
 
+from nemotron_train.config.schema import GemmFormat
 from nemotron_train.report.runs.read import Run
 from nemotron_train.report.runs.telemetry import kind_of, layer_of, telemetry_records
 from nemotron_train.report.runs.thin import rounded, thin
 from nemotron_train.report.runs.timeline import timeline
 from nemotron_train.run_folder.metric_groups import group_of
 
-MAX_POINTS, ALL_POINTS = 1000, 16_000  # of a curve; of all curves of a chart
+MAX_POINTS, ALL_POINTS = 1000, 16_000  # per curve; for all curves of a chart together
 MAX_HEAT_COLUMNS, MANY_RUNS, FEW_COLUMNS = 60, 8, 30
-MAX_MARKS = 400  # a run's starts, checkpoints and events
-MAX_CELLS = 40_000  # of a heat map's option
-MAX_STATES = 8  # telemetry records and expert loads that a person can go back to
+MAX_MARKS = 400  # starts, checkpoints and events per run
+MAX_CELLS = 40_000  # per option of a heat map
+MAX_STATES = 8  # expert loads of earlier steps that the reader can select
 
-# Name -> (title, axis title, logarithmic). Others are drawn too, under their own name.
+# Metric -> (title, axis title, logarithmic). Other metrics are drawn too, under their own name.
 TITLES: dict[str, tuple[str, str, bool]] = {
     "loss": ("Training loss", "nats a token", False),
     "validation_loss": ("Validation loss", "nats a token", False),
@@ -45,12 +46,13 @@ TITLES: dict[str, tuple[str, str, bool]] = {
 LEFT_OUT = {"step", "tokens", "time", "slowest_rank"}
 EXTREMES = {"loss", "grad_norm", "tokens_per_second", "step_seconds", "max_vio"}
 DOTS = ("validation_", "straggler_")
-# What zooming and smoothing make no sense for is left as logged.
+# Parts of the step time, in the order in which they are stacked.
 STEP_PARTS = ("data", "forward_backward", "gradient_reduce", "optimizer", "validation", "save")
 
 
 class PageData:
-    """Everything page.js draws."""
+    """Collects all data that page.js draws. `num_runs`: the expected number of runs; it sets the
+    resolution of the curves."""
 
     def __init__(self, num_runs: int) -> None:
         self._points = max(100, min(MAX_POINTS, ALL_POINTS // max(num_runs, 1)))
@@ -62,12 +64,12 @@ class PageData:
         self.heats: dict[str, dict[str, Any]] = {}
 
     def as_json(self) -> dict[str, Any]:
-        """For page.js; charts in the order of their group and then of their adding."""
+        """The data as page.js reads it, in the order of adding."""
         charts, heats = list(self.charts.values()), list(self.heats.values())
         return {"xs": self.xs, "runs": self.runs, "charts": charts, "heats": heats}
 
     def add(self, run: Run) -> int:
-        """Takes in a run; returns its number."""
+        """Adds a run with its curves, heat maps and marks; returns its number."""
         number = len(self.runs)
         marks = [
             {"kind": h.kind, "x": h.tokens, "text": h.text} for h in timeline(run)[-MAX_MARKS:]
@@ -84,7 +86,7 @@ class PageData:
         return number
 
     def place(self, x: np.ndarray) -> int:
-        """Where a curve's x stands in `xs`; most curves of a run share one."""
+        """Index of a curve's x values in `xs`. Most curves of a run share one entry."""
         key = x.tobytes()
         if key not in self._places:
             self._places[key] = len(self.xs)
@@ -94,19 +96,22 @@ class PageData:
     def line(
         self, x: np.ndarray, y: np.ndarray, *, extremes: bool = False, **about: Any
     ) -> dict[str, Any]:
-        """A curve cut down; `about` as in the module's docstring."""
+        """A thinned curve as a line dict. `extremes`: with minimum and maximum of each bucket;
+        `about`: further fields, listed in the module docstring."""
         cut = thin(x, y, self._points)
-        found = {**about, "x": self.place(cut.x), "y": rounded(cut.mean)}
+        fields = {**about, "x": self.place(cut.x), "y": rounded(cut.mean)}
         if extremes and cut.size > 1:
-            found |= {"lo": rounded(cut.low), "hi": rounded(cut.high)}
-        return found
+            fields |= {"lo": rounded(cut.low), "hi": rounded(cut.high)}
+        return fields
 
     def chart(self, name: str, group: str, title: str, y: str, **about: Any) -> dict[str, Any]:
-        """The chart of this id, made where it is new."""
+        """The chart with the id `name`, created if it does not exist. `about`: further fields,
+        listed in the module docstring."""
         new = {"id": name, "group": group, "title": title, "y": y, "x": "tokens", "lines": []}
         return self.charts.setdefault(name, new | about)
 
     def heat(self, name: str, group: str, title: str, **about: Any) -> dict[str, Any]:
+        """The heat map with the id `name`, created if it does not exist."""
         new = {"id": name, "group": group, "title": title, "options": []}
         return self.heats.setdefault(name, new | about)
 
@@ -128,7 +133,7 @@ class PageData:
         for part in STEP_PARTS:
             seconds = run.columns.numbers.get(f"step_time/{part}")
             if seconds is not None:
-                # A stack needs every part at the same places.
+                # A stacked chart needs every part at the same x values.
                 tokens = run.columns.numbers.get("tokens", np.full(len(seconds), np.nan))
                 keep = np.isfinite(tokens)
                 filled = np.nan_to_num(seconds[keep])
@@ -156,7 +161,7 @@ class PageData:
         ]
 
     def _add_layers(self, run: Run, number: int) -> None:
-        """Heat maps of layers over tokens."""
+        """Adds heat maps of per-layer metrics over tokens."""
         for prefix, group, title, log in (
             ("max_vio/", "experts", "MaxVio of each layer", False),
             ("gradient_norm/", "norms", "Gradient norm of each part of the model", True),
@@ -177,17 +182,18 @@ class PageData:
                 heat["options"].append(option)
 
     def _add_loads(self, run: Run, number: int) -> None:
-        """Expert load, each expert's share over the even share, at some of the logged steps."""
+        """Adds the expert load at some of the logged steps: each expert's share relative to an even
+        share."""
         loads = {n: v for n, v in run.columns.lists.items() if n.startswith("expert_load/")}
         if not loads:
             return
         steps = run.columns.numbers["step"]
-        places = sorted({row for rows, _ in loads.values() for row in rows})
+        logged_rows = sorted({row for rows, _ in loads.values() for row in rows})
         num_cells = sum(len(values[-1]) for _, values in loads.values())
         states = max(1, min(MAX_STATES, MAX_CELLS // num_cells))
-        picked = {int(i) for i in np.linspace(len(places) - 1, 0, states).round()}
+        picked = {int(i) for i in np.linspace(len(logged_rows) - 1, 0, states).round()}
         heat = self.heat("expert_load", "experts", "Load of each expert, over an even share")
-        for place in sorted((places[i] for i in picked), reverse=True):
+        for place in sorted((logged_rows[i] for i in picked), reverse=True):
             rows, cells = [], []
             for name, (lines, values) in loads.items():
                 if place in lines:
@@ -205,7 +211,8 @@ class PageData:
         if not records:
             return
         last = records[-1]
-        form = "nvfp4" if any("nvfp4" in m for m in last.modules.values()) else "mxfp8"
+        is_nvfp4 = any(GemmFormat.nvfp4 in measured for measured in last.modules.values())
+        form = GemmFormat.nvfp4 if is_nvfp4 else GemmFormat.mxfp8
         for measure, name, title, factor in (
             ("flush_to_zero", "flush_to_zero", "Flushed to zero by layer and role, %", 100.0),
             ("snr_db", "snr", "Signal to noise by layer and role, dB", 1.0),
@@ -213,19 +220,22 @@ class PageData:
             operands = list(_ROLES)
             rows, cells = [], []
             for path in last.modules:
-                found = [last.number(path, form, operand, measure) for operand in operands]
-                if any(value is not None for value in found):
+                numbers = [last.number(path, form, operand, measure) for operand in operands]
+                if any(value is not None for value in numbers):
                     rows.append(f"{layer_of(path)}  {kind_of(path)}")
-                    cells.append([None if v is None else float(f"{factor * v:.3g}") for v in found])
+                    cells.append(
+                        [None if v is None else float(f"{factor * v:.3g}") for v in numbers]
+                    )
             heat = self.heat(name, "precision", title, over="role")
             option = {"rows": rows, "columns": list(_ROLES.values()), "cells": cells}
-            where = _where(last.modules, form)
-            option["label"] = f"{run.name}, {form.upper()} {where}, step {last.step:,}"
+            origin = _where(last.modules, form)
+            option["label"] = f"{run.name}, {form.upper()} {origin}, step {last.step:,}"
             heat["options"].append(option)
         self._add_flushing(run, records, form)
 
     def _add_flushing(self, run: Run, records: list, form: str) -> None:
-        """Mean over the linears of a kind, activations in the forward product, over tokens."""
+        """Adds the share of flushed activations in fprop over tokens, mean over the linears of a
+        kind."""
         points: dict[str, tuple[list[float], list[float]]] = {}
         for record in records:
             by_kind: dict[str, list[float]] = {}
@@ -259,12 +269,13 @@ _ROLES = {
 
 
 def _where(modules: dict[str, dict[str, Any]], form: str) -> str:
-    trained = [form in module["formats"].values() for module in modules.values()]
-    return "in training" if all(trained) else "in part probed" if any(trained) else "probed"
+    """Whether the format was used in training, only probed, or both."""
+    is_trained = [form in module["formats"].values() for module in modules.values()]
+    return "in training" if all(is_trained) else "in part probed" if any(is_trained) else "probed"
 
 
 def _layer(path: str) -> str:
-    """`decoder.layers.3` as `layer 3`: a row's label has little room."""
+    """`decoder.layers.3` -> `layer 3`, short enough for a row label."""
     if path.startswith("decoder.layers."):
         return f"layer {path.rpartition('.')[2]}"
     if path.startswith("mtp.layers.0.mtp_model_layer.layers."):

@@ -1,7 +1,7 @@
-"""HTML by hand, every text of a user escaped: elements, tables, the frame of the page.
+"""Elements, tables and the frame of the HTML page, as text. Every text of a user is escaped.
 
-The page's policy lets nothing be loaded and only our own script run, known by its hash: a name or
-a value that got past the escaping would still be inert.
+The page's content security policy forbids loading anything. It lets only our own script run, which
+it knows by its hash. So even a name or a value that was not escaped could do no harm.
 """
 
 import base64
@@ -13,10 +13,22 @@ from pathlib import Path
 from typing import Any
 
 _ASSETS = Path(__file__).parent / "assets"
+# All scripts share one closure, in this order. page.js comes last: it starts the rest.
+_SCRIPTS = (
+    "state.js",
+    "theme.js",
+    "axes.js",
+    "parts.js",
+    "curves.js",
+    "pointer.js",
+    "chart.js",
+    "heat_map.js",
+    "page.js",
+)
 
 
 def element(tag: str, text: str, *, cls: str = "", **attributes: str) -> str:
-    """`<tag class=cls …>text</tag>`, text and attributes escaped."""
+    """`<tag class=cls …>text</tag>`, with text and attributes escaped."""
     named = {"class": cls} if cls else {}
     named |= {name.replace("_", "-"): value for name, value in attributes.items()}
     words = "".join(f' {name}="{escape(value)}"' for name, value in named.items())
@@ -31,8 +43,11 @@ def table(
     cls: str = "",
     marks: Container[str] = (),
 ) -> str:
-    """A table in a box that scrolls sideways on a narrow screen. `numbers`: columns set to the
-    right; `marks`: texts shown as a badge of that class."""
+    """A table in a box that scrolls sideways on a narrow screen.
+
+    numbers: the columns that are aligned to the right. marks: the texts that are shown as badges,
+    each in the CSS class of its name; " + " joins several in one cell.
+    """
 
     def cell(tag: str, column: int, text: str) -> str:
         words = [element("span", word, cls=f"badge {word}") for word in text.split(" + ")]
@@ -53,22 +68,27 @@ def table(
 
 
 def details(summary: str, content: str, *, is_open: bool = False) -> str:
-    """A part that is folded away; `content` is HTML."""
+    """A section that the reader can fold and unfold. `content` is HTML."""
     opened = " open" if is_open else ""
     return f"<details{opened}>{element('summary', summary)}{content}</details>"
 
 
+def _script() -> str:
+    text = "\n".join((_ASSETS / name).read_text(encoding="utf-8") for name in _SCRIPTS)
+    return f'"use strict";\n(() => {{\n{text}}})();\n'
+
+
 def frame(title: str, body: str, data: Any) -> str:
-    """The whole document. `data`: plain values that page.js reads."""
+    """The whole document. `body` is HTML; `data` are plain values for the scripts."""
     style = (_ASSETS / "page.css").read_text(encoding="utf-8")
-    script = (_ASSETS / "page.js").read_text(encoding="utf-8")
+    script = _script()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = (
         f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; "
         "img-src data:; base-uri 'none'; form-action 'none'"
     )
     text = json.dumps(data, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
-    # In a script element only `</script` and `<!--` mean anything; without any `<` neither occurs.
+    # Only `</script` and `<!--` have a meaning in a script element. Without `<` there is neither.
     text = text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'

@@ -1,7 +1,8 @@
-"""A comparison on the page: the gap over tokens with the noise, losses with seeds as bands, the
-table, the verdicts. No torch.
+"""A comparison on the page: the gap over tokens with its noise, the losses with a band over seeds,
+the table, the verdicts. No torch.
 
-Does not own: the numbers (`gap`, `verdict`), how a chart is drawn (page.js).
+Owns: the sections' HTML and their charts. Does not own: the numbers (`report.gap`), drawing a chart
+(page.js).
 """
 
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ import numpy as np
 
 from nemotron_train.report.gap.gap import SMOOTH, Curve, curve, gaps, noise
 from nemotron_train.report.gap.pairs import Comparison
-from nemotron_train.report.gap.sizes import by_size, sentence
+from nemotron_train.report.gap.sizes import by_size, slope_sentence
 from nemotron_train.report.gap.table import HEADINGS, gap_rows, percent, verdicts_of
 from nemotron_train.report.html.data import PageData
 from nemotron_train.report.html.elements import element, table
@@ -21,24 +22,26 @@ _LEVELS = {"same": "≈", "unclear": "?", "worse": "▲", "better": "▼"}
 
 
 def gap_section(comparison: Comparison, data: PageData, number: int) -> str:
-    """HTML of the comparison, its charts added to `data`; "" where no pair has a common step."""
-    found = gaps(comparison)
-    others = [gap for gap in found if gap.group != comparison.baseline]
+    """HTML of a comparison; adds its charts to `data`. "" if there is no pair. `number`: index of
+    the comparison, for the charts' ids."""
+    results = gaps(comparison)
+    others = [gap for gap in results if gap.group != comparison.baseline]
     if not others:
         return ""
     _add_gap_chart(comparison, data, number)
     _add_loss_chart(comparison, data, number)
-    rows, notes = gap_rows(comparison, found)
+    rows, notes = gap_rows(comparison, results)
     spread = noise(comparison)
     cards = []
-    for group, verdict in verdicts_of(comparison, found, spread).items():
+    for group, verdict in verdicts_of(comparison, results, spread).items():
         if group in comparison.repeats:
             continue
-        words, _, rest = verdict.text.partition(": ")
+        group_name, _, explanation = verdict.text.partition(": ")
         sign = element("span", _LEVELS[verdict.level], cls="sign", aria_hidden="true")
-        title = element("strong", f"{words}: {verdict.short}")
-        # The table below repeats the text for copying; here it is for reading.
-        cards.append(f'<div class="card {verdict.level}">{sign}{title}{element("p", rest)}</div>')
+        title = element("strong", f"{group_name}: {verdict.short}")
+        cards.append(
+            f'<div class="card {verdict.level}">{sign}{title}{element("p", explanation)}</div>'
+        )
     title = f"Loss gap to {comparison.baseline}, {comparison.name}"
     return (
         f"<h2>{element('span', title)}</h2>"
@@ -50,7 +53,7 @@ def gap_section(comparison: Comparison, data: PageData, number: int) -> str:
 
 
 def size_section(comparisons: Sequence[Comparison]) -> str:
-    """HTML of the gaps against size; "" where the comparisons are of one size."""
+    """HTML of the gaps against model size; "" if the comparisons have only one size."""
     plans = by_size(comparisons)
     if not plans:
         return ""
@@ -60,7 +63,7 @@ def size_section(comparisons: Sequence[Comparison]) -> str:
         for plan, sizes in plans.items()
         for size in sizes
     ]
-    texts = [text for plan, sizes in plans.items() if (text := sentence(plan, sizes))]
+    texts = [text for plan, sizes in plans.items() if (text := slope_sentence(plan, sizes))]
     headings = ("plan", "active parameters", "seeds", "validation gap %", "training gap %")
     return (
         f"<h2>{element('span', 'Gap against size')}</h2>"
@@ -86,25 +89,25 @@ def _add_gap_chart(comparison: Comparison, data: PageData, number: int) -> None:
         line = {"name": text, "x": data.place(band.x), "lo": negative, "hi": values, "noise": True}
         chart["lines"].append(line | {"y": [0] * len(values), "fixed": True, "color": -1})
     for color, group in enumerate(comparison.groups):
-        found = curve(comparison.pairs(group)) if group != comparison.baseline else None
-        if found is None:
+        gap = curve(comparison.pairs(group)) if group != comparison.baseline else None
+        if gap is None:
             continue
         raw = data.line(
-            found.tokens, found.raw, extremes=True, name=f"{group}, raw", raw=True, fixed=True
+            gap.tokens, gap.raw, extremes=True, name=f"{group}, raw", raw=True, fixed=True
         )
         chart["lines"].append(raw | {"color": color})
-        chart["lines"].append(_smooth_line(found, data, group) | {"color": color})
+        chart["lines"].append(_smooth_line(gap, data, group) | {"color": color})
 
 
-def _smooth_line(found: Curve, data: PageData, group: str) -> dict:
-    # Near the ends the window of the mean is short and says little.
-    reach = len(found.tokens) // SMOOTH
-    inside = slice(reach, len(found.tokens) - reach)
-    tokens = found.tokens[inside]
-    line = data.line(tokens, found.smooth[inside], name=group, fixed=True)
-    if np.isfinite(found.error).all():
-        mean = thin(tokens, found.smooth[inside], len(line["y"])).mean
-        error = thin(tokens, found.error[inside], len(line["y"])).mean
+def _smooth_line(gap: Curve, data: PageData, group: str) -> dict:
+    # Near the ends the smoothing window is too short to be meaningful.
+    margin = len(gap.tokens) // SMOOTH
+    inside = slice(margin, len(gap.tokens) - margin)
+    tokens = gap.tokens[inside]
+    line = data.line(tokens, gap.smooth[inside], name=group, fixed=True)
+    if np.isfinite(gap.error).all():
+        mean = thin(tokens, gap.smooth[inside], len(line["y"])).mean
+        error = thin(tokens, gap.error[inside], len(line["y"])).mean
         line |= {"lo": rounded(mean - error), "hi": rounded(mean + error), "band": True}
     return line
 
@@ -128,10 +131,12 @@ def _add_loss_chart(comparison: Comparison, data: PageData, number: int) -> None
 
 
 def seeds_together(runs: list[Run]) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens that all runs have logged [n], and their smoothed training losses there [runs, n]."""
+    """Token counts that all runs logged, [n], and the smoothed training losses there, [runs, n]."""
     series = [run.series("loss") for run in runs]
     tokens = series[0][0]
-    for where, _ in series[1:]:
-        tokens = np.intersect1d(tokens, where)
-    losses = [smoothed(v[np.isin(where, tokens)], len(tokens) // 40) for where, v in series]
+    for run_tokens, _ in series[1:]:
+        tokens = np.intersect1d(tokens, run_tokens)
+    losses = [
+        smoothed(v[np.isin(run_tokens, tokens)], len(tokens) // 40) for run_tokens, v in series
+    ]
     return tokens, np.array(losses)

@@ -1,10 +1,9 @@
-"""One self-contained HTML page of runs: nothing is fetched, nothing else is needed to read it.
+"""One self-contained HTML page about runs; it loads no other file.
 
-Owns: which sections there are and their order. Does not own: the numbers behind the charts
-(`page_data`), comparisons (`page_gap`), how a chart looks (assets/page.js, page.css).
+Owns: the sections and their order. Does not own: the data of the charts (`data`), comparisons
+(`gap`), the look of a chart (assets/page.js, page.css).
 """
 
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from nemotron_train.config.knobs import to_plain
 from nemotron_train.config.schema import Config
+from nemotron_train.platform.files import write_atomically
 from nemotron_train.report.gap.pairs import Comparison
 from nemotron_train.report.html.data import PageData
 from nemotron_train.report.html.elements import details, element, frame, table
@@ -20,11 +20,11 @@ from nemotron_train.report.plan.diff import as_text, flatten, rows
 from nemotron_train.report.runs.card import CPU, EMULATED, GPU, UNVERIFIED, Capability
 from nemotron_train.report.runs.read import Run
 from nemotron_train.report.runs.table import HEADINGS, summarize
-from nemotron_train.report.runs.timeline import moment
+from nemotron_train.report.runs.timeline import parse_time
 from nemotron_train.run_folder.metric_groups import GROUPS, OTHER
 
-FEW_RUNS = 3  # up to so many, what is folded away otherwise stands open
-MAX_STARTS = 50  # shown of a run, the last ones
+FEW_RUNS = 3  # with at most this many runs, foldable parts are open
+MAX_STARTS = 50  # the last starts shown per run
 
 CONTROLS = """\
 <div class="bar" id="bar"><div id="legend" aria-label="runs"></div>
@@ -36,16 +36,15 @@ show the most important ones.</p></noscript>"""
 
 
 def write_page(path: Path, html: str) -> Path:
-    """Replaces the file as a whole: a browser that loads it anew sees the old page or the new."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(html, encoding="utf-8")
-    os.replace(temporary, path)
+    """Writes the page atomically and returns `path`: a browser that reloads it sees either the old
+    page or the new one."""
+    write_atomically(path, html)
     return path
 
 
 @dataclass(frozen=True)
-class Shown:
-    """A run on the page. config: None where this version cannot read it; card: empty then."""
+class ReportedRun:
+    """A run on the page. config: None if this version cannot read it; card: empty in that case."""
 
     label: str
     run: Run
@@ -54,14 +53,17 @@ class Shown:
 
 
 def build_page(
-    title: str, shown: Sequence[Shown], comparisons: Sequence[Comparison], data: PageData
+    title: str, shown: Sequence[ReportedRun], comparisons: Sequence[Comparison], data: PageData
 ) -> str:
-    """`data` has taken in the runs of `shown` in this order."""
-    for number, each in enumerate(shown):
-        data.runs[number]["label"] = each.label
-    runs = [each.run for each in shown]
-    _colour(data, runs, comparisons)
-    gap_sections = [gap_section(each, data, number) for number, each in enumerate(comparisons)]
+    """The HTML of the whole page. `data` must already contain the runs of `shown`, in this
+    order."""
+    for number, entry in enumerate(shown):
+        data.runs[number]["label"] = entry.label
+    runs = [entry.run for entry in shown]
+    _set_colours(data, runs, comparisons)
+    gap_sections = [
+        gap_section(comparison, data, number) for number, comparison in enumerate(comparisons)
+    ]
     sizes = size_section(comparisons)
     now = time.strftime("%Y-%m-%d %H:%M", time.localtime())
     going = sum(run.state() == "going" for run in runs)
@@ -85,24 +87,24 @@ def build_page(
     return frame(title, "\n".join(part for part in parts if part), data.as_json())
 
 
-def _colour(data: PageData, runs: Sequence[Run], comparisons: Sequence[Comparison]) -> None:
-    """Runs of one group share its colour and differ in their dashes; without comparisons every run
-    has a colour of its own."""
-    places = {run.path: number for number, run in enumerate(runs)}
+def _set_colours(data: PageData, runs: Sequence[Run], comparisons: Sequence[Comparison]) -> None:
+    """Runs of one group share a colour and differ in their dashes. Runs outside all comparisons get
+    a colour each."""
+    unassigned = {run.path: number for number, run in enumerate(runs)}
     taken = 0
     for comparison in comparisons:
         for color, members in enumerate(comparison.groups.values()):
             for dash, run in enumerate(members.values()):
-                number = places.pop(run.path, None)
+                number = unassigned.pop(run.path, None)
                 if number is not None:
                     data.runs[number] |= {"color": color, "dash": dash}
         taken = max(taken, len(comparison.groups))
-    for color, number in enumerate(places.values()):
+    for color, number in enumerate(unassigned.values()):
         data.runs[number] |= {"color": taken + color, "dash": 0}
 
 
-def _runs(shown: Sequence[Shown]) -> str:
-    cells = [[each.label, *summarize(each.run)[1:]] for each in shown]
+def _runs(shown: Sequence[ReportedRun]) -> str:
+    cells = [[entry.label, *summarize(entry.run)[1:]] for entry in shown]
     return (
         f"<section><h2>Runs</h2>{table(HEADINGS, cells, numbers=range(1, 8))}"
         '<p class="note">loss: nats a token, mean of the last 20 logged steps; tokens/s and MFU: '
@@ -115,7 +117,7 @@ def _group(group: str, title: str, data: PageData) -> str:
     heats = [h for h in data.heats.values() if h["group"] == group]
     if not charts and not heats:
         return ""
-    # The one that a person looks at first is drawn over the whole width.
+    # The most important chart of a group spans the full width.
     figures = [
         f'<figure data-chart="{c["id"]}"{_wide(c["id"])}></figure>' for c in _ordered(charts)
     ]
@@ -136,26 +138,26 @@ def _ordered(charts: list[dict]) -> list[dict]:
     return sorted(charts, key=lambda c: order.index(c["id"]) if c["id"] in order else len(order))
 
 
-def _starts(shown: Sequence[Shown]) -> str:
-    """Every start of every run, with its machine and code."""
+def _starts(shown: Sequence[ReportedRun]) -> str:
+    """Table of the starts of each run, with machine and code version."""
     parts = []
-    for each in shown:
+    for reported in shown:
         cells = []
-        for number, start in list(enumerate(each.run.starts, start=1))[-MAX_STARTS:]:
+        for number, start in list(enumerate(reported.run.starts, start=1))[-MAX_STARTS:]:
             machine, git = start.get("machine"), start.get("git")
             machine = machine if isinstance(machine, dict) else {}
             git = git if isinstance(git, dict) else {}
             commit = str(git.get("commit", "-"))[:10] + (" modified" if git.get("modified") else "")
             ended = str(start.get("ended", "no end recorded"))
             ended += f": {start['reason']}" if start.get("reason") else ""
-            where = f"{machine.get('device_name', 'not recorded')}, {_count(machine.get('ranks'))}"
+            device = f"{machine.get('device_name', 'not recorded')}, {_count(machine.get('ranks'))}"
             times = (_clock(start.get("time")), _clock(start.get("end_time")))
             step = str(start.get("from_step", "-"))
-            cells.append([str(number), *times, step, ended, where, commit])
+            cells.append([str(number), *times, step, ended, device, commit])
         if cells:
             headings = ("", "began (UTC)", "ended (UTC)", "from step", "how it ended", "on", "code")
             few = len(shown) <= FEW_RUNS
-            parts.append(details(each.label, table(headings, cells), is_open=few))
+            parts.append(details(reported.label, table(headings, cells), is_open=few))
     return f"<section><h2>Starts</h2>{''.join(parts)}</section>" if parts else ""
 
 
@@ -164,14 +166,14 @@ def _count(ranks: object) -> str:
 
 
 def _clock(text: object) -> str:
-    seconds = moment(text)
+    seconds = parse_time(text)
     return "-" if seconds is None else time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(seconds))
 
 
-def _differences(shown: Sequence[Shown]) -> str:
-    """The knobs in which the runs' configurations differ; of a single run, all of them."""
-    known = [(each.label, to_plain(each.config)) for each in shown if each.config is not None]
-    unread = [each.label for each in shown if each.config is None]
+def _differences(shown: Sequence[ReportedRun]) -> str:
+    """Table of the knobs in which the runs' configurations differ; for a single run, all knobs."""
+    known = [(entry.label, to_plain(entry.config)) for entry in shown if entry.config is not None]
+    unread = [entry.label for entry in shown if entry.config is None]
     note = ""
     if unread:
         words = f"not shown, for this version cannot read their config.yaml: {', '.join(unread)}"
@@ -192,15 +194,15 @@ def _differences(shown: Sequence[Shown]) -> str:
     return f"<section><h2>Differences of the configurations</h2>{content}{note}</section>"
 
 
-def _cards(shown: Sequence[Shown]) -> str:
+def _cards(shown: Sequence[ReportedRun]) -> str:
     marks = (GPU, CPU, EMULATED, UNVERIFIED)
     headings = ("capability used", "mark", "evidence in the run folder")
     parts = []
-    for each in shown:
-        cells = [[entry.name, " + ".join(entry.marks), entry.evidence] for entry in each.card]
+    for reported in shown:
+        cells = [[entry.name, " + ".join(entry.marks), entry.evidence] for entry in reported.card]
         if cells:
             content = table(headings, cells, marks=marks)
-            parts.append(details(each.label, content, is_open=len(shown) <= FEW_RUNS))
+            parts.append(details(reported.label, content, is_open=len(shown) <= FEW_RUNS))
     if not parts:
         return ""
     return (

@@ -1,1 +1,1 @@
-"""The text of `plan`: layers, formats, memory, traffic, ranks, and why a knob is set."""
+"""Output of `plan`: layers, formats, memory, traffic, ranks, and what set a knob."""

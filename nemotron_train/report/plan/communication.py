@@ -1,6 +1,7 @@
-"""`plan`'s table of what a rank hands to collectives in a step, by group and kind.
+"""`plan`'s table of the bytes that a rank passes to collectives per step, by group and kind.
 
-Owns this text; the numbers are `plan.cost.communication`'s and printing is `report.plan.table`'s.
+Owns: the text. Does not own: the numbers (`plan.cost.communication`), printing
+(`report.plan.table`).
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,26 +16,27 @@ TRAFFIC_SIZES = ("bytes", "least")
 
 
 def traffic_columns(config: Config) -> Sequence[str]:
-    """With pipeline ranks that differ, those with most and with least of a row."""
+    """Column headings. With pipeline parallelism the ranks differ, so there are two sizes per row:
+    the largest and the smallest."""
     sizes = TRAFFIC_SIZES if config.parallel.pipeline > 1 else TRAFFIC_SIZES[:1]
     return ("group", "collective", "of", "ranks", *sizes)
 
 
 def traffic_rows(config: Config, derived: Derived) -> Iterator[Sequence[str]]:
-    """One row a group, collective and purpose."""
+    """One row per group, collective and purpose."""
     sizes = {axis.name: axis.size for axis in axes(config, derived)}
     sizes["embedding"] = 2
     ranks = [{_key(t): t.size for t in rank} for rank in rank_traffic(config, derived)]
     keys = dict.fromkeys(key for rank in ranks for key in rank)
     for group, collective, purpose in sorted(keys, key=lambda key: list(sizes).index(key[0])):
-        found = [rank.get((group, collective, purpose), 0) for rank in ranks]
-        most, least = format_bytes(max(found)), format_bytes(min(found))
+        by_rank = [rank.get((group, collective, purpose), 0) for rank in ranks]
+        most, least = format_bytes(max(by_rank)), format_bytes(min(by_rank))
         row = (group, collective, purpose, f"{sizes[group]:,}", most, least)
         yield row[: len(traffic_columns(config))]
 
 
 def traffic_lines(config: Config, derived: Derived) -> Iterator[str]:
-    """The busiest pipeline rank, what is counted and what is left out."""
+    """Lines below the table: totals of the busiest pipeline rank, and what is counted."""
     totals = [sum(t.size for t in rank) for rank in rank_traffic(config, derived)]
     busiest = max(range(len(totals)), key=totals.__getitem__)
     if len(totals) > 1:

@@ -1,6 +1,6 @@
-"""`plan`'s table of what a rank holds, by pipeline rank.
+"""`plan`'s table of the memory of a rank, by pipeline rank.
 
-Owns this text; the numbers are `plan.cost.memory`'s and printing is `report.plan.table`'s.
+Owns: the text. Does not own: the numbers (`plan.cost.memory`), printing (`report.plan.table`).
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,7 +26,7 @@ MEMORY_COLUMNS = (
 
 
 def memory_rows(config: Config, derived: Derived) -> Iterator[Sequence[str]]:
-    """One row a pipeline rank; ranks of one stage hold the same."""
+    """One row per pipeline rank. All ranks of one pipeline stage hold the same amount."""
     pairs = zip(rank_memory(config, derived, CPU), rank_memory(config, derived, GPU), strict=True)
     for on_cpu, on_gpu in pairs:
         yield _row(on_cpu, on_gpu)
@@ -48,7 +48,7 @@ def _row(on_cpu: RankMemory, on_gpu: RankMemory) -> Sequence[str]:
 
 
 def memory_lines(config: Config, derived: Derived) -> Iterator[str]:
-    """What the columns mean and what they leave out."""
+    """Lines below the table: what the columns include and exclude."""
     masters = " and master weights" if derived.parameter_dtype != "float32" else ""
     sharded = "over the replicas" if config.parallel.distributed_optimizer else "on every rank"
     yield (
@@ -64,5 +64,5 @@ def memory_lines(config: Config, derived: Derived) -> Iterator[str]:
 def _recomputation(config: Config) -> str:
     recompute = config.train.recompute
     modes = {"mamba": recompute.mamba, "attention": recompute.attention, "moe": recompute.moe}
-    named = [f"{mode} of {kind}" for kind, mode in modes.items() if mode != RecomputeMode.off]
-    return f"recomputation {', '.join(named)}" if named else "no recomputation"
+    parts = [f"{mode} of {kind}" for kind, mode in modes.items() if mode != RecomputeMode.off]
+    return f"recomputation {', '.join(parts)}" if parts else "no recomputation"

@@ -1,9 +1,10 @@
 """`plan`'s table of process groups: which ranks form them.
 
-Owns the arithmetic of Megatron-Core's grid (parallel_state.RankGenerator, order tp-cp-ep-dp-pp: the
-first axis runs fastest) and its text. Two grids share the pipeline's cut: dense layers have tensor,
-context and data axes, experts expert-tensor, expert and their own data axes. Does not own what the
-groups exchange.
+Owns: the arithmetic of Megatron-Core's grid (parallel_state.RankGenerator, order tp-cp-ep-dp-pp:
+the first axis varies fastest) and its text. Does not own: what the groups exchange.
+
+There are two grids with the same pipeline axis. Dense layers have tensor, context and data axes;
+experts have expert-tensor, expert and expert-data axes.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,38 +19,38 @@ _SHOWN_GROUPS, _SHOWN_RANKS = 3, 8
 
 @dataclass(frozen=True)
 class Axis:
-    """Ranks r, r + stride, ... form a group of `size`."""
+    """One axis of a grid: ranks r, r + stride, ... form a group of `size` ranks."""
 
     name: str
     size: int
     stride: int
 
     def groups(self, num_ranks: int) -> Iterator[range]:
-        """All groups of this kind, by their first rank."""
-        reach = self.size * self.stride
-        for block in range(0, num_ranks, reach):
+        """All groups along this axis, ordered by their first rank."""
+        span = self.size * self.stride
+        for block in range(0, num_ranks, span):
             for first in range(block, block + self.stride):
-                yield range(first, block + reach, self.stride)
+                yield range(first, block + span, self.stride)
 
 
 def axes(config: Config, derived: Derived) -> list[Axis]:
-    """Every axis of both grids, fastest first; those of size 1 too."""
+    """Every axis of both grids, fastest-varying first, including those of size 1."""
     parallel = config.parallel
-    data = parallel.tensor * parallel.context
-    experts = parallel.expert_tensor * parallel.expert
+    data_stride = parallel.tensor * parallel.context
+    expert_data_stride = parallel.expert_tensor * parallel.expert
     return [
         Axis("tensor", parallel.tensor, 1),
         Axis("context", parallel.context, parallel.tensor),
-        Axis("data", derived.data_parallel, data),
+        Axis("data", derived.data_parallel, data_stride),
         Axis("expert tensor", parallel.expert_tensor, 1),
         Axis("expert", parallel.expert, parallel.expert_tensor),
-        Axis("expert data", derived.expert_data_parallel, experts),
+        Axis("expert data", derived.expert_data_parallel, expert_data_stride),
         Axis("pipeline", parallel.pipeline, derived.num_ranks // parallel.pipeline),
     ]
 
 
 def group_rows(config: Config, derived: Derived) -> Iterator[Sequence[str]]:
-    """One row an axis of more than one rank; the first groups spelled out."""
+    """One row per axis of more than one rank, with the members of the first groups."""
     for axis in axes(config, derived):
         if axis.size == 1:
             continue
@@ -61,7 +62,7 @@ def group_rows(config: Config, derived: Derived) -> Iterator[Sequence[str]]:
 
 
 def _members(group: range) -> str:
-    """[0 4 8 12], or with the middle left out where a group is long."""
+    """Such as [0 4 8 12]; the middle of a long group is left out."""
     if len(group) <= _SHOWN_RANKS:
         return f"[{' '.join(map(str, group))}]"
     return f"[{group[0]} {group[1]} .. {group[-1]}]"

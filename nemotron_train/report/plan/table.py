@@ -1,8 +1,7 @@
-"""What `nemotron-train plan` prints: layers, parameters, precision, training, ranks, memory.
+"""Output of `nemotron-train plan`: layers, parameters, precision, training, ranks, memory.
 
-Owns the layout of these tables and no number in them: those come from `plan.architecture.layers`,
-`plan.precision.resolve`, `plan.derive` and `plan.cost.memory`. Neither torch nor matplotlib is
-imported.
+Owns: the layout of these tables. Does not own: any number in them (`plan.architecture.layers`,
+`plan.precision.resolve`, `plan.derive`, `plan.cost.memory`). Imports neither torch nor matplotlib.
 """
 
 import re
@@ -60,10 +59,10 @@ _ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
 
 
 def print_plan(config: Config, derived: Derived, console: Console, *, layers: bool = False) -> None:
-    """Prints the whole plan; with `layers` also a table with one row a layer.
+    """Prints the whole plan; with `layers`, also a table with one row per layer.
 
-    Colours and rules only on a terminal. Works for any width; a cell too long is folded, never
-    cut, so that nothing is lost in a log.
+    Uses colours and rules only on a terminal. Works at any width: long cells are wrapped, never
+    truncated, so a log loses nothing.
     """
     _print_pattern(config, console)
     _print_table(console, "Layers", _KIND_COLUMNS, _kind_rows(config))
@@ -113,31 +112,33 @@ def _print_pattern(config: Config, console: Console) -> None:
 
 
 def _kind_rows(config: Config) -> Iterable[Sequence[str]]:
-    """One row a kind, as layers of one kind are all alike; `FLOPs` are a token's, forward."""
+    """One row per kind, because all layers of a kind are alike. `FLOPs`: forward, per token."""
     model, length = config.model, config.train.sequence_length
-    whole = forward_flops(model, length)
+    total_flops = forward_flops(model, length)
     shapes = layers(model)
     head = linears(model)[-1]
-    yield _tensor_row("", "embedding", embedding_tensors(model), whole)
+    yield _tensor_row("", "embedding", embedding_tensors(model), total_flops)
     for kind in LayerKind:
         group = [layer for layer in shapes if layer.kind == kind and not layer.in_mtp]
         if group:
-            yield _group_row(model, f"{len(group)} x", group, length, whole)
+            yield _group_row(model, f"{len(group)} x", group, length, total_flops)
     if model.mtp.depths > 0:
         times = f"mtp x {model.mtp.depths}"
         projection = next(line for line in linears(model) if line.path == "mtp.layers.0.eh_proj")
-        yield _tensor_row(times, "projection, norms", mtp_tensors(model), whole, projection)
+        yield _tensor_row(times, "projection, norms", mtp_tensors(model), total_flops, projection)
         for layer in shapes:
             if layer.in_mtp:
-                yield _group_row(model, times, [layer], length, whole)
+                yield _group_row(model, times, [layer], length, total_flops)
     times = f"x {head.applications}" if head.applications > 1 else ""
-    yield _tensor_row(times, "final norm, output", head_tensors(model), whole, head)
+    yield _tensor_row(times, "final norm, output", head_tensors(model), total_flops, head)
     total = format_count(parameters(model).total_with_mtp)
-    yield "", "together", "", total, "", format_count(whole), "100.0%"
+    yield "", "together", "", total, "", format_count(total_flops), "100.0%"
 
 
 def _layer_rows(config: Config, derived: Derived) -> Iterable[Sequence[str]]:
-    whole = forward_flops(config.model, config.train.sequence_length)
+    """One row per layer, including those of the multi-token-prediction block."""
+    total_flops = forward_flops(config.model, config.train.sequence_length)
+    # A layer of the multi-token-prediction block is on the last stage.
     stage_of = [n for n, count in enumerate(derived.layers_per_stage) for _ in range(count)]
     for layer in layers(config.model):
         stage = stage_of[-1] if layer.in_mtp else stage_of[layer.number]
@@ -146,34 +147,35 @@ def _layer_rows(config: Config, derived: Derived) -> Iterable[Sequence[str]]:
             str(stage),
             f"{layer.kind} {_KIND_NAMES[layer.kind]}",
             layer.path,
-            *_costs([layer], config.train.sequence_length, whole),
+            *_costs([layer], config.train.sequence_length, total_flops),
         )
 
 
 def _group_row(
-    model: ModelConfig, label: str, group: list[LayerShape], length: int, whole: int
+    model: ModelConfig, label: str, group: list[LayerShape], length: int, total_flops: int
 ) -> Sequence[str]:
     first = group[0]
     return (
         label,
         f"{first.kind} {_KIND_NAMES[first.kind]}",
         "\n".join([*map(_linear_text, first.linears), *_mixing_text(model, first)]),
-        *_costs(group, length, whole),
+        *_costs(group, length, total_flops),
     )
 
 
-def _costs(group: list[LayerShape], length: int, whole: int) -> Sequence[str]:
+def _costs(group: list[LayerShape], length: int, total_flops: int) -> Sequence[str]:
+    """Cells for a group of layers: parameters, active, FLOPs, share of `total_flops`."""
     flops = sum(layer.forward_flops(length) for layer in group)
     return (
         format_count(sum(layer.parameters for layer in group)),
         format_count(sum(layer.active_parameters for layer in group)),
         format_count(flops),
-        f"{flops / whole:.1%}",
+        f"{flops / total_flops:.1%}",
     )
 
 
 def _tensor_row(
-    label: str, kind: str, tensors: list[Tensor], whole: int, linear: Linear | None = None
+    label: str, kind: str, tensors: list[Tensor], total_flops: int, linear: Linear | None = None
 ) -> Sequence[str]:
     rows, columns = tensors[0].shape[0], tensors[0].shape[-1]
     flops = linear.flops if linear else 0
@@ -184,7 +186,7 @@ def _tensor_row(
         format_count(sum(tensor.parameters for tensor in tensors)),
         format_count(sum(tensor.active for tensor in tensors)),
         format_count(flops),
-        f"{flops / whole:.1%}",
+        f"{flops / total_flops:.1%}",
     )
 
 
@@ -195,7 +197,7 @@ def _linear_text(linear: Linear) -> str:
 
 
 def _mixing_text(model: ModelConfig, layer: LayerShape) -> list[str]:
-    """The sizes that no linear shows."""
+    """Sizes of a layer that its linears do not show."""
     mamba, attention = model.mamba, model.attention
     if layer.kind == LayerKind.mamba:
         return [
@@ -234,7 +236,8 @@ _SHARE_COLUMNS = ("FLOPs in", "fprop", "dgrad", "wgrad", "all three")
 
 
 def _print_precision(plan: PrecisionPlan, console: Console) -> None:
-    """The plan of each phase: linears, shares of FLOPs, paddings; and rules without a linear."""
+    """Prints, for each phase, the linears, shares of FLOPs and paddings; then the rules that match
+    no linear."""
     for phase in plan.phases:
         which = f", {phase_text(plan, phase)}" if len(plan.phases) > 1 else ""
         title = f"Precision ({plan.name}{which})"
@@ -249,20 +252,21 @@ def _print_precision(plan: PrecisionPlan, console: Console) -> None:
 
 
 def _precision_rows(phase: PlanPhase) -> Iterable[Sequence[str]]:
-    """A row for the linears that differ in nothing but their layer: a glob that matches them."""
-    whole = sum(linear.flops for linear in phase.linears)
+    """One row per group of linears that differ only in their layer, with a glob that matches
+    them."""
+    total_flops = sum(linear.flops for linear in phase.linears)
     groups: dict[tuple[str, ...], list[int]] = {}
     for linear in phase.linears:
         (modules,) = _without_layers([linear.path])
         row = (modules, *linear.formats.products, rule_text(linear))
         groups.setdefault(row, []).append(linear.flops)
     for (modules, fprop, dgrad, wgrad, rule), flops in groups.items():
-        share = f"{sum(flops) / whole:.1%}"
+        share = f"{sum(flops) / total_flops:.1%}"
         yield str(len(flops)), modules, fprop, dgrad, wgrad, share, rule
 
 
 def _without_layers(lines: list[str]) -> list[str]:
-    """Lines that begin with a module path, the layer in it replaced by *; each once."""
+    """Replaces the layer with * in lines that begin with a module path, and drops duplicates."""
     layer = re.compile(r"^(decoder|mtp)\..*layers\.\d+\.")
     return list(dict.fromkeys(layer.sub(r"\1.*.", line) for line in lines))
 
@@ -344,7 +348,8 @@ def _rank_facts(config: Config, derived: Derived) -> Iterable[tuple[str, str]]:
 
 
 def _print_line(console: Console, line: str, style: str = "") -> None:
-    """One line, never wrapped or interpreted: it holds names from the configuration."""
+    """Prints one line without wrapping or markup, because it contains names from the
+    configuration."""
     console.print(Text(line, style=style), soft_wrap=True)
 
 

@@ -1,8 +1,8 @@
-"""`plan --why KNOB`: everything that set a knob, in order. No torch.
+"""`plan --why KNOB`: everything that sets a knob, in order. No torch.
 
-Owns: following one knob through the schema's default, the recipes, a stored configuration and the
-command line. Does not own: how these are laid over each other (`compose`), whose result it ends
-with: the last line is what a run would get.
+Owns: tracing one knob through the schema's default, the recipes, a stored configuration and the
+command line. Does not own: how these layers are merged (`compose`). The last printed line is the
+merged value that a run would use.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ _ABSENT = object()
 
 @dataclass(frozen=True)
 class Writer:
-    """One place that sets a knob. value: as written there, in words."""
+    """One place that sets a knob. value: as text, as written there."""
 
     source: str
     value: str
@@ -39,7 +39,8 @@ class Writer:
 
 @dataclass(frozen=True)
 class Provenance:
-    """writers: from the schema's default to the last override; value: what holds in the end."""
+    """Where a knob's value comes from. writers: from the schema's default to the last override;
+    value: the final value."""
 
     knob: str
     writers: list[Writer]
@@ -47,9 +48,8 @@ class Provenance:
 
 
 def explain(knob: str, overrides: Sequence[str], config_file: Path | None = None) -> Provenance:
-    """Who set `knob`, a single one or a part of the configuration such as `model.moe`. Raises
-    ConfigError for a knob that is not there, naming the nearest one, and where `compose_config`
-    does."""
+    """What sets `knob`, which may be a section of the configuration such as `model.moe`. Raises
+    ConfigError for an unknown knob, naming the closest one, and if `compose_config` does."""
     config = to_plain(compose_config(overrides, config_file))
     value = _at(config, knob)
     if value is _ABSENT:
@@ -57,37 +57,42 @@ def explain(knob: str, overrides: Sequence[str], config_file: Path | None = None
         raise ConfigError(f"--why {knob}: there is no such knob{nearest(knob, names)}")
     writers = [_default(knob)]
     for layer in layers(overrides, config_file):
-        writers += _written(layer, knob)
+        writers += _writers_in(layer, knob)
     return Provenance(knob, [w for w in writers if w is not None], _text(value))
 
 
-def print_why(found: Provenance, console: Console) -> None:
-    """A line for each writer and the outcome."""
+def print_why(provenance: Provenance, console: Console) -> None:
+    """Prints one line per writer, then the final value."""
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column(justify="right", style="dim")
     table.add_column(overflow="fold")
     table.add_column(overflow="fold")
-    for number, writer in enumerate(found.writers, start=1):
-        last = number == len(found.writers)
+    for number, writer in enumerate(provenance.writers, start=1):
+        last = number == len(provenance.writers)
         cells = (str(number), escape(writer.source), escape(writer.value))
         table.add_row(*cells, style="bold" if last else None)
     console.print(table)
-    console.print(f"{found.knob} = {found.value}", markup=False, highlight=False, soft_wrap=True)
+    console.print(
+        f"{provenance.knob} = {provenance.value}", markup=False, highlight=False, soft_wrap=True
+    )
 
 
-def _written(layer: Layer, knob: str) -> list[Writer]:
-    found = []
+def _writers_in(layer: Layer, knob: str) -> list[Writer]:
+    """The writers of a knob in one layer: a replaced section, a value, both or none."""
+    writers = []
     replaced = layer.replaces and (knob == layer.replaces or knob.startswith(layer.replaces + "."))
     if replaced:
-        found.append(Writer(_shown(layer.source), f"all of {layer.replaces} anew, from defaults"))
+        writers.append(
+            Writer(_short_path(layer.source), f"all of {layer.replaces} anew, from defaults")
+        )
     value = _at(layer.tree, knob)
     if value is not _ABSENT:
-        found.append(Writer(_shown(layer.source), _text(value)))
-    return found
+        writers.append(Writer(_short_path(layer.source), _text(value)))
+    return writers
 
 
 def _default(knob: str) -> Writer | None:
-    """The schema's own value; None for an entry of a table, which the schema does not name."""
+    """The schema's default; None for an entry of a dict or list, which the schema does not name."""
     kind: Any = Config
     owner, default = "", _ABSENT
     for part in knob.split("."):
@@ -109,11 +114,11 @@ def _default(knob: str) -> Writer | None:
         return None
     path = Path(inspect.getfile(schema))
     plain = "(must be set)" if default == MISSING else _text(to_plain(default))
-    return Writer(f"{_shown(str(path))} {owner}", plain)
+    return Writer(f"{_short_path(str(path))} {owner}", plain)
 
 
 def _at(tree: Any, knob: str) -> Any:
-    """What a plain tree says of a dotted knob; _ABSENT where it says nothing."""
+    """The value of a dotted knob in a plain tree; _ABSENT if the tree does not set it."""
     for part in knob.split("."):
         if isinstance(tree, Mapping) and part in tree:
             tree = tree[part]
@@ -125,6 +130,7 @@ def _at(tree: Any, knob: str) -> Any:
 
 
 def _all_names(config: Any) -> list[str]:
+    """Every dotted knob and every dotted section."""
     names: dict[str, None] = {}
     for knob in flatten(config):
         parts = knob.split(".")
@@ -142,8 +148,8 @@ def _text(value: Any) -> str:
     return as_text(value)
 
 
-def _shown(source: str) -> str:
-    """A file as it is reached from where the user stands, if that is shorter."""
+def _short_path(source: str) -> str:
+    """The source with its file path relative to the working directory, if it lies below it."""
     path = Path(source.partition(" ")[0])
     if path.is_absolute() and path.is_relative_to(Path.cwd()):
         return source.replace(f"{Path.cwd()}/", "", 1)

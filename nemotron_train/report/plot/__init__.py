@@ -1,1 +1,1 @@
-"""PNG pictures of runs and gaps (matplotlib, imported when a picture is drawn)."""
+"""PNG plots of runs and loss gaps. Matplotlib is imported only when a plot is drawn."""

@@ -1,26 +1,26 @@
-"""The picture of a run: loss.png. Matplotlib without a display; no torch."""
+"""Plots of the loss of runs: loss.png, losses.png. Matplotlib without a display; no torch."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from nemotron_train.platform.files import replacing
 from nemotron_train.report.runs.read import Run, read_run
 from nemotron_train.report.runs.thin import smoothed, thin
 
-MAX_POINTS = 2000  # more than the picture has columns of pixels
+MAX_POINTS = 2000  # more than the plot has pixel columns
 RAW, SMOOTH, VALIDATION, REFERENCE = "#9ecae1", "#08519c", "#d94801", "#636363"
 
 
 def plot_loss(run_folder: Path, run: Run | None = None) -> Path:
-    """Draws training loss (each step, and smoothed), validation loss and the unigram entropy as a
-    line to beat, with the learning rate below, over tokens. Writes and returns
-    `run_folder`/loss.png. `run`: the folder's, if it was read already. Raises ConfigError when the
-    folder holds no run."""
+    """Writes and returns `run_folder`/loss.png: training loss (each step, and smoothed), validation
+    loss and the unigram entropy as a reference line over tokens, with the learning rate below.
+    `run`: the folder's run if it was already read. Raises ConfigError if the folder holds no
+    run."""
     run = run or read_run(run_folder)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    # Figure and canvas by hand, not pyplot: no global state, no display looked for.
+    # Figure and canvas without pyplot: no global state, no search for a display.
     figure = Figure(figsize=(8, 5.5), layout="constrained")
     FigureCanvasAgg(figure)
     loss_axes, rate_axes = figure.subplots(
@@ -31,14 +31,14 @@ def plot_loss(run_folder: Path, run: Run | None = None) -> Path:
     loss_axes.set_title(run.name, loc="left", fontweight="bold")
     loss_axes.set_title(_subtitle(run), loc="right", fontsize=9, color=REFERENCE)
     path = run_folder / "loss.png"
-    temporary = run_folder / f".loss.{os.getpid()}.png"
-    figure.savefig(temporary, dpi=150)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=150)
     return path
 
 
 def plot_runs(path: Path, labels: Sequence[str], runs: Sequence[Run]) -> Path:
-    """The smoothed training losses of several runs in one picture. Writes and returns `path`."""
+    """Plots the smoothed training losses of several runs in one figure. Writes and returns
+    `path`."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -49,7 +49,7 @@ def plot_runs(path: Path, labels: Sequence[str], runs: Sequence[Run]) -> Path:
         tokens, losses = run.series("loss")
         curve = thin(tokens, smoothed(losses, len(losses) // 40), MAX_POINTS)
         style = ("-", "--", ":", "-.")[number // 10 % 4]
-        name = label.replace("$", "\\$").lstrip("_")  # matplotlib hides names with a _ before
+        name = label.replace("$", "\\$").lstrip("_")  # matplotlib hides labels that start with _
         axes.plot(curve.x, curve.mean, style, color=f"C{number % 10}", linewidth=1.4, label=name)
     axes.set_xlabel("tokens")
     axes.set_ylabel("training loss, smoothed (nats a token)")
@@ -57,9 +57,8 @@ def plot_runs(path: Path, labels: Sequence[str], runs: Sequence[Run]) -> Path:
     _tidy(axes)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, fontsize=8, loc="upper right")
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.png")
-    figure.savefig(temporary, dpi=130)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=130)
     return path
 
 
@@ -125,7 +124,7 @@ def _subtitle(run: Run) -> str:
 
 
 def format_tokens(value: float) -> str:
-    """512000 as `512K`, 25e12 as `25T`: three digits are enough on an axis."""
+    """512000 -> `512K`, 25e12 -> `25T`; three significant digits."""
     for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
         if abs(value) >= size:
             return f"{value / size:.3g}{letter}"

@@ -1,15 +1,15 @@
-"""The picture of precision telemetry: precision.png. Matplotlib without a display; no torch.
+"""Plot of precision telemetry: precision.png. Matplotlib without a display; no torch.
 
-Above, the last measured step: share of the non-zero numbers flushed to zero and signal-to-noise
-ratio, layers by kinds of linear, a panel an operand. Below, how flushing and zero weight gradients
-went on.
+Top: the last measured step as heat maps of layers by kinds of linear, one panel per operand: the
+share of non-zero values flushed to zero, and the signal-to-noise ratio. Bottom: flushing and zero
+weight gradients over tokens.
 """
 
 import math
-import os
 from pathlib import Path
 from statistics import fmean
 
+from nemotron_train.platform.files import replacing
 from nemotron_train.precision.telemetry_record import FORMATS
 from nemotron_train.report.plot.loss import format_tokens
 from nemotron_train.report.runs.read import Run, read_run
@@ -28,7 +28,7 @@ PANELS = {
     "wgrad_gradient": "output gradient in wgrad",
     "wgrad_activation": "activation in wgrad",
 }
-MEASURES = {  # name -> title, factor, range of the colours, colours (dark is bad)
+MEASURES = {  # name -> title, factor, colour range, colour map (dark is bad)
     "flush_to_zero": ("flushed to zero, %", 100.0, (0.0, 40.0), "OrRd"),
     "snr_db": ("signal to noise, dB", 1.0, (14.0, 30.0), "PuBu_r"),
 }
@@ -36,8 +36,8 @@ MAX_ROWS_WITH_NUMBERS = 24
 
 
 def plot_precision(run_folder: Path, run: Run | None = None) -> Path | None:
-    """Writes and returns `run_folder`/precision.png; None where the run has no telemetry. `run`:
-    the folder's, if it was read already. Raises ConfigError when the folder holds no run."""
+    """Writes and returns `run_folder`/precision.png; None if the run has no telemetry. `run`: the
+    folder's run if it was already read. Raises ConfigError if the folder holds no run."""
     run = run or read_run(run_folder)
     records = telemetry_records(run)
     if not records:
@@ -73,18 +73,19 @@ def plot_precision(run_folder: Path, run: Run | None = None) -> Path | None:
     _draw_over_time(over_time[1], records, kinds, "", "zero-valued weight gradients, %")
     over_time[1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
     probed = any(form not in module["formats"].values() for module in records[-1].modules.values())
-    how = "as training rounds, or probed where it uses another format" if probed else "in training"
+    origin = (
+        "as training rounds, or probed where it uses another format" if probed else "in training"
+    )
     figure.suptitle(
-        f"{run.name} · {form.upper()} {how} · step {records[-1].step}, "
+        f"{run.name} · {form.upper()} {origin} · step {records[-1].step}, "
         f"{format_tokens(records[-1].tokens)} tokens",
         fontweight="bold",
         x=0.01,
         ha="left",
     )
     path = run_folder / "precision.png"
-    temporary = run_folder / f".precision.{os.getpid()}.png"
-    figure.savefig(temporary, dpi=130)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=130)
     return path
 
 
@@ -102,7 +103,8 @@ def _draw_heat(
     layers: list[str],
     kinds: list[str],
 ):
-    """One panel; grey where a layer has no such linear, or it was not measured in the format."""
+    """Draws one heat map; cells stay grey if the layer has no such linear or it was not measured in
+    `form`."""
     _, factor, (low, high), colours = MEASURES[measure]
     cells = [[math.nan] * len(kinds) for _ in layers]
     for path in record.modules:
@@ -113,8 +115,8 @@ def _draw_heat(
     axes.set_facecolor("0.93")
     image = axes.imshow(cells, cmap=colours, vmin=low, vmax=high, aspect="auto")
     axes.set_xticks(range(len(kinds)), kinds, rotation=90, fontsize=8)
-    every = max(1, len(layers) // 40)
-    axes.set_yticks(range(0, len(layers), every), layers[::every], fontsize=8)
+    stride = max(1, len(layers) // 40)
+    axes.set_yticks(range(0, len(layers), stride), layers[::stride], fontsize=8)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     if len(layers) <= MAX_ROWS_WITH_NUMBERS:
@@ -132,8 +134,8 @@ def _draw_heat(
 def _draw_over_time(
     axes, records: list[TelemetryRecord], kinds: list[str], form: str, title: str
 ) -> None:
-    """Mean of each kind's linears over the run: of flushed activations in format `form`, or of
-    zero weight gradients if it is empty."""
+    """Draws, for each kind of linear, the mean over its linears against tokens: flushed activations
+    in format `form`, or zero weight gradients if `form` is ""."""
     from matplotlib import colormaps
 
     for number, kind in enumerate(kinds):

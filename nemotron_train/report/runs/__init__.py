@@ -1,1 +1,1 @@
-"""Run folders as columns of numbers: metrics, telemetry, timeline, the run's card."""
+"""Readers for run folders: metrics as columns, telemetry, timeline, run card."""

@@ -1,7 +1,7 @@
-"""Reading run folders: metrics.jsonl and the small files around it. No torch.
+"""Reads run folders: metrics.jsonl and the small files next to it. No torch.
 
-Owns: being robust to what a crash, a running job or an older version leaves behind. Does not own:
-the lines of metrics.jsonl (`columns`), what is made of the numbers (`table`, `plot`, `page`).
+Owns: robustness against files left by a crash, a running job or an older version. Does not own: the
+lines of metrics.jsonl (`columns`), the use of the numbers (`table`, `plot`, `html`).
 """
 
 import json
@@ -16,13 +16,13 @@ import numpy as np
 from nemotron_train.config.errors import ConfigError
 from nemotron_train.report.runs.columns import Columns, finite, last_of, parse_columns
 
-GOING_SECONDS = 600  # without a line for so long a run is taken to stand still
+GOING_SECONDS = 600  # a run that has logged nothing for this long is no longer taken as running
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run folder says. `summary`: {} until the end; `environment`: {} in an old folder;
-    `written`: when metrics.jsonl last grew, seconds since 1970."""
+    """The content of a run folder. `summary`: {} until the run has ended; `environment`: {} in a
+    folder of an old version; `written`: last modification of metrics.jsonl, seconds since 1970."""
 
     path: Path
     name: str
@@ -33,17 +33,18 @@ class Run:
 
     @property
     def events(self) -> list[dict[str, Any]]:
-        """Lines of metrics.jsonl that tell of something: they have a `kind`."""
+        """Event lines of metrics.jsonl: those with a `kind`."""
         return self.columns.events
 
     @property
     def starts(self) -> list[dict[str, Any]]:
-        """The starts in environment.json, the first one first."""
+        """The starts in environment.json, oldest first."""
         starts = self.environment.get("starts", [])
         return [s for s in starts if isinstance(s, dict)] if isinstance(starts, list) else []
 
     def series(self, field: str, along: str = "tokens") -> tuple[np.ndarray, np.ndarray]:
-        """The points (along, field) of the lines that have both as finite numbers: float64."""
+        """(along, field) of the lines in which both are finite numbers: float64 [n] each; empty if
+        a metric is missing."""
         numbers = self.columns.numbers
         if field not in numbers or along not in numbers:
             return np.empty(0), np.empty(0)
@@ -51,21 +52,21 @@ class Run:
         return points[0], points[1]
 
     def last(self, field: str) -> float | None:
-        """The last finite value of a number; None without one."""
+        """The last finite value of a metric; None if there is none."""
         return last_of(self.columns.numbers.get(field, []))
 
     def names(self, prefix: str) -> list[str]:
-        """The numbers whose name begins so, in the order of the file."""
+        """The metrics whose name starts with `prefix`, in file order."""
         return [name for name in self.columns.numbers if name.startswith(prefix)]
 
     def only(self, fields: Iterable[str]) -> "Run":
-        """The same with these numbers alone, and no lists: what a comparison of many needs."""
+        """A copy with only these metrics and no lists, to save memory when comparing many runs."""
         numbers = {n: v for n, v in self.columns.numbers.items() if n in set(fields)}
         return replace(self, columns=Columns(numbers, {}, self.columns.events))
 
     def state(self, now: float | None = None) -> str:
-        """`finished`, `stopped`, `failed`, `going`, or `silent`: not ended in order, as far as the
-        folder tells, and no line for GOING_SECONDS."""
+        """`finished`, `stopped`, `failed`, `going`, or `silent`: no orderly end is recorded and no
+        line was logged for GOING_SECONDS. `now`: seconds since 1970, None for the current time."""
         ended = self.starts[-1].get("ended") if self.starts else None
         if self.summary.get("finished") and ended != "failed":
             return "finished"
@@ -77,7 +78,8 @@ class Run:
 
 
 def read_run(path: Path) -> Run:
-    """Raises ConfigError when `path` is no run folder or has no metrics yet."""
+    """Reads a run folder. Raises ConfigError if `path` is not a run folder or has no metrics
+    yet."""
     if not path.is_dir():
         raise ConfigError(f"{path}: no such run folder")
     try:
@@ -101,7 +103,7 @@ def read_run(path: Path) -> Run:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a small file; {} where there is none, or half of one."""
+    """The JSON object in a small file; {} if the file is missing or incomplete."""
     try:
         loaded = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -110,24 +112,25 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def read_objects(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects of a file that holds one a line; what cannot be read is left out."""
+    """The JSON objects of a file with one object per line. Unreadable lines are skipped; [] if the
+    file is missing."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return []
-    found = []
+    entries = []
     for line in lines:
         try:
             entry = json.loads(line)
         except (ValueError, RecursionError):
             continue
         if isinstance(entry, dict):
-            found.append(entry)
-    return found
+            entries.append(entry)
+    return entries
 
 
 def label_runs(runs: Sequence[Run]) -> list[str]:
-    """A name for each run that no other one has: the folder's, or its path where two share it."""
+    """A unique name for each run: the folder's name, or its path if two runs share the name."""
     names = [run.name for run in runs]
     labels = [
         name if names.count(name) == 1 else str(run.path)

@@ -1,4 +1,4 @@
-"""The table of one or more runs, on the terminal. No torch."""
+"""The terminal table of one or more runs. No torch."""
 
 import math
 from collections.abc import Sequence
@@ -11,15 +11,16 @@ from rich.table import Table
 
 from nemotron_train.report.runs.read import Run
 
-LAST_STEPS = 20  # the training loss shown is the mean over these: single steps are noisy
-
+LAST_STEPS = (
+    20  # the training loss shown is the mean over these steps, since single steps are noisy
+)
 
 HEADINGS = ("run", "steps", "tokens", "loss", "validation", "unigram entropy", "tokens/s", "MFU %")
 HEADINGS += ("state",)
 
 
 def print_runs(labels: Sequence[str], runs: Sequence[Run], console: Console) -> None:
-    """One row a run."""
+    """Prints a table with one row per run."""
     table = Table(title=None, header_style="bold")
     for heading in HEADINGS:
         is_text = heading in ("run", "state")
@@ -34,7 +35,7 @@ def print_runs(labels: Sequence[str], runs: Sequence[Run], console: Console) -> 
 
 
 def summarize(run: Run) -> list[str]:
-    """The cells of a run's row; `-` for what it does not have."""
+    """The cells of a run's row, under HEADINGS; `-` for missing values."""
     _, losses = run.series("loss")
     _, speeds = run.series("tokens_per_second", along="step")
     validation = run.last("validation_loss")

@@ -1,7 +1,7 @@
-"""Telemetry records of a run, and the kinds of linear they are grouped by. No torch.
+"""Precision telemetry records of a run, and the kinds of linear that group them. No torch.
 
-Owns: finding the records among the lines of metrics.jsonl, a short name for each kind of linear.
-Does not own: the numbers in them (`precision.telemetry_record`).
+Owns: finding the records in metrics.jsonl, a short name for each kind of linear. Does not own: the
+numbers in them (`precision.telemetry_record`).
 """
 
 import re
@@ -10,7 +10,7 @@ from typing import Any
 
 from nemotron_train.report.runs.read import Run
 
-# Ends of module paths -> kinds, in the order of a forward pass.
+# Suffix of a module path -> kind, in the order of the forward pass.
 KINDS = {
     "mixer.in_proj": "mamba_in",
     "mixer.out_proj": "mamba_out",
@@ -28,20 +28,20 @@ KINDS = {
 
 @dataclass(frozen=True)
 class TelemetryRecord:
-    """One measured step. modules: path -> `formats`, `zero_weight_gradients` and, under each
-    format's name, operand -> numbers (docs/metrics.md)."""
+    """One measured step. modules: module path -> `formats`, `zero_weight_gradients` and, under the
+    name of each format, operand -> numbers (docs/metrics.md)."""
 
     step: int
     tokens: int
     modules: dict[str, dict[str, Any]]
 
     def number(self, path: str, form: str, operand: str, name: str) -> float | None:
-        """One number; None where it was not measured, or is not finite."""
+        """One number; None if it was not measured or is not finite. `form`: a format's name."""
         return self.modules.get(path, {}).get(form, {}).get(operand, {}).get(name)
 
 
 def telemetry_records(run: Run) -> list[TelemetryRecord]:
-    """By ascending step; empty where telemetry was off, or found nothing quantized."""
+    """The records by ascending step; empty if telemetry was off or no linear is quantized."""
     return [
         TelemetryRecord(event["step"], event.get("tokens", 0), event["precision_telemetry"])
         for event in sorted(run.events, key=lambda event: event["step"])
@@ -50,15 +50,15 @@ def telemetry_records(run: Run) -> list[TelemetryRecord]:
 
 
 def kind_of(path: str) -> str:
-    """`mamba_out` for decoder.layers.0.mixer.out_proj, whatever its layer; the same in the
-    multi-token-prediction block."""
-    return next(kind for end, kind in KINDS.items() if path.endswith(end))
+    """The kind of a linear: `mamba_out` for decoder.layers.0.mixer.out_proj, in any layer and also
+    in the multi-token-prediction block."""
+    return next(kind for suffix, kind in KINDS.items() if path.endswith(suffix))
 
 
 def layer_of(path: str) -> str:
-    """The layer's number in the decoder and its letter, `0 M`; with `mtp` before it for one of that
-    block, and `mtp` alone for the projection."""
-    found = re.search(r"layers\.(\d+)\.(mixer|self_attention|mlp)\.", path)
+    """The layer's number and letter, such as `0 M`; `mtp 0 M` in the multi-token-prediction block,
+    and `mtp` for that block's projection."""
+    match = re.search(r"layers\.(\d+)\.(mixer|self_attention|mlp)\.", path)
     prefix = "mtp " if path.startswith("mtp.") else ""
     letters = {"mixer": "M", "self_attention": "*", "mlp": "E"}
-    return f"{prefix}{found[1]} {letters[found[2]]}" if found else prefix.strip()
+    return f"{prefix}{match[1]} {letters[match[2]]}" if match else prefix.strip()

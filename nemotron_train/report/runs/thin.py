@@ -1,8 +1,8 @@
-"""Curves of any length cut down to what a screen shows. NumPy only.
+"""Thins curves of any length to screen resolution. NumPy only.
 
-A curve of 100,000 steps has a hundred points in each column of pixels. Taking every hundredth loses
-the spikes, which is what people look for: here a bucket of neighbouring points keeps its mean, its
-least and its greatest value.
+A curve of 100,000 steps has about a hundred points per column of pixels. Keeping every hundredth
+point would lose the spikes, which readers look for. So neighbouring points form a bucket, which
+keeps its mean, minimum and maximum.
 """
 
 from dataclasses import dataclass
@@ -12,8 +12,8 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Thinned:
-    """A curve in buckets, [buckets] each: where a bucket lies (the mean of its places), and the
-    mean, least and greatest value in it. `size`: points a bucket, 1 if nothing was cut."""
+    """A curve in buckets; every array is [buckets]: the mean of the x values in a bucket, and the
+    mean, minimum and maximum of its y values. `size`: points per bucket, 1 if not thinned."""
 
     x: np.ndarray
     mean: np.ndarray
@@ -23,8 +23,8 @@ class Thinned:
 
 
 def thin(x: np.ndarray, y: np.ndarray, max_points: int) -> Thinned:
-    """x, y: float64 [n], finite, x ascending. At most `max_points` buckets of equal size, but for
-    the last one; the means of equal buckets can be averaged further without error."""
+    """Thins a curve to at most `max_points` buckets of equal size (the last may be smaller). x, y:
+    float64 [n], finite, x ascending. Means of equal buckets can be averaged again without error."""
     assert len(x) == len(y) and max_points > 0
     size = max(1, -(-len(x) // max_points))
     if size == 1:
@@ -41,18 +41,18 @@ def thin(x: np.ndarray, y: np.ndarray, max_points: int) -> Thinned:
 
 
 def smoothed(values: np.ndarray | list[float], half_width: int) -> np.ndarray:
-    """Centred moving mean over 2 x half_width + 1 values. The window shrinks on both sides at once
-    towards the ends, so the curve neither lags a falling loss nor bends at its ends."""
+    """Centred moving mean over 2 x half_width + 1 values: [n] -> [n]. Near the ends the window
+    shrinks symmetrically, so the curve neither lags a falling loss nor bends at its ends."""
     array = np.asarray(values, dtype=np.float64)
     sums = np.concatenate([[0.0], np.cumsum(array)])
-    places = np.arange(len(array))
-    reach = np.minimum(half_width, np.minimum(places, len(array) - 1 - places))
-    return (sums[places + reach + 1] - sums[places - reach]) / (2 * reach + 1)
+    indices = np.arange(len(array))
+    half = np.minimum(half_width, np.minimum(indices, len(array) - 1 - indices))
+    return (sums[indices + half + 1] - sums[indices - half]) / (2 * half + 1)
 
 
 def rounded(values: np.ndarray | list[float], digits: int = 5) -> list[float | None]:
-    """Plain numbers of so many significant digits, None for what is not finite: a third of the
-    text, and no eye sees the rest."""
+    """Python floats with `digits` significant digits, None for non-finite values. This cuts the
+    text to a third without a visible difference."""
     array = np.asarray(values, dtype=np.float64).tolist()
     short = [float(f"%.{digits}g" % value) for value in array]
     return [value if value - value == 0 else None for value in short]

@@ -1,15 +1,15 @@
-"""One save at a time beside the training: written by every rank, committed by the first.
+"""Background saves: every rank writes its files, the first rank commits. One save at a time.
 
-Owns: the writer's thread, and what the ranks agree on about it. Does not own: what is written
-(`checkpoint`), nor what a checkpoint must hold to be trusted (`integrity`).
+Owns: the writer thread, and the agreement of the ranks on its state. Does not own: what is written
+(`checkpoints`), what makes a checkpoint trustworthy (`integrity`).
 
-A thread and not a process: writing and hashing let go of the interpreter's lock, a forked child of
-a process with gloo's, OpenMP's and CUDA's threads may deadlock, and a spawned one costs a second
-torch a rank and another copy of every tensor. benchmarks/async_save.py has the figures.
+Why a thread and not a process: writing and hashing release the GIL. A forked child of a process
+with gloo, OpenMP and CUDA threads may deadlock. A spawned process costs a second copy of torch per
+rank and another copy of every tensor. benchmarks/async_save.py has the measurements.
 
-Two phases, so that nobody ever waits: every rank writes and hashes its own files; once all have,
-the first rank alone writes what names them, and renames. Each step in between costs one number
-over the control group.
+Two phases, so that training never waits. First, every rank writes and hashes its own files. When
+all ranks are done, the first rank writes the files that describe them, and renames the folder. Each
+training step during a save costs one collective of one number over a gloo group.
 """
 
 import os
@@ -24,22 +24,22 @@ import torch.distributed as dist
 
 from nemotron_train.config.errors import TrainingFailed
 
-NICENESS = 10  # of the writer's thread: a core that both want goes to the training
+NICENESS = 10  # of the writer thread: training has priority on a shared core
 RUNNING, DONE, FAILED = 0, 1, 2
 
 
 class SaveFailed(TrainingFailed):
-    """A checkpoint could not be written; the ones before it are as they were."""
+    """A checkpoint could not be written. Earlier checkpoints are not affected."""
 
 
 class Background:
-    """Runs one save; every method is COLLECTIVE."""
+    """Runs one save at a time. Every method is COLLECTIVE."""
 
     def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(1, "checkpoint", initializer=_step_back)
+        self._pool = ThreadPoolExecutor(1, "checkpoint", initializer=_lower_priority)
         self._is_first = dist.get_rank() == 0
         self._num_ranks = dist.get_world_size()
-        # Gloo, on the host: a number that the device need not be waited for.
+        # Gloo works on host tensors, so agreeing on a number does not synchronize the device.
         self._group: Any = None
         if self._num_ranks > 1 and dist.get_backend() != "gloo":
             self._group = dist.new_group(backend="gloo")
@@ -51,11 +51,11 @@ class Background:
 
     @property
     def in_flight(self) -> bool:
-        """Whether a save was started whose end `poll` has not told; the same on every rank."""
+        """Whether a save was started and `poll` has not reported its end; equal on all ranks."""
         return self._commit is not None
 
     def together(self, problem: str) -> None:
-        """Raise SaveFailed on every rank if the first one has a `problem`."""
+        """Raise SaveFailed on every rank if `problem` is not "" on the first rank."""
         message = [problem]
         if self._num_ranks > 1:
             dist.broadcast_object_list(message, src=0, group=self._group)
@@ -68,10 +68,10 @@ class Background:
         commit: Callable[[Sequence[Any]], None],
         is_waited_for: bool = False,
     ) -> None:
-        """Begin to `write` on every rank; the first one gets all results in `commit`.
+        """Start `write` on every rank. Later, the first rank calls `commit` with all results.
 
-        Where training waits for the end anyway, the caller's own thread does both: the other one
-        steps back for whatever else the machine does, and on a busy one takes seconds for it.
+        With `is_waited_for`, the calling thread runs both, because training waits anyway. The
+        writer thread has a low priority and would take seconds longer on a busy machine.
         """
         assert not self.in_flight, "one save at a time"
         self._problem, self._commit = "", commit
@@ -79,10 +79,10 @@ class Background:
         self._writing = self._submit(write)
 
     def poll(self, *, wait: bool = False) -> bool:
-        """Whether the save has come to its end with this call; with `wait` it has.
+        """Whether the save in flight ended with this call. With `wait`, waits for its end first.
 
-        Raises SaveFailed on every rank for what any rank's writer met: by the end of the step in
-        which it did.
+        Raises SaveFailed on every rank if any rank failed to write, or the first rank to commit.
+        Polled after every step, it reports an error by the end of the step in which it occurred.
         """
         if not self.in_flight:
             return False
@@ -99,7 +99,7 @@ class Background:
         return True
 
     def _all_written(self, writing: Future[Any], wait: bool) -> bool:
-        """Whether every rank has written; if so, the first one goes on to commit."""
+        """Whether every rank has written. If so, gather the results and start the commit."""
         if wait:
             wait_for([writing])
         done = torch.tensor([int(writing.done())])
@@ -107,14 +107,21 @@ class Background:
             dist.all_reduce(done, op=dist.ReduceOp.MIN, group=self._group)
         if not done.item():
             return False
-        own = (_words(writing.exception()), None if writing.exception() else writing.result())
-        results: list[Any] = [own]
+        local_result = (
+            _message(writing.exception()),
+            None if writing.exception() else writing.result(),
+        )
+        results: list[Any] = [local_result]
         if self._num_ranks > 1:
             results = [None] * self._num_ranks
-            dist.gather_object(own, results if self._is_first else None, 0, group=self._group)
+            dist.gather_object(
+                local_result, results if self._is_first else None, 0, group=self._group
+            )
         self._writing = None
         if self._is_first:
-            problems = [f"rank {rank}: {words}" for rank, (words, _) in enumerate(results) if words]
+            problems = [
+                f"rank {rank}: {message}" for rank, (message, _) in enumerate(results) if message
+            ]
             self._problem = "; ".join(problems)
             if not problems:
                 assert self._commit is not None
@@ -123,22 +130,22 @@ class Background:
         return True
 
     def _agreed_state(self) -> int:
-        """RUNNING, DONE or FAILED: what the first rank says."""
+        """RUNNING, DONE or FAILED, as decided by the first rank."""
         state = RUNNING
         if self._is_first and self._committing is not None and self._committing.done():
-            self._problem = _words(self._committing.exception())
+            self._problem = _message(self._committing.exception())
             state = DONE
         if self._problem:
             state = FAILED
         if self._num_ranks == 1:
             return state
-        agreed = torch.tensor([state])
-        dist.broadcast(agreed, src=0, group=self._group)
-        return int(agreed.item())
+        agreed_state = torch.tensor([state])
+        dist.broadcast(agreed_state, src=0, group=self._group)
+        return int(agreed_state.item())
 
 
 def _run_here(task: Callable[..., Any], *arguments: Any) -> Future[Any]:
-    """What an executor's `submit` returns, when it is done."""
+    """Run `task` in the calling thread. Returns a finished future, like an executor's `submit`."""
     future: Future[Any] = Future()
     try:
         future.set_result(task(*arguments))
@@ -147,12 +154,13 @@ def _run_here(task: Callable[..., Any], *arguments: Any) -> Future[Any]:
     return future
 
 
-def _words(error: BaseException | None) -> str:
+def _message(error: BaseException | None) -> str:
+    """The first line of the error's text, or its type name if it has none; "" for None."""
     if error is None:
         return ""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
-def _step_back() -> None:
-    """A thread has a niceness of its own on Linux."""
+def _lower_priority() -> None:
+    """Lower the priority of the calling thread. On Linux, every thread has its own niceness."""
     os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)

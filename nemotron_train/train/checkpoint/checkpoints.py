@@ -1,13 +1,13 @@
-"""Checkpoints: Megatron-Core's distributed format inside a shell of trust of our own.
+"""Checkpoints: Megatron-Core's distributed format, plus our own integrity checks.
 
 Owns: which tensors are saved, their copy to host memory, the files Megatron writes, loading them.
-Does not own: which folder can be trusted and which is dropped (`integrity`), the JSON files beside
-the tensors (`saved`), the thread that writes (`background`).
+Does not own: which folder can be trusted and which is removed (`integrity`), the JSON files next to
+the tensors (`checkpoint_metadata`), the thread that writes (`background`).
 
-Saved: weights, optimizer, router biases (buffers of the model), the data's cursor, random states,
-what the model was and under which precision plan it was trained. Weights are the parameters and
-their FP32 masters, never quantized, so any plan can go on from them. Shards carry global names and
-offsets: another layout can load them.
+Saved: weights, optimizer state, router biases (buffers of the model), the data cursor, random
+states, the model configuration and the precision plan. Weights are the parameters and their FP32
+masters, never quantized, so training can continue from them under any plan. Shards have global
+names and offsets, so another parallel layout can load them.
 """
 
 import contextlib
@@ -42,24 +42,25 @@ from nemotron_train.run_folder.progress import Progress
 from nemotron_train.train.checkpoint import random_states
 from nemotron_train.train.checkpoint.background import Background, SaveFailed
 
-# UPSTREAM(megatron-core 0.19.2): planning a save starts a manager process for a queue that only a
-# writer in a process of its own would need (a second, and its memory, a rank).
+# UPSTREAM(megatron-core 0.19.2): planning a save starts a manager process for a queue. Only a
+# writer in a separate process needs it. It costs one second and its memory per rank.
 filesystem_async._results_queue = queue.SimpleQueue()  # type: ignore[assignment]
-# UPSTREAM(megatron-core 0.19.2): describing the optimizer's state ends in a collection of all the
-# process's objects, for trainings that switched the collector off. Ours has it on: 120 ms a save.
+# UPSTREAM(megatron-core 0.19.2): the optimizer's `sharded_state_dict` ends with a full garbage
+# collection, for programs that disabled the collector. We keep it enabled, so we skip this call,
+# which costs 120 ms per save.
 distrib_optimizer.gc = types.SimpleNamespace(collect=lambda: 0)  # type: ignore[attr-defined]
 
 
-# A file to write: its path and name, and what goes into it: objects, and (item, tensor) pairs.
+# A file to write: path, name, and content, which is objects and (item, tensor) pairs.
 Bucket = tuple[Any, str, tuple[list[Any], list[tuple[Any, torch.Tensor]]]]
-Buffers = dict[Any, torch.Tensor]  # by torch's index of a tensor in the checkpoint
+Buffers = dict[Any, torch.Tensor]  # keyed by torch's MetadataIndex of the tensor
 
 
 class _Planner(TorchDistSaveShardedStrategy):
-    """Plans a save as Megatron does, and keeps the parts so that we run them."""
+    """Plans a save as Megatron does, and keeps the writer and metadata for us to run."""
 
     writer: Any
-    metadata: Any  # torch's `Metadata` on the first rank, without the places of the tensors
+    metadata: Any  # torch's `Metadata` on the first rank, without the tensors' places in the files
 
     def _get_save_and_finalize_callbacks(self, writer: Any, planned: Any, kind: str) -> Any:
         self.writer, self.metadata = writer, planned[1]
@@ -68,10 +69,11 @@ class _Planner(TorchDistSaveShardedStrategy):
 
 @contextlib.contextmanager
 def no_code_runs() -> Iterator[None]:
-    """While it lasts, torch loads tensors and plain values only, and metadata by its listed names.
+    """In this context, torch loads only tensors, plain values and the allowed metadata classes.
 
-    UPSTREAM(torch 2.13): `read_metadata` unpickles whatever `.metadata` names, and the default
-    planner loads objects (Megatron's common state) with weights_only=False.
+    It prevents code execution by a manipulated checkpoint. UPSTREAM(torch 2.13): `read_metadata`
+    unpickles any class that `.metadata` names, and the default planner loads objects (Megatron's
+    common state) with weights_only=False.
     """
     load = torch.load
 
@@ -92,24 +94,28 @@ def no_code_runs() -> Iterator[None]:
 def agreed_latest(
     folder: Path, say: Callable[[str], None], verified: set[int] | None = None
 ) -> Path | None:
-    """`integrity.latest`, read by the first rank alone; COLLECTIVE. Raises ConfigError on all."""
-    answer: list[Any] = [None, ""]
+    """`integrity.latest` of the first rank, broadcast to all ranks. COLLECTIVE.
+
+    Raises ConfigError on all ranks.
+    """
+    path_and_problem: list[Any] = [None, ""]
     if dist.get_rank() == 0:
         try:
-            answer[0] = integrity.latest(folder, say, verified)
+            path_and_problem[0] = integrity.latest(folder, say, verified)
         except ConfigError as error:
-            answer[1] = str(error)
+            path_and_problem[1] = str(error)
     if dist.get_world_size() > 1:
-        dist.broadcast_object_list(answer, src=0)
-    if answer[1]:
-        raise ConfigError(answer[1])
-    return answer[0]
+        dist.broadcast_object_list(path_and_problem, src=0)
+    if path_and_problem[1]:
+        raise ConfigError(path_and_problem[1])
+    return path_and_problem[0]
 
 
 class Checkpoints:
-    """Saves and loads the run's checkpoints; every method is COLLECTIVE.
+    """Saves and loads the checkpoints of a run. Every method is COLLECTIVE.
 
-    `check_held` raises if this process may no longer write in the run folder; the first rank asks.
+    check_held: raises if this process may no longer write to the run folder; called on the first
+    rank. plan: record of the precision plan. data: `BatchSource.description`.
     """
 
     def __init__(
@@ -124,15 +130,21 @@ class Checkpoints:
         check_held: Callable[[], None],
         say: Callable[[str], None],
     ) -> None:
-        self._folder, self._keep, self._say = folder, config.train.keep_checkpoints, say
-        self._chunks, self._optimizer = chunks, optimizer
-        self._config, self._plan, self._data = config, plan, data
+        self._folder = folder
+        self._keep = config.train.keep_checkpoints
+        self._say = say
+        self._chunks = chunks
+        self._optimizer = optimizer
+        self._config = config
+        self._plan = plan
+        self._data = data
         self._check_held = check_held
-        self._rank, self._num_ranks = dist.get_rank(), dist.get_world_size()
+        self._rank = dist.get_rank()
+        self._num_ranks = dist.get_world_size()
         self._background = Background()
-        self._pending: Path | None = None  # the checkpoint in flight
+        self._pending: Path | None = None  # final path of the save in flight
         self._host_copies: Buffers = {}
-        self._verified: set[int] = set()  # steps that this process has read whole, or written
+        self._verified: set[int] = set()  # steps whose files this process has hashed or written
         self._metadata = {
             "distrib_optim_sharding_type": "fully_reshardable",
             "distrib_optim_fully_reshardable_mem_efficient": False,
@@ -142,7 +154,7 @@ class Checkpoints:
         }
 
     def _sharded_state(self, is_loading: bool, has_optimizer: bool = True) -> dict:
-        # A chunk's entries carry global names and numbers: its place here is this rank's alone.
+        # The entries have global names. The key `chunk_N` is used on this rank only.
         cores: list[Any] = [chunk.module for chunk in self._chunks]
         model_state = {
             f"chunk_{number}": core.sharded_state_dict(metadata=self._metadata)
@@ -159,27 +171,33 @@ class Checkpoints:
 
     @property
     def in_flight(self) -> bool:
-        """Whether a save was started that `poll` has not told the end of."""
+        """Whether a save was started and `poll` has not reported its end."""
         return self._background.in_flight
 
     def latest(self) -> Path | None:
-        """The newest undamaged checkpoint of this run. Raises ConfigError where all are damaged."""
+        """Path of the run's newest undamaged checkpoint; None if the run has no checkpoint.
+
+        Waits for a save in flight. Raises ConfigError if all checkpoints are damaged.
+        """
         self.poll(wait=True)
         return agreed_latest(self._folder, self._say, self._verified)
 
     def save(self, progress: Progress) -> Path:
-        """Write the checkpoint of `progress` and drop those past the newest `keep`. Raises
-        SaveFailed, on every rank, where it cannot be written."""
+        """Write the checkpoint of `progress` and remove old ones (`train.keep_checkpoints`).
+
+        Returns its path. Raises SaveFailed on every rank if it cannot be written.
+        """
         self.start(progress, is_copied=False)
         path = self.poll(wait=True)
         assert path is not None
         return path
 
     def start(self, progress: Progress, is_copied: bool = True) -> None:
-        """Begin to write the checkpoint of `progress`: its tensors are copied to host memory (or,
-        unless `is_copied`, nothing may train before `poll` tells the end) and handed to a thread.
+        """Start to write the checkpoint of `progress`; `poll` reports its end.
 
-        Waits for a save before it, if that is still in flight. Raises SaveFailed.
+        With `is_copied`, copies the tensors to host memory and lets a thread write them. Without
+        it, writes them from where they are: the weights must not change until `poll` reports the
+        end. Waits for an earlier save that is still in flight. Raises SaveFailed.
         """
         self.poll(wait=True)
         gather_parameters(self._chunks)
@@ -216,8 +234,11 @@ class Checkpoints:
         )
 
     def poll(self, *, wait: bool = False) -> Path | None:
-        """The checkpoint in flight, once it is complete; None before that and without one. Raises
-        SaveFailed, on every rank, where it could not be written."""
+        """Path of the save in flight if it completed with this call, else None.
+
+        With `wait`, waits for it first. Raises SaveFailed on every rank if the checkpoint could not
+        be written.
+        """
         try:
             if not self._background.poll(wait=wait):
                 return None
@@ -230,13 +251,16 @@ class Checkpoints:
     def _commit(
         self, final: Path, planner: _Planner, texts: dict[str, str], results: Sequence[Any]
     ) -> None:
-        """The first rank's end of a save: what names the shards, the manifest, the rename."""
+        """End of a save, on the first rank: metadata of the shards, manifest, rename.
+
+        results: for each rank, what `_write_shards` returned and the random states.
+        """
         partial, sums = partial_folder(final), {}
         try:
             places, digests, states = zip(*results, strict=True)
-            for part in digests:
-                sums |= part
-            planner.metadata.__dict__.pop("all_local_plans", None)  # as large as all the rest
+            for rank_digests in digests:
+                sums |= rank_digests
+            planner.metadata.__dict__.pop("all_local_plans", None)  # as large as all other fields
             planner.writer.finish(planner.metadata, list(places))
             save_config(CheckpointingConfig(planner.backend, planner.version), str(partial))
             for name, text in {
@@ -251,11 +275,12 @@ class Checkpoints:
         integrity.drop_old(self._folder, self._keep, self._verified)
 
     def load(self, path: Path) -> Progress:
-        """Load the checkpoint in `path` into model and optimizer, and the random states where the
-        ranks are as many. Without an optimizer in it (`convert merge`) the masters are the weights,
-        and moments and step count stay those of a fresh optimizer.
+        """Load the checkpoint in `path` into the model and the optimizer; return its progress.
 
-        Raises ConfigError when it belongs to another model or does not hold what this one needs.
+        Restores the random states if the number of ranks is the same. If the checkpoint has no
+        optimizer state (`convert merge`), the masters are copied from the weights, and moments and
+        step count stay those of a new optimizer. Raises ConfigError if the checkpoint belongs to
+        another model or lacks something that this model needs.
         """
         checkpoint_metadata.check_model(path, self._config.model)
         has_optimizer = checkpoint_metadata.has_optimizer(path)
@@ -276,9 +301,11 @@ class Checkpoints:
 def load_weights(
     path: Path, cores: Sequence[Any], groups: ProcessGroupCollection, model: ModelConfig
 ) -> None:
-    """Load the weights and buffers of the checkpoint in `path` into bare models, whatever layout it
-    was saved under; COLLECTIVE. Raises ConfigError when it belongs to another model or cannot be
-    loaded."""
+    """Load weights and buffers of the checkpoint in `path` into models without optimizer or DDP.
+
+    The checkpoint may have any parallel layout. COLLECTIVE. Raises ConfigError if it belongs to
+    another model or cannot be loaded.
+    """
     checkpoint_metadata.check_model(path, model)
     metadata = {"singleton_local_shards": False, "dp_cp_group": groups.dp_cp}
     states = {
@@ -291,18 +318,21 @@ def load_weights(
 
 
 def _load(path: Path, state: dict[str, Any]) -> Any:
-    """The sharded `state` filled from the checkpoint in `path`. Raises ConfigError."""
+    """Fill the sharded `state` from the checkpoint in `path`. Raises ConfigError."""
     try:
         with no_code_runs():
             return dist_checkpointing.load(state, str(path))
-    except CheckpointException as error:  # no subclass of Exception
+    except CheckpointException as error:  # a BaseException, not an Exception
         reason = str(error).strip().splitlines()[-1]
         raise ConfigError(f"{path}: cannot be loaded: {reason}") from error
 
 
 def _copied(buckets: Sequence[Bucket], copies: Buffers) -> list[Bucket]:
-    """The buckets of tensors to write, copied into host memory that is kept for the next save:
-    pinned where they come from a GPU. SYNC: waits for the copies."""
+    """Copy the tensors of the buckets to host memory and return buckets of the copies.
+
+    The host buffers are reused by the next save; those for GPU tensors are pinned. SYNC: waits for
+    the copies.
+    """
     copied = []
     for path, name, (objects, tensors) in buckets:
         pairs = []
@@ -323,7 +353,7 @@ def _copied(buckets: Sequence[Bucket], copies: Buffers) -> list[Bucket]:
 def _write_shards(
     writer: Any, buckets: Sequence[Bucket], partial: Path
 ) -> tuple[list[Any], dict[str, str]]:
-    """Write what this rank holds; returns where each tensor lies and the files' digests."""
+    """Write this rank's shards; return the place of each tensor and the digests of the files."""
     transforms = [writer.transforms] if hasattr(writer, "transforms") else []
     places: list[Any] = []
     for number, bucket in enumerate(buckets):
@@ -337,11 +367,14 @@ def _write_shards(
 
 
 def _reason(error: BaseException) -> str:
-    """The system's own words where there are any: a full disk reaches us as torch's complaint about
-    a position in its archive, with the system's error behind it."""
-    behind: BaseException | None = error
-    while behind is not None:
-        if isinstance(behind, OSError) and behind.strerror:
-            return behind.strerror
-        behind = behind.__cause__ or behind.__context__
+    """The operating system's message in the chain of causes, if any, else the text of `error`.
+
+    For a full disk, torch raises an error about a position in its archive. The OSError is its
+    cause.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        cause = cause.__cause__ or cause.__context__
     return str(error)

@@ -1,8 +1,9 @@
-"""The random generators of a process: their states as JSON values, and back.
+"""Saves and restores the states of a process's random generators, as JSON values.
 
-Training draws nothing from them: weights are drawn by name before the first step, stochastic
-rounding's words are a function of the step, data has its own permutation. They are saved all the
-same, so that whatever draws one day (a dropout, an experiment) resumes exactly.
+Training does not use these generators. Initial weights are drawn by parameter name before the first
+step, the random words of stochastic rounding are a function of the step, and the data has its own
+permutation. The states are saved anyway, so that future users (a dropout, an experiment) resume
+exactly.
 """
 
 import base64
@@ -17,8 +18,10 @@ from nemotron_train.platform.device import device_random_state, set_device_rando
 
 
 def capture() -> dict[str, Any]:
-    """States of Python's, NumPy's and torch's generators, the device's, and Megatron's named ones
-    (the device's, one a kind of parallelism)."""
+    """States of the generators of Python, NumPy, torch and the device, and of Megatron's tracker.
+
+    Megatron's tracker holds named device generators, one per kind of parallelism.
+    """
     tracker: Any = get_cuda_rng_tracker()
     version, words, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
@@ -36,17 +39,17 @@ def capture() -> dict[str, Any]:
 
 
 def restore(states: dict[str, Any]) -> None:
-    """The inverse of `capture`."""
+    """Set all generators to the states that `capture` returned."""
     version, words, gauss = states["python"]
     random.setstate((version, tuple(words), gauss))
     name, keys, position, has_gauss, cached = states["numpy"]
-    words = np.frombuffer(base64.b64decode(keys), dtype=np.uint32)
-    np.random.set_state((name, words, position, has_gauss, cached))
+    key_words = np.frombuffer(base64.b64decode(keys), dtype=np.uint32)
+    np.random.set_state((name, key_words, position, has_gauss, cached))
     torch.set_rng_state(_to_tensor(states["torch"]))
     set_device_random_state(_to_tensor(states["device"]))
     tracker: Any = get_cuda_rng_tracker()
-    saved = {name: _to_tensor(text) for name, text in states["megatron"].items()}
-    tracker.set_states({**tracker.get_states(), **saved})
+    saved_states = {name: _to_tensor(text) for name, text in states["megatron"].items()}
+    tracker.set_states({**tracker.get_states(), **saved_states})
 
 
 def _to_text(content: bytes) -> str:

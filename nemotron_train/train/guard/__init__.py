@@ -1,1 +1,1 @@
-"""What watches over a run: non-finite values, spikes, health, stragglers, hangs."""
+"""Supervision of a run: non-finite values, spikes, model health, stragglers, hangs."""

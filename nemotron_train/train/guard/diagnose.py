@@ -1,4 +1,4 @@
-"""Where numbers are not finite: in which modules' gradients, in which weights. Changes nothing."""
+"""Finds the modules whose gradients or weights are not finite. Read only."""
 
 import re
 from collections.abc import Sequence
@@ -13,8 +13,11 @@ _STAGES = ("embedding", "decoder.layers", "decoder", "mtp", "output_layer")
 
 
 def gradients_are_finite(chunks: Sequence[DistributedDataParallel]) -> torch.Tensor:
-    """Whether all gradients in this rank's buffers are finite: a boolean on the device. Before the
-    reduction over data-parallel ranks they are this rank's own. One pass over the buffers."""
+    """Whether all gradients in this rank's buffers are finite: a boolean scalar on the device.
+
+    Call it before the reduction over data-parallel ranks to test the gradients of this rank alone.
+    Reads the gradient buffers once.
+    """
     models: Any = chunks
     norms = [
         torch.linalg.vector_norm(buffer.grad_data)
@@ -25,7 +28,7 @@ def gradients_are_finite(chunks: Sequence[DistributedDataParallel]) -> torch.Ten
 
 
 def place(path: str) -> tuple[int, int]:
-    """Where in the forward pass the module at `path` comes: (stage, layer)."""
+    """Position of the module at `path` in the forward pass: (stage, layer)."""
     stage = next((n for n, name in enumerate(_STAGES) if path.startswith(name)), len(_STAGES))
     layer = re.match(r"decoder\.layers\.(\d+)", path)
     return stage, int(layer[1]) if layer else 0
@@ -34,8 +37,11 @@ def place(path: str) -> tuple[int, int]:
 def non_finite(
     chunks: Sequence[DistributedDataParallel],
 ) -> tuple[list[tuple[tuple[int, int, int], str]], list[str]]:
-    """Modules of this rank whose gradient is not finite, each with its place in the forward pass,
-    and those whose weight is not. SYNC. Call it before gradients are clipped."""
+    """This rank's modules with a non-finite gradient, and those with a non-finite weight. SYNC.
+
+    Returns ([(position in the forward pass, path)], [path]), both sorted. Call it before gradients
+    are clipped.
+    """
     gradients, weights = [], []
     cores = [chunk.module for chunk in chunks]
     for number, (path, module) in enumerate(modules_of(cores).items()):

@@ -1,8 +1,8 @@
-"""Judges each step before its update: may these gradients touch the weights?
+"""The guard: decides, before each weight update, whether the step's gradients may be applied.
 
-Owns: the decision (update, skip, roll back, stop), the same on every rank at the same step, and the
-line that tells of it. Does not own: what is measured (`step`, `diagnose`), the rule for spikes
-(`spikes`), the way back to a checkpoint (`roll_back`).
+Owns: the decision (update, skip, roll back, stop), which is the same on every rank, and the line
+that reports it. Does not own: what is measured (`train_step`, `diagnose`), the rule for spikes
+(`spikes`), the return to a checkpoint (`roll_back`).
 """
 
 import math
@@ -21,50 +21,63 @@ from nemotron_train.train.guard.spikes import SpikeWindow
 
 
 class Action(StrEnum):
+    """What to do with the gradients of a step."""
+
     update = "update"
     skip = "skip"
     roll_back = "roll_back"
 
 
 class RollBack(Exception):
-    """The step's batch is not to be trained on, nor those since the last checkpoint: `data` is the
-    cursor after them. Every rank raises it at the same step."""
+    """Raised on every rank at the same step: return to the last checkpoint and skip data.
+
+    The batches since that checkpoint, and the batch of this step, are not trained on. data: the
+    cursor after them.
+    """
 
     def __init__(self, step: int, data: DataState, reason: str) -> None:
         super().__init__(reason)
-        self.step, self.data, self.reason = step, data, reason
+        self.step = step
+        self.data = data
+        self.reason = reason
 
 
 @dataclass(frozen=True)
 class Findings:
-    """What one rank saw that is not finite. modules: (place in the order of the forward pass, path)
-    of those whose gradient is not finite; weights: paths whose weight was not even before."""
+    """The non-finite values that one rank found."""
 
-    loss: bool
-    gradient: bool
+    loss: bool  # the rank's loss is not finite
+    gradient: bool  # the rank's gradient, before the reduction, is not finite
+    # Modules whose gradient is not finite: (position in the forward pass, module path).
     modules: Sequence[tuple[Any, str]]
-    weights: Sequence[str]
+    weights: Sequence[str]  # paths of modules with a weight that was not finite before the step
 
 
-def _ranks(found: Sequence[Findings], field: str) -> str:
-    ranks = [str(rank) for rank, each in enumerate(found) if getattr(each, field)]
+def _ranks(findings: Sequence[Findings], field: str) -> str:
+    """`rank 3` or `ranks 0, 1`: the ranks whose `field` is true; "" if there are none."""
+    ranks = [str(rank) for rank, finding in enumerate(findings) if getattr(finding, field)]
     shown = ", ".join(ranks[:8]) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
     return f"rank{'s' if len(ranks) > 1 else ''} {shown}" if ranks else ""
 
 
-def describe(loss: float, grad_norm: float, found: Sequence[Findings]) -> str:
-    """One line: what is not finite, on which ranks, and where the gradients went wrong first."""
-    if ranks := _ranks(found, "loss"):
+def describe(loss: float, grad_norm: float, findings: Sequence[Findings]) -> str:
+    """One line: what is not finite, on which ranks, and in which module it began.
+
+    findings: by rank. The first module of the backward pass is the last one of the forward pass.
+    """
+    if ranks := _ranks(findings, "loss"):
         text = f"loss not finite on {ranks}"
-    elif ranks := _ranks(found, "gradient"):
+    elif ranks := _ranks(findings, "gradient"):
         text = f"gradient not finite on {ranks} (loss {loss:.4f})"
     else:
         text = f"loss {loss:.4f}, gradient norm {grad_norm}"
-    modules = dict(sorted({(place, name) for each in found for place, name in each.modules}))
+    modules = dict(
+        sorted({(place, name) for finding in findings for place, name in finding.modules})
+    )
     if modules:
         text += f"; first module in the backward pass: {list(modules.values())[-1]}"
         text += f" ({len(modules)} module{'s' * (len(modules) > 1)} with such gradients)"
-    weights = sorted({name for each in found for name in each.weights})
+    weights = sorted({name for finding in findings for name in finding.weights})
     if weights:
         more = f" and {len(weights) - 1} more" if len(weights) > 1 else ""
         text += f"; weights not finite before the step: {weights[0]}{more}"
@@ -72,8 +85,11 @@ def describe(loss: float, grad_norm: float, found: Sequence[Findings]) -> str:
 
 
 class Guard:
-    """Holds what was seen of the run so far. `events` are lines for metrics.jsonl that somebody
-    takes away; `skipped` counts the updates dropped by this process."""
+    """Judges the steps of a run; keeps the recent losses and gradient norms.
+
+    events: lines for metrics.jsonl; `GuardedStep` writes and clears them. skipped: number of
+    updates that this process has skipped.
+    """
 
     def __init__(self, config: GuardConfig, device: str) -> None:
         self._config, self._device = config, device
@@ -81,7 +97,7 @@ class Guard:
             name: SpikeWindow(config.spike_window, config.spike_sigmas)
             for name in ("loss", "grad_norm")
         }
-        self._in_a_row = self._roll_backs = 0
+        self._skips_in_a_row = self._roll_backs = 0
         self.skipped = 0
         self.events: list[dict[str, Any]] = []
 
@@ -90,31 +106,33 @@ class Guard:
         step: int,
         loss: float,
         grad_norm: float,
-        own_loss_is_finite: bool,
+        local_loss_is_finite: bool,
         find: Callable[[], Findings],
     ) -> Action:
-        """What to do with the gradients of `step`, which no weight has seen yet.
+        """Decide what to do with the gradients of `step`, before they change a weight.
 
-        `find` looks closer, on all ranks, where something is not finite on any. Raises
-        TrainingFailed where the policy is to stop. COLLECTIVE: one number over all ranks. SYNC.
+        find: returns this rank's non-finite values. Called on all ranks if any rank has some.
+        Raises TrainingFailed if the policy is to stop, or if there were too many skips or
+        roll-backs. COLLECTIVE: one number over all ranks. SYNC.
         """
         values = {"loss": loss, "grad_norm": grad_norm}
-        is_finite = own_loss_is_finite and all(math.isfinite(value) for value in values.values())
+        is_finite = local_loss_is_finite and all(math.isfinite(value) for value in values.values())
         deviations = {name: self._windows[name].deviations(values[name]) for name in values}
-        high = any(self._windows[name].is_spike(deviations[name]) for name in values)
-        worst = self._agree(2 if not is_finite else int(high))
-        if self._config.spike == SpikePolicy.ignore and worst < 2:
-            worst = 0
+        is_high = any(self._windows[name].is_spike(deviations[name]) for name in values)
+        verdict = self._worst_verdict(2 if not is_finite else int(is_high))
+        if self._config.spike == SpikePolicy.ignore and verdict < 2:
+            verdict = 0
         for name, value in values.items():
-            self._windows[name].add(value, is_spike=worst == 1 and high)
-        if worst == 0:
-            self._in_a_row = 0
+            self._windows[name].add(value, is_spike=verdict == 1 and is_high)
+        if verdict == 0:
+            self._skips_in_a_row = 0
             return Action.update
-        if worst == 2:
-            found, policy = _gather(find()), self._config.non_finite
-            if policy == NonFinitePolicy.skip and any(each.weights for each in found):
-                policy = NonFinitePolicy.stop  # no other batch heals a weight; saving would keep it
-            return self._act(step, "non_finite", describe(loss, grad_norm, found), policy)
+        if verdict == 2:
+            findings, policy = _gather(find()), self._config.non_finite
+            if policy == NonFinitePolicy.skip and any(finding.weights for finding in findings):
+                # Another batch cannot repair a weight, and the next save would store it.
+                policy = NonFinitePolicy.stop
+            return self._act(step, "non_finite", describe(loss, grad_norm, findings), policy)
         numbers = [
             f"{name} {values[name]:.4f}, {deviations[name]:.1f} deviations above the mean"
             for name in values
@@ -124,11 +142,11 @@ class Guard:
         return self._act(step, "spike", reason, self._config.spike)
 
     def report(self, kind: str, step: int, reason: str) -> None:
-        """Something to tell of that asks for no action."""
+        """Add an event that needs no action, for metrics.jsonl and the terminal."""
         self.events.append({"kind": kind, "step": step, "policy": "report", "reason": reason})
 
-    def _agree(self, verdict: int) -> int:
-        """The gravest of all ranks' verdicts. COLLECTIVE."""
+    def _worst_verdict(self, verdict: int) -> int:
+        """Maximum over all ranks. 0: fine, 1: spike, 2: not finite. COLLECTIVE."""
         if dist.get_world_size() == 1:
             return verdict
         verdicts = torch.tensor([verdict], device=self._device)
@@ -138,12 +156,13 @@ class Guard:
     def _act(
         self, step: int, kind: str, reason: str, policy: NonFinitePolicy | SpikePolicy
     ) -> Action:
+        """Record the event and turn the policy into an action. Raises TrainingFailed."""
         self.events.append({"kind": kind, "step": step, "policy": str(policy), "reason": reason})
         if policy == SpikePolicy.report:
             return Action.update
         if policy == NonFinitePolicy.skip:
-            self._in_a_row += 1
-            if self._in_a_row > self._config.max_skips:
+            self._skips_in_a_row += 1
+            if self._skips_in_a_row > self._config.max_skips:
                 raise TrainingFailed(
                     f"step {step}: {reason}; {self._config.max_skips} updates in a row were "
                     "skipped before it (guard.max_skips); the last checkpoint stands"
@@ -166,10 +185,10 @@ class Guard:
         )
 
 
-def _gather(own: Findings) -> list[Findings]:
-    """All ranks' findings, by rank. COLLECTIVE."""
+def _gather(local_findings: Findings) -> list[Findings]:
+    """The findings of all ranks, by rank. COLLECTIVE."""
     if dist.get_world_size() == 1:
-        return [own]
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, own)
-    return found
+        return [local_findings]
+    findings: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(findings, local_findings)
+    return findings

@@ -1,7 +1,7 @@
-"""The way back to a checkpoint while a run goes on, and the record of what the guard decided.
+"""Roll-back to a checkpoint during a run, and the record of the guard's decisions.
 
-Owns: which checkpoint, the cursor past the batches that are skipped, the lines of metrics.jsonl
-that are taken back. Does not own: the decision (`guard`).
+Owns: the data cursor after the skipped batches, the lines of metrics.jsonl that are removed, the
+lines that report the guard's events. Does not own: the decision (`guard`).
 """
 
 from collections.abc import Callable
@@ -15,11 +15,11 @@ from nemotron_train.train.guard.guard import Guard, RollBack
 
 
 class GuardedStep:
-    """A step of the loop that goes back to the last checkpoint where the guard asks for it.
+    """A train step that returns to the last checkpoint if the guard asks for it. COLLECTIVE.
 
-    The data's cursor stays behind the batches since that checkpoint: they are not trained on
-    again (the restart of arXiv 2204.02311, section 5.1). `restore` loads the newest checkpoint and
-    returns where it stands, None where there is none. COLLECTIVE.
+    The data cursor does not go back: the batches since that checkpoint are not trained on again
+    (the restart of arXiv 2204.02311, section 5.1). restore: loads the newest checkpoint and returns
+    its path and progress; None if the run has no checkpoint.
     """
 
     def __init__(
@@ -31,20 +31,28 @@ class GuardedStep:
         writer: MetricsWriter | None,
         say: Callable[[str], None],
     ) -> None:
-        self._step, self._guard = step, guard
-        self._restore, self._forget_saved = restore, forget_saved
-        self._writer, self._say = writer, say
+        self._step = step
+        self._guard = guard
+        self._restore = restore
+        self._forget_saved = forget_saved
+        self._writer = writer
+        self._say = say
 
     def __call__(self, progress: Progress) -> StepResult:
+        """Take one step; after a roll-back, retry from the checkpoint with the next batch.
+
+        Raises TrainingFailed.
+        """
         while True:
             try:
                 return self._step(progress)
             except RollBack as request:
-                progress = self._go_back(request)
+                progress = self._roll_back(request)
             finally:
-                self._tell()
+                self._report_events()
 
-    def _go_back(self, request: RollBack) -> Progress:
+    def _roll_back(self, request: RollBack) -> Progress:
+        """Load the last checkpoint; return its progress with the data cursor of `request`."""
         restored = self._restore()
         if restored is None:
             raise TrainingFailed(
@@ -60,18 +68,21 @@ class GuardedStep:
             f"step {request.step}: {request.reason}; rolled back to {path}, past {skipped} "
             "sequences"
         )
-        for event in self._guard.events:  # it stays with the step that training goes on from
+        # A later resume drops lines of later steps. With the checkpoint's step, the event remains.
+        for event in self._guard.events:
             event |= {"rolled_back_from": event["step"], "step": progress.step}
             event["skipped_sequences"] = skipped
         return replace(progress, data=request.data)
 
-    def _tell(self) -> None:
-        """Hands the guard's events on: a line each in metrics.jsonl and, but for roll-backs and
-        failures, which have lines of their own, on the terminal."""
+    def _report_events(self) -> None:
+        """Write the guard's events to metrics.jsonl, and to the terminal; then clear them.
+
+        Roll-backs and failures print their own lines on the terminal.
+        """
         for event in self._guard.events:
             if self._writer is not None:
                 self._writer.write(event)
             if event["policy"] in ("report", "skip"):
-                done = "update skipped" if event["policy"] == "skip" else "reported only"
-                self._say(f"step {event['step']}: {event['reason']}; {done}")
+                outcome = "update skipped" if event["policy"] == "skip" else "reported only"
+                self._say(f"step {event['step']}: {event['reason']}; {outcome}")
         self._guard.events.clear()

@@ -1,21 +1,21 @@
-"""When is a number far above those before it? Plain numbers in, plain numbers out; no torch.
+"""Spike rule: is a value far above the recent values? Works on plain numbers; no torch.
 
-OLMo's rule (SkipStepOptimizer of OLMo-core; arXiv 2501.00656, section 3): six standard deviations
-above the mean of the last 128 steps, of the loss and of the gradient norm. Two differences: a
-number that is not finite never enters the window (theirs once did, made the deviation NaN and
-dropped the next 128 updates), nor does one that was found too high, so that a spike cannot widen
-the band for the next.
+The rule is OLMo's (SkipStepOptimizer of OLMo-core; arXiv 2501.00656, section 3): more than six
+standard deviations above the mean of the last 128 steps, for the loss and the gradient norm. Two
+differences. A non-finite value never enters the window: in OLMo it once did, made the deviation NaN
+and dropped the next 128 updates. A spike does not enter the window either, so it cannot raise the
+threshold for the next spike.
 """
 
 import math
 from collections import deque
 
-# A band narrower than this share of the mean would call rounding a spike.
+# Lower limit of the deviation, as a share of the mean: otherwise rounding could count as a spike.
 _SMALLEST_DEVIATION = 1e-3
 
 
 class SpikeWindow:
-    """The last `size` ordinary values of one number."""
+    """The last `size` values of one metric, without spikes. A spike exceeds `sigmas` deviations."""
 
     def __init__(self, size: int, sigmas: float) -> None:
         self._values: deque[float] = deque(maxlen=size)
@@ -23,7 +23,11 @@ class SpikeWindow:
         self._high_in_a_row = 0
 
     def deviations(self, value: float) -> float:
-        """Standard deviations of `value` above the mean; NaN while half the window is empty."""
+        """How many standard deviations `value` lies above the mean of the window.
+
+        NaN while the window is less than half full, for a non-finite value, and if the deviation
+        is zero.
+        """
         count = len(self._values)
         if count < max(2, self._size // 2) or not math.isfinite(value):
             return math.nan
@@ -33,13 +37,14 @@ class SpikeWindow:
         return (value - mean) / deviation if deviation > 0 else math.nan
 
     def is_spike(self, deviations: float) -> bool:
-        """Whether a value that many `deviations` above the mean is too high (NaN is not)."""
+        """Whether a value `deviations` above the mean is a spike. False for NaN."""
         return deviations > self._limit
 
     def add(self, value: float, is_spike: bool) -> None:
-        """The value was judged; an ordinary one joins the window.
+        """Add a judged value to the window, unless it is a spike or not finite.
 
-        After half a window of spikes in a row the window begins anew: this is the new level.
+        After half a window of consecutive spikes, the window is cleared: the metric has reached a
+        new level.
         """
         if not math.isfinite(value):
             return

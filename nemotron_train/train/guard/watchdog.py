@@ -1,12 +1,13 @@
-"""Ends a rank whose steps have stopped coming, and leaves the stacks of its threads behind.
+"""Watchdog: ends a rank that no longer finishes steps, and writes the stacks of its threads.
 
-Owns: one thread that watches the clock, `ranks/rank_0003.stacks`. Does not own: what counts as a
-sign of life (the trainer beats after each step and each long side job). Every rank has its own, and
-needs no other: where one rank hangs, is stopped or is gone, all others wait for it in a collective,
-so all of their watchdogs bite, within a second of each other, before the collective itself gives up
-(`collective_timeout`). A rank that was stopped by a signal cannot end itself: its launcher does
-(torchrun; `srun --kill-on-bad-exit`). A rank stuck in code that never lets go of the interpreter's
-lock writes no stacks; the others do.
+Owns: a thread that watches the time since the last step, and the file `ranks/rank_0003.stacks`.
+Does not own: when the watchdog is reset (the trainer calls it after each step and each long hook).
+
+Every rank has its own watchdog and needs no communication. If one rank hangs, is stopped or is
+gone, all other ranks wait for it in a collective. Their watchdogs expire within a second of each
+other, before the collective times out (`collective_timeout`). A rank that a signal has stopped
+cannot end itself; its launcher ends it (torchrun; `srun --kill-on-bad-exit`). A rank that hangs in
+code that holds the GIL writes no stacks; the other ranks do.
 """
 
 import faulthandler
@@ -23,29 +24,32 @@ from typing import Self
 from nemotron_train.config.schema import GuardConfig
 from nemotron_train.run_folder.progress import Progress, StepResult
 
-_POLLS_IN_A_LIMIT = 50
-_LONGEST_POLL_SECONDS = 1.0
-_WITHOUT_WATCHDOG = timedelta(minutes=10)
+_POLLS_PER_LIMIT = 50
+_MAX_POLL_SECONDS = 1.0
+_TIMEOUT_WITHOUT_WATCHDOG = timedelta(minutes=10)
 
 
 def collective_timeout(guard: GuardConfig) -> timedelta:
-    """How long a collective may wait: a little longer than any watchdog, which tells more."""
+    """Timeout of a collective: a minute more than the watchdog's limits.
+
+    The watchdog should expire first, because its message tells more.
+    """
     if guard.hang_minutes == 0:
-        return _WITHOUT_WATCHDOG
+        return _TIMEOUT_WITHOUT_WATCHDOG
     return timedelta(minutes=max(guard.hang_minutes, guard.first_step_minutes) + 1)
 
 
 def end_process() -> None:
-    """At once, exit code 1, no clean-up: other threads may hang for ever."""
+    """End the process at once with exit code 1, without clean-up: other threads may hang."""
     os._exit(1)
 
 
 class Watchdog:
-    """Watches from `with` to its end; `beat` says that this rank is alive.
+    """Context manager and hook of the loop; `beat` resets the watchdog of this rank.
 
-    Before the first beat `first_limit` seconds may pass (kernels are compiled, pools filled), after
-    it `limit` seconds from each beat to the next. Time during which the whole process stood still,
-    suspended with its job, does not count. limit 0: watches nothing.
+    Limits in seconds: `first_limit` until the first beat (kernels are compiled, memory pools are
+    filled), `limit` between beats. Time during which the whole process was suspended with its job
+    does not count. limit 0: disabled. end: called when a limit is exceeded.
     """
 
     def __init__(
@@ -57,11 +61,13 @@ class Watchdog:
         end: Callable[[], None] = end_process,
     ) -> None:
         self._path = folder / "ranks" / f"rank_{rank:04d}.stacks"
-        self._rank, self._limit, self._end = rank, limit, end
-        self._allowed = max(limit, first_limit)
-        self._silent = 0.0  # seconds since the last beat
+        self._rank = rank
+        self._limit = limit
+        self._end = end
+        self._current_limit = max(limit, first_limit)
+        self._seconds_since_beat = 0.0
         self._step = -1
-        self._over = threading.Event()
+        self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> Self:
@@ -70,33 +76,38 @@ class Watchdog:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._over.set()
+        self._closed.set()
 
     def due(self, progress: Progress) -> bool:
+        """Always."""
         return True
 
     def run(self, progress: Progress, result: StepResult) -> None:
-        """As a hook of the loop: a beat."""
+        """Reset the watchdog."""
         self.beat(progress.step)
 
     def beat(self, step: int) -> None:
-        """This rank has just finished `step`, or a side job after it."""
-        self._step, self._allowed, self._silent = step, self._limit, 0.0
+        """Reset the watchdog: this rank has just finished `step`, or a hook after it."""
+        self._step = step
+        self._current_limit = self._limit
+        self._seconds_since_beat = 0.0
 
     def _watch(self) -> None:
-        poll = min(self._limit / _POLLS_IN_A_LIMIT, _LONGEST_POLL_SECONDS)
+        poll = min(self._limit / _POLLS_PER_LIMIT, _MAX_POLL_SECONDS)
         before = time.monotonic()
-        while not self._over.wait(poll):
+        while not self._closed.wait(poll):
             now = time.monotonic()
-            self._silent += min(now - before, 2 * poll)
+            # At most two polls: a longer gap means that the whole process was suspended.
+            self._seconds_since_beat += min(now - before, 2 * poll)
             before = now
-            if self._silent > self._allowed:
-                self._bite()
+            if self._seconds_since_beat > self._current_limit:
+                self._expire()
                 return
 
-    def _bite(self) -> None:
+    def _expire(self) -> None:
+        """Write the stacks of all threads, print one line and end the process."""
         last = f"since step {self._step}" if self._step >= 0 else "yet"
-        line = f"rank {self._rank}: no step {last} for {format_minutes(self._silent)}"
+        line = f"rank {self._rank}: no step {last} for {format_minutes(self._seconds_since_beat)}"
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with open(self._path, "w", encoding="utf-8") as file:
@@ -112,5 +123,5 @@ class Watchdog:
 
 
 def format_minutes(seconds: float) -> str:
-    """`12 s` or `10.0 min`."""
+    """`12 s` below a minute, else `10.0 min`."""
     return f"{seconds:.0f} s" if seconds < 60 else f"{seconds / 60:.1f} min"

@@ -10,7 +10,7 @@ import pytest
 
 from nemotron_train.cli.main import main
 from nemotron_train.report.gap.pairs import read_sweep
-from nemotron_train.report.gap.sizes import Size, by_size, is_final, sentence, slope
+from nemotron_train.report.gap.sizes import Size, by_size, is_final, slope, slope_sentence
 from tests.report.made_up import make_run
 
 ACTIVE = (700_000, 1_700_000, 3_000_000)
@@ -36,7 +36,7 @@ def test_slope_is_that_of_least_squares() -> None:
 
 def test_too_little_has_no_slope() -> None:
     two = sizes_of([[0.3, 0.1], [0.4, 0.2], [0.5]])[:2]
-    assert slope(two, validation=True) is None and sentence("plan", two) == ""
+    assert slope(two, validation=True) is None and slope_sentence("plan", two) == ""
     assert slope(sizes_of([[], [0.1], [0.2]]), validation=True) is None
 
 
@@ -62,10 +62,10 @@ def test_the_interval_covers() -> None:
     ],
 )
 def test_sentence(gaps: list[list[float]], words: str) -> None:
-    said = sentence("nvfp4_all", sizes_of(gaps))
+    said = slope_sentence("nvfp4_all", sizes_of(gaps))
     assert words in said and "final validation loss" in said and "factor of 4.3" in said
     going = [Size(size.active, [], size.training) for size in sizes_of(gaps)]
-    assert not is_final(going) and "so far" in sentence("nvfp4_all", going)
+    assert not is_final(going) and "so far" in slope_sentence("nvfp4_all", going)
 
 
 def test_a_sweep_of_sizes_is_reported(tmp_path: Path) -> None:
