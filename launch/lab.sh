@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# A real Slurm on this machine for trying things out: a controller and two virtual nodes, all on
-# loopback, for cluster=local_lab. No network, no system service, no file outside its folder.
+# A real Slurm on this machine for experiments: a controller and two virtual nodes, all on loopback,
+# for cluster=local_lab. It uses no network, no system service and no file outside its folder.
 #
-#   sudo launch/lab.sh start       prints what to put into your shell: export SLURM_CONF=...
+#   sudo launch/lab.sh start       prints the line for your shell: export SLURM_CONF=...
 #   sudo launch/lab.sh stop
 #
-# Needs root (each node gets a host name of its own in a private namespace) and Debian's or Ubuntu's
+# Needs root (each node gets its own host name in a private namespace) and Debian's or Ubuntu's
 # packages slurmctld, slurmd, slurm-client and munge. LAB_FOLDER (default /tmp/nemotron_train_lab)
 # holds configuration, keys, state and logs; LAB_NODES, LAB_CPUS (2 each) and LAB_PORT (17800, the
-# first of LAB_NODES + 1) say how large and where.
+# first of LAB_NODES + 1) set the size and the ports.
 set -euo pipefail
 
 folder=${LAB_FOLDER:-/tmp/nemotron_train_lab}
@@ -22,7 +22,7 @@ running() { # a daemon, by its pid file
     pid=$(cat "$1" 2>/dev/null) && [[ -n $pid ]] && kill -0 "$pid" 2>/dev/null
 }
 
-end() { # a daemon, by its pid file: asked first, killed after five seconds
+end() { # a daemon, by its pid file: SIGTERM first, SIGKILL after five seconds
     running "$1" || { rm -f "$1"; return 0; }
     local pid
     pid=$(cat "$1")
@@ -36,8 +36,8 @@ end() { # a daemon, by its pid file: asked first, killed after five seconds
 }
 
 write_configuration() {
-    # No cgroups, no accounting, no MPI: what a container has not got. AuthInfo's cred_expire is also
-    # how long a requeued job waits (two minutes by default); %n keeps the nodes' files apart.
+    # No cgroups, no accounting, no MPI, because a container lacks them. AuthInfo's cred_expire is
+    # also how long a requeued job waits (two minutes by default). %n keeps the nodes' files apart.
     cat >"$SLURM_CONF" <<CONF
 ClusterName=lab
 SlurmctldHost=$host(127.0.0.1)
@@ -91,7 +91,7 @@ CONF
     } >"$folder/hosts"
 }
 
-start_node() { # $1: its name. A private mount makes the nodes' names resolve, for it alone
+start_node() { # $1: its name. A private mount makes the nodes' names resolve for this node only
     unshare --mount --uts -- bash -c 'mount --bind "$1" /etc/hosts && hostname "$2" && exec slurmd -N "$2"' \
         _ "$folder/hosts" "$1"
 }
@@ -131,7 +131,7 @@ stop() {
 case ${1-} in
     start) start ;;
     stop) stop ;;
-    node) start_node "$2" ;;    # one node again, after it was killed
-    controller) slurmctld ;;    # the same
+    node) start_node "$2" ;;    # starts one node again after it was killed
+    controller) slurmctld ;;    # likewise the controller
     *) echo "usage: launch/lab.sh start|stop|node NAME|controller" >&2 && exit 2 ;;
 esac

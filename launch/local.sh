@@ -12,9 +12,10 @@ shift
 
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 python=$here/.venv/bin/python
-[[ -x $python ]] || python=python3 # a container that brings the environment itself
+[[ -x $python ]] || python=python3 # in a container that provides the environment
 
-# torchrun buries a mistake under its own report, and knows no exit code but 1: ask `plan` first.
+# torchrun hides a mistake under its own report and returns only exit code 1: check with `plan`
+# first.
 "$python" -m nemotron_train plan ranks="$ranks" "$@" >/dev/null
 
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # silences torchrun; each rank sets its own threads

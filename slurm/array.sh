@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# A sweep: each task of this array is one of its cells. Written by `nemotron-train sweep`; stands alone,
-# with the cells of your choice by number: `sbatch --array=0,3-5 FILE`.
+# A sweep: each task of this array is one of its cells. Written by `nemotron-train sweep`.
+# Self-contained: `sbatch --array=0,3-5 FILE` runs the cells with these numbers.
 # @SBATCH@
 set -euo pipefail
 
@@ -17,5 +17,5 @@ cd "$workdir"
 folder=$sweep_folder/$cell/slurm
 log=$folder/job_${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID.log
 echo "cell $SLURM_ARRAY_TASK_ID: $log"
-# The cell's own job goes on in this very process, which Slurm signals before the time limit.
+# The cell's own job continues in this process, which Slurm signals before the time limit.
 exec bash "$folder/job.sh" >>"$log" 2>&1

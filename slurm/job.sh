@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# A multi-node training job. Written by `nemotron-train slurm`; stands alone: `sbatch FILE`.
-# The lines between here and «settings» come from the cluster's recipe, the rest is the same for all.
+# A multi-node training job. Written by `nemotron-train slurm`. Self-contained: submit it with
+# `sbatch FILE`. The lines from here to 'settings' come from the cluster's recipe. The rest is the
+# same for all jobs.
 # @SBATCH@
 set -euo pipefail
 
@@ -8,13 +9,13 @@ set -euo pipefail
 # @SETTINGS@
 
 # --- one rank -------------------------------------------------------------------------------
-# Runs in every rank's place, in the container too, with the training command as its arguments.
-# Keeps the rank's own exit code where the batch script finds it: srun and torchrun know less. A
-# rank that stopped on request (3) reports success here, or --kill-on-bad-exit would end the ranks
-# that are still writing the run's summary.
+# Wraps every rank, also in the container. Its arguments are the training command. Stores the
+# rank's own exit code for the batch script, because srun and torchrun lose it. A rank that stopped
+# on request (3) reports success here. Otherwise --kill-on-bad-exit would end the ranks that are
+# still writing the run's summary.
 as_rank() {
     local code=0 log
-    trap : USR1 TERM # this shell outlives what asks the rank to stop
+    trap : USR1 TERM # this shell must outlive the signal that stops the rank
     if [[ $launcher == srun ]]; then
         export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS
         export LOCAL_RANK=$SLURM_LOCALID LOCAL_WORLD_SIZE=$ranks_per_node
@@ -23,18 +24,18 @@ as_rank() {
     exec >>"$log" 2>&1
     echo "--- job $SLURM_JOB_ID start $start on ${SLURMD_NODENAME-?}, $(date -u +%FT%TZ)"
     [[ -z $scratch ]] || mkdir -p "$TMPDIR"
-    # Signals that torchrun's own process ignores are none that a rank may ignore.
+    # The rank must not inherit the signals that torchrun's process ignores.
     env --default-signal=USR1,TERM "$@" || code=$?
     echo "--- rank $RANK ended with exit code $code"
-    # The first rank that fails says why; those ended because of it do not count.
+    # The first rank that fails gives the reason. Ranks that end because of it do not count.
     ((code == 0)) || (set -o noclobber && echo "$code $RANK" >"$ended") 2>/dev/null || true
     ((code != 3)) || code=0
     exit "$code"
 }
 
-# One task a node instead of one a rank: torchrun starts the ranks.
+# One task per node instead of one per rank: torchrun starts the ranks.
 as_torchrun() {
-    trap '' USR1 TERM # they reach the ranks without its help, which would be a second signal
+    trap '' USR1 TERM # the ranks get the signals anyway; forwarding would be a second signal
     export TORCHELASTIC_SIGNALS_TO_HANDLE=SIGQUIT
     exec "$python" -m torch.distributed.run --nnodes "$SLURM_NNODES" \
         --nproc-per-node "$ranks_per_node" --node-rank "$SLURM_NODEID" \
@@ -43,11 +44,11 @@ as_torchrun() {
 }
 
 # --- the chain ------------------------------------------------------------------------------
-# slurm/chain.log, one line an event, separated by tabs:
+# slurm/chain.log has one line per event, with tab-separated fields:
 #     time  begin  job  start  step  nodes
 #     time  end    job  start  step  exit code  what follows
-# `step` is that of the newest complete checkpoint. Lines from before a human deleted the file do
-# not count.
+# `step` is that of the newest complete checkpoint. A human who deletes the file resets the count of
+# starts.
 
 newest_step() {
     local manifest step newest=0
@@ -60,14 +61,14 @@ newest_step() {
     echo "$newest"
 }
 
-note() { # without a process of its own, which Slurm may be ending just now
+note() { # without a subprocess, which Slurm may be killing at this moment
     local IFS=$'\t' now
     TZ=UTC printf -v now '%(%FT%TZ)T' -1
     echo "$now"$'\t'"$*" >>"$chain_log"
 }
 
-# How many starts in a row, up to now, began at step $1. Having come further breaks the row, and so
-# does an end after which a human had to decide, but for the crash loop itself (4).
+# The number of consecutive starts, up to now, that began at step $1. Progress resets the count. So
+# does an end that needed a human decision, except the crash loop itself (4).
 starts_at() {
     [[ -e $chain_log ]] || { echo 0; return; }
     awk -F'\t' -v step="$1" '
@@ -76,7 +77,8 @@ starts_at() {
         END { print count + 0 }' "$chain_log"
 }
 
-# The end of this start: $1 the job's exit code, $2 why. The rest of the chain is called off.
+# The end of this start: $1 is the job's exit code, $2 the reason. The rest of the chain is
+# cancelled.
 stop_chain() {
     note end "$job" "$start" "$(newest_step)" "$1" "stop: $2"
     echo "nemotron-train: $run_folder: $2"
@@ -84,7 +86,8 @@ stop_chain() {
     exit "$1"
 }
 
-# Later links of this run by id: `scancel --name` would end another folder's run of that name.
+# Cancels later links of this run by id: `scancel --name` would end another folder's run of that
+# name.
 cancel_links() {
     [[ -e $run_folder/slurm/links ]] || return 0
     local link
@@ -94,7 +97,8 @@ cancel_links() {
     done <"$run_folder/slurm/links"
 }
 
-# A controller that restarts does not answer for a while; what one refuses that answers is final.
+# A restarting controller does not answer for a while. A refusal by a controller that answers is
+# final.
 requeue_job() {
     local tried answered
     for ((tried = 0; tried < 40; tried++)); do
@@ -107,7 +111,7 @@ requeue_job() {
     return 1
 }
 
-# What follows a start that did not finish the run.
+# Handles a start that did not finish the run.
 go_on() {
     [[ ! -e $run_folder/STOP ]] || stop_chain "$1" "asked to stop by $run_folder/STOP"
     if ((chain_links > 1)); then
@@ -174,9 +178,9 @@ case $launcher in
         ;;
 esac
 
-# The signal before the time limit comes to this shell alone; srun hands it on to the ranks.
+# The signal before the time limit reaches this shell only. srun forwards it to the ranks.
 trap 'asked=1 interrupted=1; [[ -z ${srun_pid-} ]] || kill -USR1 "$srun_pid" || true' USR1
-# Cancelled, out of time or preempted: whether the job starts again is Slurm's decision.
+# Cancelled, out of time or preempted: Slurm decides whether the job restarts.
 trap 'ended_by_slurm=1 interrupted=1' TERM
 
 echo "job $job start $start: $SLURM_NNODES node(s) $SLURM_JOB_NODELIST, from step" \
@@ -192,7 +196,7 @@ while :; do # `wait` also returns when a trap fires
 done
 if [[ -s $ended ]]; then
     read -r first_code rank <"$ended"
-    # A stop on request during which another rank failed is a failure.
+    # A stop on request during which another rank failed counts as a failure.
     ((first_code == 3 && code != 0)) || code=$first_code
     rm -f "$ended"
 fi

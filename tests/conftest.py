@@ -1,4 +1,4 @@
-"""Fixtures that tests of several folders share."""
+"""Fixtures shared by tests of several folders."""
 
 import io
 import json
@@ -45,8 +45,8 @@ SMALL_RUN = [
 
 @pytest.fixture(scope="session")
 def small_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    """A folder with prepared data, short documents packed several to a row, and the overrides of a
-    run there with every ingredient that takes seconds."""
+    """A folder with prepared data (short documents packed several to a row), and the overrides of a
+    run there that uses every feature and takes seconds."""
     from nemotron_train.cli.data import run_prepare
     from nemotron_train.data.prepare import PrepareConfig
 
@@ -70,28 +70,27 @@ def small_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]
 
 @pytest.fixture(scope="session")
 def metrics() -> Callable[[Path], list[dict]]:
-    """Reads the lines of a run folder's metrics.jsonl, but the times."""
+    """Reads the lines of a run folder's metrics.jsonl, without the timings."""
     return _metrics
 
 
 @pytest.fixture(scope="session")
 def weights() -> Callable[[Path, int], dict[str, object]]:
-    """Reads what a run folder's checkpoint of a step holds."""
+    """Reads the contents of a run folder's checkpoint of a step."""
     return _weights
 
 
 def _metrics(folder: Path) -> list[dict]:
-    """All lines but the times."""
+    """All lines, without the timings."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if not is_timing(k)} for row in rows]
 
 
 def _weights(folder: Path, step: int) -> dict[str, object]:
-    """Every saved tensor (its bytes) and every other saved value, and the data's cursor.
+    """Every saved tensor (its bytes), every other saved value, and the data cursor.
 
-    The values are compared, not their pickles, which also tell which equal strings were one
-    object: a loaded state differs there from one that was never saved.
-    """
+    Values are compared, not their pickles. A pickle also records which equal strings were one
+    object, and in that a loaded state differs from one that was never saved."""
     import torch
     from torch.distributed.checkpoint import FileSystemReader
 
@@ -109,7 +108,7 @@ def _weights(folder: Path, step: int) -> dict[str, object]:
 
 @pytest.fixture(scope="module")
 def groups() -> Iterator[object]:
-    """Megatron's process groups over this one process; anew in each module, since a run in this
+    """Megatron's process groups over this one process. New in each module, since a run in this
     process ends them."""
     from nemotron_train.platform import device
 
@@ -127,7 +126,8 @@ def groups() -> Iterator[object]:
 
 @pytest.fixture(scope="module")
 def in_small_run(small_run: tuple[Path, list[str]]) -> Iterator[None]:
-    """Stands in the small run's folder; gives back the handlers that runs in this process set."""
+    """Changes to the small run's folder; at the end restores the signal handlers that runs in this
+    process replace."""
     from nemotron_train.train.stop import SIGNALS
 
     before, handlers = Path.cwd(), [(number, signal.getsignal(number)) for number in SIGNALS]

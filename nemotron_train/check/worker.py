@@ -41,7 +41,7 @@ def main(task_path: str) -> None:
 
     # All processes start with the same seeds, so state missing from the checkpoint becomes visible.
     random.seed(config.train.seed)
-    np.random.seed(config.train.seed)
+    np.random.seed(config.train.seed % 2**32)
     train_data, validation_data = open_data(config, lambda text: None)
     batches: Any = RecordedBatches(train_data)
     groups = process_groups.start(config.parallel, platform.backend)

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nemotron_train.cli.verbs import Verb, open_console
-from nemotron_train.compose.compose import compose_config, parse_overrides, to_typed
+from nemotron_train.compose.compose import compose_config, to_typed
+from nemotron_train.compose.overrides import is_knob, parse_overrides
 from nemotron_train.config.errors import ConfigError
 from nemotron_train.config.schema import Config, Dtype
 
@@ -15,9 +16,9 @@ def run_convert_merge(arguments: argparse.Namespace) -> int:
     """Run `convert merge`. Words with `=` are knobs, all others are checkpoints."""
     from nemotron_train.convert.merge_weights import MergeConfig
 
-    knobs = [word for word in arguments.words if "=" in word]
-    checkpoints = [word for word in arguments.words if "=" not in word]
-    config = to_typed(MergeConfig, {}, parse_overrides(knobs))
+    knobs = [word for word in arguments.words if is_knob(word)]
+    checkpoints = [word for word in arguments.words if not is_knob(word)]
+    config = to_typed(MergeConfig, {}, parse_overrides(knobs, MergeConfig))
     from nemotron_train.convert.merge import merge
 
     merge(checkpoints, config, open_console())

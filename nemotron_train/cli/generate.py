@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from nemotron_train.cli.verbs import Verb
-from nemotron_train.compose.compose import parse_overrides, to_typed
+from nemotron_train.compose.compose import to_typed
+from nemotron_train.compose.overrides import is_knob, parse_overrides
 from nemotron_train.config.errors import ConfigError
 
 # Knobs whose value is taken literally (spaces, quotes, brackets) and that may be repeated.
@@ -25,7 +26,7 @@ def runs_and_knobs(schema: Any, words: Sequence[str], most_runs: int = 1) -> tup
         name, equals, value = word.partition("=")
         if equals and name in _TEXTS and name in schema.__dataclass_fields__:
             texts.setdefault(name, []).append(value)
-        elif equals:
+        elif is_knob(word):
             overrides.append(word)
         else:
             runs.append(word)
@@ -33,7 +34,7 @@ def runs_and_knobs(schema: Any, words: Sequence[str], most_runs: int = 1) -> tup
         expected = "one run is needed" if most_runs == 1 else f"name one run or up to {most_runs}"
         actual = f"{len(runs)} are given: {' '.join(runs)}" if runs else "none is given"
         raise ConfigError(f"{expected}, RUN_FOLDER or RUN_FOLDER@STEP; {actual}")
-    knobs = to_typed(schema, texts, parse_overrides(overrides))
+    knobs = to_typed(schema, texts, parse_overrides(overrides, schema))
     _prepare(knobs)
     return runs, knobs
 

@@ -6,7 +6,9 @@ implementation on use, so that `--help` and `plan` never load torch.
 """
 
 import argparse
+import io
 import math
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +22,8 @@ from nemotron_train.cli.report import REPORT_VERBS
 from nemotron_train.cli.slurm import SLURM_VERBS
 from nemotron_train.cli.sweep import SWEEP_VERBS
 from nemotron_train.cli.verbs import OVERRIDES_HELP, Verb, open_console, run_arguments
-from nemotron_train.compose.compose import compose_config, nearest, parse_overrides, to_typed
+from nemotron_train.compose.compose import compose_config, nearest, to_typed
+from nemotron_train.compose.overrides import parse_overrides
 from nemotron_train.config.errors import ConfigError
 from nemotron_train.config.schema import Config
 
@@ -63,7 +66,7 @@ def run_data_prepare(arguments: argparse.Namespace) -> int:
     from nemotron_train.cli.data import run_prepare
     from nemotron_train.data.prepare import PrepareConfig
 
-    run_prepare(to_typed(PrepareConfig, {}, parse_overrides(arguments.overrides)))
+    run_prepare(to_typed(PrepareConfig, {}, parse_overrides(arguments.overrides, PrepareConfig)))
     return EXIT_DONE
 
 
@@ -79,7 +82,7 @@ def run_propose(arguments: argparse.Namespace) -> int:
     """Run `precision propose`."""
     from nemotron_train.report.propose import ProposeConfig, propose
 
-    knobs = to_typed(ProposeConfig, {}, parse_overrides(arguments.overrides))
+    knobs = to_typed(ProposeConfig, {}, parse_overrides(arguments.overrides, ProposeConfig))
     propose(arguments.run, knobs, open_console())
     return EXIT_DONE
 
@@ -244,10 +247,24 @@ def _dispatch(words: Sequence[str]) -> int:
     return verb.run(parser.parse_intermixed_args(words[num_words:]))
 
 
+def _print_in_any_encoding() -> None:
+    """Let a terminal or a pipe that is not UTF-8 show `?` instead of ending the verb."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="replace")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return its exit code (docs/cli.md)."""
+    _print_in_any_encoding()
     try:
-        return _dispatch(sys.argv[1:] if argv is None else argv)
+        try:
+            return _dispatch(sys.argv[1:] if argv is None else argv)
+        finally:
+            sys.stdout.flush()  # here, where a closed pipe can still be handled
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
     except ConfigError as error:
         print("nemotron-train:", " ".join(str(error).splitlines()), file=sys.stderr)
         return EXIT_CONFIG

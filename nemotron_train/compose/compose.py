@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nemotron_train.compose.overrides import parse_overrides
 from nemotron_train.compose.recipe_files import (
     RECIPE_FILE_ENDS,
     load_recipe_file,
     load_run_recipe,
-    load_yaml,
     nearest,
     recipe_chain,
     recipes_folder,
@@ -29,6 +29,7 @@ from nemotron_train.compose.recipe_files import (
 from nemotron_train.config.errors import ConfigError
 from nemotron_train.config.knobs import differences
 from nemotron_train.config.schema import Config
+from nemotron_train.config.yaml_file import load_yaml
 from nemotron_train.run_folder.lineage import LINEAGE, apply_recorded, parse_branch
 
 
@@ -61,7 +62,7 @@ def compose_config(overrides: Sequence[str], config_file: Path | None = None) ->
         values = [override for override in values if override.key_or_group != "branch"]
     else:
         assert config_file is not None
-        base = load_yaml(config_file, f"--config {config_file}")
+        base = load_yaml(config_file, f"--config {config_file}", Config, resolvers=False)
     if "precision" in groups:
         base["precision"] = _compose_recipes([groups["precision"]])["precision"]
     if "run" in groups:
@@ -78,7 +79,8 @@ def layers(overrides: Sequence[str], config_file: Path | None = None) -> list[La
     result: list[Layer] = []
     if resume or branch:
         folder = Path(resume) if resume else parse_branch(branch)[0]
-        stored = load_yaml(folder / "config.yaml", f"resume={resume}" if resume else branch)
+        requested_by = f"resume={resume}" if resume else branch
+        stored = load_yaml(folder / "config.yaml", requested_by, Config, resolvers=False)
         loaded = _load_run_config(folder) if resume else _load_parent_config(branch)
         result.append(Layer(str(folder / "config.yaml"), _raw(stored)))
         changed = differences(_raw(stored), _raw(loaded))
@@ -87,7 +89,11 @@ def layers(overrides: Sequence[str], config_file: Path | None = None) -> list[La
             source = str(folder / LINEAGE) if is_recorded else "what this start is"
             result.append(Layer(source, _nested(knob, value)))
     elif config_file is not None:
-        result.append(Layer(str(config_file), _raw(load_yaml(config_file, "--config"))))
+        result.append(
+            Layer(
+                str(config_file), _raw(load_yaml(config_file, "--config", Config, resolvers=False))
+            )
+        )
     if not result:
         result += _recipe_layers(list(groups.values()))
     else:
@@ -113,7 +119,7 @@ def _sorted_overrides(
 ) -> tuple[dict[str, Any], list[Any], str, str]:
     """The overrides that select recipes, by group; the overrides that set knobs; the values of
     `resume=` and `branch=`, or ""."""
-    parsed = parse_overrides(overrides)
+    parsed = parse_overrides(overrides, Config)
     groups = {override.key_or_group: override for override in parsed if _is_group(override)}
     values = [override for override in parsed if not _is_group(override)]
     resume, branch = (
@@ -157,34 +163,6 @@ def to_typed(schema: type, base: Any, overrides: Sequence[Any]) -> Any:
         return OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
         raise _as_config_error(error, knobs) from error
-
-
-def parse_overrides(overrides: Sequence[str], sweeps: bool = False) -> list[Any]:
-    """Parse overrides into Hydra's `Override` objects.
-
-    Raises ConfigError for an argument that is not `KNOB=VALUE`, for the deletion of a knob, and,
-    unless `sweeps` is true, for an override with several values.
-    """
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
-    parser = OverridesParser.create()
-    parsed = []
-    for text in overrides:
-        try:
-            override = parser.parse_override(text)
-        except HydraException as error:
-            reason = str(error).splitlines()[0]
-            raise ConfigError(f"{text!r} is no override KNOB=VALUE ({reason})") from error
-        if override.is_delete():
-            raise ConfigError(f"{text}: a knob cannot be deleted; set it with KNOB=VALUE")
-        if override.is_sweep_override() and not sweeps:
-            raise ConfigError(
-                f"{text}: several values at once are a sweep; give one value, or use "
-                "`nemotron-train sweep`"
-            )
-        parsed.append(override)
-    return parsed
 
 
 def _is_group(override: Any) -> bool:
@@ -303,7 +281,7 @@ def _load_from_run(folder: Path, requested_by: str, before_step: int | None = No
 
     if not folder.is_dir():
         raise ConfigError(f"{requested_by}: no such run folder")
-    base = load_yaml(folder / "config.yaml", requested_by)
+    base = load_yaml(folder / "config.yaml", requested_by, Config, resolvers=False)
     apply_recorded(base, folder, before_step)
     # These knobs applied to one earlier process, not to the run.
     one_time_knobs = {"train": {"stop_after_steps": 0}, "switch_precision": False}
@@ -324,10 +302,7 @@ def _set_knob(config: Any, override: Any) -> None:
         else:
             OmegaConf.update(config, key, value)
     except ValidationError as error:
-        # Users write token counts as 1e9, which parses as a float; accept it for an int field.
-        if not (isinstance(value, float) and value.is_integer()):
-            raise ConfigError(f"{override.input_line}: {str(error).splitlines()[0]}") from error
-        OmegaConf.update(config, key, int(value))
+        raise ConfigError(f"{override.input_line}: {str(error).splitlines()[0]}") from error
 
 
 def _knobs(config: Any, prefix: str = "") -> Iterator[str]:

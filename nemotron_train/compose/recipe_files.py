@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from nemotron_train.config.errors import ConfigError
+from nemotron_train.config.schema import Config
+from nemotron_train.config.typed_values import knob_type
+from nemotron_train.config.yaml_file import load_yaml
 
 RECIPE_FILE_ENDS = (".yaml", ".yml")
 
@@ -33,7 +36,7 @@ def load_recipe_file(group: str, path: Path) -> Any:
 def recipe_chain(group: str, path: Path) -> list[tuple[Path, Any]]:
     """(path, contents) of each file that a user's recipe is merged from, in merge order. Raises
     ConfigError (see `load_yaml`)."""
-    loaded = load_yaml(path, f"{group}={path}")
+    loaded = load_yaml(path, f"{group}={path}", knob_type(Config, group))
     defaults = list(loaded.pop("defaults", []))
     chain: list[tuple[Path, Any]] = []
     for name in defaults if "_self_" in defaults else [*defaults, "_self_"]:
@@ -66,7 +69,7 @@ def load_run_recipe(choice: str) -> tuple[Path, Any]:
                 f"there are {', '.join(choices)}"
             )
         path = recipes_folder() / "run" / f"{choice}.yaml"
-    recipe = load_yaml(path, f"run={choice}")
+    recipe = load_yaml(path, f"run={choice}", Config)
     if "defaults" in recipe:
         raise ConfigError(
             f"run={choice}: picks other recipes, which cannot be laid over a parent's "
@@ -74,27 +77,6 @@ def load_run_recipe(choice: str) -> tuple[Path, Any]:
             "run=context_extension"
         )
     return path, recipe
-
-
-def load_yaml(path: Path, requested_by: str) -> Any:
-    """Load a YAML file as an OmegaConf dictionary.
-
-    requested_by: the option that names the file, for the error message. Raises ConfigError if the
-    file is missing, is not readable or does not contain a dictionary.
-    """
-    from omegaconf import OmegaConf
-    from yaml import YAMLError
-
-    try:
-        loaded = OmegaConf.load(path)
-    except FileNotFoundError:
-        raise ConfigError(f"{requested_by}: there is no {path}") from None
-    except (OSError, UnicodeDecodeError, YAMLError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"{requested_by}: {path} cannot be read ({reason})") from error
-    if not OmegaConf.is_dict(loaded):
-        raise ConfigError(f"{requested_by}: {path} holds no configuration")
-    return loaded
 
 
 def nearest(name: str, names: Sequence[str]) -> str:

@@ -22,6 +22,7 @@ from nemotron_train.generate.checkpoint import open_checkpoint, open_tokenizer
 from nemotron_train.generate.engine import Continuation, Engine
 from nemotron_train.generate.knobs import DecodingKnobs, Sampling
 from nemotron_train.generate.text import GrowingText
+from nemotron_train.platform.files import check_output, write_output
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -155,6 +156,8 @@ def evaluate_harness(run: str, knobs: HarnessConfig) -> dict[str, Any]:
     for name in ("batch", "prefill_chunk"):
         if getattr(knobs, name) < 1:
             raise ConfigError(f"{name}={getattr(knobs, name)}: give 1 or more")
+    if knobs.output:
+        check_output(Path(knobs.output), "output")
     if knobs.include_path and not Path(knobs.include_path).is_dir():
         raise ConfigError(f"include_path={knobs.include_path}: no such folder")
     manager = TaskManager(include_path=knobs.include_path or None)
@@ -181,7 +184,7 @@ def evaluate_harness(run: str, knobs: HarnessConfig) -> dict[str, Any]:
         console.print(_table(results["results"]))
         if knobs.output and model.is_first_rank:
             text = json.dumps({"checkpoint": str(model.checkpoint)} | dict(results), default=str)
-            Path(knobs.output).write_text(text + "\n")
+            write_output(Path(knobs.output), text + "\n", "output")
             console.print(f"wrote {knobs.output}", highlight=False)
     return results["results"]
 

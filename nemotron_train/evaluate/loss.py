@@ -24,7 +24,7 @@ from nemotron_train.evaluate.acceptance import validation_folders
 from nemotron_train.evaluate.knobs import LossConfig, check_reading
 from nemotron_train.evaluate.positions import check_tokenizer
 from nemotron_train.generate.checkpoint import LoadedCheckpoint, open_checkpoint
-from nemotron_train.platform.files import write_atomically
+from nemotron_train.platform.files import check_output, write_output
 from nemotron_train.train.train_step import count_targets, micro_batches
 
 ROWS_A_PASS = 4  # rows per forward pass
@@ -57,6 +57,8 @@ def evaluate_loss(run: str, knobs: LossConfig) -> list[FolderLoss]:
     ranks of this launch.
     """
     check_reading(knobs)
+    if knobs.output:
+        check_output(Path(knobs.output), "output")
     console = Console(width=120)
     with open_checkpoint(run, knobs, console.print) as model:
         console.quiet = not model.is_first_rank
@@ -147,4 +149,4 @@ def _table(losses: list[FolderLoss]) -> Table:
 def _write(path: Path, checkpoint: str, split: str, losses: list[FolderLoss]) -> None:
     folders = [asdict(loss) | {"bits_a_byte": loss.bits_a_byte} for loss in losses]
     content = {"checkpoint": checkpoint, "split": split, "folders": folders}
-    write_atomically(path, json.dumps(content, indent=1) + "\n")
+    write_output(path, json.dumps(content, indent=1) + "\n", "output")

@@ -10,6 +10,7 @@ over the token's index, both on log scales, with a fitted power law. It also sho
 octave, which does not include earlier tokens.
 """
 
+import contextlib
 import json
 import math
 import statistics
@@ -30,7 +31,8 @@ from nemotron_train.evaluate.acceptance import validation_folders
 from nemotron_train.evaluate.knobs import PositionsConfig, check_reading
 from nemotron_train.generate.checkpoint import LoadedCheckpoint, open_checkpoint, resolve_checkpoint
 from nemotron_train.generate.engine import Engine
-from nemotron_train.platform.files import replacing
+from nemotron_train.platform.files import check_output, replacing, write_output
+from nemotron_train.run_folder.checkpoint_metadata import tokenizer_of
 
 # Points of the cumulative curve per octave, evenly spaced on the log scale, for fit and figure.
 POINTS_AN_OCTAVE = 8
@@ -74,6 +76,10 @@ def evaluate_positions(runs: Sequence[str], knobs: PositionsConfig) -> list[Curv
     trained with another tokenizer. COLLECTIVE over the ranks of this launch.
     """
     check_reading(knobs)
+    for path in _paths(Path(knobs.output)):
+        with contextlib.suppress(OSError):  # `check_output` says what is wrong
+            path.parent.mkdir(parents=True, exist_ok=True)
+        check_output(path, "output")
     for run in runs:  # find errors in every run before measuring the first, which may take hours
         resolve_checkpoint(run, knobs)
     console, curves = Console(width=120), []
@@ -119,7 +125,7 @@ def check_tokenizer(model: LoadedCheckpoint, folders: Sequence[Path]) -> None:
 
     A checkpoint that records no tokenizer passes.
     """
-    trained_sha256 = json.loads((model.checkpoint / "data.json").read_text()).get("tokenizer", "")
+    trained_sha256 = tokenizer_of(model.checkpoint)
     for folder in folders:
         prepared_sha256 = load_manifest(folder).tokenizer.sha256
         if trained_sha256 and prepared_sha256 != trained_sha256:
@@ -214,12 +220,16 @@ def _verdict(curve: Curve) -> str:
     )
 
 
+def _paths(output: Path) -> tuple[Path, Path]:
+    """OUTPUT.json and OUTPUT.png."""
+    return output.with_name(output.name + ".json"), output.with_name(output.name + ".png")
+
+
 def write(curves: Sequence[Curve], output: Path) -> list[Path]:
     """Write OUTPUT.json and OUTPUT.png; returns both paths."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    data = output.with_name(output.name + ".json")
-    data.write_text(json.dumps([asdict(curve) for curve in curves], indent=1) + "\n")
-    picture = output.with_name(output.name + ".png")
+    data, picture = _paths(output)
+    text = json.dumps([asdict(curve) for curve in curves], indent=1) + "\n"
+    write_output(data, text, "output")
     _draw(curves, picture)
     return [data, picture]
 

@@ -28,7 +28,7 @@ from nemotron_train.platform.runtime import Runtime, start_runtime
 from nemotron_train.run_folder import checkpoint_metadata
 from nemotron_train.run_folder.branch import branch_checkpoint
 from nemotron_train.run_folder.folder import read_config
-from nemotron_train.run_folder.lineage import parse_branch
+from nemotron_train.run_folder.lineage import parse_run
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,10 @@ def resolve_checkpoint(run: str, knobs: ModelKnobs) -> ResolvedCheckpoint:
     sharded over these ranks.
     """
     check_model_knobs(knobs)
-    folder, step = parse_branch(run) if "@" in run else (Path(run), None)
+    folder, step = parse_run(run)
     if not folder.is_dir():
         raise ConfigError(f"{run}: no such run folder; give RUN_FOLDER or RUN_FOLDER@STEP")
-    checkpoint = branch_checkpoint(run) if step is not None else None
+    checkpoint = branch_checkpoint(f"{folder}@{step}") if step is not None else None
     num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
     config, plan = _inference_layout(read_config(folder, step), knobs, num_ranks)
     return ResolvedCheckpoint(folder, checkpoint, config, plan)

@@ -18,6 +18,7 @@ from nemotron_train.generate.engine import Continuation, Costs, Engine
 from nemotron_train.generate.knobs import GenerateConfig, check_decoding, check_sampling
 from nemotron_train.generate.speculative import Acceptance
 from nemotron_train.generate.text import GrowingText
+from nemotron_train.platform.files import check_output, text_lines, write_output
 
 
 def generate(run: str, knobs: GenerateConfig) -> None:
@@ -27,6 +28,8 @@ def generate(run: str, knobs: GenerateConfig) -> None:
     `output` cannot be written.
     """
     prompts = check_and_read(knobs)
+    if knobs.output:
+        check_output(Path(knobs.output), "output")
     console = Console(stderr=True, width=None if sys.stderr.isatty() else 120)
     with open_checkpoint(run, knobs, console.print) as model:
         if not model.is_first_rank:
@@ -87,7 +90,7 @@ def check_speculative(speculative: bool, model: LoadedCheckpoint) -> None:
 
 def _read_prompts(path: Path) -> list[str]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = text_lines(path)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"prompts={path}: cannot be read ({error})") from error
     lines = [line for line in lines if line.strip()]
@@ -142,20 +145,18 @@ def _write(
     sequences: Sequence[Continuation],
     texts: Sequence[GrowingText],
 ) -> None:
-    try:
-        with path.open("w", encoding="utf-8") as file:
-            for sequence in sequences:
-                record = {
-                    "prompt": prompts[sequence.number // samples],
-                    "text": texts[sequence.number].text,
-                    "ended_by": sequence.ended_by,
-                    "prompt_tokens": sequence.prompt,
-                    "tokens": sequence.new,
-                    "log_probabilities": sequence.log_probabilities,
-                }
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
-    except OSError as error:
-        raise ConfigError(f"output={path}: cannot be written ({error})") from error
+    lines = []
+    for sequence in sequences:
+        record = {
+            "prompt": prompts[sequence.number // samples],
+            "text": texts[sequence.number].text,
+            "ended_by": sequence.ended_by,
+            "prompt_tokens": sequence.prompt,
+            "tokens": sequence.new,
+            "log_probabilities": sequence.log_probabilities,
+        }
+        lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+    write_output(path, "".join(lines), "output")
 
 
 def summary(costs: Costs, acceptance: Acceptance | None) -> list[str]:

@@ -104,6 +104,9 @@ _ZERO_OR_MORE = (
 _BELOW_ONE = ("optim.beta1", "optim.beta2")
 
 
+MAX_SEED = 2**62 - 1
+
+
 def _check_signs(config: Config) -> None:
     """Check ranges. The comparisons are written so that NaN fails them."""
     for knob in _ABOVE_ZERO:
@@ -118,6 +121,12 @@ def _check_signs(config: Config) -> None:
         value = attrgetter(knob)(config)
         if not 0 <= value < 1:
             raise ConfigError(f"{knob}={value}: must be at least 0 and below 1")
+    if (
+        config.train.seed > MAX_SEED
+    ):  # torch and Megatron-Core keep seeds, and sums of them, in int64
+        raise ConfigError(
+            f"train.seed={config.train.seed}: must be from 0 to {MAX_SEED} (2^62 - 1)"
+        )
 
 
 def _check_name(name: str) -> None:

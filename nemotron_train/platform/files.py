@@ -8,6 +8,9 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
+
+from nemotron_train.config.errors import ConfigError
 
 
 def flush_to_disk(path: Path) -> None:
@@ -43,6 +46,60 @@ def write_durably(path: Path, text: str) -> None:
     """Write a text file in place and flush it to disk."""
     path.write_text(text, encoding="utf-8")
     flush_to_disk(path)
+
+
+def check_output(path: Path, knob: str) -> None:
+    """Raises ConfigError if no file can be written at `path`: no such folder, a folder in its
+    place, no permission. Verbs ask before the work, which may take hours. knob: the option."""
+    if path.is_dir():
+        raise ConfigError(f"{knob}={path}: is a folder; give the name of a file")
+    folder = path.parent
+    if not folder.is_dir():
+        raise ConfigError(f"{knob}={path}: there is no folder {folder}; make it first")
+    target = path if path.exists() else folder
+    if not os.access(target, os.W_OK):
+        raise ConfigError(f"{knob}={path}: {target} cannot be written (no permission)")
+
+
+def write_output(path: Path, text: str, knob: str) -> None:
+    """Write a result atomically. Raises ConfigError where that fails, the disk full, say."""
+    try:
+        write_atomically(path, text)
+    except OSError as error:
+        raise ConfigError(f"{knob}={path}: cannot be written ({error.strerror})") from None
+
+
+def text_lines(path: Path) -> list[str]:
+    """Lines of a UTF-8 text file, without a byte order mark. Only line feeds and carriage returns
+    end a line: U+2028, U+0085 and form feeds are text. Raises OSError or UnicodeDecodeError."""
+    text = path.read_text(encoding="utf-8-sig")  # universal newlines: CR LF and CR become LF
+    return text.removesuffix("\n").split("\n") if text else []
+
+
+def heal_last_line(path: Path) -> None:
+    """End an incomplete last line of a line file, which a full disk or a crash has left. The next
+    line then stands alone, and readers skip the incomplete one. No file: nothing to do."""
+    try:
+        with open(path, "rb+") as file:
+            if file.seek(0, os.SEEK_END) and not _ends_a_line(file):
+                file.seek(0, os.SEEK_END)
+                file.write(b"\n")
+    except FileNotFoundError:
+        pass
+
+
+def _ends_a_line(file: IO[bytes]) -> bool:
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) == b"\n"
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append one line to a line file, durably, after healing an incomplete last line."""
+    heal_last_line(path)
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(line + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def file_sha256(path: Path, *, flush: bool = False, follow_links: bool = True) -> str:

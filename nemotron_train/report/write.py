@@ -40,19 +40,27 @@ KEPT += ("model_flops_utilization",)
 def report(folders: Sequence[Path], output: Path | None, console: Console) -> list[Path]:
     """Prints tables and writes plots and the HTML page; returns the paths of the written files.
 
-    `output`: path of the page, None for report.html in or above the folders. Raises ConfigError if
-    no run has logged a step, if a folder cannot be read or if the page cannot be written."""
+    `output`: path of the page, None for report.html in or above the folders. A run that cannot be
+    read is named and left out. Raises ConfigError if no run can be read or has logged a step, and
+    if the page cannot be written."""
     plain, sweeps = _split_folders(folders)
     order = [*plain, *(cell for folder in sweeps for cell in cell_folders(folder))]
     order = [folder for folder in order if folder in plain or (folder / "metrics.jsonl").exists()]
     data = PageData(len(order))
     with ThreadPoolExecutor(READ_AHEAD) as threads:
         reader = _Reader(data, order, threads, draws=len(order) <= MAX_PICTURED)
-        runs = [reader(folder) for folder in plain]
+        runs, problems = _read_all(reader, plain)
         swept = [read_sweep(folder, reader) for folder in sweeps]
     pairs = find_pairs(runs)
     if not reader.runs:
-        raise ConfigError(f"{folders[0]}: no run in it has logged a step yet")
+        raise (
+            problems[0]
+            if problems
+            else ConfigError(f"{folders[0]}: no run in it has logged a step yet")
+        )
+    for problem in problems:
+        text = f"left out: {problem}"
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
     page = output or _page_path(plain, sweeps)
     written = list(reader.pictures)
     labels = label_runs(reader.runs)
@@ -75,6 +83,17 @@ def report(folders: Sequence[Path], output: Path | None, console: Console) -> li
     except OSError as error:
         raise ConfigError(f"--output {page}: cannot be written ({error.strerror})") from None
     return written
+
+
+def _read_all(reader: "_Reader", folders: Sequence[Path]) -> tuple[list[Run], list[ConfigError]]:
+    """The runs that can be read, and why the others cannot: one bad run does not hide the rest."""
+    runs, problems = [], []
+    for folder in folders:
+        try:
+            runs.append(reader(folder))
+        except ConfigError as problem:
+            problems.append(problem)
+    return runs, problems
 
 
 class _Reader:

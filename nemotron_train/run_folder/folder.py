@@ -26,13 +26,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemotron_train.config.errors import ConfigError
 from nemotron_train.config.knobs import PHASES, adds_phases, differences, is_free, to_plain
 from nemotron_train.config.schema import Config, DataPhase, PrecisionConfig
 from nemotron_train.config.secrets import without_secrets
+from nemotron_train.config.yaml_file import load_yaml
 from nemotron_train.plan.derive import Derived
 from nemotron_train.plan.precision.record import plan_record
 from nemotron_train.plan.precision.resolve import PrecisionPlan, resolve_plan
@@ -278,7 +279,7 @@ def read_config(folder: Path, before_step: int | None = None) -> Config:
     """
     path = folder / "config.yaml"
     try:
-        loaded = cast(DictConfig, OmegaConf.load(path))
+        loaded = load_yaml(path, str(folder), Config, resolvers=False)
         apply_recorded(loaded, folder, before_step)
         merged = OmegaConf.merge(OmegaConf.structured(Config), loaded)
         return cast(Config, OmegaConf.to_object(merged))

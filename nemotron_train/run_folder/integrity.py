@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from nemotron_train.config.errors import ConfigError
-from nemotron_train.platform.files import file_sha256, flush_to_disk, write_durably
+from nemotron_train.platform.files import append_line, file_sha256, flush_to_disk, write_durably
 
 STEP_FOLDER = re.compile(r"step_([0-9]{8})")
 LEFTOVER = re.compile(r"\.step_[0-9]{8}\.(partial|dropped)")
@@ -323,10 +323,7 @@ def commit(final: Path, sums: Mapping[str, str], check_held: Callable[[], None])
     check_held()
     record = {"step": step, "manifest": hashlib.sha256(text.encode()).hexdigest()}
     record["time"] = round(time.time(), 3)
-    with open(final.parent.parent / RECORD, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    append_line(final.parent.parent / RECORD, json.dumps(record))
     flush_to_disk(final.parent.parent)
     dropped = final.with_name(f".{final.name}.dropped")
     if final.exists():  # damaged, or left by a process that was killed after this step

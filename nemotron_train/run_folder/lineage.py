@@ -34,6 +34,16 @@ def parse_branch(text: str) -> tuple[Path, int]:
     return Path(os.path.normpath(run)), int(step)
 
 
+def parse_run(text: str) -> tuple[Path, int | None]:
+    """The folder and the step that `RUN` or `RUN@STEP` names. A folder whose name holds an @ is
+    taken as it is if it exists."""
+    run, at, step = text.rpartition("@")
+    names_step = bool(at and run) and step.isdecimal() and step.isascii()
+    if Path(text).is_dir() or not names_step:
+        return Path(text), None
+    return Path(os.path.normpath(run)), int(step)
+
+
 def read_lineage(folder: Path) -> dict[str, Any]:
     """Contents of the run folder's `lineage.json`; {} if there is no file.
 

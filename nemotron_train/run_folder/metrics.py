@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol, Self
 
 from nemotron_train.config.schema import LoggingConfig
-from nemotron_train.platform.files import write_atomically
+from nemotron_train.platform.files import heal_last_line, write_atomically
 from nemotron_train.run_folder.metric_groups import grouped
 
 
@@ -46,6 +46,7 @@ class MetricsWriter:
         self._say = say
         self._path = path
         _keep_until(path, resume_step)
+        heal_last_line(path)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
 
     def write(self, metrics: Mapping[str, Any]) -> None:
@@ -73,6 +74,7 @@ class MetricsWriter:
         """
         self._file.close()
         _keep_until(self._path, step)
+        heal_last_line(self._path)
         self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
 
     def close(self) -> None:
@@ -205,7 +207,7 @@ def _keep_until(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept_lines = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             metrics = json.loads(line)
         except ValueError:

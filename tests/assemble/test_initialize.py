@@ -1,8 +1,9 @@
-"""The scale of the initial weights, by name.
+"""Scale of the initial weights, by parameter name.
 
-Second truth: Megatron-Core's init_method (normal, std) and output_layer_init_method, which divides
-by the root of twice the layers for two sublayers a layer; here each pattern letter is one sublayer.
-Not covered: that every layout draws the same weights (tests/distributed).
+Second truth: Megatron-Core's init_method (normal, std) and output_layer_init_method. The latter
+divides by the square root of twice the number of layers, for two sublayers per layer; here each
+pattern letter is one sublayer. Not covered: that every layout draws the same weights
+(tests/distributed).
 """
 
 import math
@@ -33,6 +34,6 @@ SHAPE = (512, 512)
     ],
 )
 def test_only_what_writes_to_the_residual_stream_is_scaled_down(name: str, factor: float) -> None:
-    """The standard deviation of n draws has a relative error of 1 / sqrt(2 n), 0.14 % here."""
+    """The standard deviation of n draws has a relative error of 1 / sqrt(2 n), here 0.14 %."""
     weights = draw(name, SHAPE, MODEL, torch.Generator().manual_seed(0))
     assert float(weights.std()) == pytest.approx(0.02 * factor, rel=5 / math.sqrt(2 * 512 * 512))

@@ -1,7 +1,7 @@
-"""Activation recomputation on one rank: losses, gradients and counts of every kind and mode equal
-those of a model that keeps everything, bit for bit, and less is kept.
+"""Activation recomputation on one rank. For every kind and mode, losses, gradients and token counts
+are bit-identical to those of a model without recomputation, and fewer bytes stay alive.
 
-Second truth: the same model without recomputation. What is kept is read from the C library's heap.
+Second truth: the same model without recomputation. Live bytes are read from the C library's heap.
 Not covered: several ranks and telemetry (tests/distributed/test_recompute.py), Transformer Engine.
 """
 
@@ -50,8 +50,8 @@ def losses(model: torch.nn.Module, seed: int, length: int = LENGTH) -> torch.Ten
 
 
 def outcome(config: Config, groups: object) -> Iterator[tuple[str, torch.Tensor]]:
-    """What two micro-batches leave behind: losses, FP32 gradients, the routers' counts. The second
-    starts forward before the first went backward, as in a pipeline."""
+    """The results of two micro-batches: losses, FP32 gradients and the routers' counts. The second
+    forward pass runs before the first backward pass, as in a pipeline."""
     model = built(config, groups)
     first, second = losses(model, 1), losses(model, 2)
     first.sum().backward()
@@ -89,7 +89,7 @@ class _Heap(ctypes.Structure):
 
 
 def bytes_in_use() -> int:
-    """Of the C library's heap, where torch's CPU tensors lie."""
+    """Bytes in use on the C library's heap, where torch allocates its CPU tensors."""
     mallinfo2 = getattr(ctypes.CDLL(None), "mallinfo2", None)
     if mallinfo2 is None:
         pytest.skip("the C library has no mallinfo2 (glibc before 2.33, musl)")
@@ -99,9 +99,9 @@ def bytes_in_use() -> int:
 
 
 def kept_for_backward(config: Config, groups: object, length: int) -> int:
-    """Bytes that a forward pass leaves alive."""
+    """Bytes that a forward pass keeps alive for the backward pass."""
     model = built(config, groups)
-    losses(model, 1, length).sum().backward()  # what lasts, such as quantized weights, is now there
+    losses(model, 1, length).sum().backward()  # allocates what persists, e.g. quantized weights
     before = bytes_in_use()
     loss = losses(model, 1, length)
     kept = bytes_in_use() - before
@@ -111,7 +111,8 @@ def kept_for_backward(config: Config, groups: object, length: int) -> int:
 
 @pytest.mark.parametrize(("kind", "pattern"), [("mamba", "MM"), ("attention", "**"), ("moe", "EE")])
 def test_less_is_kept(kind: str, pattern: str, groups: object) -> None:
-    """Selective keeps less than everything, full less than that; of a layer in full the input."""
+    """Selective recomputation keeps less than none. Full recomputation keeps less than selective:
+    only the input of each layer."""
     length = 512
     common = [f"model.pattern={pattern}", "model.mtp.depths=0", "precision=fp32"]
     common += ["model.moe.experts_per_token=4", f"train.sequence_length={length}"]

@@ -1,7 +1,7 @@
-"""A rank of a check whose trainer has one layout fault: `faulty.py FAULT TASK.json`.
+"""Runs one rank of a check whose trainer has one layout fault: `faulty.py FAULT TASK.json`.
 
-Each fault is one that Megatron-Core or a port of it has had: a gradient that is not summed over a
-group, a part that every rank adds whole, a factor left out.
+Each fault has occurred in Megatron-Core or in a port of it: a gradient that is not summed over a
+group, a part that every rank adds whole, a missing factor.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from nemotron_train.platform import device
 
 
 def _modules(trainer: Any, path: str) -> list[Any]:
-    """The module at a global path, where this rank holds it."""
+    """This rank's modules at a global path; empty if the rank does not hold the path."""
     from nemotron_train.precision.attach import global_modules
 
     found = [global_modules(chunk.module).get(path) for chunk in trainer.chunks]
@@ -23,42 +23,43 @@ def _modules(trainer: Any, path: str) -> list[Any]:
 
 
 def norm_not_summed(trainer: Any) -> None:
-    """Under sequence parallelism each rank has its own tokens' share of a norm's gradient."""
+    """A norm's gradient is not summed under sequence parallelism, where each rank has only the
+    share of its own tokens."""
     for module in _modules(trainer, "decoder.layers.1.pre_mlp_layernorm"):
         module.weight.sequence_parallel = False
 
 
 def router_not_summed(trainer: Any) -> None:
-    """The same for a router."""
+    """A router's gradient is not summed under sequence parallelism."""
     for module in _modules(trainer, "decoder.layers.1.mlp.router"):
         module.weight.sequence_parallel = False
 
 
 def shared_expert_added_twice(trainer: Any) -> None:
-    """Every tensor-parallel rank adds the whole shared expert."""
+    """Every tensor-parallel rank adds the whole output of the shared expert."""
     for module in _modules(trainer, "decoder.layers.1.mlp.shared_experts"):
         _scale_output(module, 2.0)
 
 
 def experts_gradient_halved(trainer: Any) -> None:
-    """The experts' gradients are divided by the ranks that they are spread over."""
+    """The experts' gradients are divided by the number of ranks that hold the experts."""
     for module in _modules(trainer, "decoder.layers.1.mlp.experts.linear_fc2"):
         module.weight.register_hook(lambda gradient: gradient / 2)
 
 
 def moments_lost(trainer: Any) -> None:
-    """A checkpoint whose AdamW moments are not loaded."""
+    """The AdamW moments of the checkpoint are not loaded."""
     after_resume(trainer, lambda progress: _clear_moments(trainer, progress))
 
 
 def cursor_lost(trainer: Any) -> None:
-    """A resumed run that reads its data from the beginning."""
+    """The resumed run reads its data from the beginning."""
     start = trainer.train_data.state_at_start()
     after_resume(trainer, lambda progress: dataclasses.replace(progress, data=start))
 
 
 def after_resume(trainer: Any, change: Callable[[Any], Any]) -> None:
-    """`change` the progress that a checkpoint is resumed with."""
+    """Applies `change` to the progress that a checkpoint is resumed with."""
     resume = trainer.resume
 
     def resume_wrongly() -> Any:

@@ -1,4 +1,4 @@
-"""Differences of shards against whole tensors in closed form, without any model."""
+"""Differences of shards against whole tensors, in closed form and without a model."""
 
 import numpy as np
 import pytest
@@ -51,7 +51,7 @@ def test_what_is_missing_differs() -> None:
 
 
 def test_measured_against_the_change() -> None:
-    """A thousandth of the weights is all of what the step changed."""
+    """A change of one thousandth of the weights counts as 100 % of what the step changed."""
     start = [Shard("layer.weight", (4, 3), (0, 0), WHOLE / 1.001)]
     assert differences(ONE, start, start)["layer.weight"].relative == pytest.approx(1.0, rel=1e-3)
 

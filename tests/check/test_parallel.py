@@ -1,8 +1,9 @@
-"""`check parallel` says «equal» of a layout that is, and names the module of one that is not.
+"""`check parallel` reports 'equal' for a correct layout and names the module for a faulty one.
 
-Second truth: faults put into the session of a rank (faulty.py), whose module is known. Two ranks,
-tensor and expert parallelism; under the marker `layouts` a product of three dimensions, with the
-dimension that brings the fault. Not covered: faults of context parallelism and of virtual stages.
+Second truth: faults put into a rank's trainer (faulty.py), each in a known module. Layouts: tensor
+and expert parallelism on two ranks; under the marker `layouts`, a product of three dimensions,
+where the check must find the dimension that causes the fault. Not covered: faults of context
+parallelism and of virtual stages.
 """
 
 import io
@@ -47,7 +48,7 @@ def outcome_of(proof: Proof, fault: str = "") -> Outcome:
 
 
 def wrong_gradients(outcome: Outcome) -> list[str]:
-    """Modules whose gradient differs, the worst first (a router's bias has none)."""
+    """Modules whose gradient differs, worst first. A router's bias has no gradient."""
     rows = [row for row in outcome.modules if "gradient" in row.worst]
     return [row.module for row in rows if row.worst["gradient"].relative > 1e-4]
 
@@ -66,7 +67,7 @@ def test_a_right_layout_is_equal(tensor: Proof) -> None:
     gradients = [
         row.worst["gradient"].relative for row in outcome.modules if "gradient" in row.worst
     ]
-    assert 0.0 < max(gradients) < 5e-5  # of 1e-4 allowed: rounding stays below
+    assert 0.0 < max(gradients) < 5e-5  # the limit is 1e-4; rounding stays below it
 
 
 @pytest.mark.parametrize(
@@ -84,7 +85,7 @@ def test_a_gradient_that_is_not_summed(tensor: Proof, fault: str) -> None:
 
 
 def test_a_wrong_output_is_named_where_it_begins(tensor: Proof) -> None:
-    """Every gradient differs then; the forward pass tells where it began."""
+    """A wrong output changes every gradient. The forward pass shows where the error begins."""
     outcome = outcome_of(tensor, "shared_expert_added_twice")
     assert not outcome.equal and outcome.culprit == "decoder.layers.1.mlp.shared_experts"
 
@@ -95,7 +96,7 @@ def test_a_factor_before_the_experts_gradients(tmp_path: Path) -> None:
     assert outcome.culprit == "decoder.layers.1.mlp.experts.linear_fc2"
     assert wrong_gradients(outcome) == [outcome.culprit]
     worst = max(r.worst["gradient"].relative for r in outcome.modules if "gradient" in r.worst)
-    assert 0.4 < worst < 0.7  # half, of a rank's share of the experts
+    assert 0.4 < worst < 0.7  # about half: each rank's experts have halved gradients
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-"""`check precision` reads formats back from built modules, and tells one that is not as planned.
+"""`check precision` reads the formats back from the built modules and reports a module that differs
+from the plan.
 
 Not covered: Transformer Engine's modules (tests/precision).
 """
@@ -43,7 +44,7 @@ def test_what_is_not_as_planned(
 ) -> None:
     right = (HELD, {"x.linear": PLANNED})
     assert problem_of("x.linear", PLANNED, [(weights, formats)]) == problem
-    if problem and weights:  # one rank of several is enough
+    if problem and weights:  # a problem on one of several ranks is enough
         assert problem_of("x.linear", PLANNED, [right, (weights, formats)]) == problem
 
 

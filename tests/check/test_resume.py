@@ -1,8 +1,8 @@
-"""`check resume` finds a run that resumes exactly exact, and names the field that one lost.
+"""`check resume` reports an exact resume as exact, and names the field that was lost.
 
-Second truth: faults put into the resumed session (faulty.py). One rank in the normal suite; two
-under NVFP4 with stochastic rounding under the marker `layouts`. Not covered: damaged checkpoints
-(tests/train).
+Second truth: faults put into the trainer of the resumed run (faulty.py). The normal suite uses one
+rank; the marker `layouts` adds two ranks under NVFP4 with stochastic rounding. Not covered: damaged
+checkpoints (tests/faults/test_damage.py, tests/train/checkpoint).
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ def run(folder: Path, *overrides: str, fault: str = "", ranks: int = 1) -> tuple
 
 
 def differing(text: str) -> list[str]:
-    """Fields of the table that are not equal throughout."""
+    """Names of the table's fields that are not equal in every step."""
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines()]
     return [row[0] for row in rows if len(row) == 4 and row[3] != "-"]
 

@@ -1,7 +1,7 @@
-"""The command line: composition into types, one clear line for bad input, exit codes, what `--help`
-and `plan` load.
+"""The command line: composition into typed configurations, one clear line for bad input, exit
+codes, and the modules that `--help` and `plan` load.
 
-Not covered: what the verbs do (tests of run, data and report do that), and a real terminal.
+Not covered: the work of the verbs (their own tests), and a real terminal.
 """
 
 import subprocess
@@ -31,7 +31,7 @@ def run_cli(*words: str, cwd: Path | None = None) -> subprocess.CompletedProcess
 
 
 def test_overrides_and_interpolations() -> None:
-    """Types come out as the schema says; what depends on a knob follows its override."""
+    """Values get the types of the schema. Values interpolated from a knob follow its override."""
     config = compose_config(
         [
             "model=proxy_10m",
@@ -54,7 +54,7 @@ def test_overrides_and_interpolations() -> None:
     assert config.model.mtp.depths == 1 and config.model.mtp.pattern == "*E"
 
 
-# A sweep and a cluster are no part of one run's configuration: tests/launch composes them.
+# A sweep and a cluster are not part of one run's configuration; tests/launch composes them.
 OTHERS = ("sweep", "cluster")
 GROUPS = sorted(p.name for p in recipes_folder().iterdir() if p.is_dir() and p.name not in OTHERS)
 RECIPES = [f"{g}={f.stem}" for g in GROUPS for f in sorted((recipes_folder() / g).glob("*.yaml"))]
@@ -66,7 +66,7 @@ def test_every_recipe_composes(recipe: str) -> None:
     try:
         compose_config([recipe, *extra])
     except ConfigError as error:
-        # A recipe that leaves the data to the user says so, and nothing else may be missing.
+        # A recipe that leaves the data to the user says so. Nothing else may be missing.
         assert str(error) == "data.tokenizer is not set: give data.tokenizer=VALUE"
 
 
@@ -86,7 +86,7 @@ BAD_INPUT = {
     "~train.seed": ["~train.seed"],
     "+model.colour=3": ["model.colour", "no such knob"],
     "name=${nope}": ["name", "nope"],
-    "model.pattern='ME": ["model.pattern", "no override"],
+    "model.pattern='ME": ["model.pattern", "is no layer"],
     "resume=runs/gone": ["resume=runs/gone", "no such run folder"],
     "ranks=none": ["ranks=none"],
     "--bogus": ["--bogus", "--help"],
@@ -106,7 +106,7 @@ def test_bad_input_is_one_line_and_exit_2(word: str, capsys: pytest.CaptureFixtu
 @given(st.text(max_size=30))
 @settings(max_examples=60, deadline=None)
 def test_no_text_breaks_the_parser(text: str) -> None:
-    """Whatever is typed, it is a configuration or one ConfigError of one line."""
+    """Any text yields a configuration or a ConfigError of one line."""
     for word in (text, f"model.pattern={text}", f"{text}=1"):
         try:
             assert isinstance(compose_config([word]), Config)
@@ -118,7 +118,7 @@ def test_no_text_breaks_the_parser(text: str) -> None:
 
 
 def test_resume_takes_the_runs_own_config(tmp_path: Path) -> None:
-    """Overrides beside it apply; a stop asked of the earlier process is not asked again."""
+    """Other overrides still apply. A stop requested in the earlier process does not carry over."""
     asked = ["name=a", "train.seed=5", "train.stop_after_steps=3", f"folder={tmp_path}"]
     first = compose_config(asked)
     open_run_folder(first, derive(first), "").close()
@@ -158,12 +158,13 @@ rates = st.floats(1e-9, 1e3, allow_nan=False)
 def test_config_yaml_replays(
     tmp_path_factory: pytest.TempPathFactory, rate: float, seed: int, dtype: Dtype, limit: float
 ) -> None:
-    """config.yaml read back through --config is the configuration that was asked, exactly."""
+    """config.yaml read back through --config equals the original configuration exactly."""
     folder = tmp_path_factory.mktemp("replay")
     words = [f"optim.peak_learning_rate={rate!r}", f"train.seed={seed}", f"folder={folder}"]
     words += [f"precision.parameter_dtype={dtype.name}", f"model.mamba.dt_limit_max={limit!r}"]
     config = compose_config(words)
-    # Of another configuration: not every drawn one makes sense, and any must be kept as it is.
+    # The derived values are of another configuration: not every drawn configuration is valid, and
+    # any must be kept unchanged.
     run_folder = open_run_folder(config, derive(compose_config([])), "")
     run_folder.close()
     assert compose_config([], run_folder.path / "config.yaml") == config
@@ -193,7 +194,7 @@ def test_unknown_verb(words: list[str], capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_pretrain_returns_what_the_run_returns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """3: stopped on request. Anything unforeseen is a traceback, not a message."""
+    """Exit code 3 means stopped on request. An unforeseen error is a traceback, not a message."""
     seen: list[Config] = []
     stub = types.ModuleType("nemotron_train.run")
     stub.pretrain = lambda config: seen.append(config) or 3  # type: ignore[attr-defined]
@@ -216,8 +217,8 @@ def test_options_and_overrides_mix(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("words", [[], ["plan"], ["pretrain", "--help"], ["report", "--help"]])
 def test_light_verbs_load_neither_torch_nor_matplotlib(words: list[str], tmp_path: Path) -> None:
-    """In a fresh process, from another folder; under the contract's 2 s (the best of three, so
-    that a busy machine does not decide)."""
+    """Runs in a fresh process, from another folder. The limit is the contract's 2 s; the best of
+    three runs counts, so that a busy machine does not decide the result."""
     code = (
         "import sys\nfrom nemotron_train.cli.main import main\n"
         "try:\n    main(sys.argv[1:])\nexcept SystemExit:\n    pass\n"

@@ -1,4 +1,4 @@
-"""Models that are at no symmetry of their start, as checkpoints that Megatron-Core wrote."""
+"""Models with generic (not initial) weights, as checkpoints written by Megatron-Core."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,17 +9,17 @@ import torch
 
 from nemotron_train.plan.precision.resolve import resolve_plan
 
-# Weights of a model that has learnt something: no norm is 1, no bias 0, and a token's dt may lie
-# far below the range of the initial draw.
+# Weights as after training: no norm weight is 1, no bias is 0, and a token's dt may lie far below
+# the range of the initial draw.
 SHAPES = {
     "tiny": ["model=tiny"],
     "nano": [
         "model=nano_30b_a3b",
         "model.pattern=MEM*EMEM*E",
-        "model.hidden_size=168",  # the inner width of Mamba-2 is no multiple, as in Nano
+        "model.hidden_size=168",  # the inner width of Mamba-2 is not a multiple of it, as in Nano
         "model.vocab_size=640",
         "model.attention.heads=8",
-        "model.attention.head_dim=32",  # 8 x 32 is more than the hidden width, as in Nano
+        "model.attention.head_dim=32",  # 8 x 32 exceeds the hidden width, as in Nano
         "model.mamba.heads=8",
         "model.mamba.head_dim=32",
         "model.mamba.state_size=32",
@@ -51,7 +51,7 @@ SHAPES = {
 
 @torch.no_grad()
 def disturb(model: torch.nn.Module, seed: int) -> None:
-    """Give every parameter and router bias a value that no rule of initialization gives."""
+    """Gives every parameter and router bias a value that no initialization rule gives."""
     draws = torch.Generator().manual_seed(seed)
 
     def normal(like: torch.Tensor) -> torch.Tensor:

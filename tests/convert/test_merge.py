@@ -1,7 +1,8 @@
-"""`convert merge`: numbers, memory, refusals, and a run that goes on from the result.
+"""`convert merge`: values, memory, refused input, and a run that continues from the result.
 
-Second truth: the mean in float64 of tensors read by torch's own loader; the weights that a branch
-then holds. One rank writes; that other layouts can load follows from the format and is not run.
+Second truth: the mean in float64 of tensors read by torch's own loader; the weights of the branch
+that starts from the merge. One rank writes. The format lets other layouts load the result; that is
+not run here.
 """
 
 import io
@@ -36,7 +37,7 @@ def parent(small_run: Small) -> Path:
 
 
 def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint, read without our reader: pickle and torch.load."""
+    """Every tensor of a checkpoint, read by pickle and torch.load instead of our reader."""
     metadata = pickle.loads((checkpoint / ".metadata").read_bytes())
     found = {}
     for index, place in metadata.storage_data.items():
@@ -67,8 +68,8 @@ def test_merge_is_the_weighted_mean_of_the_masters(parent: Path) -> None:
 
 
 def test_a_run_goes_on_from_a_merge(parent: Path, metrics: Metrics) -> None:
-    """Merged from one checkpoint: the branch's first step sees the very weights of it, so that its
-    loss is the parent's; its masters are the mean."""
+    """A merge of one checkpoint: the branch's first step starts from the same weights, so its loss
+    equals the parent's. Its masters are the mean."""
     assert main(["convert", "merge", f"{parent}@4", "output=runs/alone"]) == 0
     words = ["name=from_alone", "train.stop_after_steps=1", "train.keep_checkpoints=9"]
     assert main(["pretrain", "branch=runs/alone@4", *words]) == 3
@@ -119,7 +120,8 @@ print(peak() - before)
 
 
 def test_memory_is_two_tensors(tmp_path: Path) -> None:
-    """Five checkpoints of four tensors of 32 MB: the peak is that of two, whatever the count."""
+    """Five checkpoints of four 32 MB tensors: the peak is two tensors, for any number of
+    checkpoints."""
     size = 32 * 2**20
     paths = []
     for step in range(1, 6):
@@ -147,7 +149,7 @@ def _write_synthetic(folder: Path, step: int, numbers: int) -> None:
 
 
 def test_chunks_of_a_sharded_tensor_are_put_together(tmp_path: Path) -> None:
-    """A tensor that four ranks wrote in pieces, one file a rank."""
+    """Four ranks wrote one tensor in pieces, one file per rank."""
     whole = torch.arange(48.0).reshape(6, 8)
     final = integrity.step_folder(tmp_path / "checkpoints", 1)
     partial = integrity.partial_folder(final)

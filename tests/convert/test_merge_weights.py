@@ -1,7 +1,8 @@
-"""Weights of a merge against closed forms and against a training that did decay its rate.
+"""Merge weights against closed forms and against a training run with learning-rate decay.
 
 Second truth: `optim.schedule` integrated numerically; SGD simulated with the same gradients at a
-constant and at a decayed rate. Not covered: that a real run's gradients would have been the same.
+constant and at a decayed rate. Not covered: whether a real run's gradients would have been the
+same.
 """
 
 from itertools import pairwise
@@ -22,10 +23,10 @@ ASCENDING = st.lists(st.integers(1, 10**12), min_size=2, max_size=20, unique=Tru
 def test_closed_forms() -> None:
     assert merge_weights(Weights.uniform, [1, 5, 6]) == [1 / 3] * 3
     assert merge_weights(Weights.linear, [1, 5, 6]) == pytest.approx([1 / 6, 2 / 6, 3 / 6])
-    # A linear decay over equal distances is the trapezoid rule.
+    # A linear decay over equal distances gives the trapezoid rule.
     linear = merge_weights(Weights.wsd, [0, 10, 20, 30, 40], DecayStyle.linear)
     assert linear == pytest.approx([1 / 8, 1 / 4, 1 / 4, 1 / 4, 1 / 8])
-    # 1 - sqrt x has mean 1/3 on [0, 1]: two checkpoints count 2/3 and 1/3.
+    # 1 - sqrt x has mean 1/3 on [0, 1]: two checkpoints get weights 2/3 and 1/3.
     assert merge_weights(Weights.wsd, [7, 9]) == pytest.approx([2 / 3, 1 / 3])
     with pytest.raises(ConfigError, match="two checkpoints"):
         merge_weights(Weights.wsd, [5])
@@ -36,7 +37,7 @@ def test_a_weighted_mean(tokens: list[int], kind: Weights, style: DecayStyle) ->
     weights = merge_weights(kind, tokens, style)
     assert len(weights) == len(tokens)
     assert sum(weights) == pytest.approx(1, abs=1e-9)
-    # Differences of neighbouring means, where one gap may be 1e-12 of the whole.
+    # Weights are differences of neighbouring means; a gap may be 1e-12 of the whole.
     assert min(weights) > -1e-3
 
 
@@ -58,14 +59,14 @@ def test_mean_scale_is_the_schedules(style: DecayStyle, start: float, end: float
 
 @pytest.mark.parametrize("style", list(DecayStyle))
 def test_merging_a_constant_run_is_the_decayed_run(style: DecayStyle) -> None:
-    """Exactly, where the gradient is constant between two checkpoints, at any distances."""
+    """Exact for any checkpoint distances if the gradient is constant between two checkpoints."""
     draw = np.random.default_rng(0)
     tokens = [100, 130, 200, 210, 300]
     constant = draw.normal(size=6)
     decayed, checkpoints = constant.copy(), [constant.copy()]
     for before, after in pairwise(tokens):
         gradient = draw.normal(size=6)
-        for token in range(before, after):  # a step a token
+        for token in range(before, after):  # one step per token
             place = (token - tokens[0]) / 200, (token + 1 - tokens[0]) / 200
             constant -= 0.01 * gradient
             decayed -= 0.01 * mean_scale(*place, style) * gradient
@@ -77,8 +78,8 @@ def test_merging_a_constant_run_is_the_decayed_run(style: DecayStyle) -> None:
 
 
 def test_merging_a_noisy_quadratic_falls_like_a_decay() -> None:
-    """With gradients that do depend on the weights the emulation is no identity: it still ends far
-    below the constant rate, as the decayed run does (loss above the noiseless optimum)."""
+    """With gradients that depend on the weights, the merge only approximates the decay. It still
+    ends far below the constant rate, as the decayed run does (loss above the noiseless optimum)."""
     draw, rate, steps = np.random.default_rng(1), 0.2, 400
     constant = draw.normal(size=2000)
     for _ in range(200):

@@ -17,7 +17,7 @@ WriteFolder = Callable[..., Path]
 
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A byte-level tokenizer of 300 ids or fewer."""
+    """A byte-level tokenizer of at most 300 ids."""
     folder = tmp_path_factory.mktemp("tokenizer")
     train_tokenizer(["def f(x):\n    return x + 1\n", "a b c a b c"], 300, folder)
     return folder
@@ -25,8 +25,8 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def write_folder(tokenizer_folder: Path) -> WriteFolder:
-    """write_folder(folder, train, validation=(), vocab_size=, shard_tokens=) makes prepared data
-    of these token lists; the tokenizer in it is only there to be compared."""
+    """write_folder(folder, train, validation=(), vocab_size=, shard_tokens=) writes prepared data
+    of these token lists. The folder's tokenizer is only compared, never used to encode."""
     loaded_file = (tokenizer_folder / "tokenizer.json").read_bytes()
 
     def write(

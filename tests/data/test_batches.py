@@ -1,8 +1,8 @@
-"""Batches against a construction that does not know how they were made.
+"""Batches checked without knowledge of how they were made.
 
-The made-up documents hold every token id once, so a row tells by itself which documents it was
-cut from and where: order, overlap, labels, masks and document numbers are checked from the ids
-alone. The permutations behind the order have their own tests.
+The synthetic documents hold every token id once, so each row shows which documents it was cut from
+and where. Order, overlap, labels, masks and document numbers are checked from the ids alone. The
+permutations behind the order have their own tests.
 """
 
 import hashlib
@@ -105,7 +105,7 @@ def test_an_epoch_is_every_document_once_in_a_new_order_cut_into_windows(
         ordered = windows_T[order]
         assert np.array_equal(ordered[1:, 0], ordered[:-1, -1])  # neighbours share one token
         stream = np.append(ordered[:, :-1].ravel(), ordered[-1, -1])
-        # The stream is whole documents, none twice, up to where the last one is cut.
+        # The stream is whole documents, none twice. Only the last one may be cut.
         where, seen = 0, set()
         while where < stream.size:
             document = int(document_of[stream[where]])
@@ -143,8 +143,8 @@ def blended(tmp_path: Path, write_folder, small_blocks: None) -> DataConfig:
 def test_parts_ranks_and_restarts_see_one_order(
     blended_once: DataConfig, parts: list[int], data: st.DataObject
 ) -> None:
-    """take(5) then take(7) is take(12); rank slices put together are the whole; a new source and
-    a state that went through JSON go on where the old ones stood."""
+    """take(5) then take(7) equals take(12). Rank slices together equal the whole. A new source, and
+    a state that went through JSON, continue where the old ones stopped."""
     reader = source(blended_once)
     whole, end = reader.take(reader.state_at_start(), sum(parts))
     state, done = reader.state_at_start(), 0
@@ -196,7 +196,7 @@ def test_no_sample_comes_twice_in_an_epoch_across_phases(blended: DataConfig) ->
         mine = [(epoch, window) for which, epoch, window in origins if which == number]
         epochs = [epoch for epoch, _ in mine]
         assert epochs == sorted(epochs)
-        for epoch in range(max(epochs)):  # a finished epoch has every window
+        for epoch in range(max(epochs)):  # a completed epoch has every window
             assert sorted(w for e, w in mine if e == epoch) == list(range(epochs.count(0)))
 
 
@@ -216,13 +216,13 @@ def test_validation_is_the_files_in_order(blended: DataConfig) -> None:
 
 
 def test_cut_rows_are_the_windows_of_the_shorter_length(blended: DataConfig) -> None:
-    """Second truth: a source that was opened with that length, in file order."""
+    """Second truth: a source opened with the shorter length, in file order."""
     for length, pieces in ((12, 3), (8, 4), (8, 8)):
         whole = source(blended, length, split="validation")
         short = source(blended, length // pieces, split="validation")
         count = min(s.num_windows for s in whole._sources.values())
         cut = whole.take(whole.state_at_start(), count)[0].cut(length // pieces)
-        # With two sources in turn a long row's pieces come from one of them.
+        # All pieces of a long row come from one source.
         for mine, origin in enumerate(cut.origins_B3[::pieces]):
             number, epoch, window = origin.tolist()
             reader = short._sources[short._keys[number]]
@@ -250,7 +250,7 @@ def test_orders_differ_by_epoch_and_seed_but_not_by_place(blended: DataConfig) -
 
 
 def test_the_order_is_the_same_for_ever(tmp_path: Path, write_folder, small_blocks: None) -> None:
-    """Frozen: a run resumed under a newer version must see the old order."""
+    """Frozen values: a run resumed under a newer version must see the old order."""
     folder = write_folder(tmp_path / "x", unique_documents([5, 9, 2, 31, 8, 1, 17, 4]))
     reader = source(config(folder / "tokenizer", {folder: 1}))
     batch, _ = reader.take(reader.state_at_start(), 18)
@@ -356,7 +356,7 @@ def test_wrong_knobs_are_named(tmp_path: Path, write_folder, tokenizer_folder: P
 def test_a_shard_with_ids_above_the_vocabulary_is_named(
     tmp_path: Path, write_folder, tokenizer_folder: Path
 ) -> None:
-    """The manifest's tokenizer fits, its shard does not: as if shards had been mixed up."""
+    """The manifest's tokenizer fits and its shard does not, as if shards were mixed up."""
     folder = write_folder(tmp_path / "x", unique_documents([20, 30]))
     edit(folder / "manifest.json", '"vocab_size": 60000', '"vocab_size": 40')
     with pytest.raises(ConfigError, match=r"train_00000\.bin: holds token id 49"):
@@ -366,7 +366,8 @@ def test_a_shard_with_ids_above_the_vocabulary_is_named(
 def test_more_shards_than_may_be_open(
     tmp_path: Path, write_folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One document a shard and two shards open at a time give what one shard gives."""
+    """Shards of one document, with two shards open at a time, give the same batches as one
+    shard."""
     monkeypatch.setattr(windows, "_OPEN_SHARDS", 2)
     documents = unique_documents([9, 4, 30, 11, 6])
     many = write_folder(tmp_path / "many", documents, documents, shard_tokens=1)

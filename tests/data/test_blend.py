@@ -1,4 +1,4 @@
-"""The order of sources: exact shares, exact phase boundaries, a state that survives JSON."""
+"""The order of sources: exact shares, exact phase boundaries, and a state that survives JSON."""
 
 import json
 from itertools import pairwise
@@ -101,7 +101,8 @@ def test_a_phase_begins_at_the_first_sample_at_or_after_its_tokens() -> None:
 def test_a_new_phase_keeps_its_own_shares(
     first: list[float], second: list[float], switch: int
 ) -> None:
-    """What the phase before has drawn is no debt: within one sample from the switch on."""
+    """Draws of the phase before do not count: every prefix after the switch is within one sample of
+    the new weights."""
     phases = [phase(first), phase(second, switch)]
     draws, _ = schedule(phases, start(phases), switch + 100)
     total = sum(weight for _, weight in phases[1].weights)
@@ -150,7 +151,7 @@ def test_a_state_of_something_else_is_refused() -> None:
         check(phases, state, sequence_length=20)
     with pytest.raises(ConfigError, match=r"train\.seed=1"):
         check(phases, state, seed=1)
-    with pytest.raises(ConfigError, match="another blend"):  # the phase it is in does not exist
+    with pytest.raises(ConfigError, match="another blend"):  # the state's phase does not exist
         check(phases[:1], state_after(phases, 9))
 
 
@@ -179,13 +180,14 @@ def test_damaged_json_is_refused(change: dict[str, object]) -> None:
 
 
 def test_ties_go_to_the_source_listed_first() -> None:
-    """Equal weights tie at every second sample. The order is part of a run's identity: another rule
-    would read other samples after a resume."""
+    """Three equal weights tie at most samples. The tie rule is part of a run's identity: another
+    rule would read other samples after a resume."""
     blend = phase([1.0, 1.0, 1.0])
     draws, _ = schedule([blend], start([blend]), 6)
     assert [draw.source for draw in draws] == ["source0", "source1", "source2"] * 2
-    # 1:2:1 by hand: source1 has the largest weight; it is then at its share of two, and 0 ties with
-    # 2; of three, 0 is at its share, and 1 (2 / 2) ties with 2 (1 / 1); 2 is left.
+    # 1:2:1 by hand. First, source1 has the largest weight. It then has its share of two samples,
+    # and source0 ties with source2. Then source0 has its share of three, and source1 (2 / 2) ties
+    # with source2 (1 / 1). Last, source2 is left.
     blend = phase([1.0, 2.0, 1.0])
     draws, _ = schedule([blend], start([blend]), 4)
     assert [draw.source for draw in draws] == ["source1", "source0", "source1", "source2"]

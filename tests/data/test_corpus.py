@@ -1,4 +1,4 @@
-"""The embedded default: built once, never half, never over something else."""
+"""The embedded default corpus: built once, never half, never over another folder."""
 
 import subprocess
 import sys
@@ -40,7 +40,8 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_real_corpus_is_enough_to_train_on(real: Path) -> None:
-    """Second truth: the library's files. The counts depend on the Python version, hence bounds."""
+    """Second truth: the library's files. Counts depend on the Python version, so the test uses
+    bounds."""
     texts = read_corpus()
     manifest, loaded = load_manifest(real), load_tokenizer(real / "tokenizer")
     assert inspect(real) is None

@@ -1,6 +1,7 @@
-"""Data that changes under a run: by accident it is refused by name, on purpose it is a new phase.
+"""Data that changes during a run: an accidental change is refused by name, an intended one is a new
+phase.
 
-Second truth: a run, or an order of samples, that knew both phases from its start. One rank; the
+Second truth: a run, or an order of samples, that had both phases from its start. One rank; the
 order does not depend on the ranks (tests/data/test_batches.py).
 """
 
@@ -34,7 +35,7 @@ BOTH = f"data.phases=[{FIRST},{LATER}]"
 
 @pytest.fixture(autouse=True, scope="module")
 def in_small_run(small_run: Small) -> Iterator[None]:
-    """Stands in the small run's folder, where `other` lies beside `data`: the same tokenizer, other
+    """Changes to the small run's folder, where `other` lies beside `data`: same tokenizer, other
     text."""
     before, handlers = Path.cwd(), [(number, signal.getsignal(number)) for number in SIGNALS]
     os.chdir(small_run[0])
@@ -63,7 +64,7 @@ def source(phases: list[DataPhase], words: list[str]) -> BatchSource:
 
 
 def test_a_phase_added_later_loses_and_repeats_nothing(small_run: Small) -> None:
-    """Ids and origins of every sample equal those of an order that knew the phase all along."""
+    """Ids and origins of every sample equal those of an order that had the phase from its start."""
     first = DataPhase(0, [BlendSource("data", 1.0)])
     later = DataPhase(1536, [BlendSource("data", 1.0), BlendSource("other", 3.0)])
     known, short = source([first, later], small_run[1]), source([first], small_run[1])
@@ -81,7 +82,7 @@ def test_a_phase_added_later_loses_and_repeats_nothing(small_run: Small) -> None
 def test_an_intended_phase_joins_a_run(
     small_run: Small, metrics: Metrics, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Stopped at step 3 without the phase, resumed with it, resumed again without a word of it."""
+    """Stopped at step 3 without the phase, resumed with it, then resumed without naming it."""
     assert main(["pretrain", *small_run[1], "name=knew", BOTH]) == 0
     assert main(["pretrain", *small_run[1], "name=learned", "train.stop_after_steps=3"]) == 3
     assert main(["pretrain", "resume=runs/learned", BOTH, "train.stop_after_steps=1"]) == 3
@@ -94,7 +95,7 @@ def test_an_intended_phase_joins_a_run(
 def test_a_silent_change_is_refused_by_name(
     small_run: Small, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The folder holds other tokens than when the run stopped; its path is the same."""
+    """The folder at the same path holds other tokens than when the run stopped."""
     words = [*small_run[1], "name=swapped", "data.phases=[{from_tokens: 0, blend: [{path: mine}]}]"]
     shutil.copytree("data", "mine")
     assert main(["pretrain", *words, "train.stop_after_steps=1"]) == 3
@@ -136,7 +137,7 @@ def test_every_change_has_words(where: list[Any], value: Any, words: str) -> Non
 
 
 def test_what_does_not_matter_is_no_change() -> None:
-    """Phases to come, and where a folder lies."""
+    """Later phases and the location of a folder do not count as changes."""
     before, now = _described(), _described()
     now["phases"][1]["from_tokens"] = 5
     now["phases"].append(now["phases"][0])

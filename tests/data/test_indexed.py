@@ -1,4 +1,4 @@
-"""Shards against Megatron-Core's own writer and reader, and against damage."""
+"""Shards against Megatron-Core's own writer and reader, and damaged shards."""
 
 import os
 from pathlib import Path
@@ -71,8 +71,8 @@ def test_a_killed_writer_continues_to_the_same_bytes(
     synced: int,
     finished: bool,
 ) -> None:
-    """Whatever was written after the last sync is dropped, even a whole finished shard. Not
-    covered: a machine that loses power and the disk's own promises."""
+    """Everything written after the last sync is dropped, even a whole finished shard. Not covered:
+    a machine that loses power, and whether the disk keeps its promises."""
     synced = min(synced, len(documents))
     whole, broken = tmp_path_factory.mktemp("whole"), tmp_path_factory.mktemp("broken")
     write(whole, documents)

@@ -1,4 +1,4 @@
-"""The data road works where torch is not installed, or is too slow to import."""
+"""The data modules work if torch is not installed or is too slow to import."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Permutations: bijective, dependent on the key, and the same for ever."""
+"""Permutations: bijective, dependent on the key, and stable across versions."""
 
 import numpy as np
 from hypothesis import given, settings
@@ -30,8 +30,8 @@ def test_a_position_alone_goes_where_it_goes_among_others() -> None:
 
 
 def test_every_place_is_about_equally_likely() -> None:
-    """Chi-squared over 12 places and 6000 keys, for the first and last position; the bound is the
-    99.99% point for 11 degrees of freedom. Not covered: correlations between positions."""
+    """Chi-squared over 12 places and 6000 keys, for the first and last position. The bound is the
+    99.99 % point for 11 degrees of freedom. Not covered: correlations between positions."""
     for function in (
         lambda key: permute(np.array([0, 11]), 12, key),
         lambda key: shuffled(12, key)[[0, 11]],
@@ -43,7 +43,8 @@ def test_every_place_is_about_equally_likely() -> None:
 
 
 def test_the_order_never_changes_between_versions() -> None:
-    """A run resumed under a newer version or numpy must see the old order: frozen values."""
+    """Frozen values: a run resumed under a newer version of the code or of numpy must see the old
+    order."""
     assert key64("order", 1, "a") == 0xD60843BF8A11ECE2
     assert permute(np.arange(8), 8, 1).tolist() == [6, 5, 1, 0, 4, 7, 2, 3]
     assert shuffled(8, 1).tolist() == [0, 5, 4, 1, 2, 6, 7, 3]

@@ -1,4 +1,4 @@
-"""`data prepare`: what comes out is what went in, however it was interrupted."""
+"""`data prepare`: the output holds exactly the input documents, after any interruption."""
 
 import gzip
 import json
@@ -60,7 +60,7 @@ def settings(tmp_path: Path, folder: Path, output: str = "out", **changes) -> Pr
 
 
 def read_back(folder: Path) -> dict[str, list[str]]:
-    """The documents of each split, decoded; each must end in the one end-of-document id."""
+    """The documents of each split, decoded. Each must end in exactly one end-of-document id."""
     manifest, loaded = load_manifest(folder), load_tokenizer(folder / "tokenizer")
     end = manifest.tokenizer.end_of_document_id
     texts = {"train": [], "validation": []}
@@ -90,7 +90,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def write_inputs(folder: Path, kind: str) -> dict[str, object]:
-    """Write TEXTS as `kind`; returns the knobs that read them."""
+    """Writes TEXTS as `kind`; returns the knobs that read them."""
     folder.mkdir()
     half = json_lines(TEXTS[:150]), json_lines(TEXTS[150:])
     if kind == "jsonl":
@@ -165,12 +165,12 @@ def test_packages_are_documents_by_a_knob(tmp_path: Path, tokenizer_folder: Path
     prepare(config)
     expected_texts = ["c = 2\nb = 1\n", "alone\n", "x\ny\n"]
     assert read_back(tmp_path / "out")["train"] == expected_texts
-    # A pattern: packages lie below the deepest folder that holds all files.
+    # With a pattern, packages lie below the deepest folder that holds all files.
     pattern = str(tmp_path / "in/**/*.py")
     prepare(replace(config, input=pattern, output=str(tmp_path / "python"), workers=2))
     expected_texts[2] = "x\n"
     assert read_back(tmp_path / "python")["train"] == expected_texts
-    # Cut short after every package, it ends with the same bytes.
+    # Reading that stops after any package continues with the same documents.
     for count in (1, 2):
         files = list_inputs(config.input, config.format)
         partly = list(read_files(files, Position(), "", TextDocuments.package))
@@ -196,8 +196,8 @@ class Interrupted(Exception):
 def test_interrupted_again_and_again_it_ends_with_the_same_bytes(
     tmp_path: Path, tokenizer_folder: Path, kind: str
 ) -> None:
-    """Stopped after every few batches until it is done. What the stopped writers still add to
-    their files after the last commit must be dropped; a real kill has its own test."""
+    """Stopped after every few batches until it is done. Data that the stopped writers still add to
+    their files after the last commit must be dropped. A real kill has its own test."""
     knobs = write_inputs(tmp_path / "in", kind)
     prepare(settings(tmp_path, tokenizer_folder, "whole", **knobs))
     attempts = 0
@@ -236,8 +236,8 @@ if __name__ == "__main__":
 
 
 def test_killed_with_its_workers_the_same_command_continues(tmp_path: Path) -> None:
-    """SIGKILL while it writes, then the same settings in this process and with one worker.
-    Not covered: loss of power."""
+    """SIGKILL while it writes, then the same settings in this process and with one worker. Not
+    covered: loss of power."""
     write_inputs(tmp_path / "in", "jsonl")
     script = tmp_path / "program.py"
     script.write_text(KILLED)
@@ -257,7 +257,7 @@ def test_killed_with_its_workers_the_same_command_continues(tmp_path: Path) -> N
     for output in ("out", "whole"):
         config = settings(tmp_path, tmp_path, output, tokenizer="", train_tokenizer_vocab_size=280)
         prepare(config, lambda progress: reported.append(progress.documents))
-        assert (reported[0] > 50) == (output == "out")  # the first did not begin anew
+        assert (reported[0] > 50) == (output == "out")  # only the killed output continues
         reported.clear()
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
@@ -290,7 +290,7 @@ BAD = {
 def test_a_bad_record_stops_or_is_left_out(
     tmp_path: Path, tokenizer_folder: Path, bad: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The stop names file and line; the same command with on_bad=skip then continues."""
+    """The error names file and line. The same command with on_bad=skip then continues."""
     record, reason = BAD[bad]
     (tmp_path / "in").mkdir()
     lines = json_lines(TEXTS).splitlines(keepends=True)
@@ -392,7 +392,8 @@ def test_two_at_once_are_refused(tmp_path: Path, tokenizer_folder: Path) -> None
 
 
 def test_tokenizer_sees_training_documents_only(tmp_path: Path) -> None:
-    """Second truth: training on exactly those texts. Validation must not shape the vocabulary."""
+    """Second truth: training on exactly those texts. Validation documents must not shape the
+    vocabulary."""
     write_inputs(tmp_path / "in", "jsonl")
     config = settings(tmp_path, tmp_path, tokenizer="", train_tokenizer_vocab_size=290)
     manifest: Manifest = prepare(config)
@@ -402,7 +403,7 @@ def test_tokenizer_sees_training_documents_only(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("seed", range(12))
 def test_inspect_finds_any_flipped_bit(tmp_path: Path, tokenizer_folder: Path, seed: int) -> None:
-    """One bit anywhere in a shard or its index; the message names the file."""
+    """One flipped bit anywhere in a shard or its index. The message names the file."""
     import random
 
     write_inputs(tmp_path / "in", "jsonl")
@@ -418,8 +419,8 @@ def test_inspect_finds_any_flipped_bit(tmp_path: Path, tokenizer_folder: Path, s
 
 
 def test_memory_does_not_grow_with_the_input(tmp_path: Path, tokenizer_folder: Path) -> None:
-    """32 times the input, at most 20 MB more. Not covered: huge single documents, which must fit
-    in memory."""
+    """32 times the input uses at most 20 MB more. Not covered: huge single documents, which must
+    fit in memory."""
     program = (
         "import resource, sys\n"
         "from nemotron_train.data.prepare import *\n"

@@ -1,11 +1,11 @@
-"""`nemotron-train` with a number broken on one rank: run as a program, a process a rank.
+"""`nemotron-train` with a number broken on one rank. Run as a program, one process per rank.
 
     broken_run.py WHAT RANK SAMPLES[,SAMPLES...] VERB ...
 
-At the steps that start after so many SAMPLES were taken from the data, on RANK: WHAT is `loss` (the
-loss is NaN), `gradient` (the loss is right, the gradient of one module is infinite), `spike` (loss
-times 100), `weight` (a weight becomes NaN and stays so). `,slow` after it: at all steps RANK sleeps
-four times as long as each of its forward passes takes.
+The fault occurs on RANK, at the steps that start after SAMPLES samples of the data. WHAT is `loss`
+(the loss is NaN), `gradient` (the loss is right, the gradient of one module is infinite), `spike`
+(loss times 100), or `weight` (a weight becomes NaN and stays NaN). With the suffix `,slow`, RANK
+sleeps in all steps, four times as long as each of its forward passes takes.
 """
 
 import sys
@@ -56,7 +56,7 @@ def broken_step(step: train_step.TrainStep, progress: Progress) -> StepResult:
             handle.remove()
 
 
-if __name__ == "__main__":  # a checkpoint's writers import this file again
+if __name__ == "__main__":  # a checkpoint's writer processes import this file again
     what, comma, _ = sys.argv[1].partition(",")
     is_slow, rank = comma == ",", int(sys.argv[2])
     broken_samples = [int(number) for number in sys.argv[3].split(",")]

@@ -12,13 +12,13 @@ import pytest
 
 @pytest.fixture(scope="session")
 def start_ranks() -> Callable[[list[str], Path, int], list[subprocess.Popen[str]]]:
-    """Starts Python with the given arguments in a folder, one process a rank."""
+    """Starts Python with the given arguments in a folder, one process per rank."""
     return _start_ranks
 
 
 @pytest.fixture(scope="session")
 def run_ranks() -> Callable[[list[str], Path, int], None]:
-    """Runs Python with the given arguments in a folder, one process a rank; all must succeed."""
+    """Runs Python with the given arguments in a folder, one process per rank. All must succeed."""
     return _run_ranks
 
 

@@ -1,8 +1,8 @@
-"""The head exchange on this rank, held against whole tensors: the ranks that test_context.py
-starts. Argument: how many heads share one group.
+"""The head exchange on this rank, compared with whole tensors. test_context.py starts one process
+per rank. Argument: the number of heads that share one group.
 
-Second truth: the whole sequence, drawn on every rank, and which channels a head reads said once
-more, head by head. Float64 and whole numbers, so that sums in any order are exact.
+Second truth: the whole sequence, drawn on every rank, and a second definition of the channels that
+a head reads, head by head. Float64 and whole numbers, so that sums in any order are exact.
 """
 
 import sys
@@ -21,7 +21,8 @@ def drawn(seed: int, *shape: int) -> torch.Tensor:
 
 
 def channels(rank: int, num_ranks: int, heads_a_group: int) -> tuple[list[int], list[int]]:
-    """Of the rank's own heads: their channels, and those of the groups they read."""
+    """The channels of the rank's own heads, and the channels of the groups that those heads
+    read."""
     heads = [head for head in range(HEADS) if head * num_ranks // HEADS == rank]
     groups = sorted({head // heads_a_group for head in heads})
     return (
@@ -47,18 +48,18 @@ def main(heads_a_group: int) -> None:
     def mine(whole: torch.Tensor) -> torch.Tensor:
         return piece(whole.transpose(0, 1), group).transpose(0, 1).clone().requires_grad_()
 
-    # There: the whole sequence of the rank's heads and of what they read.
+    # Forward exchange: the whole sequence of the rank's heads and of the groups they read.
     own_x, own_b = mine(x_SBW), mine(b_SBW)
     there = exchange.to_heads(own_x, own_b)
     expected = torch.cat([x_SBW[..., of_rank[rank][0]], b_SBW[..., of_rank[rank][1]]], -1)
     assert torch.equal(there, expected)
     assert exchange.widths == [len(part) for part in of_rank[rank]]
 
-    # And back: the piece of all heads.
+    # Back: the rank's piece of the sequence for all heads.
     returned = exchange.to_tokens(there[..., : exchange.widths[0]])
     assert torch.equal(returned, own_x)
 
-    # Gradients: those of every rank that holds a channel add up.
+    # Gradients of all ranks that hold a channel add up.
     weights = [drawn(10 + r, TOKENS, ROWS, sum(map(len, of_rank[r]))) for r in range(num_ranks)]
     back = drawn(3, TOKENS, ROWS, HEADS * HEAD_WIDTH)
     ((there * weights[rank]).sum() + (returned * mine(back)).sum()).backward()
@@ -69,7 +70,8 @@ def main(heads_a_group: int) -> None:
     assert own_x.grad is not None and torch.equal(own_x.grad, mine(grad_x))
     assert own_b.grad is not None and torch.equal(own_b.grad, mine(grad_b))
 
-    # A packed parameter: each rank its slices; over all ranks the gradient is the whole's.
+    # A packed parameter: each rank takes its slices. Summed over the ranks, the gradient is that of
+    # the whole.
     parameter = drawn(4, HEADS * HEAD_WIDTH + num_groups * STATE).requires_grad_()
     own = exchange.own(parameter, [0, 1])
     assert torch.equal(own, parameter[places_of(*of_rank[rank])])

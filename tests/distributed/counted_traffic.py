@@ -1,9 +1,9 @@
-"""A rank of one training step that counts what it hands to torch.distributed; run by
+"""A rank of one training step that counts the data it passes to torch.distributed. Run by
 test_communication.py: `counted_traffic.py OUT OVERRIDE ...`, writes OUT/rank-R.json.
 
 Every collective of torch.distributed is wrapped before Megatron-Core is imported, so that names
-imported by value are wrapped too. A call is charged to the group it is given and to the kind of
-collective, in the convention of plan.cost.communication: what goes in, for gathers what comes out.
+imported by value are wrapped too. A call is charged to its group and to the kind of collective,
+with the convention of plan.cost.communication: the input counts, for gathers the output.
 """
 
 import functools
@@ -37,8 +37,8 @@ COUNTED = {
 
 
 class Counter:
-    """The calls since the last `clear`, those inside another counted call left out: each with its
-    kind, its group's ranks, its bytes and elements' dtype."""
+    """The calls since the last `clear`, without those inside another counted call. Each has its
+    kind, the ranks of its group, its bytes and the dtype of its elements."""
 
     def __init__(self) -> None:
         self.calls: list[dict[str, Any]] = []

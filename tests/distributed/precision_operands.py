@@ -1,7 +1,7 @@
-"""What the emulated linears of one rank multiply, written to a file: the ranks that
-test_precision_layouts.py starts. Arguments: the file, then overrides.
+"""Writes the operands that the emulated linears of one rank multiply to a file.
+test_precision_layouts.py starts one process per rank. Arguments: the file, then overrides.
 
-Every linear gets the same inputs and output gradients whatever the layout: each rank cuts its part
+Every linear gets the same inputs and output gradients whatever the layout. Each rank cuts its part
 from tensors that are drawn whole.
 """
 
@@ -30,7 +30,7 @@ def drawn(name: str, *shape: int) -> torch.Tensor:
 
 
 def linear_products(path: str, linear: Any, groups: Any, sequence: bool) -> dict:
-    """Forward and backward of one linear on this rank's part of x [S,B,K] and dy [S,B,N]."""
+    """Forward and backward pass of one linear on this rank's part of x [S,B,K] and dy [S,B,N]."""
     from nemotron_train.model.sharding import shard_of
 
     how, rank, size = linear.attached.cut, groups.tp.rank(), groups.tp.size()
@@ -41,7 +41,7 @@ def linear_products(path: str, linear: Any, groups: Any, sequence: bool) -> dict
     dy = cut(drawn(path + "dy", SEQUENCE, ROWS, full_out), 0, groups.cp.rank(), groups.cp.size())
     along_tokens = 0 if sequence and how != "inputs" else None
     x = cut(x, 2 if how == "inputs" else along_tokens, rank, size).requires_grad_()
-    if how == "outputs":  # packed from components, as the weight is
+    if how == "outputs":  # packed from components, like the weight
         dy = shard_of(dy.flatten(0, 1).t(), linear.weight, rank, size).t()
         dy = dy.contiguous().view(SEQUENCE // groups.cp.size(), ROWS, -1)
     else:
@@ -52,7 +52,7 @@ def linear_products(path: str, linear: Any, groups: Any, sequence: bool) -> dict
 
 
 def expert_products(path: str, experts: Any) -> dict:
-    """All experts on tokens that are whole on every rank."""
+    """All experts, on tokens that are whole on every rank."""
     counts = torch.tensor(EXPERT_TOKENS)
     x = drawn(path + "x", int(counts.sum()), experts.linear_fc1.weight.shape[2]).requires_grad_()
     p = drawn(path + "p", len(x)).float().abs()

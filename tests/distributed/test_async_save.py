@@ -1,8 +1,8 @@
-"""A save beside the training of two ranks writes what a save in line does, byte for byte.
+"""A background save on two ranks writes the same bytes as a synchronous save.
 
-Second truth: the same run with `train.async_save=false`. Experts are cut over the ranks, so that
-both write. That ranks learn of the end and of errors together:
-tests/train/checkpoint/test_background.py.
+Second truth: the same run with `train.async_save=false`. Experts are sharded over the ranks, so
+that both write. tests/train/checkpoint/test_background.py covers that ranks learn of the end and of
+errors together.
 """
 
 from collections.abc import Callable

@@ -1,7 +1,7 @@
-"""A checkpoint goes on under another layout: one rank, then two, then one again.
+"""A checkpoint continues under another layout: one rank, then two, then one again.
 
 Second truth: the run that stayed on one rank, in FP32. Two ranks are tensor, sequence and expert
-parallel at once, so that experts have an optimizer of their own there and none here. Not covered:
+parallel at once, so that experts have their own optimizer on two ranks and not on one. Not covered:
 pipeline stages, more ranks, BF16.
 """
 

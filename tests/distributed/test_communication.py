@@ -1,9 +1,10 @@
-"""`plan`'s bytes a step by kind of collective against those that a step hands to torch.distributed.
+"""The bytes per step and kind of collective in `plan`, against those passed to torch.distributed.
 
-Second truth: counted_traffic.py, which wraps torch's own functions; byte for byte, after a step of
-warm-up, on two ranks over gloo. Who gets the tokens is the router's choice, so the all-to-all of
-experts is compared summed over the ranks. Not covered: what Transformer Engine gathers, the padding
-of several buckets, experts cut and spread at once, sizes on the wire.
+Second truth: counted_traffic.py, which wraps torch's own functions; byte for byte, after one
+warm-up step, on two ranks over gloo. The router chooses where tokens go, so the all-to-all of
+experts is summed over the ranks before it is compared. Not covered: what Transformer Engine
+gathers, the padding of several buckets, experts sharded by tensor and expert parallelism at once,
+sizes on the wire.
 """
 
 import json
@@ -18,7 +19,7 @@ from nemotron_train.plan.cost.communication import ALL_TO_ALL, REDUCE_SCATTER, r
 from nemotron_train.plan.derive import derive
 
 CHILD = Path(__file__).with_name("counted_traffic.py")
-# What `plan` leaves out: counts, which are integers, and by who calls: losses, norms, routing.
+# Excluded from `plan`: integer counts, and by caller: losses, norms, routing.
 CONTROL = {"sum_over", "get_grad_norm_fp32", "get_updated_expert_bias", "_largest_over"}
 AXES = {"tp": "tensor", "cp": "context", "ep": "expert", "expt_tp": "expert tensor"}
 AXES |= {"pp": "pipeline", "dp_cp": "data", "expt_dp": "expert data", "embd": "embedding"}
@@ -27,7 +28,7 @@ TENSOR = ["parallel.tensor=2", "parallel.sequence=true"]
 PIPELINE = ["parallel.pipeline=2"]
 OVERLAP = ["parallel.overlap_gradient_reduce=true", "parallel.overlap_parameter_gather=true"]
 MTP = ["model.mtp.depths=2"]
-# Heads that leave a rank whole blocks of 16 rows.
+# Heads that give a rank whole blocks of 16 rows.
 NVFP4 = ["precision=nvfp4_nemotron3", "model.mamba.heads=32", "model.mamba.head_dim=16"]
 
 
@@ -36,7 +37,7 @@ def _recompute(mode: str) -> list[str]:
 
 
 QUICK = "tensor 2 + sequence, MTP"
-# Ranks, and what differs from the benchmark's model.
+# Number of ranks, and the overrides of the benchmark's model.
 CASES = {
     QUICK: (2, [*TENSOR, *MTP]),
     "tensor 2 + sequence, full recomputation": (2, [*TENSOR, *_recompute("full")]),
@@ -71,7 +72,7 @@ def test_bytes_of_a_step(case: str, run_ranks, tmp_path: Path) -> None:
 
 
 def _predicted(overrides: list[str], num_ranks: int) -> list[Counter]:
-    """Bytes by axis and kind of every rank."""
+    """Bytes by axis and kind, of every rank."""
     config = compose_config([*MODEL, *overrides])
     stages = rank_traffic(config, derive(config, num_ranks))
     found = []
@@ -84,7 +85,7 @@ def _predicted(overrides: list[str], num_ranks: int) -> list[Counter]:
 
 
 def _counted(path: Path) -> Counter:
-    """Bytes by axis and kind, control left out, which must be small."""
+    """Bytes by axis and kind, without control traffic, which must be small."""
     sums: Counter = Counter()
     control = 0
     for call in json.loads(path.read_text(encoding="utf-8")):
@@ -93,10 +94,11 @@ def _counted(path: Path) -> Counter:
         if "int" in call["dtype"] or call["caller"].rpartition(":")[2] in CONTROL:
             control += call["bytes"]
             continue
-        # Two stages send the one way in a group of their own, the other way among all ranks.
+        # With two stages, one direction uses its own group, the other the group of all ranks.
         names = ["pp"] if call["kind"] == "send" else call["group"]
         (axis,) = {AXES[name] for name in names if name in AXES}
-        # On a CPU an all-reduce stands in where the parts are uneven (platform.megatron_cpu).
+        # On a CPU an all-reduce replaces the collective if the parts are uneven
+        # (platform.megatron_cpu).
         stands_in = call["caller"].endswith("megatron_cpu.py:reduce_scatter")
         sums[axis, REDUCE_SCATTER if stands_in else call["kind"]] += call["bytes"]
     assert control < 32 * 1024

@@ -2,8 +2,8 @@
 
 Second truth: the run on one rank, in FP32, with every ingredient (Mamba-2, LatentMoE, attention,
 two MTP depths whose targets lie across the cut, documents packed across it); for a resumed run the
-uninterrupted one; for the exchange whole tensors. Four ranks, which share Mamba-2's groups, are
-marked `layouts`. Not covered: BF16 losses, GPUs and their kernels.
+uninterrupted one; for the exchange whole tensors. Tests on four ranks, which share Mamba-2's
+groups, are marked `layouts`. Not covered: BF16 losses, GPUs and their kernels.
 """
 
 import json
@@ -20,7 +20,7 @@ Train = Callable[..., list[dict]]
 
 HERE = Path(__file__).parent
 TENSOR = ["parallel.tensor=2", "parallel.sequence=true"]
-# Those that split groups; the other products are in test_layout_products.py.
+# Layouts that split groups. test_layout_products.py covers the other products.
 PRODUCTS = {
     "tensor": ["parallel.context=2", *TENSOR],
     "tensor_expert": ["parallel.context=2", *TENSOR, "parallel.expert=4"],
@@ -30,7 +30,7 @@ PRODUCTS = {
 
 @pytest.fixture(scope="module")
 def train(small_run: tuple[Path, list[str]], run_ranks: RunRanks) -> Train:
-    """Trains `name` on so many ranks and returns the lines of its logged steps."""
+    """Trains `name` on `ranks` ranks. Returns the lines of its logged steps."""
     folder, overrides = small_run
 
     def run(name: str, ranks: int, *words: str) -> list[dict]:
@@ -70,7 +70,7 @@ def test_two_ranks_equal_one(one_rank: list[dict], two_ranks: list[dict]) -> Non
 
 
 def test_two_ranks_go_on_exactly(two_ranks: list[dict], train: Train) -> None:
-    """From a checkpoint as if nothing had happened, every number bit for bit."""
+    """A resume from a checkpoint changes no number, bit for bit."""
     again = train("context_again", 2, "branch=runs/context_two@5")
     for ours, theirs in zip(again, two_ranks[5:], strict=True):
         for name in filterfalse(is_timing, theirs):
@@ -78,7 +78,7 @@ def test_two_ranks_go_on_exactly(two_ranks: list[dict], train: Train) -> None:
 
 
 def test_one_rank_goes_on_from_two(one_rank: list[dict], two_ranks: list[dict], train: Train):
-    """Their checkpoint loads where sequences are whole."""
+    """Checkpoints of context ranks load where sequences are whole."""
     assert len(two_ranks) == 10
     there = train("context_then_one", 1, "branch=runs/context_two@5", "parallel.context=1")
     assert_equal(there, one_rank[5:])
@@ -86,20 +86,20 @@ def test_one_rank_goes_on_from_two(one_rank: list[dict], two_ranks: list[dict], 
 
 @pytest.mark.parametrize("heads_a_group", [2, 8])
 def test_exchange(heads_a_group: int, run_ranks: RunRanks, tmp_path: Path) -> None:
-    """Two groups a rank, and one that both ranks' heads read."""
+    """Two groups per rank, and one group that the heads of both ranks read."""
     run_ranks([str(HERE / "context_exchange.py"), str(heads_a_group)], tmp_path, 2)
 
 
 @pytest.mark.layouts
 @pytest.mark.parametrize("layout", PRODUCTS)
 def test_products_equal_one_rank(layout: str, one_rank: list[dict], train: Train) -> None:
-    """On four ranks. Four context-parallel ones share Mamba-2's two groups in pairs."""
+    """On four ranks. Four context-parallel ranks share Mamba-2's two groups in pairs."""
     assert_equal(train(f"context_{layout}", 4, *PRODUCTS[layout]), one_rank)
 
 
 @pytest.mark.layouts
 def test_recomputation_repeats_the_exchange(two_ranks: list[dict], train: Train) -> None:
-    """Every number bit for bit, as on one rank."""
+    """Every number is bit-identical, as on one rank."""
     again = [f"train.recompute.{kind}=selective" for kind in ("mamba", "attention", "moe")]
     rows = train("context_recomputed", 2, "parallel.context=2", *again)
     for ours, theirs in zip(rows, two_ranks, strict=True):

@@ -1,4 +1,4 @@
-"""`generate` on two ranks that share the model: the tokens of one rank.
+"""`generate` on two ranks that share the model gives the tokens of one rank.
 
 Second truth: one rank, on the same checkpoint. Greedy and sampled, plain and speculative, under
 FP32, where only the order of sums differs, and under NVFP4, whose scale of a token is the largest
@@ -26,7 +26,7 @@ def folder(small_run: tuple[Path, list[str]], run_ranks: Run) -> Path:
     folder = small_run[0]
     for plan in ("fp32", "nvfp4_nemotron3"):
         words = [f"name=shared_{plan}", f"precision={plan}", "train.stop_after_steps=0"]
-        # Widths that two tensor-parallel ranks cut into whole blocks of four-bit numbers.
+        # Widths that two tensor-parallel ranks shard into whole blocks of four-bit numbers.
         words += ["model.mamba.heads=32", "model.mamba.head_dim=4"]
         run_ranks(["-m", "nemotron_train", "pretrain", *SMALL_RUN, *words], folder, 1)
     return folder

@@ -1,7 +1,7 @@
-"""Numbers broken on one of two ranks: both ranks decide alike, at the same step, before any weight
-changes. `broken_run.py` breaks them; nothing of it is in the shipped code.
+"""Numbers broken on one of two ranks: both ranks make the same decision, at the same step, before
+any weight changes. `broken_run.py` breaks them; the shipped code contains none of it.
 
-Second truth of «no weight changed»: a run that goes back to the checkpoint of the step before and
+Second truth for "no weight changed": a run that goes back to the checkpoint of the step before and
 leaves the batch out. Not covered: more than two ranks, a GPU.
 """
 
@@ -50,8 +50,8 @@ def digest(folder: Path) -> dict[str, str]:
     ("gradient 0", "gradient not finite on rank 0 (loss 6"),
 ])  # fmt: skip
 def test_stop(small_run: Small, start_ranks: Start, what: str, where: str) -> None:
-    """Both ranks exit with 1 at step 5; one line names rank and module; the checkpoint of step 4
-    is the last thing written, and nothing in it is NaN."""
+    """Both ranks exit with 1 at step 5. One line names rank and module. The checkpoint of step 4 is
+    the last thing written, and it contains no NaN."""
     name = f"stop_{what.split()[0]}"
     saving = (f"name={name}", "train.save_every_steps=4", "train.keep_checkpoints=9")
     codes, outputs = train(start_ranks, small_run, f"{what} 16", *saving)
@@ -67,7 +67,7 @@ def test_stop(small_run: Small, start_ranks: Start, what: str, where: str) -> No
     assert lines(folder)[-1]["kind"] == "non_finite" and list(steps(folder)) == [1, 2, 3, 4]
     if what == "loss 1":
         return
-    # The batch is broken no more: the run goes on from the good checkpoint to its end.
+    # The batch is no longer broken: the run continues from the good checkpoint to its end.
     before = digest(folder / "checkpoints" / "step_00000004")
     codes, outputs = train(start_ranks, small_run, f"{what} 999", *saving)
     assert codes == [0, 0] and "step_00000004" in outputs[0], outputs[0]
@@ -75,9 +75,9 @@ def test_stop(small_run: Small, start_ranks: Start, what: str, where: str) -> No
 
 
 def test_skip_and_roll_back_agree(small_run: Small, start_ranks: Start) -> None:
-    """The batch of step 5 is broken on rank 1. One run drops the update in place; another loads
-    the checkpoint of step 4 and passes over the batch: the same weights then meet the same
-    batches, one step apart. Exactly one batch is lost, and each run says so once."""
+    """The batch of step 5 is broken on rank 1. One run skips the update in place. Another loads the
+    checkpoint of step 4 and skips the batch. The same weights then meet the same batches, one step
+    apart. Exactly one batch is lost, and each run reports it once."""
     codes, outputs = train(
         start_ranks, small_run, "gradient 1 16", "name=skip", "guard.non_finite=skip"
     )
@@ -90,7 +90,7 @@ def test_skip_and_roll_back_agree(small_run: Small, start_ranks: Start) -> None:
     assert codes == [0, 0], outputs
     assert "rolled back to runs/back/checkpoints/step_00000004, past 4 sequences" in outputs[0]
     skip, back = (small_run[0] / "runs" / name for name in ("skip", "back"))
-    # The rate of a step follows from its tokens: constant up to step 6.
+    # The learning rate of a step depends on its tokens. It is constant up to step 6.
     for step in (6, 7):
         for number in ("loss", "mtp_loss_1", "mtp_loss_2", "grad_norm", "max_vio"):
             assert steps(skip)[step][number] == steps(back)[step - 1][number], (step, number)
@@ -104,7 +104,8 @@ def test_skip_and_roll_back_agree(small_run: Small, start_ranks: Start) -> None:
 
 
 def test_a_broken_weight_is_not_skipped(small_run: Small, start_ranks: Start) -> None:
-    """A NaN in a weight outlives every batch: the run ends before it is saved, and names it."""
+    """A NaN in a weight affects every later batch. The run ends before the weight is saved, and
+    names it."""
     codes, outputs = train(
         start_ranks, small_run, "weight 0 16",
         "name=weight", "guard.non_finite=skip", "train.save_every_steps=5", ranks=1,
@@ -117,8 +118,8 @@ def test_a_broken_weight_is_not_skipped(small_run: Small, start_ranks: Start) ->
 
 
 def test_a_spike_and_a_slow_rank(small_run: Small, start_ranks: Start) -> None:
-    """100 times the loss on one rank, with a window short enough for ten steps, is skipped by both.
-    The same rank takes five times as long in each forward pass and is named."""
+    """100 times the loss on one rank, with a window short enough for ten steps: both ranks skip the
+    batch. The same rank takes five times as long in each forward pass and is named."""
     knobs = ("guard.spike=skip", "guard.spike_window=4", "guard.spike_sigmas=20")
     measured = ("name=spike", "guard.straggler_every=1", "guard.straggler_ratio=1.2")
     codes, outputs = train(start_ranks, small_run, "spike,slow 1 24", *knobs, *measured)

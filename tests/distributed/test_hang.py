@@ -1,4 +1,4 @@
-"""A rank that stands still: the others find out by themselves, leave their stacks and end.
+"""A rank hangs: the others detect it, write their stacks and end.
 
 Not covered: a launcher that kills the stopped rank (torchrun and srun do), NCCL.
 """
@@ -13,8 +13,9 @@ Start = Callable[[list[str], Path, int], list[subprocess.Popen[str]]]
 
 
 def test_a_stopped_rank_ends_the_job(small_run: tuple[Path, list[str]], start_ranks: Start) -> None:
-    """SIGSTOP of rank 1 in the middle. Rank 0 exits with 1 soon after guard.hang_minutes, long
-    before its collective would give up (here after four minutes). Rank 1, once it can, ends too."""
+    """SIGSTOP of rank 1 during training. Rank 0 exits with 1 soon after guard.hang_minutes, long
+    before its collective would time out (here after four minutes). Rank 1 also ends once it can
+    run."""
     folder, common = small_run
     words = ["-m", "nemotron_train", "pretrain", *common, "name=hang", "train.threads=1"]
     words += ["train.micro_batch_sequences=2", "train.total_tokens=10000000"]

@@ -1,7 +1,7 @@
 """The same Hugging Face folder from every layout.
 
-Second truth: the folder made of one rank's checkpoint, byte for byte; a branch saves the weights
-and masters it begins with under its own layout. That the folder is right is tests/convert's.
+Second truth: the folder made from one rank's checkpoint, byte for byte. A branch saves the weights
+and masters it starts with under its own layout. tests/convert covers that the folder is right.
 """
 
 from collections.abc import Callable

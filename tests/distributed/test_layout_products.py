@@ -1,11 +1,11 @@
-"""Every layout of benchmarks/layouts.py, products on four ranks among them: losses against one
-rank, exact resume, and checkpoints that go on under another layout.
+"""Every layout of benchmarks/layouts.py, including products on four ranks: losses against one rank,
+exact resume, and checkpoints that continue under another layout.
 
 Second truths: the run on one rank, in FP32, with every ingredient; the uninterrupted run. A resumed
-run is another set of processes. Weights are compared whole, put together from all ranks' shards,
-and ranks that hold the same part must hold the same numbers. Not covered: more than four ranks,
-context ranks that share groups of heads (test_context.py), BF16; losses are compared over ten
-steps, after which rounding may send a token to another expert.
+run uses new processes. Weights are compared whole, assembled from the shards of all ranks, and
+ranks that hold the same part must hold the same numbers. Not covered: more than four ranks, context
+ranks that share groups of heads (test_context.py), BF16. Losses are compared over ten steps, after
+which rounding may send a token to another expert.
 """
 
 import statistics
@@ -19,9 +19,9 @@ from benchmarks.layouts import LAYOUTS, Job, Outcome, difference, run_world
 pytestmark = pytest.mark.layouts
 
 STEPS, SAVE_AT, LONGER = 10, 5, 15
-TIMEOUT = 3000  # seconds a world, on a machine whose cores the ranks share
+TIMEOUT = 3000  # seconds per job, on a machine whose cores the ranks share
 
-# Saved under the first, gone on with under the second: every dimension changes.
+# Saved under the first layout, continued under the second: every dimension changes.
 RESHARDED = {
     "TP2 PP2 -> EP2 DP2": ("TP2 PP2", "EP2 DP2"),
     "EP2 DP2 -> TP2 PP2 VPP2": ("EP2 DP2", "TP2 PP2 VPP2"),
@@ -36,7 +36,7 @@ RESHARDED = {
     "one rank -> TP2 ETP2 EP2": ("one rank", "TP2 ETP2 EP2"),
     "one rank -> PP2 VPP2 EP2": ("one rank", "PP2 VPP2 EP2"),
 }
-# Emulated formats under FP32 parameters: one layout of each kind of cut.
+# Emulated formats under FP32 parameters: one layout of each kind of sharding.
 EMULATED = ("TP2 PP2", "TP2 ETP2 EP2", "PP2 VPP2 EP2", "EP2 DP2")
 # Small buckets, so that there are many.
 OVERLAP = ["parallel.overlap_gradient_reduce=true", "parallel.overlap_parameter_gather=true"]
@@ -61,14 +61,14 @@ class Runs:
 
 COMMON = ["train.micro_batch_sequences=1", "train.total_tokens=3840", "model.pattern=MEM*EME"]
 NVFP4 = ["precision=nvfp4_all", "precision.parameter_dtype=float32"]
-# Mamba's input projection 352 wide, so that half of it is whole blocks.
+# Mamba's input projection has 352 rows, so that half of it is whole blocks.
 NVFP4 += ["model.mamba.heads=32", "model.mamba.head_dim=4"]
 
 
 @pytest.fixture(scope="module")
 def emulated(small_run: tuple[Path, list[str]]) -> dict[str, Outcome]:
     """STEPS steps in NVFP4 by layout, "one rank" among them, and on one rank with other random
-    words: those of a rounding depend on the micro-batch."""
+    words: the words of a rounding depend on the micro-batch."""
     folder, overrides = small_run
     base = [*overrides, *COMMON, *NVFP4]
     jobs = [Job("one rank", base, STEPS)]
@@ -155,7 +155,8 @@ def test_losses_are_one_ranks(layout: str, runs: Runs) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_resume_is_exact(layout: str, runs: Runs) -> None:
-    """Bit for bit: what is printed of every step after the checkpoint, the samples, the weights."""
+    """Bit for bit: the logged numbers of every step after the checkpoint, the samples, the
+    weights."""
     whole, resumed = runs.first[layout], runs.resumed[layout]
     assert resumed.rows == whole.between(SAVE_AT, STEPS).rows
     assert resumed.sample_ids == whole.sample_ids[SAVE_AT:]
@@ -173,9 +174,9 @@ def test_goes_on_under_another_layout(change: str, runs: Runs) -> None:
 
 @pytest.mark.parametrize("layout", EMULATED)
 def test_emulated_formats_agree(layout: str, emulated: dict[str, Outcome]) -> None:
-    """The first step's losses come from the same codes, summed in another order. From then on a
-    number that crosses the border between two codes moves by a whole step: over the other steps
-    the runs differ on average by no more than twice what other random words do to one rank."""
+    """The losses of the first step come from the same codes, summed in another order. Afterwards a
+    number that crosses the border between two codes moves by a whole step. Over the other steps the
+    runs differ on average by at most twice the effect of other random words on one rank."""
     ours, one = emulated[layout], emulated["one rank"]
     assert largest(ours, one, "loss", 0, 1) <= 1e-5
     assert mean_apart(ours, one) <= 2 * max(mean_apart(emulated[f"{n} rows"], one) for n in (2, 4))
@@ -189,8 +190,9 @@ def mean_apart(ours: Outcome, one: Outcome) -> float:
 
 @pytest.mark.parametrize("layout", OVERLAPPED)
 def test_overlap_changes_no_loss(layout: str, runs: Runs) -> None:
-    """Against the same layout without overlap: only the norm's order of summation is another. Does
-    not show a wait left out: over gloo a gather has mostly ended when the weights are read."""
+    """Against the same layout without overlap. Only the summation order of the norm differs.
+    This does not detect a missing wait: over gloo a gather has mostly ended when the weights are
+    read."""
     ours = runs.overlapped[layout]
     for name in ("loss", "mtp_loss_1", "mtp_loss_2", "grad_norm"):
         assert difference(ours, runs.first[layout], name) <= 1e-6, name
@@ -198,7 +200,8 @@ def test_overlap_changes_no_loss(layout: str, runs: Runs) -> None:
 
 @pytest.mark.parametrize("layout", OVERLAPPED)
 def test_overlapped_resume_is_exact(layout: str, runs: Runs) -> None:
-    """The checkpoint holds the last update's weights, whose gather waits for the next forward."""
+    """The checkpoint contains the weights of the last update, whose gather waits for the next
+    forward pass."""
     whole, resumed = runs.overlapped[layout], runs.overlapped_resumed[layout]
     assert resumed.rows == whole.between(SAVE_AT, STEPS).rows
     assert resumed.weights_at_end == whole.weights_at_end

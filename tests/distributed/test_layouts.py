@@ -3,7 +3,7 @@
 Second truth: the run on one rank, in FP32, with every ingredient (Mamba-2, LatentMoE, attention,
 two MTP depths, packed documents). Covers tensor + sequence, pipeline (1F1B and interleaved),
 expert, expert-tensor and data parallelism with the distributed optimizer, initial weights included,
-and what the guard measures inside the model. Not covered here: products of several layouts (they
+and the guard's measurements inside the model. Not covered here: products of several layouts (they
 need four ranks), BF16.
 """
 
@@ -29,7 +29,7 @@ LAYOUTS = {
 
 
 def train(folder: Path, data: list[str], name: str, overrides: list[str], ranks: int) -> list[dict]:
-    """Train `name` on `ranks` processes; returns its metrics lines."""
+    """Trains `name` on `ranks` processes. Returns its metrics lines."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

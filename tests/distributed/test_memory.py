@@ -1,8 +1,8 @@
 """`plan`'s peak memory against the measured one: live tensor bytes of a step, rank by rank.
 
 Second truth: torch's profiler, which sees every allocation (benchmarks/memory.py). Covers the rows
-of the table in docs/parallelism.md; the quick ones here, the others under `make test-layouts`. Not
-covered: GPUs, the C library's own memory, loads of experts far from the assumed one.
+of the table in docs/parallelism.md: the quick ones here, the others under `make test-layouts`. Not
+covered: GPUs, the C library's own memory, expert loads far from the assumed one.
 """
 
 import pytest
@@ -17,7 +17,7 @@ QUICK = ("FP32, two MTP depths", "FP32, full recomputation", "tensor 2 + sequenc
     [pytest.param(c, marks=[] if c in QUICK else pytest.mark.layouts) for c in CASES],
 )
 def test_predicted_peak_is_within_ten_percent(case: str) -> None:
-    """What lasts between steps is arithmetic and meets 1 %."""
+    """The persistent state between steps is arithmetic and agrees to 1 %."""
     for row in on_ranks(case):
         assert row["predicted"] == pytest.approx(row["measured"], rel=0.10), (case, row)
         states = row["memory"]

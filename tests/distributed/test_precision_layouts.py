@@ -1,16 +1,16 @@
-"""Emulated number formats under two ranks: the codes, then whole trainings, against one rank.
+"""Emulated number formats on two ranks, first the codes, then whole trainings, against one rank.
 
-Second truth: the same on one rank. Two kinds of agreement are asked for.
+Second truth: the same on one rank. The tests require two kinds of agreement.
 
-Exact. Every operand of every product (codes, scales, rounded stochastically where training does)
-under tensor, sequence, expert-tensor and context parallelism, and every product that is not summed
-over ranks. The losses of two data-parallel ranks, against one rank with two micro-batches.
+Exact. Every operand of every product (codes, scales, stochastic rounding as in training) under
+tensor, sequence, expert-tensor and context parallelism, and every product that is not summed over
+ranks. The losses of two data-parallel ranks, against one rank with two micro-batches.
 
-Within a tolerance. What ranks sum they sum in another order, in BF16 under BF16 parameters. With
-FP32 parameters and every random word the same that leaves 1e-6 as long as no number crosses the
-border between two codes; then single codes move by a whole step and the trainings part, as they do
-after any other perturbation. So these are compared over the steps before, and the training recipe
-itself, in BF16 parameters, within what other random words alone do to one rank.
+Within a tolerance. Sums over ranks have another order, and are in BF16 under BF16 parameters. With
+FP32 parameters and identical random words the difference is 1e-6 until a number crosses the border
+between two codes. Then single codes move by a whole step and the trainings diverge, as after any
+other perturbation. These are therefore compared over the steps before. The training recipe itself,
+in BF16 parameters, is compared within the effect of other random words on one rank.
 
 Not covered: more than two ranks, pipeline stages (a stage holds whole linears), MXFP8's shards.
 """
@@ -25,13 +25,13 @@ import torch
 Small = tuple[Path, list[str]]
 RunRanks = Callable[[list[str], Path, int], None]
 
-# Mamba's packed input projection is cut between blocks: 32 heads, 16 a rank.
+# Mamba's packed input projection is cut between blocks: 32 heads, 16 per rank.
 GEOMETRY = ["model.pattern=MEM*EME", "model.mamba.heads=32", "model.mamba.head_dim=8"]
 TENSOR = ["parallel.tensor=2", "parallel.sequence=true"]
 SPLIT_EXPERTS = "parallel.expert_tensor=2"
 
 # Operands in the order in which a linear quantizes them, and the dimension along which ranks hold
-# parts of them, by how the linear is cut.
+# parts of them, by how the linear is sharded.
 OPERANDS = ("weight", "input", "gradient", "gradient along tokens", "input along tokens")
 HELD = {
     "outputs": {"weight": 0, "gradient": 1, "gradient along tokens": 1},
@@ -48,7 +48,7 @@ EXPERT_OPERANDS = ("x1", "w1", "x2", "w2", "dy2", "dy2t", "x2t", "dy1", "dy1t", 
 
 @pytest.fixture(scope="module")
 def operands(small_run: Small, run_ranks: RunRanks, tmp_path_factory: pytest.TempPathFactory):
-    """What one rank multiplies, and what each of two tensor- or context-parallel ones does."""
+    """The operands on one rank, and on each of two tensor- or context-parallel ranks."""
     folder, overrides = small_run
     script = str(Path(__file__).with_name("precision_operands.py"))
     out = tmp_path_factory.mktemp("operands")
@@ -62,7 +62,7 @@ def operands(small_run: Small, run_ranks: RunRanks, tmp_path_factory: pytest.Tem
 
 
 def join(parts: list[torch.Tensor], dim: int, sizes: list[int] | None) -> torch.Tensor:
-    """The whole tensor; `sizes`: of the components that each part packs along `dim`."""
+    """The whole tensor. `sizes`: of the components that each part packs along `dim`."""
     if sizes is None:
         return torch.cat(parts, dim)
     components = zip(*(part.split(sizes, dim) for part in parts), strict=True)
@@ -70,8 +70,8 @@ def join(parts: list[torch.Tensor], dim: int, sizes: list[int] | None) -> torch.
 
 
 def test_codes_of_linears_do_not_depend_on_the_layout(operands) -> None:
-    """Mamba's input projection rounds its gradients to nearest here: its columns are packed rank
-    by rank, so its random words are others."""
+    """Mamba's input projection rounds its gradients to nearest here. Its columns are packed rank by
+    rank, so its random words would differ."""
     one, two, _ = operands
     seen = set()
     for path, whole in one.items():
@@ -98,9 +98,9 @@ def test_codes_of_linears_do_not_depend_on_the_layout(operands) -> None:
 
 
 def test_codes_of_linears_do_not_depend_on_the_context_ranks(operands) -> None:
-    """Activations and gradients lie in pieces of whole blocks; weights are whole. What a weight's
-    gradient sums over the ranks agrees to the order of the sum. Experts are not compared: their
-    tensors are the tokens that meet on a rank."""
+    """Activations and gradients are cut into pieces of whole blocks; weights are whole. The sum of
+    a weight's gradient over the ranks agrees up to the order of the sum. Experts are not compared:
+    their tensors are the tokens that meet on a rank."""
     one, _, context = operands
     for path, whole in one.items():
         if whole["cut"] == "experts":
@@ -115,17 +115,18 @@ def test_codes_of_linears_do_not_depend_on_the_context_ranks(operands) -> None:
         products = whole["products"]
         for name in ("y", "dx"):
             ours = torch.cat([part["products"][name] for part in parts])
-            # Half the rows: on a processor without BF16 instructions the product goes through
-            # FP32, whose library sums in another order for another shape. One step of BF16, then.
+            # Half the rows. On a processor without BF16 instructions the product goes through FP32,
+            # whose library sums in another order for another shape. The tolerance is one step of
+            # BF16.
             floor = 1e-5 * products[name].abs().max().item()
             torch.testing.assert_close(ours, products[name], rtol=2.0**-7, atol=floor)
         ours = sum(part["products"]["dw"].float() for part in parts)
-        step = products["dw"].float().abs().max() * 2.0**-7  # BF16 a rank, and of the whole
+        step = products["dw"].float().abs().max() * 2.0**-7  # BF16 on each rank and overall
         assert (ours - products["dw"].float()).abs().max() < 1.5 * step, path
 
 
 def test_codes_of_experts_do_not_depend_on_the_layout(operands) -> None:
-    """Each expert's hidden width cut over two ranks; one of the experts gets no token."""
+    """Each expert's hidden width is sharded over two ranks. One of the experts gets no token."""
     one, two, _ = operands
     paths = [path for path in one if path.endswith(".experts")]
     assert paths
@@ -154,7 +155,7 @@ def test_codes_of_experts_do_not_depend_on_the_layout(operands) -> None:
 
 @pytest.fixture(scope="module")
 def train(small_run: Small, run_ranks: RunRanks) -> Callable[..., list[dict]]:
-    """Five steps; the lines of metrics.jsonl. What was trained before is not trained again."""
+    """Five steps; the lines of metrics.jsonl. Repeated calls reuse the result."""
     folder, overrides = small_run
     common = [*overrides, *GEOMETRY, "train.micro_batch_sequences=2", "train.threads=1"]
     common += ["train.total_tokens=1280", "optim.decay_tokens=512", "train.validation_tokens=256"]
@@ -174,7 +175,7 @@ def train(small_run: Small, run_ranks: RunRanks) -> Callable[..., list[dict]]:
 
 
 def differences(ours: list[dict], theirs: list[dict], name: str) -> list[float]:
-    """Relative, step by step."""
+    """Relative difference, step by step."""
     return [abs(a[name] - b[name]) / abs(b[name]) for a, b in zip(ours, theirs, strict=True)]
 
 
@@ -182,8 +183,9 @@ RECIPE = ("precision=nvfp4_nemotron3", "optim.clip_grad_norm=1000")
 
 
 def test_two_data_parallel_ranks_compute_the_same_numbers(train) -> None:
-    """Each rank's micro-batch is one of the two of the single rank, rounded by the same words. A
-    sum of two has one order; clipping would bring in the gradient's norm, whose sum has many."""
+    """Each rank's micro-batch is one of the two of the single rank, rounded with the same words. A
+    sum of two has one order. Clipping would bring in the gradient's norm, whose sum has many
+    orders."""
     one, two = train(*RECIPE), train(*RECIPE, ranks=2)
     for name in ("loss", "mtp_loss_1", "mtp_loss_2", "load_balance_loss", "max_vio"):
         assert differences(two, one, name) == [0.0] * 5, name
@@ -191,10 +193,10 @@ def test_two_data_parallel_ranks_compute_the_same_numbers(train) -> None:
 
 
 def test_tensor_parallel_rounds_by_the_same_words(train) -> None:
-    """Every linear in NVFP4, FP32 parameters, experts cut too. The learning rate is nothing, so
-    that each step is a trial of its own: those without a crossing agree to the order of FP32 sums,
+    """Every linear in NVFP4, FP32 parameters, experts sharded too. The learning rate is zero, so
+    that each step is a separate trial. Steps without a crossing agree to the order of FP32 sums,
     gradients included. Words or scales of another layout would move the gradient's norm by 1e-3 in
-    all of them, as Mamba's input projection does if it rounds stochastically."""
+    all steps, as Mamba's input projection does if it rounds stochastically."""
     nearest = "{match: '*.in_proj', format: nvfp4, stochastic_rounding: false}"
     words = ("precision=nvfp4_all", "precision.parameter_dtype=float32")
     words += (f"+precision.rules.packed={nearest}", "optim.peak_learning_rate=1e-30")
@@ -207,7 +209,8 @@ def test_tensor_parallel_rounds_by_the_same_words(train) -> None:
 
 @pytest.mark.layouts
 def test_context_parallel_rounds_by_the_same_words(train) -> None:
-    """The same with pieces of the sequence; experts, which see their rank's tokens, in FP32."""
+    """The same with pieces of the sequence. Experts, which see the tokens of their rank, are in
+    FP32."""
     experts = "{experts: true, format: float32}"
     words = ("precision=nvfp4_all", "precision.parameter_dtype=float32")
     words += (f"+precision.rules.experts={experts}", "optim.peak_learning_rate=1e-30")
@@ -219,8 +222,8 @@ def test_context_parallel_rounds_by_the_same_words(train) -> None:
 
 
 def test_expert_parallel_rounds_whole_experts(train) -> None:
-    """An expert's tensor is the tokens that both ranks send it: those of one rank's micro-batch of
-    twice the size, in another order. Blocks along the tokens are others, so wgrad stays FP32."""
+    """An expert's tensor contains the tokens of both ranks: those of one rank's micro-batch of
+    twice the size, in another order. Blocks along the tokens differ, so wgrad stays FP32."""
     experts = "{experts: true, format: nvfp4, wgrad: float32, stochastic_rounding: false}"
     words = ("precision=fp32", f"+precision.rules.experts={experts}")
     one = train(*words, "train.micro_batch_sequences=4")
@@ -232,7 +235,7 @@ def test_expert_parallel_rounds_whole_experts(train) -> None:
 @pytest.mark.parametrize("layout", [TENSOR, ["parallel.expert=2"]], ids=["tensor", "expert"])
 def test_recipe_agrees_within_its_noise(train, layout: list[str]) -> None:
     """BF16 parameters, everything rounded as in training. One rank with micro-batches of four rows
-    instead of two (other amax, other words) is up to 1.6e-3 away from itself in these five steps,
-    6e-5 in the first, before any update."""
+    instead of two (other amax, other words) differs from itself by up to 1.6e-3 in these five
+    steps, and by 6e-5 in the first, before any update."""
     away = differences(train(*RECIPE, *layout, ranks=2), train(*RECIPE), "loss")
     assert away[0] < 2e-4 and max(away) < 2e-3, away

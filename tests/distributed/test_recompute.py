@@ -1,5 +1,5 @@
-"""Whole runs with recomputation on two ranks, telemetry included: not one number of metrics.jsonl
-differs from the same layout's without.
+"""Whole runs with recomputation on two ranks, telemetry included: every number of metrics.jsonl
+equals that of the same layout without it.
 
 Second truth: the runs that keep everything. The emulated NVFP4 plan rounds stochastically. Not
 covered: more than two ranks.

@@ -1,7 +1,7 @@
 """Steps of short rows between long ones under each layout of two ranks, against one rank.
 
-Second truth: the run on one rank in FP32. Covers that stages hand over rows of either length and
-that context ranks cut both. Not covered: products of layouts.
+Second truth: the run on one rank in FP32. Covers that stages pass on rows of either length and that
+context ranks shard both. Not covered: products of layouts.
 """
 
 from pathlib import Path

@@ -1,10 +1,9 @@
-"""Telemetry over whole runs: it changes no number of the training, and two ranks count what one
-does.
+"""Telemetry over whole runs: it changes no number of the training, and two ranks count the same as
+one.
 
 Second truth: the same run without telemetry, bit for bit; the same run on one rank. In the first
-step the weights are equal under every layout, so there the counts agree up to BF16 sums in another
-order. Not covered: pipeline and
-expert parallelism, native products.
+step the weights are equal under every layout, so the counts agree up to BF16 sums in another order.
+Not covered: pipeline and expert parallelism, native products.
 """
 
 import json
@@ -26,7 +25,7 @@ SHORT = [
     "optim.decay_tokens=256",
     "model.pattern=MEM*EME",
     "train.micro_batch_sequences=2",
-    "model.mamba.heads=8",  # two ranks' rows of the input projection are whole blocks
+    "model.mamba.heads=8",  # a rank's rows of the input projection are whole blocks
     "model.mamba.head_dim=8",
     "model.mamba.state_size=22",
 ]
@@ -74,7 +73,7 @@ def first_record(small_run: Small, name: str, overrides: list[str], ranks: int =
 
 @pytest.mark.parametrize(("plan", "probe"), [("nvfp4_nemotron3", "nvfp4"), ("bf16", "nvfp4")])
 def test_training_does_not_notice(plan: str, probe: str, small_run: Small) -> None:
-    """Measured steps are not the first ones: they follow, and are followed by, others."""
+    """Measured steps are not the first ones. Other steps come before and after them."""
     knobs = ["precision.telemetry.every=2", f"precision.telemetry.probe={probe}"]
     plain, none = split(train(small_run, f"{plan}_off", [f"precision={plan}"]))
     steps, records = split(train(small_run, f"{plan}_on", [f"precision={plan}", *knobs]))
@@ -99,7 +98,7 @@ def test_training_does_not_notice(plan: str, probe: str, small_run: Small) -> No
 
 
 def assert_close(ours: dict, reference: dict) -> None:
-    """Rates and errors of all operands; counts that differ in a few elements only."""
+    """Rates and errors of all operands. Counts differ in a few elements only."""
     assert set(ours) == set(reference)
     for path, module in reference.items():
         for operand, numbers in module["nvfp4"].items():
@@ -109,8 +108,8 @@ def assert_close(ours: dict, reference: dict) -> None:
 
 
 def test_data_parallel_ranks_count_together(small_run: Small, one_rank: dict) -> None:
-    """One rank looks at its first micro-batch, two at one each: twice the blocks, other tokens of
-    the same text; the gradients, shared out among the ranks, are those of all tokens."""
+    """One rank measures its first micro-batch; two ranks measure one each: twice the blocks, other
+    tokens of the same text. The gradients, distributed over the ranks, are those of all tokens."""
     ours, reference = first_record(small_run, "telemetry_data", [], ranks=2), one_rank
     assert_close(ours, reference)
     first = "decoder.layers.0.mixer.in_proj"
@@ -126,12 +125,12 @@ def test_data_parallel_ranks_count_together(small_run: Small, one_rank: dict) ->
 
 
 def test_tensor_parallel_ranks_count_together(small_run: Small, one_rank: dict) -> None:
-    """Shards of one tensor, with the largest magnitude of the whole: their blocks are the whole's
-    blocks, each counted once. What both ranks hold whole is counted twice."""
+    """Shards of one tensor, with the largest magnitude of the whole. Their blocks are those of the
+    whole tensor, each counted once. Tensors that both ranks hold whole are counted twice."""
     layout = ["parallel.tensor=2", "parallel.sequence=true"]
     ours, reference = first_record(small_run, "telemetry_tensor", layout, ranks=2), one_rank
     assert_close(ours, reference)
-    path = "decoder.layers.0.mixer.out_proj"  # cut along its inputs
+    path = "decoder.layers.0.mixer.out_proj"  # sharded along its inputs
     seen, wanted = (modules[path]["nvfp4"] for modules in (ours, reference))
     assert seen["fprop_weight"] == wanted["fprop_weight"]
     for operand, times in (("fprop_activation", 1), ("dgrad_gradient", 2)):
@@ -140,8 +139,8 @@ def test_tensor_parallel_ranks_count_together(small_run: Small, one_rank: dict) 
 
 
 def test_context_parallel_ranks_count_together(small_run: Small, one_rank: dict) -> None:
-    """Pieces of one sequence: what lies along the tokens is counted once, block by block as on one
-    rank; a weight, whole on both, twice."""
+    """Pieces of one sequence. Operands along the tokens are counted once, block by block as on one
+    rank. A weight, whole on both ranks, is counted twice."""
     ours = first_record(small_run, "telemetry_context", ["parallel.context=2"], ranks=2)
     assert_close(ours, one_rank)
     path = "decoder.layers.0.mixer.in_proj"

@@ -1,5 +1,7 @@
-"""One rank of test_uneven.py: parts of different lengths gathered and reduced, both ways.
-Argument: how gloo answers when asked itself is written to this file by the first rank."""
+"""One rank of test_uneven.py: parts of different lengths are gathered and reduce-scattered, forward
+and backward. Argument: a file in which the first rank writes how gloo itself responds to uneven
+parts.
+"""
 
 import sys
 from pathlib import Path

@@ -13,7 +13,7 @@ device.prepare()
 
 @pytest.fixture(scope="session")
 def run(small_run: tuple[Path, list[str]]) -> Path:
-    """A small run of ten steps, validated at its end; tests stand in the folder above it."""
+    """A small run of ten steps, validated at its end. Tests work in the folder above it."""
     from nemotron_train.cli.main import main
 
     before = Path.cwd()

@@ -1,8 +1,8 @@
 """Our engine under the LM evaluation harness, offline, on a task made here.
 
-Second truth: log-likelihoods from the engine's own scores of the same strings, put together by
-hand; the harness's accuracy recomputed from them. Not covered: the harness's own tasks, which need
-their data from the network.
+Second truth: log-likelihoods assembled by hand from the engine's own scores of the same strings,
+and the harness's accuracy recomputed from them. Not covered: the harness's own tasks, which need
+data from the network.
 """
 
 import json
@@ -104,7 +104,7 @@ def test_each_kind_of_request(run: Path) -> None:
         (one,) = asked.generate_until([Request("import", {"until": [], "max_gen_toks": 4})])
         prompt = tokenizer.encode("import").tolist()
         ids = list(prompt)
-        for _ in range(4):  # the largest of all scores, token by token
+        for _ in range(4):  # greedy decoding, by scoring every token
             scores = engine.scores([[*ids, token] for token in range(512)])
             ids.append([row[-1][1] for row in scores].index(True))
         assert one == tokenizer.decode(ids[len(prompt) :]).split("<|endoftext|>")[0]

@@ -1,6 +1,7 @@
-"""`evaluate loss`. Second truth: what the training logged of its own validation, every head.
+"""`evaluate loss`, of the main head and of every multi-token-prediction head.
 
-Not covered: several ranks, emulated formats.
+Second truth: the validation losses that training logged. Not covered: several ranks, emulated
+formats.
 """
 
 import json
@@ -34,14 +35,14 @@ def test_equals_the_logged_validation_loss(run: Path) -> None:
 def test_all_rows_of_another_length_and_split(run: Path) -> None:
     knobs = LossConfig(max_tokens=0, sequence_length=32, split="validation")
     (short,) = evaluate_loss(str(run), knobs)
-    rows = 2715 // 32  # of the small corpus's 2,716 validation tokens
+    rows = 2715 // 32  # the small corpus has 2,716 validation tokens
     assert 0.8 * rows * 32 < short.tokens <= rows * 32
     (train,) = evaluate_loss(str(run), LossConfig(split="train", max_tokens=640))
     assert train.loss != short.loss
 
 
 def test_bytes_are_those_of_the_targets() -> None:
-    """Labels behind a document's end are no targets."""
+    """Labels after the end of a document are not targets."""
     loaded = load_tokenizer(Path("data/tokenizer"))
     ids = loaded.encode("def f(x):")
     labels = np.concatenate([ids, ids])[None]

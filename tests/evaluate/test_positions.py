@@ -1,7 +1,7 @@
 """`evaluate nll-by-position`: bins and fit against closed forms; two openings of one checkpoint.
 
-That scores equal the training forward is test_one_truth.py's. Not covered: lengths at which memory
-matters (docs/long_context.md has runs), several ranks.
+tests/generate/test_one_truth.py checks that scores equal training's forward pass. Not covered:
+lengths at which memory matters (docs/long_context.md has runs), several ranks.
 """
 
 import json
@@ -19,7 +19,7 @@ from nemotron_train.evaluate.positions import evaluate_positions, fit_curve
 
 
 def test_a_power_law_is_found_again() -> None:
-    """Token NLLs whose cumulative mean is 3 p^-0.1 exactly."""
+    """Token NLLs whose cumulative mean is exactly 3 p^-0.1."""
     positions = np.arange(1, 5000)
     sums = 3 * positions**0.9
     nll_T = np.diff(sums, prepend=0)

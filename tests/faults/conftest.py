@@ -1,4 +1,4 @@
-"""Jobs that faults are injected into: the ranks of one run as processes that can be hurt."""
+"""Jobs for fault injection: the ranks of one run as processes that can be killed and signalled."""
 
 import hashlib
 import json
@@ -20,11 +20,11 @@ from nemotron_train.run_folder import integrity
 device.prepare()  # before a test module imports Megatron-Core
 
 INJECT = Path(__file__).with_name("inject.py")
-STEP_TOKENS = 256  # of `small_run`
+STEP_TOKENS = 256  # those of `small_run`
 
 
 class Job:
-    """The ranks of one run, started in `folder`; each writes to a file of its own."""
+    """The ranks of one run, started in `folder`. Each rank writes to a file of its own."""
 
     def __init__(
         self,
@@ -67,7 +67,7 @@ class Job:
         return (self.log / str(rank)).read_text(errors="replace")
 
     def wait(self, timeout: float = 300) -> list[int]:
-        """Exit codes by rank; negative for a signal."""
+        """Exit codes by rank; negative if a signal ended the process."""
         return [process.wait(timeout) for process in self.processes]
 
     def wait_for(self, text: str, rank: int = 0, timeout: float = 300) -> None:
@@ -96,8 +96,8 @@ def _free_port() -> int:
 
 @pytest.fixture
 def job(small_run: tuple[Path, list[str]]) -> Iterator[Callable[..., Job]]:
-    """Starts a `pretrain` of the small run with further overrides; whatever is left of it is
-    killed when the test ends."""
+    """Starts a `pretrain` of the small run with further overrides. Remaining processes are killed
+    when the test ends."""
     folder, common = small_run
     jobs: list[Job] = []
 
@@ -112,7 +112,7 @@ def job(small_run: tuple[Path, list[str]]) -> Iterator[Callable[..., Job]]:
 
 @pytest.fixture(scope="session")
 def reference(small_run: tuple[Path, list[str]]) -> Callable[..., Path]:
-    """The uninterrupted run of so many steps (and these overrides), trained once: its folder."""
+    """The folder of the uninterrupted run of `steps` steps with these overrides, trained once."""
     folder, common = small_run
     done: dict[tuple[str, ...], Path] = {}
 
@@ -131,7 +131,8 @@ def reference(small_run: tuple[Path, list[str]]) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def newest() -> Callable[[Path], tuple[Path | None, list[str]]]:
-    """What a run folder would go on from, and what was said about what it would not."""
+    """Finds the checkpoint that a run folder would continue from; also returns the messages about
+    the checkpoints it rejects."""
 
     def find(run: Path) -> tuple[Path | None, list[str]]:
         said: list[str] = []
@@ -142,8 +143,8 @@ def newest() -> Callable[[Path], tuple[Path | None, list[str]]]:
 
 @pytest.fixture(scope="session")
 def forge() -> Callable[[Path], None]:
-    """Makes a changed checkpoint's checksums right, and the run folder's record of them: what
-    somebody can do who may write the whole run folder."""
+    """Corrects a changed checkpoint's checksums and the run folder's record of them, as an attacker
+    with write access to the whole run folder can."""
 
     def make_right(step: Path) -> None:
         path = step / "manifest.json"

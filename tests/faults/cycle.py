@@ -1,6 +1,6 @@
-"""Saves and loads a run's checkpoint again and again; prints memory and descriptors as JSON lines.
+"""Saves and loads a run's checkpoint repeatedly; prints memory and descriptors as JSON lines.
 
-cycle.py CYCLES KNOB=VALUE... trains one step of the run, then cycles: what `test_leaks` starts.
+`cycle.py CYCLES KNOB=VALUE...` trains one step of the run, then cycles. `test_leaks` starts it.
 """
 
 import ctypes
@@ -21,7 +21,7 @@ from nemotron_train.run_folder.folder import open_run_folder, run_path
 
 
 class _Mallinfo2(ctypes.Structure):
-    """glibc's: ten size_t, of which these two are looked at."""
+    """glibc's struct mallinfo2: ten size_t fields, two of which are read."""
 
     _fields_ = [
         *((f"before_{number}", ctypes.c_size_t) for number in range(4)),
@@ -33,8 +33,8 @@ class _Mallinfo2(ctypes.Structure):
 
 
 def heap_in_use() -> int:
-    """Bytes that are allocated and not freed, of all arenas and mapped blocks; not what the
-    allocator keeps for later, which grows by itself with the pattern of use."""
+    """Bytes allocated and not freed, in all arenas and mapped blocks. Excludes what the allocator
+    keeps for later, which grows with the pattern of use."""
     mallinfo2 = ctypes.CDLL(None).mallinfo2
     mallinfo2.restype = _Mallinfo2
     info = mallinfo2()

@@ -1,17 +1,17 @@
-"""Runs nemotron-train in this process with faults put in from outside: inject.py JSON VERB WORDS...
+"""Runs nemotron-train in this process with injected faults: inject.py JSON VERB WORDS...
 
-Nothing of it is in the shipped code. It watches the interpreter's audit events (PEP 578), which
-tell of every file opened, renamed and removed, and wraps functions by name. JSON is an object:
+None of this is in the shipped code. It watches the interpreter's audit events (PEP 578), which
+report every file opened, renamed and removed, and wraps functions by name. JSON is an object:
 
-    kill      {"event": n, "delay": seconds}: SIGKILL to the whole process group once the n-th write
-              event under a `checkpoints` folder has been reached, and a delay later
-    count     path: writes there how many such events there were, when the process ends
+    kill      {"event": n, "delay": seconds}: sends SIGKILL to the whole process group, `delay`
+              seconds after the n-th write event under a `checkpoints` folder
+    count     path: when the process ends, writes the number of such events there
     signal    {"event": n, "number": s, "times": k}: sends itself the signal at that event
     at        {"function": "module:Class.name", "call": n, "signal": s}: sends itself a signal when
               that call begins
     import    {"module": name, "signal": s}: sends itself a signal when that module is imported
-    error     {"event": n, "errno": e}: that write event fails, as a broken disk would
-    file_size bytes: no file may grow past it (RLIMIT_FSIZE), as on a disk that is full
+    error     {"event": n, "errno": e}: that write event fails, as on a broken disk
+    file_size bytes: no file may grow past it (RLIMIT_FSIZE), as on a full disk
 """
 
 import atexit
@@ -31,7 +31,7 @@ WRITES = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.link", "os.trunc
 
 
 def _path(arguments: tuple[Any, ...]) -> str:
-    """The first path of an audit event, absolute."""
+    """The first path of an audit event, made absolute."""
     path = os.fsdecode(arguments[0]) if isinstance(arguments[0], str | bytes | os.PathLike) else ""
     folder = arguments[-1] if isinstance(arguments[-1], int) and arguments[-1] > 2 else None
     if path and not os.path.isabs(path) and folder is not None:
@@ -65,7 +65,7 @@ def watch_writes(reached: Callable[[int], None]) -> None:
 
 
 def kill_at(event: int, delay: float) -> None:
-    """SIGKILL to the process group, `delay` seconds after the write event."""
+    """Sends SIGKILL to the process group, `delay` seconds after the write event."""
 
     def kill() -> None:
         time.sleep(delay)
@@ -137,7 +137,7 @@ def at_import(module: str, number: int) -> None:
 
 
 def inject(faults: dict[str, Any]) -> None:
-    """Puts every fault of `faults` in place."""
+    """Installs every fault of `faults`."""
     if "file_size" in faults:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         limit = faults["file_size"]
@@ -155,7 +155,7 @@ def inject(faults: dict[str, Any]) -> None:
     if "at" in faults:
         from nemotron_train.platform import device
 
-        device.prepare()  # Megatron-Core may be imported by what is wrapped
+        device.prepare()  # the wrapped function's module may import Megatron-Core
         at_call(faults["at"]["function"], faults["at"]["call"], faults["at"]["signal"])
 
 

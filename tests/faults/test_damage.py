@@ -1,7 +1,8 @@
-"""Checkpoints that were damaged, swapped, linked or forged: named, not used, nothing run.
+"""Checkpoints that were damaged, swapped, linked or forged: reported by name, not used, and nothing
+in them executed.
 
-The pass condition is always that the newest whole checkpoint before is chosen and the bad one
-named. Not covered: damage to memory between reading a file for its checksum and loading it.
+To pass, the newest whole checkpoint before the bad one is always chosen and the bad one is named.
+Not covered: memory damage between reading a file for its checksum and loading it.
 """
 
 import os
@@ -25,7 +26,7 @@ def trained(small_run, reference) -> Path:
 
 @pytest.fixture
 def run(trained: Path, tmp_path: Path) -> Path:
-    """A copy of it, to be harmed."""
+    """A copy of the run folder, to be damaged."""
     return shutil.copytree(trained, tmp_path / "run")
 
 
@@ -72,7 +73,7 @@ def test_an_unknown_file_is_named(run: Path, newest: Newest) -> None:
 
 
 def test_100_flipped_bits_are_found(run: Path, newest: Newest) -> None:
-    """One bit a time, in every file of the checkpoint in turn, at a seeded place."""
+    """One bit at a time, in every file of the checkpoint in turn, at a seeded place."""
     draw, files = random.Random(5), sorted(newest_step(run).iterdir())
     found = 0
     for turn in range(100):
@@ -86,11 +87,11 @@ def test_100_flipped_bits_are_found(run: Path, newest: Newest) -> None:
         found += chosen == run / "checkpoints" / "step_00000005" and len(said) == 1
         path.write_bytes(content)
     assert found == 100
-    assert newest(run)[0] == newest_step(run)  # put back, it is whole again
+    assert newest(run)[0] == newest_step(run)  # restored, it is whole again
 
 
 def test_no_pointer_is_believed(run: Path, newest: Newest, tmp_path: Path) -> None:
-    """Files that other programs use to name the newest checkpoint, and times of change."""
+    """Files with which other programs name the newest checkpoint, and modification times."""
     folder = run / "checkpoints"
     for content in ("", "9999", "../outside", "step_00000005", "\0garbage"):
         for name in ("latest", "latest_checkpointed_iteration.txt"):
@@ -111,7 +112,7 @@ def test_other_folders_are_left_alone(run: Path, newest: Newest, name: str) -> N
 
 
 def test_a_linked_shard_is_refused(run: Path, newest: Newest, tmp_path: Path) -> None:
-    """Even one whose content is right: it could change after it was checked."""
+    """Refused even if its content is right: it could change after the check."""
     shard = file_of(newest_step(run), "shard")
     shutil.move(shard, tmp_path / "outside")
     shard.symlink_to(tmp_path / "outside")
@@ -142,7 +143,7 @@ def test_retention_follows_no_link(job, small_run, tmp_path: Path) -> None:
 
 
 class _Runs:
-    """Pickled: a call that makes a file."""
+    """Pickles as a call that makes a folder."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -155,8 +156,9 @@ class _Runs:
 def test_a_forged_pickle_never_runs(
     job, run: Path, small_run, forge, tmp_path: Path, name: str
 ) -> None:
-    """The forger may write the whole checkpoint folder, checksums included, and the run goes on:
-    whether it is refused or read as data, nothing of it runs, and it exits non-zero or names it."""
+    """The forger may write the whole checkpoint folder, checksums included, and the run continues.
+    Whether the forgery is refused or read as data, nothing of it runs. The run exits non-zero or
+    names it."""
     marker = tmp_path / "code_ran"
     path = file_of(newest_step(run), name)
     path.write_bytes(pickle.dumps(_Runs(marker)))
@@ -183,7 +185,8 @@ FORGED_PLACES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("places", FORGED_PLACES)
 def test_a_forged_index_is_refused(run: Path, newest: Newest, forge, places: str) -> None:
-    """An index that points out of the folder, past a file's end, or nowhere, its checksum right."""
+    """An index with a correct checksum that points out of the folder, past a file's end, or
+    nowhere."""
     path = newest_step(run) / ".metadata"
     index = pickle.loads(path.read_bytes())
     for place in index.storage_data.values():
@@ -197,7 +200,8 @@ def test_a_forged_index_is_refused(run: Path, newest: Newest, forge, places: str
 def test_goes_on_from_the_one_before(
     job, run: Path, small_run, trained: Path, metrics, weights
 ) -> None:
-    """The whole way: the newest is harmed, the run goes on from step 5 and ends as it would."""
+    """The newest checkpoint is damaged. The run continues from step 5 and ends as without
+    damage."""
     where = small_run[0] / "runs" / "harmed"
     shutil.copytree(run, where)
     HARMS["truncated"](file_of(newest_step(where), "shard"))
@@ -209,7 +213,7 @@ def test_goes_on_from_the_one_before(
 
 
 def test_nothing_whole_is_never_a_silent_step_0(job, run: Path, small_run) -> None:
-    """Both checkpoints are harmed: the run is refused and nothing in its folder changes."""
+    """Both checkpoints are damaged: the run is refused and nothing in its folder changes."""
     where = small_run[0] / "runs" / "all_harmed"
     shutil.copytree(run, where)
     for step in (where / "checkpoints").iterdir():

@@ -1,9 +1,10 @@
 """A disk that is full, broken or read-only while a checkpoint is written.
 
-The pass condition: the run ends loudly, not with 0, 2 or 3; older checkpoints keep every byte; what
-was being written is never picked; with room again the run goes on and equals the uninterrupted one.
-The tests on a small tmpfs need the right to mount one and are skipped without; the limit on a
-file's size and the failing write need no rights. Not covered: quotas, a disk that lies about flush.
+To pass: the run fails with an error and an exit code other than 0, 2 or 3. Older checkpoints keep
+every byte. The unfinished checkpoint is never selected. With room again the run continues and
+equals the uninterrupted one. The tests on a small tmpfs need permission to mount one and are
+skipped without it; the file-size limit and the failing write need no permission. Not covered:
+quotas, a disk that lies about flush.
 """
 
 import errno
@@ -39,7 +40,8 @@ def goes_on(job, reference, metrics, weights, run: Path, *words: str) -> None:
     "name", [pytest.param("broken", marks=pytest.mark.faults), "full_by_limit"]
 )
 def test_a_write_that_fails(job, small_run, reference, newest, metrics, weights, name: str) -> None:
-    """EIO at a write event of the third save; a file that may not grow past a tenth of a shard."""
+    """EIO at a write event of the third save, or a file that may not grow past a tenth of a
+    shard."""
     run = small_run[0] / "runs" / name
     first = job(f"name={name}", *WORDS, "train.stop_after_steps=4")
     assert first.wait() == [3], first.output()
@@ -61,7 +63,7 @@ def test_a_write_that_fails(job, small_run, reference, newest, metrics, weights,
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
-    """Mounts, or mounts anew with other options, a tmpfs."""
+    """Mounts a tmpfs, or remounts it with other options."""
     folder = tmp_path / "disk"
     folder.mkdir()
 
@@ -84,7 +86,7 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
 def test_small_disk(
     job, small_run, reference, newest, metrics, weights, small_disk, how: str
 ) -> None:
-    """A tmpfs with room for two checkpoints and a half, or one that becomes read-only."""
+    """A tmpfs with room for two and a half checkpoints, or one that becomes read-only."""
     whole = reference(10, *WORDS)
     size = sum(path.stat().st_size for path in (whole / "checkpoints" / "step_00000010").iterdir())
     disk = small_disk(f"size={int(2.5 * size) + 200_000}")

@@ -1,4 +1,5 @@
-"""Starts at the edges: twice, at the end, two at once, with other programs' port or none at all.
+"""Edge cases of starting a run: repeatedly, at its end, two at once, with a port in use, with a
+rank that never starts.
 
 Not covered: a file system without locks, a folder shared by machines.
 """
@@ -11,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-SMALL = ["train.micro_batch_sequences=2"]  # a batch that two ranks divide
+SMALL = ["train.micro_batch_sequences=2"]  # a batch that two ranks can share
 
 
 @pytest.mark.faults
 def test_resumed_again_and_again(job, small_run, reference, metrics, weights) -> None:
-    """Ten processes of one step each, the last of them at the run's end: no sample comes twice or
-    not at all, and one more start does nothing and exits with 0."""
+    """Ten processes of one step each, the last one at the run's end. No sample is repeated or lost.
+    One more start does nothing and exits with 0."""
     run = small_run[0] / "runs" / "one_step_each"
     codes = []
     for _ in range(10):
@@ -34,11 +35,11 @@ def test_resumed_again_and_again(job, small_run, reference, metrics, weights) ->
 
 
 def test_two_jobs_in_one_folder(job, small_run, reference, metrics) -> None:
-    """The second one refuses, naming who holds the folder; the first is not disturbed. A job that
-    was killed holds nothing."""
+    """The second job refuses and names the process that holds the folder. The first one is not
+    disturbed. A killed job holds no lock."""
     first = job("name=contested", "train.save_every_steps=1")
     first.wait_for("step  1/")
-    first.signal(signal.SIGSTOP)  # or it may end before the second has begun
+    first.signal(signal.SIGSTOP)  # otherwise it may end before the second has started
     second = job("name=contested", "train.save_every_steps=1")
     assert second.wait() == [2], second.output()
     first.signal(signal.SIGCONT)
@@ -61,7 +62,8 @@ def test_a_killed_jobs_lock_is_taken_over(job) -> None:
 
 @pytest.mark.faults
 def test_port_taken(job) -> None:
-    """Another program listens on the rendezvous port: an end inside the limit that names it."""
+    """Another program listens on the rendezvous port. The run ends within the limit and names the
+    port."""
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
@@ -76,7 +78,7 @@ def test_port_taken(job) -> None:
 @pytest.mark.faults
 @pytest.mark.parametrize("who", ["master", "node"])
 def test_somebody_never_comes(job, who: str) -> None:
-    """Only one of two ranks starts: the first one, or one whose first one cannot be reached."""
+    """Only one of two ranks starts: the master, or another rank that cannot reach it."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -99,7 +101,7 @@ def _place(rank: int, ranks: int, port: int) -> dict[str, str]:
 
 @pytest.mark.faults
 def test_a_shard_of_the_corpus_swapped_between_two_starts(job, small_run, tmp_path: Path) -> None:
-    """Same lengths, other tokens: refused by its checksum, nothing trained on it."""
+    """Same lengths, other tokens: refused by its checksum; no training on it."""
     where = tmp_path / "job"
     where.mkdir()
     shutil.copytree(small_run[0] / "data", where / "data")

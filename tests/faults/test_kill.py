@@ -1,7 +1,7 @@
-"""Ranks killed with SIGKILL, most of all while they save; what resumes equals the whole run.
+"""Ranks killed with SIGKILL, mostly while they save. The resumed run equals the uninterrupted one.
 
-Second truth: the same run, uninterrupted. The points are seeded: a number of the write events of
-a save (open, rename, remove, mkdir of Python, which Megatron-Core's writer goes through) and a
+Second truth: the same run, uninterrupted. The kill points are seeded: the number of a write event
+of a save (Python's open, rename, remove and mkdir, which Megatron-Core's writer also uses) and a
 delay after it. Not covered: power loss (the page cache survives a killed process), a file system
 that reorders renames.
 """
@@ -24,7 +24,7 @@ STEP_TOKENS = 256
 
 
 def write_events_of_two_saves(job: StartJob, folder: Path, name: str, words: list[str]) -> int:
-    """How many write events a process has whose run saves twice."""
+    """The number of write events in a process whose run saves twice."""
     counted = folder / f"{name}.count"
     ending = [f"name={name}", "train.stop_after_steps=2"]
     run = job(*words, *ending, faults={0: {"count": str(counted)}})
@@ -35,13 +35,14 @@ def write_events_of_two_saves(job: StartJob, folder: Path, name: str, words: lis
 def chain_of_kills(
     job: StartJob, folder: Path, name: str, kills: int, overrides: list[str]
 ) -> list[int]:
-    """Starts the run again and again, each process killed in its second save, or in its first one
-    where it had to sweep away first what was left; the steps of the newest whole checkpoint after
-    each kill, which never go back."""
+    """Starts the run repeatedly. Each process is killed in its second save, or in its first save if
+    it had to remove leftovers first. Returns the steps of the newest whole checkpoint after each
+    kill, which never decrease."""
     steps = 2 * kills + 2
     words = [f"train.total_tokens={steps * STEP_TOKENS}", "train.save_every_steps=1", *overrides]
     events = write_events_of_two_saves(job, folder, f"{name}_counted", words)
-    words += [f"name={name}", "guard.crash_loop_starts=0"]  # or three in a first save end it
+    # Without the guard, three kills in a first save do not end the run.
+    words += [f"name={name}", "guard.crash_loop_starts=0"]
     draw = random.Random(name)
     reached = []
     for _ in range(kills):
@@ -78,7 +79,7 @@ KILLS = {
 def test_killed_in_saves_equals_uninterrupted(
     job, small_run, reference, metrics, weights, name: str
 ) -> None:
-    """Four kills, fifty, and ten where a thread saves beside the training."""
+    """Four kills, fifty, and ten with a thread that saves while training continues."""
     folder, _ = small_run
     kills, overrides = KILLS[name]
     steps = 2 * kills + 2

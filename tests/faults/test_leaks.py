@@ -13,10 +13,11 @@ CYCLE = Path(__file__).with_name("cycle.py")
 
 @pytest.mark.parametrize("cycles", [75, pytest.param(500, marks=pytest.mark.faults)])
 def test_cycles_leave_nothing_behind(small_run, cycles: int) -> None:
-    """The first 50 cycles warm up (allocator, caches). After them descriptors, threads, children
-    and files stay as they are, and the bytes in use on the heap grow by at most 16 KiB a cycle, a
-    three-hundredth of the state: about 10 KiB were seen, whose owner was not found (no Python
-    object that the collector knows). The resident set is not judged: it follows the allocator."""
+    """The first 50 cycles warm up the allocator and caches. After them descriptors, threads,
+    children and files stay constant, and the bytes in use on the heap grow by at most 16 KiB per
+    cycle, a three-hundredth of the state. About 10 KiB were observed; their owner was not found (no
+    Python object that the collector knows). The resident set is not checked: it follows the
+    allocator."""
     folder, common = small_run
     done = subprocess.run(
         [sys.executable, str(CYCLE), str(cycles), *common, f"name=cycles_{cycles}"],

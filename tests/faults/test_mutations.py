@@ -1,7 +1,8 @@
-"""Three protections taken out of a copy of the package, each of which must turn a test red.
+"""Three protections removed from a copy of the package. Each removal must turn a test red.
 
-A copy of `nemotron_train` with one passage replaced is put first on the path, and a test of this
-folder runs against it. A passage that is not found fails the test: it must follow the code.
+The test copies `nemotron_train`, replaces one passage, puts the copy first on the path and runs a
+test of this folder against it. If the passage is not found, the test fails: the mutation must
+follow the code.
 """
 
 import os
@@ -54,11 +55,11 @@ def test_a_mutation_turns_a_test_red(tmp_path: Path, name: str) -> None:
     command += ["-m", "faults or not faults", f"{FAULTS / test}"]
     done = subprocess.run(
         command,
-        cwd=tmp_path,  # first on the path of python -m
+        cwd=tmp_path,  # python -m puts it first on the path
         env=os.environ | {"PYTHONPATH": str(tmp_path)},
         capture_output=True,
         text=True,
         timeout=900,
     )
-    assert done.returncode == 1, done.stdout  # 1: a test failed; others: it did not run
+    assert done.returncode == 1, done.stdout  # 1: a test failed; other codes: no test ran
     assert "1 failed" in done.stdout, done.stdout

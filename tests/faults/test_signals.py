@@ -1,6 +1,7 @@
-"""Requests to stop, at bad moments: one complete checkpoint, agreed by all ranks, exit code 3.
+"""Stop requests at bad moments: one complete checkpoint, agreed on by all ranks, exit code 3.
 
-Second truth: the uninterrupted run. Not covered: signals of a Slurm job (tests of its own).
+Second truth: the uninterrupted run. Not covered: signals of a Slurm job (tests/slurm,
+tests/launch/slurm).
 """
 
 import signal
@@ -33,7 +34,7 @@ def test_asked_to_stop(job, small_run, reference, newest, metrics, weights, mome
     assert first.wait() == [3], first.output()
     found, said = newest(run)
     assert found is not None and not said
-    assert int(found.name.removeprefix("step_")) == len(metrics(run))  # nothing trained is lost
+    assert int(found.name.removeprefix("step_")) == len(metrics(run))  # no trained step is lost
     second = job(f"name={moment}", *WORDS)
     assert second.wait() == [0], second.output()
     whole = reference(10, *WORDS)
@@ -43,7 +44,8 @@ def test_asked_to_stop(job, small_run, reference, newest, metrics, weights, mome
 
 @pytest.mark.faults
 def test_asked_before_training_begins(job, small_run) -> None:
-    """Nobody listens yet: the process ends by the signal, and the same command starts cleanly."""
+    """No handler is installed yet: the signal ends the process, and the same command starts
+    cleanly."""
     fault = {"import": {"module": "nemotron_train.train.trainer", "signal": signal.SIGTERM}}
     first = job("name=too_early", faults={0: fault})
     assert first.wait() == [-signal.SIGTERM]
@@ -53,7 +55,7 @@ def test_asked_before_training_begins(job, small_run) -> None:
 
 @pytest.mark.faults
 def test_asked_twice_while_saving(job, small_run, newest) -> None:
-    """The second signal ends the process at once; whatever was being saved is absent or whole."""
+    """The second signal ends the process at once. The checkpoint being saved is absent or whole."""
     fault = {"signal": {"event": 4, "number": signal.SIGTERM, "times": 2}}
     first = job("name=twice", *WORDS, faults={0: fault})
     assert first.wait() == [-signal.SIGTERM]

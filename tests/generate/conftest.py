@@ -1,4 +1,4 @@
-"""The platform prepared before a test module imports Megatron-Core, and models that tests build."""
+"""Prepares the platform before a test module imports Megatron-Core, and builds the models."""
 
 import random
 from collections.abc import Callable
@@ -14,14 +14,14 @@ PLATFORM = device.prepare()
 
 @pytest.fixture(scope="session")
 def build() -> Callable[..., Any]:
-    """Builds the small model with these overrides, under its plan, ready to generate: weights large
-    enough that logits differ by nats, and untrained."""
+    """Builds the untrained small model with these overrides, under its plan, ready to generate. Its
+    weights are large enough that logits differ by nats."""
     return _build
 
 
 @pytest.fixture(scope="session")
 def prompts() -> list[list[int]]:
-    """Ragged: one token, shorter than the depths, longer than a chunk."""
+    """Ragged prompts: one token, shorter than the depths, longer than a chunk."""
     draw = random.Random(1)
     return [[draw.randrange(512) for _ in range(length)] for length in (1, 2, 7, 40, 3)]
 

@@ -1,4 +1,4 @@
-"""`nemotron-train generate` and `evaluate acceptance` on a run that was trained a few steps.
+"""`nemotron-train generate` and `evaluate acceptance` on a run trained for a few steps.
 
 Second truths: the engine called from Python; the run's own validation data. Not covered: colours,
 interrupted streaming.
@@ -20,7 +20,7 @@ Small = tuple[Path, list[str]]
 
 @pytest.fixture(scope="module")
 def run(small_run: Small) -> str:
-    """Trained under NVFP4 in four steps, with a checkpoint at 2 and at 4."""
+    """Trained under NVFP4 for four steps, with checkpoints at steps 2 and 4."""
     words = ["name=text", "precision=nvfp4_nemotron3", "train.save_every_steps=2"]
     words += ["train.stop_after_steps=4"]
     assert main(["pretrain", *small_run[1], *words]) == 3
@@ -42,7 +42,7 @@ def test_streams_one_and_tells_what_it_cost(run: str, capsys: pytest.CaptureFixt
     tokenizer = load_tokenizer(Path("data/tokenizer"))
     assert record["prompt_tokens"] == tokenizer.encode(prompt).tolist()
     assert tokenizer.decode(record["tokens"]) == record["text"]
-    # Two key/value heads of 16, BF16; one attention layer.
+    # One attention layer, two key/value heads of 16, BF16.
     assert f"{2 * 2 * 16 * 2} bytes a token of context" in said and "step_00000004" in said
 
 

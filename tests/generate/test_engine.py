@@ -1,5 +1,5 @@
-"""The engine on an untrained small model: ragged batches, seeds, ends, and speculative decoding
-that changes nothing but the time.
+"""The engine on an untrained small model: ragged batches, seeds, ends of sequences, and speculative
+decoding, which changes only the time.
 
 Second truths: each sequence alone; plain decoding; the multi-token-prediction block as training
 runs it over the whole sequence. Not covered here: several ranks (tests/distributed), speed.
@@ -46,7 +46,8 @@ def test_greedy_takes_the_largest_of_the_full_forward(model: Any, prompts: Any) 
 
 
 def test_draws_belong_to_the_sequence(model: Any, prompts: Any) -> None:
-    """Whatever the batch; another seed gives others, the same prompt twice too."""
+    """Draws do not depend on the batch. Another seed gives other draws, and so does a second copy
+    of the same prompt."""
     sampling, twice = Sampling(seed=5), [*prompts, *prompts]
     found = [
         [s.new for s in Engine(model).generate(twice, sampling, replace(PLAIN, batch=batch))]
@@ -59,8 +60,8 @@ def test_draws_belong_to_the_sequence(model: Any, prompts: Any) -> None:
 
 
 def test_ends(model: Any, prompts: Any) -> None:
-    """At the end-of-document token, where the listener says so, at the length; the others of the
-    batch go on as if nothing had happened."""
+    """A sequence ends at the end-of-document token, when the listener says so, or at the length.
+    The other sequences of the batch are not affected."""
     whole = Engine(model).generate(prompts, GREEDY, PLAIN)
     end = whole[1].new[4]
     first = [s.new.index(end) + 1 if end in s.new else NEW for s in whole]
@@ -84,7 +85,7 @@ def test_ends(model: Any, prompts: Any) -> None:
 def test_speculative_greedy_is_plain_greedy(
     model: Any, prompts: Any, drafts: int, seed: int
 ) -> None:
-    """Untrained: hardly a draft is accepted."""
+    """The model is untrained, so hardly a draft is accepted."""
     shuffled = random.Random(seed).sample(prompts, len(prompts))
     plain = Engine(model).generate(shuffled, GREEDY, PLAIN)
     knobs = replace(PLAIN, speculative=True, draft_tokens=drafts)
@@ -98,8 +99,8 @@ def test_speculative_greedy_is_plain_greedy(
 def test_every_length_is_rolled_back(
     groups: Any, build: Any, prompts: Any, pattern: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Drafts that know the plain continuation and err at random: every number of accepted drafts
-    occurs, and the text is still the plain one. A block with a Mamba-2 layer too."""
+    """The drafts follow the plain continuation and err at random, so every number of accepted
+    drafts occurs. The text is still the plain one. Also for a block with a Mamba-2 layer."""
     model = build(groups, f"model.mtp.pattern={pattern}")
     plain = Engine(model).generate(prompts, GREEDY, replace(PLAIN, max_new_tokens=24))
     texts = {tuple(s.prompt): s.tokens for s in plain}
@@ -138,8 +139,8 @@ def test_every_length_is_rolled_back(
 def test_drafts_come_from_the_block_as_training_runs_it(
     groups: Any, build: Any, prompts: Any, pattern: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every draft's distribution, after prefill in chunks and rounds of all lengths, equals the one
-    that training's forward gives at that depth over the tokens known and drafted."""
+    """After prefill in chunks and rounds of all lengths, every draft's distribution equals the one
+    that training's forward pass gives at that depth over the known and drafted tokens."""
     model = build(groups, f"model.mtp.pattern={pattern}")
     drafts, records = 3, []
     really = Drafter.draft
@@ -150,7 +151,7 @@ def test_drafts_come_from_the_block_as_training_runs_it(
         return drafted
 
     monkeypatch.setattr(Drafter, "draft", recording)
-    # Flat enough that most drafts are accepted, and not all.
+    # The flatter distribution makes most drafts accepted, but not all.
     with torch.no_grad():
         model.output_layer.weight.mul_(0.3)
     knobs = replace(PLAIN, speculative=True, draft_tokens=drafts)
@@ -172,7 +173,7 @@ def test_drafts_come_from_the_block_as_training_runs_it(
 
 @torch.inference_mode()
 def _training_depths(model: Any, tokens: list[int], depths: int) -> list[torch.Tensor]:
-    """Logits [S,V] of each depth, as `NemotronModel._mtp_loss_sums` comes to them."""
+    """Logits [S,V] of each depth, computed as in `NemotronModel._mtp_loss_sums`."""
     tokens_BS = torch.tensor([tokens])
     hidden = model.decoder(model.embedding(tokens_BS, None), attention_mask=None)
     found = []

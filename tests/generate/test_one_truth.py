@@ -1,11 +1,11 @@
-"""One truth for probabilities: training's forward, chunked prefill, decoding token by token and
-speculative verification give the same log-probabilities, position by position, under every plan.
+"""Training's forward pass, chunked prefill, token-by-token decoding and speculative verification
+give the same log-probabilities, position by position, under every plan.
 
 Bounds: largest difference of the log-probability of any token of the vocabulary at any position, on
-an untrained small model whose logits differ by nats. In FP32 only the order of sums differs. BF16
-rounds what differs in the last bit, and a router may then choose another expert. Training here
-scales NVFP4's activations token by token, as generation does; with Transformer Engine's one scale
-for all tokens of a pass the truth is another one (the second test).
+an untrained small model whose logits differ by nats. In FP32 only the order of sums differs. In
+BF16 a difference in the last bit changes the rounding, and a router may then choose another expert.
+Training here scales NVFP4's activations token by token, as generation does. Transformer Engine's
+single scale for all tokens of a call gives other results (the second test).
 
 Not covered: GPUs, native kernels, trained weights (benchmarks/generation.py).
 """
@@ -40,7 +40,8 @@ def training_forward(model: Any) -> torch.Tensor:
 
 @torch.inference_mode()
 def in_passes(model: Any, sizes: list[int], speculative: bool = False) -> torch.Tensor:
-    """Passes of these sizes, in turn; one that may be taken back is, but for its first token."""
+    """Log-probabilities from decode calls of these sizes, in turn. With `speculative`, each call is
+    rewound by a varying number of tokens, but never its first."""
     states, found, start, turn = DecodeStates(ROWS), [], 0, 0
     while start < LENGTH:
         part = tokens()[:, start : start + sizes[turn % len(sizes)]]
@@ -77,8 +78,9 @@ def test_every_way_gives_the_same_probabilities(plan: str, groups: Any, build: A
 
 @pytest.mark.parametrize("plan", ["bf16", "nvfp4_all"])
 def test_a_token_does_not_feel_the_others_of_its_pass(plan: str, groups: Any, build: Any) -> None:
-    """The second row's tokens change, a thousandfold outlier among them would change a shared
-    scale: the first row's probabilities do not move. Without a scale a token they do."""
+    """The second row's tokens change. A thousandfold outlier among them would change a shared
+    scale. With a scale per token, the first row's probabilities do not change; without one, they do
+    under NVFP4."""
     moved = {}
     for apart in (True, False):
         model = build(groups, f"precision={plan}", tokens_apart=apart)
@@ -97,8 +99,9 @@ def test_a_token_does_not_feel_the_others_of_its_pass(plan: str, groups: Any, bu
 
 
 def test_training_can_compute_it_too(groups: Any, build: Any) -> None:
-    """Gradients flow through products that scale tokens apart, and are those of the other scales up
-    to what the rounding of activations changes: reinforcement learning may train on this truth."""
+    """Gradients flow through products with one scale per token. They equal the gradients with
+    shared scales up to the rounding of activations, so reinforcement learning may train on these
+    probabilities."""
     gradients = {}
     for apart in (True, False):
         model = build(groups, "precision=nvfp4_all", tokens_apart=apart)
@@ -121,7 +124,7 @@ def test_a_long_context_grows_the_cache_and_nothing_else(groups: Any, build: Any
             mamba = [t.numel() for state in states.mamba.values() for t in state.tensors]
             sizes.append((states.constant_bytes, states.bytes_per_token, mamba))
     assert sizes[0] == sizes[1] == sizes[2]
-    # One attention layer of two key/value heads of 16, FP32; three Mamba-2 layers of 4 x 16 x 16
-    # in FP32 and three inputs of 64 + 2 x 32 channels.
+    # One attention layer: two key/value heads of 16, FP32. Three Mamba-2 layers: a state of
+    # 4 x 16 x 16 in FP32 and three inputs of 64 + 2 x 32 channels.
     assert states.bytes_per_token == 2 * 2 * 16 * 4
     assert states.constant_bytes == 3 * 4 * (4 * 16 * 16 + 3 * (64 + 2 * 32))

@@ -1,9 +1,9 @@
-"""What is sampled, and that speculation does not change it.
+"""Sampling, and that speculative decoding does not change its distribution.
 
 Second truths: Hugging Face's logits processors; closed forms of the first token's distribution;
-exact probabilities of whole continuations by enumeration with the full forward. The statistical
-tests have fixed seeds: they cannot fail by chance, and their thresholds would be passed by chance
-once in ten thousand seeds.
+exact probabilities of whole continuations by enumeration with the full forward pass. The
+statistical tests have fixed seeds, so they cannot fail by chance. With a random seed, chance alone
+would exceed their thresholds once in ten thousand seeds.
 """
 
 from collections import Counter
@@ -54,7 +54,7 @@ def test_greedy_and_ties() -> None:
 
 
 def test_draw_never_takes_the_impossible() -> None:
-    """Numbers at the edges of the cumulated probabilities, and the largest below 1."""
+    """Random numbers at the edges of the cumulative probabilities, and the largest one below 1."""
     probabilities = torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0]] * 4, dtype=torch.float64)
     edges = [0.0, 0.25, 0.25 - 1e-17, 1 - 2.0**-53]
     assert draw(probabilities, edges).tolist() == [1, 3, 3, 3]
@@ -72,7 +72,8 @@ def chi_squared(found: list[float], expected: list[float]) -> float:
 
 
 def critical(degrees: int) -> float:
-    """Exceeded by chance once in 10,000 times (Wilson and Hilferty 1931, within a percent)."""
+    """The value exceeded by chance once in 10,000 times (Wilson and Hilferty 1931, within a
+    percent)."""
     spread = 2 / (9 * degrees)
     return degrees * (1 - spread + 3.719 * spread**0.5) ** 3
 
@@ -84,10 +85,10 @@ def random_distributions(seed: int, *shape: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_judge_leaves_the_models_distribution(seed: int) -> None:
-    """Two drafted tokens of a vocabulary of five, drafts from a wrong distribution: the counts of
-    the first two tokens that come out, against p alone."""
+    """Two drafted tokens over a vocabulary of five, drafted from a wrong distribution. The counts
+    of the first two resulting tokens must follow p alone."""
     rounds, vocabulary = 40_000, 5
-    p = random_distributions(seed, 3, vocabulary, vocabulary)  # place, token before
+    p = random_distributions(seed, 3, vocabulary, vocabulary)  # [position, token before, token]
     q = random_distributions(seed + 100, 2, vocabulary)
     draws = [Draws(seed, number) for number in range(rounds)]
     first = draw(q[:1].expand(rounds, -1), [d.next() for d in draws])
@@ -111,7 +112,7 @@ def test_judge_leaves_the_models_distribution(seed: int) -> None:
         found = [pairs[before, v] for v in range(vocabulary)]
         assert chi_squared(found, expected) < critical(vocabulary - 1)
     accepted = sum(count > 0 for count in verdict.accepted) / rounds
-    # arXiv 2211.17192, theorem 3.5: sum of min(p, q).
+    # arXiv 2211.17192, theorem 3.5: the acceptance rate is the sum of min(p, q).
     assert accepted == pytest.approx(torch.minimum(p[0, 0], q[0]).sum().item(), abs=0.01)
 
 
@@ -125,7 +126,7 @@ SAMPLING = Sampling(temperature=1.3, top_k=4, top_p=0.95, seed=11)
 
 @torch.inference_mode()
 def exact_probabilities(model: Any, prompt: list[int], length: int) -> dict[tuple[int, ...], float]:
-    """Of every continuation, by the full forward over every prefix."""
+    """The probability of every continuation, by the full forward pass over every prefix."""
     found = {(): 1.0}
     for _ in range(length):
         longer = {}
@@ -142,8 +143,8 @@ def exact_probabilities(model: Any, prompt: list[int], length: int) -> dict[tupl
 def test_continuations_have_the_exact_probabilities(
     small_vocabulary: Any, speculative: bool
 ) -> None:
-    """1,500 continuations of three tokens, plain and speculative, against enumeration; rare ones
-    together, so that none is expected fewer than five times."""
+    """1,500 continuations of three tokens, plain and speculative, against enumeration. Rare ones
+    are merged, so that each class has an expected count of at least five."""
     prompt, samples, length = [3, 1, 4], 1500, 3
     exact = exact_probabilities(small_vocabulary, prompt, length)
     assert sum(exact.values()) == pytest.approx(1.0)
@@ -165,7 +166,8 @@ def test_continuations_have_the_exact_probabilities(
 
 
 def test_log_probabilities_are_the_models(small_vocabulary: Any) -> None:
-    """Not those of the processed distribution; with samples from every branch of the rule."""
+    """They are not those of the processed distribution. The samples come from every branch of the
+    rule."""
     prompts = [list(p) for p in product(range(3), repeat=2)]
     knobs = DecodingKnobs(max_new_tokens=6, speculative=True, draft_tokens=2)
     for one in Engine(small_vocabulary).generate(prompts, SAMPLING, knobs):
@@ -176,8 +178,9 @@ def test_log_probabilities_are_the_models(small_vocabulary: Any) -> None:
 
 
 def test_greedy_short_ways_are_the_rule() -> None:
-    """`choose` and `judge_greedily` against drawing and judging by distributions that lie on one
-    token; drafts that agree at every number of places, and logits with equals."""
+    """`choose` and `judge_greedily` against `draw` and `judge` with distributions that put all
+    probability on one token. Drafts agree on every possible number of places; some logits are
+    tied."""
     generator = torch.Generator().manual_seed(3)
     greedy = Sampling(temperature=0)
     logits_BnV = torch.randint(0, 6, (64, 4, 9), generator=generator).float()

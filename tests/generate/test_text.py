@@ -1,7 +1,7 @@
-"""Text that grows: whole characters, and an end before a stop string wherever tokens cut it.
+"""Text that grows: whole characters, and an end before a stop string, however tokens split it.
 
 Second truth: decoding everything at once and searching the whole text for the stop string that is
-complete first.
+completed first.
 """
 
 from pathlib import Path
@@ -18,7 +18,7 @@ TEXT = "Grüße, 世界! «naïve» façade 🙂🙃 — def main(): return 'ét
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> LoadedTokenizer:
-    """Byte-level: a character of several bytes is several tokens, unless it was merged."""
+    """Byte-level: a character of several bytes is several tokens, unless they were merged."""
     folder: Path = tmp_path_factory.mktemp("tokenizer")
     return train_tokenizer([TEXT], 300, folder)
 
@@ -35,7 +35,8 @@ def test_half_a_character_is_not_shown(tokenizer: LoadedTokenizer) -> None:
 @settings(max_examples=200, deadline=None)
 @given(ids=st.lists(st.integers(0, 299), max_size=200))
 def test_any_tokens_give_their_text(tokenizer: LoadedTokenizer, ids: list[int]) -> None:
-    """Bytes that are no text included; longer than the stretch that is decoded anew."""
+    """Includes bytes that are not valid text, and texts longer than the stretch that is decoded
+    anew."""
     growing = GrowingText(tokenizer)
     shown = "".join(growing.add(token) for token in ids)
     assert shown + growing.finish() == tokenizer.decode(ids) == growing.text

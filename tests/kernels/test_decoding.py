@@ -1,12 +1,12 @@
-"""The compiled decoding passes against the modules they stand for.
+"""The C kernels of decoding against the equivalent modules.
 
-The modules' own tests hold those against definitions in float64, tests/generate/test_one_truth.py
-holds what generation does with either against training's forward. Here: the same layers and tokens
-both ways, over shapes that fill no vector and no block, ragged sequences, caches longer than a
-piece, passes that are taken back; the same bits from any number of threads and of tokens in a pass;
-and which layers are left to the modules.
-Tolerances: both compute in FP32 and differ by the order of sums; under BF16 a result may round to
-its neighbour. Not covered: another processor's or compiler's code.
+The modules' own tests compare the modules with definitions in float64.
+tests/generate/test_one_truth.py compares generation, with either implementation, with training's
+forward pass. Here the same layers and tokens run both ways, over shapes that fill no vector and no
+block, ragged sequences, caches longer than a piece, and calls that are rewound. Any number of
+threads and of tokens in a call must give the same bits. The tests also check which layers use the
+modules. Tolerances: both compute in FP32 and differ by the order of sums; under BF16 a result may
+round to its neighbour. Not covered: code for another processor or from another compiler.
 """
 
 from collections.abc import Iterator
@@ -85,9 +85,9 @@ def by_modules(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoding_kernels, "accepts_tokens", lambda *_: False)
 
 
-# Tokens of each of three sequences in a pass, and how many of them are kept (None: all).
+# Per decode call: tokens of each of three sequences, and how many of them are kept (None: all).
 PASSES: list[tuple[list[int], list[int] | None]] = [
-    ([270, 3, 31], None),  # by modules both ways: more than a piece of the cache, and more tokens
+    ([270, 3, 31], None),  # modules both ways (too many tokens); longer than a piece of the cache
     ([1, 1, 1], None),
     ([9, 1, 4], None),
     ([3, 3, 3], [0, 3, 2]),
@@ -99,7 +99,7 @@ PASSES: list[tuple[list[int], list[int] | None]] = [
 
 @torch.inference_mode()
 def decode(model: Any, vocab_size: int = 500) -> Iterator[torch.Tensor]:
-    """What each pass gives, and at last the states."""
+    """The result of each decode call, then the final states."""
     draw = torch.Generator().manual_seed(0)
     states = DecodeStates(3)
     for counts, kept in PASSES:
@@ -120,7 +120,7 @@ def decode(model: Any, vocab_size: int = 500) -> Iterator[torch.Tensor]:
 def test_decoding_equals_the_modules(
     shape: str, groups: object, runs: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """FP32, from pass to pass: what a wrong state would do adds up."""
+    """FP32, over several calls: the effect of a wrong state would accumulate."""
     model = build(groups, *SHAPES[shape])
     ours = list(decode(model))
     assert {*COMPILED, "norm_rows"} == set(runs)
@@ -134,8 +134,8 @@ def test_decoding_equals_the_modules(
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_layers_in_bfloat16(shape: str, groups: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Layer by layer, since a neighbour in one may choose another expert in the next; each layer's
-    share of the sum is held to its own size."""
+    """Layer by layer, since rounding to a neighbour in one layer may change the expert choice in
+    the next. Each layer's contribution to the residual stream is compared at its own magnitude."""
     model = build(groups, "precision=bf16", *SHAPES[shape])
     draw = torch.Generator().manual_seed(1)
     width = model.config.hidden_size
@@ -154,7 +154,7 @@ def test_layers_in_bfloat16(shape: str, groups: object, monkeypatch: pytest.Monk
                     found.append(out.float() - x.float())
                 results.append(found)
         for one, other in zip(*results, strict=True):
-            # Twice rounded: the layer's result, and its sum with numbers of size about three.
+            # Rounded twice: the layer's result, and its sum with values of magnitude about three.
             bound = 2.0**-6 * (4.0 + float(other.abs().max()))
             torch.testing.assert_close(one, other, atol=bound, rtol=0)
             assert (one - other).abs().mean() < 2.0**-10 * (1.0 + float(other.abs().mean()))
@@ -194,7 +194,7 @@ def test_plans_with_block_formats_go_through_the_modules(
 
 
 def test_many_tokens_and_gradients_are_not_taken() -> None:
-    """Nor a residual stream of another type than the weights."""
+    """A residual stream of another dtype than the weights is not taken either."""
     x = weight = torch.zeros(1)
     with torch.no_grad():
         assert decoding_kernels.accepts_tokens(32, x, weight)

@@ -1,6 +1,6 @@
-"""The compiled quantizers against the torch operators they stand for: bit for bit.
+"""The compiled quantizers against the equivalent torch operators, bit for bit.
 
-Not covered: another processor's or compiler's code, which other tests meet only by running there.
+Not covered: code for another processor or from another compiler; only a run there tests it.
 """
 
 import math
@@ -50,14 +50,14 @@ def _matrices(draw: st.DrawFn) -> Tensor:
 
 
 def _in_torch(quantize, *arguments, **options):
-    """What `quantize` returns by torch operators, on a machine that has a compiler too."""
+    """The result of `quantize` with torch operators, also on a machine that has a compiler."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(quantize_kernels, "quantize_library", lambda: None)
         return quantize(*arguments, **options)
 
 
 def _assert_same(ours: Operand, theirs: Operand) -> None:
-    """Bits, but for the payload of a NaN."""
+    """Equal bits, except for the payload of a NaN."""
     assert ours.divisor == theirs.divisor
     for one, other in ((ours.values, theirs.values), (ours.scale, theirs.scale)):
         assert one.dtype == other.dtype and one.shape == other.shape
@@ -73,7 +73,7 @@ def test_nvfp4(x: Tensor, layout, seed: int | None) -> None:
     block, dim = layout
     words = None
     if seed is not None:
-        row, column = seed % 1000003, seed % 10007  # any place in the whole matrix
+        row, column = seed % 1000003, seed % 10007  # any position in the whole matrix
         words = RandomWords(seed, seed % (2**32 - 5), seed % 65537, row, column)
     options = {"block": block, "dim": dim, "random_words": words}
     _assert_same(nvfp4.nvfp4_operand(x, **options), _in_torch(nvfp4.nvfp4_operand, x, **options))
@@ -101,7 +101,7 @@ def test_mxfp8(x: Tensor, dim) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("stochastic", [False, True])
 def test_stacked_tensors(layout, stochastic: bool) -> None:
-    """Experts of several sizes, one without tokens, each of another magnitude."""
+    """Experts of several sizes, one without tokens, each with another magnitude."""
     block, dim = layout
     rows = torch.tensor([32, 0, 96, 16] if (block, dim) != ("1d", -1) else [31, 0, 97, 16])
     x = torch.randn(144, 72).bfloat16()

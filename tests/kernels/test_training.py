@@ -1,11 +1,11 @@
-"""The C kernels of training against the torch operators they stand for.
+"""The C kernels of training against the equivalent torch operators.
 
-The modules' own tests hold what this machine takes against definitions in float64. Here: both forms
-on the same numbers, over sizes on both sides of a block and a tile and any memory order, and the
-same bits from any number of threads.
-Tolerances: both compute in FP32 and differ by the order of sums and the last digits of exp (eight
-units in the last place of the largest number, or of one); BF16 results may round to neighbours.
-Not covered: another processor's or compiler's code.
+The modules' own tests compare the implementation that this machine uses with definitions in
+float64. Here both implementations run on the same numbers, over sizes on both sides of a block and
+a tile and any memory order. Any number of threads must give the same bits. Tolerances: both compute
+in FP32 and differ by the order of sums and the last digits of exp (eight units in the last place of
+the largest number, or of one). BF16 results may round to neighbours. Not covered: code for another
+processor or from another compiler.
 """
 
 from collections.abc import Callable, Sequence
@@ -52,14 +52,14 @@ def _assert_same(
     float32: float = 2e-6,
     added: Callable[[list[Tensor]], dict[int, float]] = lambda results: {},
 ) -> None:
-    """`added`: of the torch operators' results, the size of what is added up in those (by their
-    place) whose sums may cancel."""
+    """Checks the kernel against torch. `added` maps the torch results to the magnitude of the terms
+    in sums that may cancel, by the result's position."""
     truth = _in_torch(function, *inputs)
     sizes = added(truth)
     for place, (ours, theirs) in enumerate(zip(_results(function, *inputs), truth, strict=True)):
         assert ours.dtype == theirs.dtype
         relative = float32 if inputs[0].dtype == torch.float32 else 2.0**-7
-        # Gradients of norms are differences of terms of size one.
+        # Gradients of norms are differences of terms of magnitude one.
         scale = max(1.0, float(theirs.abs().max()), sizes.get(place, 0.0))
         error = float((ours.double() - theirs.double()).abs().max())
         assert error <= relative * scale, (error, scale)
@@ -119,8 +119,9 @@ def test_norms(inputs: dict, groups: int) -> None:
     st.booleans(),
 )
 def test_scan(inputs: dict, chunk_size: int, with_documents: bool, with_steep: bool) -> None:
-    """Two groups of two heads of 40 channels, state size 8. A wider tolerance: the rounding of an
-    operand goes on through three products. BF16 is held to FP32 in model/mamba/test_core.py."""
+    """Two groups of two heads of 40 channels, state size 8. The tolerance is wider: the rounding of
+    an operand propagates through three products. tests/model/mamba/test_core.py compares BF16 with
+    FP32."""
     x = _activations(**inputs).unflatten(-1, (4, 40))
     generator = torch.Generator().manual_seed(inputs["seed"])
     dt = torch.rand(x.shape[:3], generator=generator)
@@ -134,7 +135,7 @@ def test_scan(inputs: dict, chunk_size: int, with_documents: bool, with_steep: b
     options = {"chunk_size": chunk_size, "document_ids_BS": ids}
 
     def added(results: list[Tensor]) -> dict[int, float]:
-        """A's gradient: over all tokens, dt times what reaches dt through dt A."""
+        """A's gradient: the sum over all tokens of dt times the gradient of dt through dt A."""
         terms_BSH = dt * results[2] / A
         return {3: float(terms_BSH.abs().sum((0, 1)).max())}
 
@@ -144,7 +145,7 @@ def test_scan(inputs: dict, chunk_size: int, with_documents: bool, with_steep: b
 @settings(max_examples=25, deadline=None)
 @given(_inputs([8, 200]), st.booleans())
 def test_activation(inputs: dict, with_weight: bool) -> None:
-    """Of the experts, one for each row of the batch, and of the shared expert."""
+    """The activation of the experts, one expert per row of the batch, and of the shared expert."""
     x = _activations(**inputs)
     first, second = torch.randn(2, x.shape[0], 24, x.shape[2]).to(x.dtype) / 5
     weight = torch.rand(x.shape[:2]).flatten()
@@ -162,10 +163,10 @@ def test_activation(inputs: dict, with_weight: bool) -> None:
 @settings(max_examples=25, deadline=None)
 @given(_inputs([8, 200, 2049]))
 def test_cross_entropy(inputs: dict) -> None:
-    """Labels outside the vocabulary too: the other ranks' ones."""
+    """Includes labels outside the vocabulary, as with labels of other ranks."""
     logits = _activations(**inputs) * 5
     labels = torch.randint(-3, logits.shape[2] + 3, logits.shape[:2])
-    # The gradient overwrites the logits: each call gets its own.
+    # The gradient overwrites the logits, so each call gets its own copy.
     _assert_same(lambda t: vocab_parallel_cross_entropy(t.clone(), labels), logits)
 
 
@@ -196,7 +197,7 @@ def test_the_number_of_threads_changes_no_bit() -> None:
 
 
 def test_extreme_numbers() -> None:
-    """SiLU's ends, where e^x over- or underflows, and NaN, which must not be lost."""
+    """SiLU where e^x over- or underflows, and NaN, which must not be lost."""
     x = torch.tensor([-1e30, -200.0, -89.0, -1.0, 0.0, 1.0, 89.0, 200.0, 1e30, float("nan")])
     x = x.view(1, 10, 1)
     one, zero = torch.ones(1, 1), torch.zeros(1)
@@ -206,7 +207,8 @@ def test_extreme_numbers() -> None:
 
 
 def test_a_shared_cache_is_not_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiled libraries are kept where only this user writes, and loaded from nowhere else."""
+    """Compiled libraries are stored where only this user can write, and loaded from nowhere
+    else."""
     from nemotron_train.kernels import compilation
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

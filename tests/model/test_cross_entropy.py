@@ -113,5 +113,5 @@ def _compare_on_group(group, dtype: torch.dtype, scale: float) -> None:
 
 
 def test_agrees_with_megatron_on_one_rank_and_over_a_split_vocabulary(tmp_path) -> None:
-    """Two gloo processes; each compares over both ranks and over itself alone."""
+    """Two gloo processes. Each compares over both ranks and over itself alone."""
     spawn(_compare_with_megatron, args=(2, str(tmp_path / "rendezvous")), nprocs=2)

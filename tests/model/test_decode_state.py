@@ -1,4 +1,4 @@
-"""Rewinding a speculative decode batch to any of its tokens, against states that ended there."""
+"""A speculative decode batch rewound to any of its tokens, against states that ended there."""
 
 import torch
 
@@ -6,7 +6,7 @@ from nemotron_train.model.decode_state import DecodeStates, MambaState
 
 
 def test_rewind_returns_to_any_token() -> None:
-    """Sequences of one batch to different ones, none of the pass's tokens included."""
+    """The sequences of a batch rewind to different tokens, one of them to before the batch."""
     states = DecodeStates(3)
     window, ssm = torch.randn(3, 3, 4), torch.randn(3, 2, 2, 2)
     states.mamba[1] = state = MambaState(ssm, window)

@@ -1,8 +1,9 @@
 """The whole model on one rank: sizes, documents, causality, losses of every head.
 
 Second truths: the parameter formula, each document run alone, a brute-force mask, finite
-properties. The layers against another implementation are compared elsewhere (Mamba-2 in
-mamba/test_core.py, experts in moe/test_core.py); Hugging Face's whole model is not compared here.
+properties. Other tests compare the layers with another implementation (Mamba-2 in
+mamba/test_core.py, experts in moe/test_core.py). Not covered: a comparison with Hugging Face's
+whole model.
 """
 
 import itertools
@@ -34,7 +35,7 @@ SMALL = (
     "model.moe.expert_hidden_size=32",
     "model.moe.shared_expert_hidden_size=64",
     "model.moe.latent_size=32",
-    # Large initial weights make layers matter, so that a leak would show.
+    # Large initial weights give every layer a visible effect, so that a leak would show.
     "model.init_std=0.1",
 )
 NUM_ROWS, LENGTH = 2, 48
@@ -54,7 +55,7 @@ def tokens(seed: int, rows: int = NUM_ROWS, length: int = LENGTH) -> torch.Tenso
     ["tiny", "proxy_10m", "proxy_100m", "nano_30b_a3b", "super_120b_a12b", "ultra_550b_a55b"],
 )
 def test_parameters_equal_the_formula(name: str, groups: object) -> None:
-    """Every size is really built: the small ones with weights, the others on the meta device."""
+    """Every size is really built: small ones with weights, the others on the meta device."""
     config = compose_config([f"model={name}"])
     where = "cpu" if name in ("tiny", "proxy_10m") else "meta"
     with torch.device(where):
@@ -76,7 +77,7 @@ def test_every_document_of_a_row_is_alone(groups: object) -> None:
         for start, end in itertools.pairwise(cuts):
             alone = model(row[:, start:end])
             torch.testing.assert_close(packed[:, start:end], alone, rtol=1e-4, atol=1e-5)
-        leaking = model(row)  # one document: the rest of the row is seen
+        leaking = model(row)  # as one document, the rest of the row is visible
     assert (leaking[:, 31:] - packed[:, 31:]).abs().max() > 0.1
 
 
@@ -94,7 +95,7 @@ def test_no_token_sees_a_later_one(groups: object) -> None:
 
 @pytest.mark.parametrize("depth", [0, 1, 2, 3])
 def test_depth_mask_against_brute_force(depth: int) -> None:
-    """A target of depth k counts when all of tokens i .. i+k+1 lie in one document."""
+    """A target of depth k counts if all of the tokens i .. i+k+1 are in one document."""
     random = np.random.default_rng(depth)
     ids_with_next = np.sort(random.integers(0, 5, (4, 21)), axis=1)
     ids = ids_with_next[:, :-1]
@@ -111,7 +112,7 @@ def test_depth_mask_against_brute_force(depth: int) -> None:
 
 
 def test_mtp_depths_share_one_block_and_learn_from_masked_targets_only(groups: object) -> None:
-    """Two depths, one physical block; a target outside the mask has no influence on any sum."""
+    """Two depths, one physical block. A target outside the mask has no effect on any sum."""
     config, model = build(groups)
     assert config.model.mtp.depths == 2 and len(model.mtp.layers) == 1
     row, labels = tokens(2), tokens(3)
@@ -123,7 +124,7 @@ def test_mtp_depths_share_one_block_and_learn_from_masked_targets_only(groups: o
     assert sums.shape == (3,)
     for depth in range(3):
         targets = depth_mask(mask, ids, depth)
-        # Depth k's target at i is labels[i+k]; change every label that no target points at.
+        # The target of depth k at i is labels[i+k]. Change every label that is no target.
         pointed = torch.zeros_like(mask)
         pointed[:, depth:] = targets[:, : LENGTH - depth]
         other = torch.where(pointed > 0, labels, (labels + 1) % 128)
@@ -132,8 +133,9 @@ def test_mtp_depths_share_one_block_and_learn_from_masked_targets_only(groups: o
 
 
 def test_repeated_block_counts_its_load_balance_loss_once(groups: object) -> None:
-    """Two depths run the block's router twice; together they add one loss, like any other layer.
-    A perfectly balanced router's sequence loss is 1 a token, so each sum is near the tokens."""
+    """Two depths run the block's router twice. Together they add one loss, as every other layer
+    does. The sequence loss of a perfectly balanced router is 1 per token, so each sum is near the
+    number of tokens."""
     _, model = build(groups, "model.init_std=0.001")
     mask, ids = torch.ones(NUM_ROWS, LENGTH), torch.zeros(NUM_ROWS, LENGTH, dtype=torch.long)
     model(tokens(6), tokens(7), mask, ids)
@@ -148,8 +150,8 @@ def test_repeated_block_counts_its_load_balance_loss_once(groups: object) -> Non
 
 
 def test_output_layer_gradient_is_accumulated_in_fp32(groups: object) -> None:
-    """In BF16, main_grad holds the FP32 sum of the three heads' gradients, each rounded once;
-    adding them up in BF16 first would lose the small ones."""
+    """In BF16, main_grad holds the FP32 sum of the three heads' gradients, each rounded once.
+    Adding them in BF16 first would lose the small ones."""
     config, model = build(groups, "precision=bf16")
     wrapped = wrap_data_parallel(model, config, groups)  # type: ignore[arg-type]
     row, labels = tokens(4), tokens(5)

@@ -1,6 +1,7 @@
-"""RMSNorm against torch's own in float64, and against what Megatron-Core expects of a norm.
+"""RMSNorm against torch's own in float64, and against the interface that Megatron-Core expects of a
+norm.
 
-Not covered: the GPU branch (torch's kernel), a run under sequence parallelism.
+Not covered: the GPU branch (torch's kernel), a run with sequence parallelism.
 """
 
 import pytest
@@ -25,7 +26,7 @@ def _results(function, x, weight, grad):
 
 def _compare(shape: tuple[int, ...], dtype: torch.dtype, offset: float, tolerance: float) -> None:
     generator = torch.Generator().manual_seed(sum(shape))
-    # An offset makes the mean large: layer norm's gradient, which is borrowed, would differ most.
+    # An offset makes the mean large. The borrowed gradient of layer norm would then differ most.
     x = (torch.randn(shape, generator=generator) + offset).to(dtype)
     weight = (torch.rand(shape[-1], generator=generator) + 0.5).to(dtype)
     grad = torch.randn(shape, generator=generator).to(dtype)

@@ -1,6 +1,6 @@
 """The learning rate against closed forms, and its shape by property.
 
-Does not cover: that the optimizer receives it, nor that tokens are counted right.
+Not covered: that the optimizer receives it, and that tokens are counted correctly.
 """
 
 from math import cos, pi, sqrt
@@ -57,7 +57,7 @@ def test_closed_forms(style: DecayStyle, remaining) -> None:
 
 def test_super_at_known_points() -> None:
     """Super's published schedule: half-way up, on the plateau, a quarter into the decay (where
-    minus-sqrt is half-way down), at the end."""
+    minus-sqrt is half-way down), and at the end."""
     assert learning_rate(0, SUPER, SUPER_TOTAL) == 0
     assert learning_rate(100_000_000_000, SUPER, SUPER_TOTAL) == pytest.approx(2.25e-4)
     assert learning_rate(20_000_000_000_000, SUPER, SUPER_TOTAL) == 4.5e-4
@@ -92,8 +92,8 @@ def test_rises_then_falls(schedule: tuple[OptimConfig, int], tokens: int) -> Non
 
 @given(schedules(), st.integers(0, 15_000))
 def test_no_jump(schedule: tuple[OptimConfig, int], tokens: int) -> None:
-    """One token moves the rate by at most what the steepest form allows: minus-sqrt's first
-    token falls by sqrt(1/decay) of the way, the warm-up rises by 1/warmup of the peak."""
+    """One token moves the rate by at most the slope of the steepest form. With minus-sqrt the first
+    token falls by sqrt(1/decay) of the range; the warm-up rises by 1/warmup of the peak."""
     optim, total = schedule
     here, there = (learning_rate(n, optim, total) for n in (tokens, tokens + 1))
     rise = 1 / optim.warmup_tokens if optim.warmup_tokens > 0 else 0

@@ -1,8 +1,7 @@
 """The optimizer step in two halves against Megatron's own `step()`, bit for bit.
 
 One rank, with and without the distributed optimizer, FP32 and BF16, clipped and not. Not covered:
-several ranks (tests/distributed trains through the halves there), Transformer Engine's fused
-clipping.
+several ranks (tests/distributed trains with the halves), Transformer Engine's fused clipping.
 """
 
 from typing import Any
@@ -54,7 +53,7 @@ def fill_gradients(model: Any, seed: int, size: float) -> None:
 def test_two_halves_equal_the_whole(groups: Any, overrides: tuple[str, ...]) -> None:
     whole, whole_optimizer = build(groups, overrides)
     halves, halves_optimizer = build(groups, overrides)
-    for step, size in enumerate((1.0, 1e-6, 10.0)):  # clipped, not clipped, clipped hard
+    for step, size in enumerate((1.0, 1e-6, 10.0)):  # clipped, not clipped, clipped strongly
         fill_gradients(whole, step, size)
         fill_gradients(halves, step, size)
         _, norm, zeros = whole_optimizer.step()
@@ -66,8 +65,8 @@ def test_two_halves_equal_the_whole(groups: Any, overrides: tuple[str, ...]) -> 
 
 
 def test_the_first_half_changes_no_weight_and_keeps_what_is_not_finite(groups: Any) -> None:
-    """The norm tells of a single infinity, and the gradients still say where it was: Megatron's
-    step() would have made all of them NaN by clipping."""
+    """The norm reveals a single infinity, and the gradients still show where it is. Megatron's
+    step() would have turned all of them into NaN by clipping."""
     model, optimizer = build(groups, ())
     before = [parameter.clone() for parameter in model.module.parameters()]
     fill_gradients(model, 0, 1.0)

@@ -1,7 +1,7 @@
 """Every check across fields fails with its knob, and derived numbers agree with plain counting.
 
-Does not cover: that Megatron accepts each accepted layout, nor checks on data folders,
-tokenizers and checkpoints, which belong to whoever opens them.
+Not covered: that Megatron accepts each accepted layout, and checks of data folders, tokenizers and
+checkpoints (tests of the code that opens them).
 """
 
 import math
@@ -236,7 +236,7 @@ def test_each_violation_names_its_knob(overrides: list[str], ranks: int, said: s
 
 
 def test_checks_of_absent_layers_are_not_made() -> None:
-    """A model of attention alone does not care that two tensor ranks cannot share one group."""
+    """A model with attention only needs no check that two tensor ranks share a Mamba group."""
     alone = ["model.mtp.depths=0", "parallel.tensor=2", "model.mamba.groups=1"]
     assert derive(tiny(*alone, "model.pattern=**"), 2).num_layers == 2
     with pytest.raises(ConfigError, match=r"model\.mamba\.groups=1"):
@@ -278,7 +278,7 @@ def test_every_run_recipe_derives(run: str, ranks: int) -> None:
 
 
 def test_published_batches() -> None:
-    """Nano, Super: 3,072 sequences of 8,192; Super's recipe lists 993,404 iterations, of which
+    """Nano and Super: 3,072 sequences of 8,192. Super's recipe lists 993,404 iterations, of which
     7,949 warm up and 198,682 decay (each rounded by its authors' own rule)."""
     derived = derive(compose_config(["run=super_120b_a12b"]), 64)
     assert derived.sequences_per_step == 3072
@@ -307,7 +307,7 @@ def test_steps_against_a_loop(
     warmup: float,
     decay: float,
 ) -> None:
-    """Steps as a loop over tokens would count them, phases as the schedule's rates show."""
+    """Steps as a loop over tokens counts them, phases as the schedule's rates show them."""
     warmup_tokens = int(total * warmup)
     decay_tokens = int((total - warmup_tokens) * decay)
     batch = data_parallel * micro * accumulation * length

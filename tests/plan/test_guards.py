@@ -1,7 +1,7 @@
-"""Every guard fires where it should and nowhere else; the choice of a backend that follows.
+"""Every guard fires where it should and nowhere else, and the backend is chosen accordingly.
 
-The overflow's arithmetic is held against the check of real strides in `model.mamba.core`, on
-tensors of the meta device. Not covered: whether the upstream faults are as their threads say.
+The overflow arithmetic is compared with the check of real strides in `model.mamba.core`, on meta
+tensors. Not covered: whether the upstream faults are as their threads describe.
 """
 
 from dataclasses import replace
@@ -103,7 +103,7 @@ SILENT = [
 
 @cache
 def composed(*overrides: str) -> Config:
-    """Nobody changes it."""
+    """The composed configuration. Tests must not change it."""
     return compose_config(overrides)
 
 
@@ -138,14 +138,14 @@ def test_each_guard_is_tested_both_ways() -> None:
 
 @pytest.mark.parametrize("run", ["tiny", "nano_30b_a3b", "super_120b_a12b", "ultra_550b_a55b"])
 def test_ready_runs_pass(run: str) -> None:
-    """At their own sizes, on the machine each is meant for."""
+    """With their own sizes, each on its intended machine."""
     config = compose_config([f"run={run}"])
     surroundings = replace(GOOD, packages=WITH_KERNELS, native=False)
     assert findings(config, resolve_plan(config), surroundings) == []
 
 
 def test_offsets_are_those_of_the_tensors() -> None:
-    """At a length where the check of the real strides passes, and at the next chunk, where not."""
+    """The check of the real strides passes at one length and fails one chunk later."""
     torch = pytest.importorskip("torch")
     from nemotron_train.model.mamba.core import check_offsets
 
@@ -205,7 +205,7 @@ def test_the_documentation_has_every_guard() -> None:
 
 
 def test_this_environment_is_the_tested_one() -> None:
-    """Canary: another Megatron-Core needs its adaptations looked at, and TESTED_MEGATRON set."""
+    """Canary: for a new Megatron-Core version, review the adaptations and set TESTED_MEGATRON."""
     assert installed_versions()["megatron-core"] == TESTED_MEGATRON
 
 
@@ -259,7 +259,8 @@ def test_native_refused_in_one_line(surroundings: Surroundings, facts: list[str]
 
 
 def test_native_beyond_auto() -> None:
-    """Asked for by name, a workstation GPU with a new Transformer Engine may run NVFP4 alone."""
+    """With an explicit backend and a new Transformer Engine, a workstation GPU may run NVFP4
+    only."""
     surroundings = at(RTX, "2.19.0")
     assert backend(Backend.native, surroundings, "precision=nvfp4_all").native
     assert not backend(Backend.auto, surroundings, "precision=nvfp4_all").native
@@ -292,7 +293,8 @@ def test_environment_of_a_native_run() -> None:
 
 @pytest.mark.parametrize("command", ["pretrain", "plan"])
 def test_commands_refuse(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """`plan` knows no device, but that Megatron's file cannot say the plan; `pretrain` both."""
+    """`plan` knows no device, but reports that Megatron's file cannot express the plan. `pretrain`
+    checks both."""
     plan = "nvfp4_nemotron3" if command == "pretrain" else "nvfp4_bf16_forward"
     words = [command, f"precision={plan}", "precision.backend=native", "name=never"]
     assert main(words) == 2

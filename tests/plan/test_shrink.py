@@ -1,4 +1,5 @@
-"""A shrunk configuration is valid, small, and has every ingredient and relation of the whole one.
+"""A shrunk configuration is valid and small, and keeps every ingredient and relation of the full
+one.
 
 Not covered: that it trains (tests/check).
 """
@@ -19,7 +20,7 @@ RUNS = ["nano_30b_a3b", "super_120b_a12b", "ultra_550b_a55b", "tiny", "proxy_10m
 PLANS = ["fp32", "bf16", "mxfp8", "nvfp4_nemotron3", "nvfp4_then_mxfp8"]
 
 
-# Whole-numbered knobs of the layout that count no ranks; another new one must be placed.
+# Integer knobs of the layout that do not count ranks. A new one belongs here or in DIMENSIONS.
 NO_DIMENSION = {"bucket_parameters"}
 
 

@@ -1,6 +1,7 @@
-"""BF16 products through FP32 against float64, against one rounding, and what they leave alone.
+"""BF16 products through FP32 against float64 and against one rounding, and the cases that are not
+replaced.
 
-Does not cover: speed, nor processors with BF16 instructions (nothing is replaced there).
+Not covered: speed, and processors with BF16 instructions (nothing is replaced there).
 """
 
 from collections.abc import Callable, Iterator
@@ -31,7 +32,7 @@ FORMS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 
 @pytest.fixture(autouse=True)
 def through_float32() -> Iterator[None]:
-    """Installed for the test alone, unless this process installs it anyway."""
+    """Installed for the test only, unless this process has it installed already."""
     if bfloat16_products.needed():
         bfloat16_products.install()
         yield
@@ -49,7 +50,7 @@ def _operands() -> tuple[Tensor, Tensor, Tensor]:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_product_is_rounded_once(form: str) -> None:
-    """The exact result, rounded to BF16: half a unit in the last place, and FP32's own error."""
+    """The exact result, rounded to BF16: half a unit in the last place, plus FP32's own error."""
     exact = FORMS[form](*(t.double() for t in _operands()))
     result = FORMS[form](*_operands())
     assert result.dtype == torch.bfloat16

@@ -1,5 +1,6 @@
-"""One canary a patch: each fails once Megatron-Core no longer needs the patch, or no longer has
-the place it patches. They say nothing about a GPU, where none of the patches is installed."""
+"""One canary per patch. It fails once Megatron-Core no longer needs the patch, or no longer has the
+patched code. Not covered: a GPU, where no patch is installed.
+"""
 
 import importlib
 import inspect
@@ -20,14 +21,14 @@ ALL_SOURCE = "\n".join(path.read_text() for path in SOURCES.rglob("*.py"))
 
 
 def run_without_patches(code: str) -> str:
-    """Run `code` in a process that only imports Megatron-Core; returns its last error line."""
+    """Runs `code` in a process that only imports Megatron-Core. Returns its last error line."""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     return done.stderr.strip().splitlines()[-1] if done.returncode else ""
 
 
 @pytest.mark.parametrize("name", sorted(megatron_cpu._cuda_stand_ins()))
 def test_stand_in_is_used_by_megatron(name: str) -> None:
-    """Megatron-Core still names this attribute of torch.cuda."""
+    """Megatron-Core still refers to this attribute of torch.cuda."""
     assert re.search(
         rf"torch\.cuda(\.random)?\.{name}\b|from torch\.cuda import.*\b{name}\b", ALL_SOURCE
     )
@@ -35,7 +36,7 @@ def test_stand_in_is_used_by_megatron(name: str) -> None:
 
 @pytest.mark.parametrize("module_name", megatron_cpu.MODULES_WITH_CONSTANTS)
 def test_constants_are_still_named(module_name: str) -> None:
-    """The module's source still names CUDA in a function, and no loaded function does."""
+    """The module's source still refers to CUDA in a function, and no loaded function does."""
     module = importlib.import_module(module_name)
     source = inspect.getsource(module)
     assert any(
@@ -92,7 +93,7 @@ def test_router_still_indexes_mtp_by_its_depths() -> None:
 
 
 def test_optimizer_still_loads_without_steps() -> None:
-    """optim.build's work-arounds can go once loading handles torch's AdamW."""
+    """The workarounds in optim.build can go once loading handles torch's AdamW."""
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
     source = inspect.getsource(DistributedOptimizer.load_state_dict)
@@ -104,8 +105,8 @@ def test_optimizer_still_loads_without_steps() -> None:
 
 @pytest.mark.parametrize("name", megatron_cpu.WHOLE_BUFFER_COLLECTIVES)
 def test_whole_buffer_collectives_are_still_called_in_place(name: str) -> None:
-    """They go to gloo unless the group is one rank and source and result are the same memory.
-    That gloo copies is not tested: it is a matter of time only."""
+    """Copies go to gloo unless the group has one rank and source and result share memory. Not
+    covered: the copy by gloo, which is only slower."""
     from megatron.core.distributed import param_and_grad_buffer
 
     assert f"{name}(" in inspect.getsource(param_and_grad_buffer)
@@ -119,7 +120,7 @@ def test_whole_buffer_collectives_are_still_called_in_place(name: str) -> None:
 
 
 def test_uneven_parts_still_go_to_collectives_that_gloo_lacks() -> None:
-    """That gloo refuses them is asked of it in tests/distributed/test_uneven.py."""
+    """tests/distributed/test_uneven.py checks that gloo itself refuses uneven parts."""
     source = (SOURCES / "tensor_parallel/mappings.py").read_text()
     assert "torch.distributed.all_gather(output_tensor_list, input_, group=group)" in source
     assert "torch.distributed.reduce_scatter(output, input_tensor_list, group=group)" in source

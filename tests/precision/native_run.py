@@ -1,5 +1,5 @@
-"""Run by test_native.py in a process of its own, in which the stand-in for Transformer Engine is
-importable: builds and trains small native models and writes what it saw as JSON.
+"""Run by test_native.py in a separate process, in which the stand-in for Transformer Engine is
+importable. Builds and trains small native models and writes its observations as JSON.
 
 Usage: python native_run.py OUTPUT_FOLDER DATA_OVERRIDE...
 """
@@ -41,7 +41,7 @@ SMALL = [
 
 
 def pretend_gpu() -> Any:
-    """The CPU's platform, with Transformer Engine's layers in the specs and a B200's name."""
+    """The CPU's platform, with Transformer Engine's layers in the specs and the name of a B200."""
     platform = replace(device.prepare(2), transformer_engine=True)
     device.prepare = lambda num_threads=0: platform  # type: ignore[assignment]
     device.hardware = lambda platform: Hardware("NVIDIA B200", (10, 0), "2.17.1")
@@ -65,7 +65,8 @@ def batch() -> dict[str, torch.Tensor]:
 
 
 def one_plan(plan: str, platform: Any, groups: Any, build_model: Any) -> dict[str, Any]:
-    """What the modules are set to, and ran in, over one forward and backward pass."""
+    """The formats the modules are set to and the formats they ran in, over one forward and backward
+    pass."""
     from nemotron_train.precision.native import NativePrecision, executed_format
 
     config = small(plan)
@@ -75,7 +76,7 @@ def one_plan(plan: str, platform: Any, groups: Any, build_model: Any) -> dict[st
     control.before_step(1, 0)
     losses = model(**batch())
     losses.sum().backward()
-    control.before_step(2, 256)  # raises where a linear ran in another format
+    control.before_step(2, 256)  # raises if a linear ran in another format
     return {
         "set": before,
         "ran": {path: executed_format(module) for path, module in control._linears.items()},
@@ -85,7 +86,7 @@ def one_plan(plan: str, platform: Any, groups: Any, build_model: Any) -> dict[st
 
 
 def refusals(platform: Any, groups: Any, build_model: Any) -> dict[str, str]:
-    """What is said where modules do not carry, or did not run in, what the plan says."""
+    """The error messages for modules that are not set to the plan, or did not run in it."""
     from nemotron_train.precision.native import NativePrecision
 
     found = {}
@@ -113,7 +114,7 @@ def refusals(platform: Any, groups: Any, build_model: Any) -> dict[str, str]:
     plain = build_model(small("bf16"), resolve_plan(small("bf16")), platform, groups)
     message("plain", lambda: NativePrecision([plain], resolve_plan(config)))
 
-    config = small("nvfp4_all", "precision.default.hadamard=false")  # and no variable set
+    config = small("nvfp4_all", "precision.default.hadamard=false")  # variable unset
     model = build_model(config, resolve_plan(config), platform, groups, native=True)
     control = NativePrecision([model], resolve_plan(config))
     control.before_step(1, 0)
@@ -123,7 +124,8 @@ def refusals(platform: Any, groups: Any, build_model: Any) -> dict[str, str]:
 
 
 def stacked(model: Any) -> dict[str, torch.Tensor]:
-    """Parameters and buffers, an expert-wise `weight<i>` stacked under the name `weight`."""
+    """Parameters and buffers. Per-expert tensors `weight<i>` are stacked under the name
+    `weight`."""
     found: dict[str, torch.Tensor] = {}
     experts: dict[str, list[torch.Tensor]] = {}
     for name, tensor in model.state_dict().items():
@@ -138,7 +140,8 @@ def stacked(model: Any) -> dict[str, torch.Tensor]:
 
 
 def exchange(folder: Path, platform: Any, groups: Any, build_model: Any) -> dict[str, Any]:
-    """Initial weights of a native and of a plain model, and checkpoints of one in the other."""
+    """Initial weights of a native and of a plain model, and checkpoints of each loaded into the
+    other."""
     from megatron.core import dist_checkpointing
 
     metadata = {"dp_cp_group": groups.dp_cp, "singleton_local_shards": False}

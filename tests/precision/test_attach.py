@@ -1,8 +1,8 @@
 """Plans attached to a built model, and the three products of emulated linears and experts.
 
-Second truth: the same products put together here from packed codes (`quantize_nvfp4`, which the
-golden vectors check), expert by expert. One rank only; the amax reductions between shards and any
-GPU are not covered.
+Second truth: the same products computed here, expert by expert, from packed codes
+(`quantize_nvfp4`, which the golden vectors check). One rank only. Not covered: the amax reductions
+between shards, any GPU.
 """
 
 from dataclasses import replace
@@ -51,7 +51,8 @@ def test_plain_plans_take_plain_layers(plan: str, groups) -> None:
 
 
 def linear_under(groups, **changes: object):
-    """A column-parallel linear (Mamba's in_proj) with formats changed, its weight and inputs."""
+    """A column-parallel linear (Mamba's in_proj) with the formats changed, its control and its
+    inputs."""
     _, model, control = build(groups, "precision=nvfp4_all")
     linear = global_modules(model)["decoder.layers.0.mixer.in_proj"]
     linear.attached.formats = replace(linear.attached.formats, **changes)
@@ -97,8 +98,8 @@ def test_mxfp8_and_mixed_products(groups) -> None:
 
 
 def test_stochastic_rounding_follows_the_clock(groups) -> None:
-    """The same step and call give the same gradients; another step gives others, whose mean is
-    near the unrounded ones."""
+    """The same step and call give the same gradients. Another step gives different gradients from
+    the same forward pass."""
     linear, control, x = linear_under(groups)
     dy = torch.randn(40, 1, linear.weight.shape[0]).bfloat16()
     control.clock.step = 5
@@ -112,7 +113,7 @@ def test_stochastic_rounding_follows_the_clock(groups) -> None:
 
 
 def test_dgrad_and_wgrad_round_by_words_of_their_own(groups) -> None:
-    """Words that both share would correlate the rounding errors of dx and dW."""
+    """Shared random words would correlate the rounding errors of dx and dW."""
     linear, control, x = linear_under(groups)
     control.clock.step = 3
     shape = (256, 64)
@@ -122,7 +123,7 @@ def test_dgrad_and_wgrad_round_by_words_of_their_own(groups) -> None:
     same = (drawn["dgrad"] == drawn["wgrad"]).float().mean()
     # Equal bytes by chance: 1 / 256, with a deviation of sqrt(1 / 256 / n) over n elements.
     assert abs(float(same) - 1 / 256) < 5 * (1 / 256 / (256 * 64)) ** 0.5
-    # And the products take them under those names.
+    # The products request their words under those names.
     seen: list[str] = []
     draw = type(linear.attached).random_words
 
@@ -149,7 +150,7 @@ def test_weights_are_quantized_again_when_they_change(groups) -> None:
 PRODUCTS = ("dgrad", "wgrad")
 
 EXPERT_OPERANDS = {
-    # Of a tensor's rows; of a weight for fprop; of a weight for dgrad.
+    # Operand of a tensor along its rows, of a weight for fprop, of a weight for dgrad.
     "nvfp4_all": (
         lambda t: quantize_nvfp4(t).operand(),
         lambda w: quantize_nvfp4(w, block="2d").operand(),
@@ -160,23 +161,23 @@ EXPERT_OPERANDS = {
 
 
 def same(ours: torch.Tensor, one: torch.Tensor) -> None:
-    """Equal to one step of BF16: on a processor without BF16 instructions products go through
-    FP32, whose library may sum a group and a matrix alone in another order. A wrong block scale is
-    off by a factor of 2 or more."""
+    """Equal up to one step of BF16. On a processor without BF16 instructions products go through
+    FP32, whose library may sum a group and a single matrix in different orders. A wrong block scale
+    is off by a factor of 2 or more."""
     torch.testing.assert_close(ours, one, rtol=2.0**-7, atol=1e-5 * one.abs().max().item())
 
 
 @pytest.mark.parametrize("plan", EXPERT_OPERANDS)
 @pytest.mark.parametrize("width, hidden_width", [(64, 128), (24, 40)])
 def test_experts_equal_one_linear_each(plan: str, width: int, hidden_width: int, groups) -> None:
-    """Grouped products against each expert alone, an empty one included; nearest rounding. Sizes
-    that no block divides too: a block must not reach into the next expert."""
+    """Grouped products against each expert alone, an empty one included, with nearest rounding.
+    Covers sizes that no block divides: a block must not reach into the next expert."""
     sizes = [f"model.moe.latent_size={width}", f"model.moe.expert_hidden_size={hidden_width}"]
     _, model, _ = build(groups, f"precision={plan}", *sizes)
     experts = global_modules(model)["decoder.layers.1.mlp.experts"]
     for weights in (experts.linear_fc1, experts.linear_fc2):
         weights.attached.formats = replace(weights.attached.formats, stochastic_rounding=False)
-        with torch.no_grad():  # neighbours whose shared block would flush one of them
+        with torch.no_grad():  # a block across two experts would flush one to zero
             weights.weight[::2] *= 2.0**-20
     counts = torch.tensor([5, 0, 37, 32] + [1] * 12)
     generator = torch.Generator().manual_seed(3)

@@ -1,6 +1,6 @@
 """Products of block-scaled operands against float64 sums of the dequantized numbers.
 
-Not covered: CUDA's product with FP32 output; a CPU without BF16 instructions (it takes the FP32
+Not covered: CUDA's product with FP32 output, and a CPU without BF16 instructions (it uses the FP32
 product that the tests compare with).
 """
 
@@ -21,8 +21,8 @@ def _exact(a: Operand, b: Operand) -> torch.Tensor:
     "size", [(1, 16, 1), (7, 48, 5), (16, 32, 16), (33, 80, 64), (64, 512, 96), (300, 256, 130)]
 )
 def test_one_rounding_to_the_output_type(quantize, size: tuple[int, int, int]) -> None:
-    """FP32: a few units of the sum's magnitude in the last place. BF16: the FP32 result rounded
-    once, except where FP32's own error sits on a tie."""
+    """FP32: a few units in the last place of the sum's magnitude. BF16: the FP32 result rounded
+    once, except where FP32's own error falls on a tie."""
     m, k, n = size
     generator = torch.Generator().manual_seed(m * k + n)
     a = quantize(torch.randn(m, k, generator=generator).bfloat16())

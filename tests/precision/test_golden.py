@@ -1,6 +1,6 @@
-"""Our numerics against vectors that others computed (tests/golden/README.md): bit for bit.
+"""Our numerics against vectors computed by others (tests/golden/README.md), bit for bit.
 
-Not covered: any GPU, native kernels; the d01 and d02 vectors are transcriptions, not outputs.
+Not covered: any GPU, native kernels. The d01 and d02 vectors are transcriptions, not outputs.
 """
 
 from pathlib import Path
@@ -29,7 +29,7 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 @pytest.fixture(params=["compiled", "torch"], autouse=True)
 def _both_implementations(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every vector by quantize.c, where it compiles, and by torch operators."""
+    """Every vector by quantize.c, if it compiles, and by torch operators."""
     if request.param == "torch":
         monkeypatch.setattr(quantize, "quantize_library", lambda: None)
     elif not quantize.can_quantize():
@@ -130,7 +130,8 @@ def test_e4m3_cast() -> None:
 
 
 def test_stochastic_rounding_of_every_word() -> None:
-    """As numbers: we return no negative zero; packed codes keep the sign (next test)."""
+    """Compared as numbers, because we return no negative zero. Packed codes keep the sign (next
+    test)."""
     golden, _ = _load("d01_DERIVED_sr_e2m1_all_256_rbits")
     expected = golden["outputs.q"].float()
     x = golden["inputs.x"][:, None].expand_as(expected).contiguous()
@@ -144,7 +145,7 @@ def test_stochastic_codes_keep_the_sign_of_zero() -> None:
     x = golden["inputs.x"][:, None].expand_as(expected).contiguous()
     codes = e2m1_codes(x, torch.arange(256).to(torch.uint8).expand_as(expected))
     numbers = torch.tensor([*E2M1_VALUES, *(-value for value in E2M1_VALUES)])[codes.int()]
-    known = ~x.isnan()  # the sign of a NaN is nobody's
+    known = ~x.isnan()  # the sign of a NaN is undefined
     _assert_same_bits(numbers[known], expected[known])
 
 

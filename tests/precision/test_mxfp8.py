@@ -1,6 +1,6 @@
 """MXFP8 against a scalar transcription of the definition, and at the ends of the exponent range.
 
-Not covered: a GPU; Transformer Engine itself (it has no Python reference of the format).
+Not covered: a GPU, and Transformer Engine itself (it has no Python reference of the format).
 """
 
 import math
@@ -46,7 +46,8 @@ def test_agrees_with_the_scalar_definition(x: Tensor) -> None:
         for block, part in enumerate(x[row].split(32)):
             scale = _scalar_scale(float(part.abs().max()))
             assert quantized.scales[row, block] == scale
-            # Float64 holds the quotient; torch's cast to E4M3 is the second truth for rounding.
+            # Float64 holds the quotient exactly. torch's cast to E4M3 is the second truth for
+            # rounding.
             ratio = (part.double() * 2.0 ** (127 - scale)).clamp(-448, 448)
             expected = ratio.float().to(torch.float8_e4m3fn).view(torch.uint8)
             codes = quantized.codes[row, 32 * block : 32 * block + 32]
@@ -70,8 +71,8 @@ def test_operand_equals_packed_tensor_in_both_layouts(x: Tensor) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("extreme", ["max", "smallest_normal", "tiny_subnormal"])
 def test_extreme_blocks_give_finite_operands(dtype: torch.dtype, extreme: str) -> None:
-    """At FP32's or BF16's largest number the dequantized block is infinite: the operand, which
-    keeps the power of two apart, is not."""
+    """At FP32's or BF16's largest number the dequantized block is infinite. The operand is finite,
+    because it stores the power of two separately."""
     info = torch.finfo(dtype)
     number = info.smallest_normal / 4 if extreme == "tiny_subnormal" else getattr(info, extreme)
     x = torch.full((2, 32), number, dtype=dtype)

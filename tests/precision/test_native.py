@@ -1,10 +1,10 @@
 """Native plans from configuration to trained model, over a stand-in for Transformer Engine.
 
-Megatron-Core's own wrappers, contexts, per-module recipes, grouped experts and dispatcher run as
-they are; the stand-in (tests/precision/stand_in) computes in plain PyTorch and remembers under
-which recipe each linear ran. So this covers what Megatron chooses and how the parts fit, on one
-rank. It does not cover any kernel, any GPU, tensor or expert parallelism, nor whether the real
-package keeps what the stand-in keeps: its names were read in Transformer Engine's source.
+Megatron-Core's own wrappers, contexts, per-module recipes, grouped experts and dispatcher run
+unchanged. The stand-in (tests/precision/stand_in) computes in plain PyTorch and records the recipe
+under which each linear ran. The tests cover the choices Megatron makes and how the parts fit, on
+one rank. Not covered: any kernel, any GPU, tensor or expert parallelism, and whether the real
+package records what the stand-in records. Its names were read in Transformer Engine's source.
 """
 
 import json
@@ -45,7 +45,7 @@ FIRST_FIVE = {
 def saw(
     tmp_path_factory: pytest.TempPathFactory, small_run: tuple[Path, list[str]]
 ) -> dict[str, Any]:
-    """What native_run.py saw, in a process where the stand-in can be imported."""
+    """The observations of native_run.py, from a process in which the stand-in can be imported."""
     folder = tmp_path_factory.mktemp("native")
     data = [text for text in small_run[1] if text.startswith("data")]
     path = os.pathsep.join([str(HERE / "stand_in"), str(HERE.parent.parent)])
@@ -77,7 +77,7 @@ def wanted(plan: str, path: str) -> str:
 
 @pytest.mark.parametrize("plan", PLANS)
 def test_linears_run_in_the_plans_formats(saw: dict[str, Any], plan: str) -> None:
-    """Every linear that a rule decides over, what it is set to and what it ran in."""
+    """Every linear that has a rule: the format it is set to and the format it ran in."""
     seen = saw["plans"][plan]
     assert set(seen["ran"]) == set(seen["set"])
     assert len(seen["ran"]) == len(FIRST_FIVE) + (2 + 6) + (1 + 2 + 6)
@@ -96,8 +96,8 @@ def test_a_difference_stops_the_run(saw: dict[str, Any]) -> None:
 
 
 def test_experts_are_the_plain_ones_in_other_parameters(saw: dict[str, Any]) -> None:
-    """The same initial weights and, the stand-in being unquantized, the same losses in BF16:
-    there through Megatron's dispatcher and its padding, here without either."""
+    """Both start from the same weights. The stand-in does not quantize, so the losses in BF16 are
+    equal: with Megatron's dispatcher and its padding in the native model, without them in ours."""
     exchange = saw["exchange"]
     assert exchange["names"] and exchange["initial"]
     assert exchange["losses"]["native"] == pytest.approx(exchange["losses"]["plain"], rel=1e-5)
@@ -110,7 +110,8 @@ def test_checkpoints_know_no_backend(saw: dict[str, Any], direction: str) -> Non
 
 
 def test_a_run_goes_on_under_the_other_backend(saw: dict[str, Any]) -> None:
-    """Two native steps, one more resumed, the last one emulated, optimizer and all."""
+    """Two native steps, one more after a resume, and the last one emulated, with the optimizer
+    state."""
     assert saw["run"]["codes"] == [3, 3, 0]
     losses = saw["run"]["losses"]
     assert len(losses) == 4 and losses == sorted(losses, reverse=True)

@@ -1,7 +1,7 @@
-"""NVFP4 on tensors no golden vector has: against a scalar transcription of the definition in
+"""NVFP4 on tensors without a golden vector: against a scalar transcription of the definition in
 NumPy, and by its algebraic properties.
 
-Not covered: a GPU; agreement with native kernels on NaN and infinity, which is undefined there.
+Not covered: a GPU; agreement with native kernels on NaN and infinity, which is undefined.
 """
 
 import itertools
@@ -29,7 +29,7 @@ MIDPOINTS = [(low + high) / 2 for low, high in itertools.pairwise(E2M1_VALUES)]
 
 
 def _scalar_code(z: float) -> int:
-    """Nearest by comparison with the midpoints; on one, the even code."""
+    """Nearest by comparison with the midpoints. A tie goes to the even code."""
     magnitude = abs(z)
     code = sum(magnitude > middle for middle in MIDPOINTS)
     if magnitude in MIDPOINTS and code % 2 == 1:
@@ -38,7 +38,7 @@ def _scalar_code(z: float) -> int:
 
 
 def _scalar_e4m3(value: np.floating) -> float:
-    """Nearest number of E4M3, ties to even, by way of integers; value in 0 … 448."""
+    """Nearest number of E4M3, ties to even, computed with integers. The value is in 0 ... 448."""
     exponent = max(math.frexp(float(value))[1] - 1, -6) if value else -6
     return round(math.ldexp(float(value), 3 - exponent)) * math.ldexp(1.0, exponent - 3)
 
@@ -100,7 +100,8 @@ def test_agrees_with_the_scalar_definition(x: Tensor, block) -> None:
     assert quantized.unpacked_codes().tolist() == codes
     ours = quantized.scales.view(torch.float8_e4m3fn).float()
     assert ours[: x.shape[0]].tolist() == scales
-    # Codes of 6 give back amax up to an ulp: only at FP32's very end may that be infinite.
+    # Codes of 6 decode to amax up to an ulp. The result may be infinite only at the very end of
+    # FP32's range.
     assert quantized.amax > 3.4e38 or quantized.operand().dequantize().isfinite().all()
 
 
@@ -121,7 +122,8 @@ def test_operand_equals_packed_tensor_in_both_layouts(x: Tensor, block, stochast
 @given(x=_matrices())
 def test_two_dimensional_blocks_are_the_same_in_both_orientations(x: Tensor) -> None:
     rows, columns = quantize_nvfp4(x, block="2d"), quantize_nvfp4(x.t(), block="2d")
-    # Not the codes: where the product underflows, padding differs in nothing but zeros.
+    # The values are compared, not the raw codes: where the product underflows, padding differs only
+    # in zeros.
     assert torch.equal(rows.unpacked_codes(), columns.unpacked_codes().t())
 
 
@@ -152,8 +154,8 @@ def test_scaling_by_a_power_of_two_changes_only_the_amax(
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 2**31), block=st.sampled_from(["1d", "2d"]))
 def test_error_is_within_half_a_step_of_the_block(seed: int, block) -> None:
-    """The step at a number is 0.5, 1 or 2 of its block's scale; saturation adds the rounding of
-    the scale to E4M3, 2^-4 of it where that is normal."""
+    """The step at a number is 0.5, 1 or 2 of its block's scale. Saturation adds the rounding of the
+    scale to E4M3, 2^-4 of it where that is normal."""
     x = torch.randn(32, 48, generator=torch.Generator().manual_seed(seed))
     quantized = quantize_nvfp4(x, block=block)
     scales = quantized.scales.view(torch.float8_e4m3fn).float().repeat_interleave(16, 1)
@@ -167,14 +169,14 @@ def test_error_is_within_half_a_step_of_the_block(seed: int, block) -> None:
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 2**31))
 def test_quantizing_the_dequantized_changes_no_number(seed: int) -> None:
-    """Idempotence, for tensors whose own maximum is a number of the format: there every block
-    scale is a product of FP32 numbers that rounds back to itself."""
+    """Idempotence for tensors whose own maximum is a number of the format: every block scale is
+    then a product of FP32 numbers that rounds back to itself."""
     x = torch.randn(8, 64, generator=torch.Generator().manual_seed(seed))
     once = quantize_nvfp4(x).dequantize()
     amax = quantize_nvfp4(x).amax
     twice = quantize_nvfp4(once, amax=amax).dequantize()
-    # A block whose largest code is below 6 gets a smaller scale the second time: only the blocks
-    # that reach 6, nearly all, must stay.
+    # A block whose largest code is below 6 gets a smaller scale the second time. Only the blocks
+    # that reach 6, nearly all, must not change.
     reached = quantize_nvfp4(x).unpacked_codes().bitwise_and(7).view(8, 4, 16).amax(-1) == 7
     assert reached.float().mean() > 0.5
     kept = reached.repeat_interleave(16, 1)
@@ -184,7 +186,8 @@ def test_quantizing_the_dequantized_changes_no_number(seed: int) -> None:
 @settings(max_examples=40, deadline=None)
 @given(x=_matrices(), rows=st.integers(0, 20))
 def test_rows_do_not_depend_on_their_neighbours(x: Tensor, rows: int) -> None:
-    """With the amax given, quantizing a part gives the part: batch and chunk independence."""
+    """With a given amax, quantizing a part gives the part of the whole: independent of batch and
+    chunk."""
     amax = x.float().abs().amax()
     whole = nvfp4_operand(x, amax=amax).values
     if 0 < rows < x.shape[0]:
@@ -193,7 +196,8 @@ def test_rows_do_not_depend_on_their_neighbours(x: Tensor, rows: int) -> None:
 
 
 def test_every_step_of_the_grid_is_met_stochastically_without_bias_beyond_one_word() -> None:
-    """All 256 words at once: the two neighbours only, and a mean at most 1/256 step low."""
+    """All 256 words at once: only the two neighbours occur, and the mean is at most 1/256 step
+    low."""
     x = torch.linspace(-6, 6, 1201)
     words = torch.arange(256).to(torch.uint8).expand(1201, 256)
     rounded = round_e2m1(x[:, None].expand(1201, 256).contiguous(), words)

@@ -1,7 +1,7 @@
-"""The random words: Philox against Random123's known answers and a scalar transcription; the
-words against the uniform distribution; slices against the whole.
+"""The random words: Philox against Random123's known answers and a scalar transcription, the words
+against the uniform distribution, slices against the whole.
 
-Not covered: a full battery (PractRand, BigCrush); words feed 8-bit rounding only.
+Not covered: a full battery (PractRand, BigCrush). Words are used for 8-bit rounding only.
 """
 
 import math
@@ -70,7 +70,7 @@ def test_a_slice_holds_the_scalar_words_of_its_elements(
 
 
 def _deviations(counts: torch.Tensor) -> float:
-    """How many standard deviations chi² of equal expectations lies from its mean."""
+    """The number of standard deviations between chi² (equal expectations) and its mean."""
     expected = counts.sum().double() / counts.numel()
     freedom = counts.numel() - 1
     chi_squared = ((counts - expected) ** 2 / expected).sum().item()
@@ -78,8 +78,8 @@ def _deviations(counts: torch.Tensor) -> float:
 
 
 def test_words_are_uniform_and_neighbours_independent() -> None:
-    """Single words, and pairs of neighbours in a row (one mix, the next mix, the next block), in
-    a column, across streams, steps and seeds: chi² within 5 standard deviations."""
+    """Single words, and pairs of neighbours in a row (one mix, the next mix, the next block), in a
+    column, across streams, steps and seeds: chi² within 5 standard deviations."""
     shape = (1024, 2048)
     words = random_words(shape, seed=7, stream=3).int()
     assert _deviations(torch.bincount(words.flatten(), minlength=256)) < 5

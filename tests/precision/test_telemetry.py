@@ -1,7 +1,7 @@
-"""What telemetry counts, against quantization element by element from the formats' definitions.
+"""The counts of telemetry against quantization element by element from the formats' definitions.
 
-Second truth: NumPy, tables of the E2M1 and E4M3 numbers, one block at a time; and for a whole
-model, the operands put together here. Not covered: several ranks (tests/distributed), a GPU.
+Second truth: NumPy and tables of the E2M1 and E4M3 numbers, one block at a time. For a whole model,
+the operands are built here. Not covered: several ranks (tests/distributed), a GPU.
 """
 
 import itertools
@@ -36,7 +36,7 @@ E4M3 = np.array(
 
 
 def nearest(value: float, table: np.ndarray) -> float:
-    """Ties to the even code; beyond the table its largest."""
+    """Ties go to the even code. Values beyond the table become its largest."""
     gaps = np.abs(table - min(value, table[-1]))
     best = np.flatnonzero(gaps == gaps.min())
     return float(table[next(i for i in best if len(best) == 1 or i % 2 == 0)])
@@ -53,7 +53,7 @@ def tiles(shape: tuple[int, int], tile: tuple[int, int]) -> Iterator[tuple[slice
 
 
 def brute_nvfp4(x: np.ndarray, tile: tuple[int, int], words: np.ndarray | None = None) -> list:
-    """The sums of `measure_nvfp4`, roundings in FP32 where the format says so."""
+    """The sums of `measure_nvfp4`, with FP32 roundings where the format requires them."""
     one = np.float32
     amax = one(np.abs(x).max())
     encode_all = one(2688) / amax
@@ -106,7 +106,8 @@ def brute_mxfp8(x: np.ndarray) -> list:
 
 
 def heavy_tailed(*shape: int, seed: int = 0) -> torch.Tensor:
-    """BF16 over many powers of two, a few rows tiny, some elements and one whole block zero."""
+    """BF16 over many powers of two, a few tiny rows, some zero elements and one whole zero
+    block."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(*shape, generator=generator) * torch.exp(
         2 * torch.randn(*shape, generator=generator)
@@ -141,7 +142,7 @@ def test_nvfp4_counts_of_stochastic_rounding() -> None:
 @pytest.mark.parametrize("shape", [(24, 96), (11, 50)])
 def test_mxfp8_counts(shape: tuple[int, int]) -> None:
     x = heavy_tailed(*shape)
-    x[0, 33] = 3e4  # the other blocks lie far below this one
+    x[0, 33] = 3e4  # the other blocks are far below this one
     sums, amax = measure_mxfp8(x)
     assert sums.tolist() == pytest.approx(brute_mxfp8(x.float().numpy()), rel=1e-9)
     assert amax == x.abs().max()
@@ -178,7 +179,7 @@ def build(groups, *overrides: str):
 
 
 def run_linear(model, path: str, dy_seed: int = 1) -> tuple[torch.Tensor, ...]:
-    """One forward and backward of a linear: x [T,K], w [N,K], dy [T,N]."""
+    """One forward and backward pass of a linear: x [T,K], w [N,K], dy [T,N]."""
     linear = global_modules(model)[path]
     generator = torch.Generator().manual_seed(dy_seed)
     w = linear.weight
@@ -190,7 +191,7 @@ def run_linear(model, path: str, dy_seed: int = 1) -> tuple[torch.Tensor, ...]:
 
 
 def expected_operands(x, w, dy) -> dict[str, tuple[torch.Tensor, tuple[int, int]]]:
-    """Operand -> the matrix with blocks along its rows, and its blocks; nearest rounding."""
+    """Operand -> the matrix with blocks along its rows, and its block layout. Nearest rounding."""
     rotate = torch.block_diag(*[hadamard_matrix(torch.float64)] * (len(x) // 16)).t()
 
     def rotated(tensor: torch.Tensor) -> torch.Tensor:
@@ -208,7 +209,7 @@ def expected_operands(x, w, dy) -> dict[str, tuple[torch.Tensor, tuple[int, int]
 
 @pytest.mark.parametrize("plan", ["nvfp4_all", "bf16"])
 def test_every_operand_of_a_linear(plan: str, groups) -> None:
-    """In training and as a probe; rounding to nearest, so that no random word is involved."""
+    """In training and as a probe. Rounding is to nearest, so no random word is involved."""
     probe = [] if plan == "nvfp4_all" else ["precision.telemetry.probe=nvfp4"]
     if plan == "nvfp4_all":
         probe = ["precision.default.stochastic_rounding=false"]
@@ -233,8 +234,8 @@ def test_every_operand_of_a_linear(plan: str, groups) -> None:
 
 
 def test_gradients_are_looked_at_as_they_were_rounded(groups) -> None:
-    """dgrad's noise from telemetry equals that of the product's own operand, random words and
-    all: dx against the exact gradient, through a weight that is the identity."""
+    """The noise of dgrad in telemetry equals that of the product's own operand, random words
+    included: dx against the exact gradient, through an identity weight."""
     _, model, telemetry, control = build(
         groups, "precision=nvfp4_all", "precision.telemetry.every=1"
     )
@@ -254,8 +255,9 @@ def test_gradients_are_looked_at_as_they_were_rounded(groups) -> None:
 
 
 def test_probed_experts_see_their_hidden_activations(groups) -> None:
-    """Plain BF16 experts, probed: counts of fc2's input and fc1's output gradient against those
-    of the same arithmetic written out for each expert; the output is the plain experts' own."""
+    """Plain BF16 experts with a probe. The counts of fc2's input and fc1's output gradient equal
+    those of the same arithmetic written out for each expert. The output equals that of the plain
+    experts."""
     _, model, telemetry, control = build(
         groups,
         "precision=bf16",
@@ -294,13 +296,13 @@ def test_probed_experts_see_their_hidden_activations(groups) -> None:
         measured = modules[f"decoder.layers.1.mlp.experts.linear_{which}"]["mxfp8"][operand]
         expected = operand_numbers(sums[operand].tolist(), 0.0)
         assert measured["relative_error"] == pytest.approx(expected["relative_error"], rel=0.02)
-        # Blocks of zeros differ: experts' tokens are padded.
+        # The zero blocks differ because the experts' tokens are padded.
         assert sum(measured["scale_histogram"][1:]) == sum(expected["scale_histogram"][1:])
 
 
 def test_off_costs_nothing(groups) -> None:
-    """Without telemetry no linear has an observer, and a BF16 plan takes Megatron's plain ones;
-    with it, none has on the steps that are not due."""
+    """Without telemetry no linear has an observer, and a BF16 plan uses Megatron's plain linears.
+    With telemetry no linear has an observer on steps that are not due."""
     config = compose_config(["precision=bf16"])
     model = build_model(config, resolve_plan(config), device.prepare(), groups)
     assert not any(isinstance(m, EmulatedColumnParallelLinear) for m in model.modules())

@@ -1,4 +1,4 @@
-"""Run folders as runs leave them, with made-up numbers."""
+"""Run folders as runs write them, with made-up numbers."""
 
 import json
 from datetime import UTC, datetime
@@ -14,7 +14,7 @@ HOSTILE = "<script>alert(1)</script>&\"'</style>]]><!--"
 
 
 def make_run(folder: Path, *overrides: str, num_steps: int = 30, **about: Any) -> Path:
-    """A run folder as a run leaves it; `about`: `machine`, `starts`, `name` to be put in."""
+    """Writes a run folder as a run leaves it. `about` sets `machine`, `starts` and `name`."""
     folder.mkdir(parents=True)
     config = to_plain(compose_config(list(overrides)))
     config["name"] = about.get("name", folder.name)

@@ -1,8 +1,8 @@
 """Telemetry records, their picture, and the plans proposed from them.
 
 Second truth: an exhaustive search over all exemption lists, for the greedy choice; the command
-line's own `plan`, for the file. Not covered: whether the picture is pleasant, whether the proposed
-plan trains better.
+line's own `plan`, for the file. Not covered: the look of the picture, and whether the proposed plan
+trains better.
 """
 
 import itertools
@@ -44,8 +44,8 @@ def operand(error: float, flushed: float) -> dict:
 
 
 def make_run(folder: Path, steps: int = 4, form: str = "nvfp4", **errors: tuple[float, float]):
-    """A run on tiny whose linears all have relative error 0.1 and 5 % flushed, except kinds in
-    `errors`, whose numbers are given."""
+    """A run on tiny in which all linears have relative error 0.1 and 5 % flushed to zero. Kinds in
+    `errors` have the given numbers instead."""
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(asdict(CONFIG)))))
     with open(folder / "metrics.jsonl", "w") as file:
@@ -112,8 +112,8 @@ def test_no_picture_without_telemetry(tmp_path: Path) -> None:
     st.floats(0, 1),
 )
 def test_choice_keeps_to_the_budget(sizes: list[tuple[int, int]], budget: float) -> None:
-    """Never above the budget, never a line below average; at most one candidate's worth from the
-    best of all lists of such candidates (the knapsack bound of a greedy choice)."""
+    """Never above the budget, never a choice below average, and at most one candidate away from the
+    best list of such candidates (the knapsack bound of a greedy choice)."""
     flops, errors = sum(f for f, _ in sizes), max(1, sum(e for _, e in sizes))
     listed = [
         Candidate(str(i), str(i), f / flops, e / errors, ("", 0.0, None))
@@ -150,8 +150,8 @@ def test_proposed_file_is_a_plan(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The kind with the large error is exempted; the file is loaded by its path, resolves, and
-    keeps no more than the budget above NVFP4."""
+    """The kind with the large error is exempted. The file loads by its path, resolves, and keeps no
+    more than the budget above NVFP4."""
     run = make_run(tmp_path / "run", **errors)
     output = tmp_path / "mine.yaml"
     assert main(["precision", "propose", str(run), *knobs, f"output={output}"]) == 0

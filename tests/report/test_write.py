@@ -1,4 +1,4 @@
-"""Reading a run folder, its table and its picture. Not covered: whether the picture is pleasant."""
+"""Reading a run folder, its table and its picture. Not covered: the look of the picture."""
 
 import json
 from pathlib import Path
@@ -70,7 +70,7 @@ values = st.lists(st.floats(-10, 10), min_size=1, max_size=40)
 
 @given(values, st.integers(0, 10))
 def test_smoothing_is_the_centred_mean(points: list[float], half_width: int) -> None:
-    """Second truth: the definition, summed anew for each point."""
+    """Second truth: the definition, summed separately for each point."""
     for index, mean in enumerate(smoothed(points, half_width)):
         reach = min(half_width, index, len(points) - 1 - index)
         window = points[index - reach : index + reach + 1]
@@ -79,7 +79,7 @@ def test_smoothing_is_the_centred_mean(points: list[float], half_width: int) -> 
 
 @given(st.floats(-5, 5), st.floats(-5, 5), st.integers(1, 30), st.integers(0, 10))
 def test_smoothing_does_not_lag(slope: float, start: float, count: int, half_width: int) -> None:
-    """A straight line comes out as itself, to both ends."""
+    """A straight line is unchanged, up to both ends."""
     line = [start + slope * index for index in range(count)]
     assert smoothed(line, half_width) == pytest.approx(line, abs=1e-9)
 
@@ -100,7 +100,8 @@ def test_table(tmp_path: Path) -> None:
 
 
 def test_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The picture is there, large enough, has the curves' colours, and no left-over beside it."""
+    """The picture exists, is large enough and has the curves' colours. No temporary file is
+    left."""
     folder = make_run(tmp_path / "a", unigram_entropy=6.25)
     assert main(["report", str(folder)]) == 0
     assert str(folder / "loss.png") in capsys.readouterr().out

@@ -1,8 +1,8 @@
 """Plans on a checkpoint: resume under stochastic rounding, switch of the plan, branch of a run.
 
-Second truth: the uninterrupted run, bit for bit, and each of the two ways to another plan (switch,
-branch) for the other. One rank; tests/distributed/test_branch_layouts.py branches onto another
-layout. Runs share this process where a new one is not the point.
+Second truth: the uninterrupted run, bit for bit. The two ways to another plan (switch and branch)
+also check each other. One rank; tests/distributed/test_branch_layouts.py branches onto another
+layout. Runs share this process unless a test needs a new one.
 """
 
 import hashlib
@@ -37,7 +37,7 @@ def train(*words: str) -> int:
 
 
 def tree(folder: Path) -> dict[str, str]:
-    """Path -> SHA-256 of every file in a folder but the lock, whose epoch counts every start."""
+    """Path -> SHA-256 of every file in a folder except the lock, whose epoch counts every start."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
@@ -46,7 +46,7 @@ def tree(folder: Path) -> dict[str, str]:
 
 
 def whole_run(small_run: Small, plan: str) -> Path:
-    """10 steps of 256 tokens under `plan`, checkpoints at 5 and 10; trained once."""
+    """10 steps of 256 tokens under `plan`, checkpoints at 5 and 10. Trained once."""
     folder = Path("runs") / plan
     if not folder.exists():
         words = [f"name={plan}", f"precision={plan}", "train.save_every_steps=5"]
@@ -69,7 +69,7 @@ def bf16_branch(parent: Path) -> Path:
 def test_resume_with_stochastic_rounding_through_a_phase(
     small_run: Small, plan: str, metrics: Metrics, weights: Weights
 ) -> None:
-    """Steps 1-10 against 1-5 and, in a new process, 6-10, a phase beginning among these."""
+    """Steps 1-10 against 1-5 and, in a new process, 6-10. A phase begins among the last steps."""
     config = compose_config([*small_run[1], f"precision={plan}"])
     assert any(
         formats.stochastic_rounding for formats in resolve_plan(config).at(5 * 256).formats.values()
@@ -87,7 +87,7 @@ def test_resume_with_stochastic_rounding_through_a_phase(
 
 
 def test_checkpoint_holds_its_plan_and_no_quantized_weight(parent: Path, weights: Weights) -> None:
-    """The masters are FP32, and the parameters are what they round to in BF16."""
+    """The masters are FP32. The parameters are the masters rounded to BF16."""
     config = compose_config([f"resume={parent}"])
     checkpoint = parent / "checkpoints" / "step_00000010"
     assert json.loads((checkpoint / "precision.json").read_text()) == plan_record(
@@ -110,13 +110,14 @@ def _tensor(content: object) -> torch.Tensor:
 def test_branch_under_the_same_plan_is_the_parent_again(
     parent: Path, metrics: Metrics, weights: Weights
 ) -> None:
-    """Losses, gradients and weights of steps 6-10 bit for bit; the parent's bytes as they were."""
+    """Losses, gradients and weights of steps 6-10 are bit-identical. The parent's bytes do not
+    change."""
     before = tree(parent)
     assert train(f"branch={parent}@5", "name=same") == 0
     branch = Path("runs/same")
     assert metrics(branch)[1:] == metrics(parent)[5:]
     start, theirs = weights(branch, 5), weights(parent, 5)
-    # Saved again before its first step, when the optimizer has not been told a learning rate.
+    # Saved again before its first step, when the optimizer has no learning rate yet.
     assert {k for k in theirs if start[k] != theirs[k]} <= {"common_state/shard_0_1 None"}
     assert weights(branch, 10) == weights(parent, 10)
     assert tree(parent) == before
@@ -125,8 +126,8 @@ def test_branch_under_the_same_plan_is_the_parent_again(
 def test_branch_to_bf16(
     parent: Path, bf16_branch: Path, capsys: pytest.CaptureFixture[str], metrics: Metrics
 ) -> None:
-    """From the first step on other losses, under the same schedule, over the same data; the new
-    folder says where it comes from and needs nothing of the parent's."""
+    """Losses differ from the first step on, with the same schedule and the same data. The new
+    folder records its origin and needs no file of the parent."""
     first, theirs = metrics(bf16_branch)[1], metrics(parent)[5]
     assert first["step"] == theirs["step"] == 6
     assert first["lr"] == theirs["lr"] and first["tokens"] == theirs["tokens"]
@@ -160,8 +161,8 @@ def test_branch_goes_on_without_its_parent(
 def test_branch_to_another_dtype_takes_the_masters(
     parent: Path, metrics: Metrics, weights: Weights
 ) -> None:
-    """FP32 parameters are the parent's masters, not what these rounded to in BF16; other
-    hyperparameters are the new run's."""
+    """FP32 parameters come from the parent's masters, not from their BF16 rounding. Other
+    hyperparameters come from the new run."""
     words = ["precision=fp32", "optim.peak_learning_rate=1e-4", "train.stop_after_steps=1"]
     assert train(f"branch={parent}@5", "name=wide", *words) == 3
     saved, theirs = weights(Path("runs/wide"), 5), weights(parent, 5)
@@ -181,8 +182,8 @@ def test_switch_is_asked_for_and_recorded(
     metrics: Metrics,
     weights: Weights,
 ) -> None:
-    """Refused with one line; with the knob, printed, recorded, in force from then on, and step for
-    step what the branch computed."""
+    """Refused with one line. With the knob set, the change is printed, recorded and in force from
+    then on, and every step equals the branch's."""
     run = Path("runs/switched")
     shutil.copytree(parent, run)
     shutil.rmtree(run / "checkpoints" / "step_00000010")
@@ -218,7 +219,7 @@ def test_switch_is_asked_for_and_recorded(
 def test_checkpoint_of_another_plan_than_its_folder_says(
     parent: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The checkpoint itself knows: a folder whose config.yaml was edited is refused too."""
+    """The checkpoint itself stores the plan: a folder with an edited config.yaml is refused too."""
     run = shutil.copytree(parent, tmp_path / "edited")
     config = yaml.safe_load((run / "config.yaml").read_text())
     config["precision"]["default"]["hadamard"] = False
@@ -252,7 +253,7 @@ def test_checkpoint_of_another_plan_than_its_folder_says(
 def test_bad_branch(
     parent: Path, words: list[str], parts: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Exit code 2, one line that names the knob, no folder left, the parent's bytes as before."""
+    """Exit code 2, one line that names the knob, no folder left, the parent's bytes unchanged."""
     before, folders = tree(parent), set(Path("runs").iterdir())
     assert train(*words) == 2
     message = capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Which model a checkpoint belongs to. Not covered: its tensors (tests/distributed)."""
+"""The model that a checkpoint belongs to. Not covered: its tensors (tests/distributed)."""
 
 import json
 from dataclasses import asdict, replace

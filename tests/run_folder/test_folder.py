@@ -1,6 +1,6 @@
-"""The run folder: what it holds, when a run may go on in it, and that no secret gets in.
+"""The run folder: its content, when a run may continue in it, and that no secret is stored in it.
 
-Not covered: a folder on a file system without locks; several hosts.
+Not covered: a folder on a file system without locks, several hosts.
 """
 
 import dataclasses
@@ -50,7 +50,8 @@ def test_holds_what_the_contract_says(tmp_path: Path) -> None:
 
 
 def test_the_same_command_goes_on(tmp_path: Path) -> None:
-    """config.yaml stays byte for byte; the run keeps its identity; each start is recorded."""
+    """config.yaml stays unchanged byte for byte. The run keeps its identity. Each start is
+    recorded."""
     first = opened(config_in(tmp_path, "train.stop_after_steps=3"))
     before = (first.path / "config.yaml").read_bytes()
     changed = ["train.threads=1", "logging.tensorboard=true", "train.save_every_steps=5"]
@@ -92,7 +93,7 @@ def test_another_configuration_is_refused_by_name(
 
 
 def test_a_knob_that_came_later_does_not_refuse(tmp_path: Path) -> None:
-    """A config.yaml of an earlier version lacks it: its default was in force then."""
+    """A config.yaml of an earlier version lacks the knob: its default was in force then."""
     first = opened(config_in(tmp_path))
     path = first.path / "config.yaml"
     stored = yaml.safe_load(path.read_text())
@@ -124,7 +125,7 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
 
 
 def test_one_process_at_a_time(tmp_path: Path) -> None:
-    """While one holds the folder another process is refused; it is free after a kill."""
+    """While one process holds the folder another is refused. It is free after a kill."""
     config = config_in(tmp_path)
     code = (
         "import sys, time\n"
@@ -146,7 +147,7 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
 
 
 def test_no_secret_gets_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither from the environment nor from the command line; plain knobs stay readable."""
+    """Neither from the environment nor from the command line. Plain knobs stay readable."""
     monkeypatch.setenv("WANDB_API_KEY", "KEYFROMENVIRONMENT")
     command = [
         "nemotron-train", "pretrain", "train.total_tokens=5", "data.tokenizer=t",
@@ -175,7 +176,7 @@ def test_a_write_is_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_config_holds_no_resume(tmp_path: Path) -> None:
-    """Or replaying it would continue the old run."""
+    """Otherwise a replay would continue the old run."""
     first = opened(config_in(tmp_path))
     moved = first.path.rename(tmp_path / "b")
     opened(compose_config([f"resume={moved}"]))

@@ -1,8 +1,8 @@
-"""What counts as a checkpoint: every change of its files is noticed, and none of them runs code.
+"""Validity of checkpoints: every change of their files is detected, and none of them executes code.
 
-Checkpoints here are made by torch's own writer and committed by ours, without a training: their
+Checkpoints here are made by torch's own writer and committed by our code, without training. Their
 content is any tensor. Second truth: the bytes as they were, and a marker that hostile pickles would
-leave. Not covered: a machine that loses power (kill -9 and copies cannot show a missing flush).
+create. Not covered: a machine that loses power (kill -9 and copies cannot show a missing flush).
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ def written(checkpoints: Path, step: int, held: Callable[[], None] = lambda: Non
 
 
 def _save(state: dict[str, Any], folder: Path) -> None:
-    """torch's files of a state, without the path that torch notes in them."""
+    """torch's files of a state, without the path that torch stores in them."""
     save(state, storage_writer=FileSystemWriter(folder), no_dist=True)
     metadata = FileSystemReader(folder).read_metadata()
     metadata.storage_meta = None
@@ -87,13 +87,13 @@ def _append(path: Path) -> None:
 
 
 def _swap_steps(newest: Path) -> None:
-    """An older checkpoint under the newest one's name: whole in itself."""
+    """An older checkpoint under the newest one's name. The copy itself is intact."""
     shutil.rmtree(newest)
     shutil.copytree(newest.with_name("step_00000005"), newest)
 
 
 def _swap_with_new_manifest(newest: Path) -> None:
-    """The same with a manifest made for the name, by somebody who is not the run."""
+    """The same with a manifest forged for the name by someone other than the run."""
     _swap_steps(newest)
     manifest = json.loads((newest / "manifest.json").read_text())
     (newest / "manifest.json").write_text(json.dumps(manifest | {"step": 10}))
@@ -143,7 +143,8 @@ def test_all_damaged_is_no_fresh_start(folder: Path) -> None:
 
 
 def test_no_link_is_followed(folder: Path, tmp_path: Path) -> None:
-    """A link for a shard, a manifest, a step, the whole: none is read, none is removed through."""
+    """A symbolic link in place of a shard, a manifest, a step or the whole folder. None is read,
+    and nothing is deleted through it."""
     newest, outside = step_folder(folder, 10), tmp_path / "outside"
     for name in ("__0_0.distcp", "manifest.json", "progress.json"):
         shutil.copytree(newest, outside)
@@ -164,7 +165,7 @@ def test_no_link_is_followed(folder: Path, tmp_path: Path) -> None:
         latest(folder, nothing)
 
 
-# Nothing that lies in a checkpoint is run -----------------------------------------------------
+# Nothing in a checkpoint is executed --------------------------------------------------------
 
 
 class _Hostile:
@@ -176,8 +177,8 @@ class _Hostile:
 
 
 def _payloads(marker: Path) -> dict[str, bytes]:
-    """Pickles that make the folder `marker`: bare, through a helper of torch that imports by name,
-    and through a dotted name in a module that checkpoints do use."""
+    """Pickles that create the folder `marker`: directly, through a helper of torch that imports by
+    name, and through a dotted name in a module that checkpoints do use."""
     path = repr(str(marker))
     helper = f"ctorch._utils\n_import_dotted_name\n(Vos.mkdir\ntR(V{marker}\ntR."
     return {
@@ -192,7 +193,7 @@ def _payloads(marker: Path) -> dict[str, bytes]:
 
 
 def _vouched_for(newest: Path, name: str, content: bytes) -> None:
-    """The file replaced by somebody who can write the manifest and the run's record as well."""
+    """The file replaced by someone who can also write the manifest and the run's record."""
     integrity.partial_folder(newest).parent.mkdir(exist_ok=True)
     newest.rename(integrity.partial_folder(newest))
     partial = integrity.partial_folder(newest)
@@ -203,7 +204,8 @@ def _vouched_for(newest: Path, name: str, content: bytes) -> None:
 
 @pytest.mark.parametrize("kind", ["global", "import helper", "dotted name", "builtin"])
 def test_hostile_metadata_runs_nothing(folder: Path, tmp_path: Path, kind: str) -> None:
-    """Even with right checksums; the same bytes given to pickle do run: the payloads are real."""
+    """Refused even with correct checksums. The same bytes given to pickle do execute: the payloads
+    are real."""
     marker, newest = tmp_path / "ran", step_folder(folder, 10)
     payload = _payloads(marker)[kind]
     pickle.loads(payload)
@@ -268,7 +270,8 @@ def test_loading_is_as_usual_afterwards(folder: Path) -> None:
 
 
 def test_retention_never_counts_a_damaged_one(folder: Path) -> None:
-    """Two damaged newer ones: the good one stays, whatever `keep` says; then it may go."""
+    """Two newer checkpoints are damaged: the good one is kept whatever `keep` says, and may be
+    deleted later."""
     for step in (15, 20):
         os.truncate(written(folder, step) / "__0_0.distcp", 7)
     drop_old(folder, 1, set())
@@ -282,8 +285,8 @@ def test_retention_never_counts_a_damaged_one(folder: Path) -> None:
 
 
 def test_retention_reads_what_it_relies_on(folder: Path) -> None:
-    """A flipped bit keeps length and names: only reading shows it. What this process has read it
-    does not read again, but still looks at names and lengths."""
+    """A flipped bit keeps lengths and names, so only reading detects it. This process does not read
+    a verified checkpoint again, but still checks names and lengths."""
     shard = step_folder(folder, 10) / "__0_0.distcp"
     shard.write_bytes(shard.read_bytes()[:-1] + b"\xff")
     drop_old(folder, 1, set())
@@ -307,7 +310,8 @@ def test_a_lost_folder_commits_nothing(folder: Path) -> None:
 
 
 def test_a_cut_record_line_vouches_for_nothing(folder: Path) -> None:
-    """A crash while the record grew: that checkpoint was not renamed yet, the others count."""
+    """A crash while the record was growing: that checkpoint was not renamed yet, and the others
+    count."""
     with open(folder.parent / "checkpoints.jsonl", "a") as file:
         file.write('{"step": 15, "mani')
     assert latest(folder, nothing) == step_folder(folder, 10)

@@ -1,7 +1,7 @@
-"""Who holds a run folder, who may take it over, and that a late holder is shut out.
+"""The lock of a run folder: who holds it, who may take it over, and how a late holder is shut out.
 
-Two processes where two are the point; the rules for other hosts and for file systems without locks
-are driven through the record and a flock that fails. Not covered: a real network file system.
+Two processes where the test needs two. The rules for other hosts and for file systems without locks
+are tested through the record and a failing flock. Not covered: a real network file system.
 """
 
 import fcntl
@@ -67,8 +67,8 @@ def test_a_dead_holder_is_taken_over_and_named(tmp_path: Path) -> None:
 
 
 def test_a_late_holder_is_shut_out(tmp_path: Path) -> None:
-    """Stopped while it holds; an operator removes the lock, another process trains, the first one
-    wakes up: it must learn of it before it writes."""
+    """A process is suspended while it holds the lock. An operator removes the lock and another
+    process trains. The first one resumes and must notice this before it writes."""
     with holder(tmp_path) as process:
         process.send_signal(signal.SIGSTOP)
         with pytest.raises(ConfigError, match="another process"):
@@ -159,7 +159,7 @@ def test_without_locks_the_record_decides(
 
 
 def test_a_check_is_cheap(tmp_path: Path) -> None:
-    """It is asked at every save; 200 of them in well under a second."""
+    """The lock is checked at every save: 200 checks take well under a second."""
     lock = acquire(tmp_path)
     started = time.perf_counter()
     for _ in range(200):

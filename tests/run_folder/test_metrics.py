@@ -49,7 +49,7 @@ def test_not_finite_is_null_and_strict_json(tmp_path: Path) -> None:
 
 
 def test_a_tensor_is_refused(tmp_path: Path) -> None:
-    """It would hide a wait for the device; and it must not leave half a line behind."""
+    """A tensor would hide a wait for the device. It must not leave a partial line either."""
     path = tmp_path / "metrics.jsonl"
     with MetricsWriter(path) as writer:
         with pytest.raises(TypeError, match="Tensor"):
@@ -63,9 +63,9 @@ def test_a_tensor_is_refused(tmp_path: Path) -> None:
 def test_resume_equals_an_uninterrupted_run(
     tmp_path_factory: pytest.TempPathFactory, last: int, resume_step: int, torn: int
 ) -> None:
-    """A run that wrote steps 1 to `last`, then died while writing `torn` characters of the next
-    line, and goes on from a checkpoint at `resume_step` up to step 9, leaves the same file as a
-    run that was never interrupted."""
+    """A run writes steps 1 to `last` and dies after `torn` characters of the next line. It resumes
+    from a checkpoint at `resume_step` and runs to step 9. The file equals that of an uninterrupted
+    run."""
     resume_step = min(resume_step, last)
     folder = tmp_path_factory.mktemp("metrics")
 
@@ -89,7 +89,7 @@ def test_resume_equals_an_uninterrupted_run(
 
 
 class Fragile:
-    """A sink whose service goes away at step 2."""
+    """A sink whose service fails at step 2."""
 
     name = "fragile"
 
@@ -140,7 +140,8 @@ def test_tensorboard_holds_the_numbers(tmp_path: Path) -> None:
 
 
 def test_wandb_offline_keeps_no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run without network is kept in the run folder, with its numbers, and without the key."""
+    """Without a network the W&B run is stored in the run folder, with its numbers and without the
+    key."""
     key = "0123456789abcdef" * 2 + "feedbeef"
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_API_KEY", key)
@@ -157,7 +158,7 @@ def test_wandb_offline_keeps_no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         writer.write({"step": 1, "loss_of_the_test": 2.5})
     assert said == []
     logged, deadline = b"", time.monotonic() + 60
-    # W&B's own process writes the file, and may still do so after `finish` on a busy machine.
+    # W&B's own process writes the file. On a busy machine it may still write after `finish`.
     while b"loss_of_the_test" not in logged and time.monotonic() < deadline:
         time.sleep(0.1)
         logged = b"".join(path.read_bytes() for path in tmp_path.rglob("*.wandb"))
@@ -167,8 +168,8 @@ def test_wandb_offline_keeps_no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_run_folder_and_numbers_of_a_real_run(small_run: tuple[Path, list[str]]) -> None:
-    """The contract: which files a finished run leaves, which numbers every line has; and each
-    number it writes is explained in docs/metrics.md."""
+    """The contract: the files a finished run leaves and the numbers every line has. Each number is
+    explained in docs/metrics.md."""
     folder, overrides = small_run
     command = [sys.executable, "-m", "nemotron_train", "pretrain", "name=contract", *overrides]
     command += ["train.validate_every_steps=5", "guard.health_every=5"]
@@ -192,7 +193,7 @@ def test_run_folder_and_numbers_of_a_real_run(small_run: tuple[Path, list[str]])
     names |= set(json.loads((run / "summary.json").read_text()))
     assert names <= explained
     assert all(group_of(name) != OTHER for name in rows[-1] if name != "step")
-    for row in rows:  # the parts are the step, but for the time between two clocks
+    for row in rows:  # the parts add up to the step, except for the time between two clocks
         assert sum(row[part] for part in PARTS_OF_A_STEP) == pytest.approx(
             row["step_seconds"], rel=0.01, abs=1e-3
         )
@@ -216,7 +217,8 @@ def test_wandb_that_cannot_start_costs_one_warning(
 
 
 def test_going_back_drops_the_lines_of_later_steps(tmp_path: Path) -> None:
-    """In the middle of a run: what is written then follows the line of the step gone back to."""
+    """A roll-back during the run: the lines written afterwards follow the line of the target
+    step."""
     with MetricsWriter(tmp_path / "metrics.jsonl") as writer:
         for step in range(1, 6):
             writer.write({"step": step, "loss": 3.0})

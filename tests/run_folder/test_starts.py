@@ -1,5 +1,7 @@
-"""Crash loops from the starts of a run, the STOP file, the limit of time; and one run through all
-of them. Requests of one rank among several are in tests/distributed and test_resume.py."""
+"""Crash loops detected from the starts of a run, the STOP file, the time limit, and one run through
+all of them. tests/distributed and tests/train/test_resume.py cover requests of one rank among
+several.
+"""
 
 import json
 import os
@@ -77,7 +79,8 @@ def test_how_a_start_ended_is_written(tmp_path: Path) -> None:
 
 
 def test_a_folder_deleted_under_the_run_hides_no_error(tmp_path: Path) -> None:
-    """What ended the run is raised, and nothing is written where another may have begun."""
+    """The error that ended the run is raised. Nothing is written where another run may have
+    started."""
     with pytest.raises(RuntimeError, match="the reason"), recorded(tmp_path / "gone"):
         raise RuntimeError("the reason")
     assert not (tmp_path / "gone").exists()
@@ -108,8 +111,8 @@ def test_requests_are_heard_and_named(tmp_path: Path, groups: object) -> None:
 
 
 def test_one_run_through_all_of_them(small_run: tuple[Path, list[str]]) -> None:
-    """A limit of time: exit 3 with a checkpoint. A STOP file: exit 2, nothing touched. Three starts
-    that died: exit 4, until the user says that the cause is gone."""
+    """A time limit: exit 3 with a checkpoint. A STOP file: exit 2, nothing changed. Three starts
+    that died: exit 4, until the user confirms that the cause is gone."""
     folder, common = small_run
     run = folder / "runs" / "limits"
     command = [sys.executable, "-m", "nemotron_train", "pretrain", "name=limits", *common]

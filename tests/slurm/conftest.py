@@ -1,5 +1,4 @@
-"""A real Slurm on this machine for these tests: launch/lab.sh in a folder and on ports of its
-own."""
+"""A real Slurm on this machine for these tests: launch/lab.sh with its own folder and ports."""
 
 import json
 import os
@@ -15,18 +14,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-# Enough steps to be caught in the middle of, with checkpoints to go back to.
+# Enough steps to interrupt the run midway, with checkpoints to go back to.
 STEPS, SAVE_EVERY = 60, 10
 RUN = [
     "train.micro_batch_sequences=2",
     f"train.total_tokens={STEPS * 256}",
     f"train.save_every_steps={SAVE_EVERY}",
-    "train.threads=1",  # the order of sums, whatever a node has
+    "train.threads=1",  # fixes the order of sums on every node
 ]
 
 
 class Lab:
-    """Two virtual nodes, and the folder of prepared data where jobs are submitted."""
+    """Two virtual nodes, and the folder of prepared data from which jobs are submitted."""
 
     def __init__(self, folder: Path, workdir: Path, common: list[str]) -> None:
         self.workdir, self.common = workdir, [*common, *RUN]
@@ -39,7 +38,7 @@ class Lab:
         }
 
     def call(self, *command: str, code: int = 0) -> str:
-        """Runs a command in the working folder; its standard output."""
+        """Runs a command in the working folder. Returns its standard output."""
         done = subprocess.run(
             command, cwd=self.workdir, env=self.environment, capture_output=True, text=True
         )
@@ -47,7 +46,7 @@ class Lab:
         return done.stdout
 
     def submit(self, name: str, *overrides: str) -> list[str]:
-        """`nemotron-train slurm` on both nodes; the jobs' numbers."""
+        """Runs `nemotron-train slurm` on both nodes. Returns the job numbers."""
         command = [sys.executable, "-m", "nemotron_train", "slurm", "cluster=local_lab", "nodes=2"]
         command.append("cluster.time_limit_minutes=60")
         self.call(*command, *self.common, f"name={name}", *overrides)
@@ -57,7 +56,7 @@ class Lab:
         return self.workdir / "runs" / name
 
     def steps(self, name: str) -> int:
-        """The steps that a run has logged."""
+        """The number of steps that a run has logged."""
         path = self.run(name) / "metrics.jsonl"
         return path.read_text().count('"grad_norm"') if path.exists() else 0
 
@@ -78,12 +77,12 @@ class Lab:
         self.wait(lambda: self.steps(name) >= step, f"{name} does not reach step {step}")
 
     def wait_for_end(self, name: str, jobs: list[str]) -> list[list[str]]:
-        """Until none of the jobs is in the queue; the run's chain of events."""
+        """Waits until none of the jobs is in the queue. Returns the run's chain of events."""
         self.wait(lambda: not set(jobs) & set(self.states()), f"{name} does not end")
         return self.chain(name)
 
     def chain(self, name: str) -> list[list[str]]:
-        """The run's chain of events so far; slurm/job.sh has the fields."""
+        """The run's chain of events so far. slurm/job.sh describes the fields."""
         path = self.run(name) / "slurm/chain.log"
         lines = path.read_text().splitlines() if path.exists() else []
         return [line.split("\t") for line in lines]
@@ -106,7 +105,7 @@ class Lab:
         raise AssertionError(f"{name} has no rank {rank}")
 
     def sweep(self, *overrides: str) -> str:
-        """`nemotron-train sweep` as a job array, each cell on one node; what it printed."""
+        """Runs `nemotron-train sweep` as a job array, each cell on one node. Returns its output."""
         command = [sys.executable, "-m", "nemotron_train", "sweep", "launcher=slurm"]
         command += ["cluster=local_lab", "cluster.time_limit_minutes=60"]
         return self.call(*command, *self.common, *overrides)
@@ -129,10 +128,10 @@ class Lab:
         os.kill(int((folder / "run/slurmctld.pid").read_text()), signal.SIGKILL)
 
     def kill_node(self, name: str) -> None:
-        """Ends a node's daemon and everything that it started, as if its power failed."""
+        """Ends a node's daemon and everything it started, as if its power failed."""
         folder = Path(self.environment["LAB_FOLDER"])
         daemon = int((folder / f"run/slurmd.{name}.pid").read_text())
-        # The step daemons leave slurmd's process tree; they stay in its host-name namespace.
+        # The step daemons leave slurmd's process tree. They stay in its host-name namespace.
         space = os.readlink(f"/proc/{daemon}/ns/uts")
         for entry in Path("/proc").iterdir():
             try:
@@ -149,7 +148,7 @@ def lab(small_run: tuple[Path, list[str]]) -> Iterator[Lab]:
     if missing or os.geteuid() != 0:
         pytest.fail(f"the lab needs root and the packages in launch/lab.sh; missing: {missing}")
     workdir, common = small_run
-    # munge wants a socket that every user could reach, which pytest's own folders forbid.
+    # munge needs a socket that every user can reach, which pytest's own folders forbid.
     folder = Path(tempfile.mkdtemp(prefix="nemotron_train_lab_"))
     started = Lab(folder, workdir, common)
     try:

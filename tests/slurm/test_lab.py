@@ -1,8 +1,8 @@
 """Jobs on a real Slurm with two virtual nodes: `make test-slurm`.
 
-Second truth: the same run, uninterrupted, on two ranks without Slurm; losses and gradient norms of
-every step must be equal in every bit, however often Slurm ended the run. Not covered: GPUs,
-containers, several machines, a loaded queue.
+Second truth: the same run, uninterrupted, on two ranks without Slurm. Losses and gradient norms of
+every step must be bit-identical, however often Slurm ended the run. Not covered: GPUs, containers,
+several machines, a loaded queue.
 """
 
 import os
@@ -38,7 +38,7 @@ def test_two_nodes_train_as_two_local_ranks(
 def test_signal_before_the_limit_ends_in_a_requeue(
     lab: Any, reference: Trajectory, trajectory: Any
 ) -> None:
-    """The signal that Slurm sends to the batch script before the time limit, sent now."""
+    """Sends now the signal that Slurm sends to the batch script before the time limit."""
     jobs = lab.submit("signalled")
     lab.wait_for_step("signalled", 5)
     lab.call("scancel", "--signal=USR1", "--batch", *jobs)
@@ -50,7 +50,7 @@ def test_signal_before_the_limit_ends_in_a_requeue(
 
 
 def test_links_follow_each_other(lab: Any, reference: Trajectory, trajectory: Any) -> None:
-    """Jobs submitted at once, each stopped on request; the one that is not needed is cancelled."""
+    """Jobs submitted at once, each stopped on request. The job that is not needed is cancelled."""
     links = lab.submit("links", "cluster.chain_links=4", "train.stop_after_steps=25")
     chain = lab.wait_for_end("links", links)
     assert trajectory(lab.run("links")) == reference
@@ -63,8 +63,8 @@ def test_links_follow_each_other(lab: Any, reference: Trajectory, trajectory: An
 
 
 def test_time_limit_by_slurms_clock_and_scancel(lab: Any) -> None:
-    """The signal comes before the limit, the job starts again where it saved; what a person
-    cancels stays cancelled."""
+    """The signal comes before the limit, and the job restarts from its checkpoint. A job that a
+    person cancels stays cancelled."""
     clock = ["cluster.time_limit_minutes=3", "cluster.signal_lead_seconds=60"]
     [job] = lab.submit("limit", *clock, "train.total_tokens=25600000", "train.save_every_steps=0")
     lab.wait(lambda: len(lab.chain("limit")) >= 3, "no second start")
@@ -79,7 +79,7 @@ def test_time_limit_by_slurms_clock_and_scancel(lab: Any) -> None:
 
 
 def test_killed_rank(lab: Any, reference: Trajectory, trajectory: Any) -> None:
-    """The other rank does not hang, and the job starts again from the last checkpoint."""
+    """The other rank does not hang, and the job restarts from the last checkpoint."""
     jobs = lab.submit("killed_rank")
     lab.wait_for_step("killed_rank", 15)
     os.kill(lab.rank_process("killed_rank", 1), signal.SIGKILL)
@@ -90,7 +90,7 @@ def test_killed_rank(lab: Any, reference: Trajectory, trajectory: Any) -> None:
 
 
 def test_preemption(lab: Any, reference: Trajectory, trajectory: Any) -> None:
-    """A more urgent job takes the nodes; the run saves, and goes on after it."""
+    """A more urgent job takes the nodes. The run saves and continues after it."""
     jobs = lab.submit("preempted")
     lab.wait_for_step("preempted", 15)
     urgent = lab.call(
@@ -105,10 +105,11 @@ def test_preemption(lab: Any, reference: Trajectory, trajectory: Any) -> None:
 
 
 def test_killed_node(lab: Any, reference: Trajectory, trajectory: Any, request: Any) -> None:
-    """Slurm finds a dead node, requeues the job, and the run goes on from its last checkpoint.
+    """Slurm finds a dead node, requeues the job, and the run continues from its last checkpoint.
 
-    Once or twice: for a minute Slurm goes on telling the node to end the job's first start, and a
-    node that is back by then ends the second one, which has the same number."""
+    This happens once or twice. For a minute Slurm keeps telling the node to end the job's first
+    start. A node that is back by then ends the second start, which has the same job number.
+    """
     jobs = lab.submit("killed_node")
     lab.wait_for_step("killed_node", 15)
     lab.kill_node("node2")
@@ -134,8 +135,8 @@ def test_requeue_by_a_person(lab: Any, reference: Trajectory, trajectory: Any) -
 def test_controller_dies_and_comes_back(
     lab: Any, reference: Trajectory, trajectory: Any, request: Any
 ) -> None:
-    """The job trains on without it. It is signalled meanwhile, cannot requeue itself, and asks
-    again until the controller is back."""
+    """The job continues to train without the controller. It is signalled in the meantime, cannot
+    requeue itself, and retries until the controller is back."""
     [job] = lab.submit("controller")
     lab.wait_for_step("controller", 15)
     lab.kill_controller()
@@ -158,9 +159,9 @@ SWEEP += ["train.save_every_steps=64"]
 
 
 def test_sweep_is_an_array_with_branches(lab: Any, trajectory: Any) -> None:
-    """Five cells: the trunk is cut by the signal and requeues itself, not the array; branches begin
-    after it, from its checkpoints; the trunk's curve is that of an uninterrupted run without Slurm.
-    Asked again, nothing is submitted and the gaps are shown."""
+    """Five cells. The signal interrupts the trunk, which requeues itself and not the array.
+    Branches start after it, from its checkpoints. The trunk's curve is that of an uninterrupted run
+    without Slurm. A second call submits nothing and shows the gaps."""
     folder = lab.run("branch_bf16")
     said = lab.sweep(*SWEEP, "at_once=2")
     trunk, bf16 = (f"branch_bf16/{name}-seed1" for name in ("nvfp4_nemotron3", "bf16"))
@@ -203,7 +204,8 @@ def test_sweep_is_an_array_with_branches(lab: Any, trajectory: Any) -> None:
 
 
 def test_failed_cells_are_named_and_stop_no_other(lab: Any) -> None:
-    """One cell cannot work, and only the ranks can tell; a hostile folder around both."""
+    """One cell cannot work, which only the ranks can detect. The folder of both has a hostile
+    name."""
     folder = "runs/$(touch marker);'`touch marker`"
     asked = ["name=failing", f'folder="{folder}"', "data.tokenizer=data/tokenizer,nowhere"]
     asked += ["train.stop_after_steps=2", "cluster.requeue=false"]
@@ -222,7 +224,7 @@ def test_failed_cells_are_named_and_stop_no_other(lab: Any) -> None:
 
 
 def test_hostile_names_submit_nothing(lab: Any) -> None:
-    """In the run's name, in a cluster's words, in the sweep's name."""
+    """In the run's name, in a cluster knob, in the sweep's name."""
     before = lab.states()
     job = [sys.executable, "-m", "nemotron_train", "slurm", "cluster=local_lab", *lab.common]
     for words in (["name='a;touch marker'"], ["name=a", "cluster.partition='main --uid=0'"]):
@@ -243,7 +245,7 @@ def test_torchrun_on_each_node(lab: Any, reference: Trajectory, trajectory: Any)
 
 
 def test_mistake_found_by_the_ranks_ends_the_chain(lab: Any) -> None:
-    """Exit code 2 reaches the job, and no link runs into the same mistake again."""
+    """Exit code 2 reaches the job, and no later link repeats the same mistake."""
     links = lab.submit("mistake", "data.tokenizer=nowhere", "cluster.chain_links=3")
     chain = lab.wait_for_end("mistake", links)
     assert [event[1] for event in chain] == ["begin", "end"] and chain[1][5] == "2"
@@ -252,8 +254,8 @@ def test_mistake_found_by_the_ranks_ends_the_chain(lab: Any) -> None:
 
 
 def test_hostile_folder_and_secrets(lab: Any, tmp_path: Path) -> None:
-    """A folder with a shell's words in its name is only a folder; a key that the user's own
-    environment holds is in neither script nor log nor Slurm's description of the job."""
+    """A folder with shell syntax in its name is only a folder. A key from the user's environment is
+    in neither script nor log nor Slurm's description of the job."""
     key = "0123456789abcdef" * 2 + "01234567"
     folder = f"runs/$(touch {tmp_path}_marker);'`touch {tmp_path}_marker`"
     command = [sys.executable, "-m", "nemotron_train", "slurm", "cluster=local_lab", "nodes=2"]

@@ -1,7 +1,7 @@
-"""Every bad input of a run: exit code 2 and one line that names the knob or the file.
+"""Every bad input of a run gives exit code 2 and one line that names the knob or the file.
 
-The parts have their own tests; here the command as a user types it, in this process. Nothing may
-be left behind where the run folder would be. Not covered: errors on one rank of several.
+The parts have their own tests. Here the command runs as a user types it, in this process. Nothing
+may be left where the run folder would be. Not covered: errors on one rank of several.
 """
 
 import os
@@ -18,7 +18,7 @@ Small = tuple[Path, list[str]]
 def refuse(
     overrides: list[str], words: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """`pretrain` with `overrides` must exit with 2 and say `words` in a single line."""
+    """`pretrain` with `overrides` must exit with 2 and print `words` in a single line."""
     assert main(["pretrain", *overrides]) == 2
     message = capsys.readouterr().err
     assert len(message.strip().splitlines()) == 1, message

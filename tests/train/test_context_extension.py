@@ -1,8 +1,8 @@
 """Steps of short rows between steps of long ones, and a branch with rows of another length.
 
-Second truths: a training whose data source gives those rows itself; the uninterrupted run, bit for
-bit; for layouts, one rank (tests/distributed/test_short_steps.py). Not covered: lengths at which
-memory matters.
+Second truths: a training whose data source supplies those rows itself; the uninterrupted run, bit
+for bit; for layouts, one rank (tests/distributed/test_short_steps.py). Not covered: lengths at
+which memory matters.
 """
 
 import subprocess
@@ -45,7 +45,7 @@ def test_short_steps_are_their_share_at_any_time(share: float, num_steps: int) -
 def test_short_rows_train_as_a_source_of_such_rows(
     small_run: Small, metrics: Metrics, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every step short, against a run with that sequence length that is handed the same rows."""
+    """Every step is short, against a run with that sequence length and the same rows."""
     assert train(*small_run[1], "name=rows_all_short", *SHORT, "train.short_share=1") == 0
     take = BatchSource.take
 
@@ -83,8 +83,9 @@ def test_short_rows_train_as_a_source_of_such_rows(
 def test_branch_into_longer_rows(
     small_run: Small, metrics: Metrics, weights: Weights, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """From rows of 64 to 128, a third of the steps at 64, the rate constant; cut in two by a new
-    process, the branch is the uninterrupted one. Its data begin anew."""
+    """From rows of 64 to rows of 128, a third of the steps at 64, with a constant learning rate.
+    The branch, interrupted and continued in a new process, equals the uninterrupted one. Its data
+    start from the beginning."""
     assert train(*small_run[1], "name=rows_parent", "train.save_every_steps=5") == 0
     extend = ["branch=runs/rows_parent@10", "run=context_extension", "train.total_tokens=5120"]
     extend += ["train.sequence_length=128", "train.short_sequence_length=64"]
@@ -97,7 +98,7 @@ def test_branch_into_longer_rows(
     assert [row["sequence_length"] for row in steps] == [
         64 if step in (12, 15, 18) else 128 for step in range(11, 21)
     ]
-    # The last step is due for all side jobs, whatever the parent's batch was.
+    # All periodic jobs are due at the last step, whatever the parent's batch was.
     assert train(*extend, "name=rows_other_batch", "train.global_batch_tokens=512") == 0
     last = [row for row in metrics(Path("runs/rows_other_batch")) if "loss" in row][-1]
     assert last["step"] == 15 and "validation_loss" in last
@@ -113,7 +114,7 @@ def test_branch_into_longer_rows(
     assert cut == steps
     assert weights(Path("runs/rows_cut"), 20) == weights(Path("runs/rows_whole"), 20)
 
-    # A branch of the branch goes on in its data; its checkpoint is opened like any other.
+    # A branch of the branch continues its data. Its checkpoint opens like any other.
     assert not compose_config(["branch=runs/rows_whole@20", "train.total_tokens=5632"]).fresh_data
     assert train("branch=runs/rows_whole@15", "name=rows_same_again") == 0
     assert [r for r in metrics(Path("runs/rows_same_again")) if "loss" in r] == steps[5:]

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on. Not covered: how a bar looks on a real terminal."""
+"""The progress output during a run. Not covered: the look of a bar on a real terminal."""
 
 import io
 
@@ -28,7 +28,7 @@ def run(num_steps: int, seconds_a_step: float, *, start_step: int = 0, terminal:
 
 
 def test_lines_come_at_a_readable_rate() -> None:
-    """First and last step, between them one in two seconds or slower."""
+    """First and last step, and between them at most one line in two seconds."""
     lines = run(100, 0.5).splitlines()
     assert lines[0] == "step   1/100  loss 8.0000  2,310 tokens/s  0:50 left"
     assert lines[1].startswith("step   5/100")
@@ -38,12 +38,12 @@ def test_lines_come_at_a_readable_rate() -> None:
 
 
 def test_a_long_run_prints_less() -> None:
-    """A day of one-second steps: no more than one line in 30 s."""
+    """A day of one-second steps: about one line in 30 s."""
     assert 86_400 / 30 <= len(run(86_400, 1.0).splitlines()) < 86_400 / 30 * 1.1
 
 
 def test_time_left_counts_this_process_only() -> None:
-    """Steps done before a resume took no time here."""
+    """Steps done before a resume do not count in this run's time."""
     first = run(100, 2.0, start_step=90).splitlines()[0]
     assert first.startswith("step  91/100") and first.endswith("0:18 left")
 

@@ -1,7 +1,7 @@
-"""A run cut in two equals the uninterrupted one bit for bit; damaged checkpoints are not used.
+"""A run cut in two equals the uninterrupted one bit for bit. Damaged checkpoints are not used.
 
-Second truth: the uninterrupted run, in another process. Same layout only; loading another one
-is not covered here.
+Second truth: the uninterrupted run, in another process. Same layout only. Not covered here: loading
+under another layout.
 """
 
 import subprocess
@@ -25,9 +25,9 @@ def pretrain(small_run: Small, *overrides: str) -> subprocess.CompletedProcess[s
 
 @pytest.fixture(scope="module")
 def whole(small_run: Small) -> Path:
-    done = pretrain(small_run, "name=whole")
+    done = pretrain(small_run, "name=resume_whole")
     assert done.returncode == 0, done.stderr
-    return small_run[0] / "runs" / "whole"
+    return small_run[0] / "runs" / "resume_whole"
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -36,8 +36,8 @@ def test_cut_in_two_equals_uninterrupted(
 ) -> None:
     """Steps 1-20 against 1-10 and, in a new process, 11-20: losses, gradients, weights."""
     if dtype == "bf16":
-        assert pretrain(small_run, "name=whole_bf16", "precision=bf16").returncode == 0
-        whole = whole.with_name("whole_bf16")
+        assert pretrain(small_run, "name=resume_whole_bf16", "precision=bf16").returncode == 0
+        whole = whole.with_name("resume_whole_bf16")
     knobs = (f"name=cut_{dtype}", f"precision={dtype}")
     first = pretrain(small_run, *knobs, "train.stop_after_steps=10")
     assert first.returncode == 3, first.stderr
@@ -57,7 +57,7 @@ def test_cut_in_two_equals_uninterrupted(
 
 def test_same_command_again_finds_the_run_finished(small_run: Small, whole: Path) -> None:
     before = (whole / "metrics.jsonl").read_bytes()
-    done = pretrain(small_run, "name=whole")
+    done = pretrain(small_run, "name=resume_whole")
     assert done.returncode == 0 and "finished" in done.stdout
     assert (whole / "metrics.jsonl").read_bytes() == before
 
@@ -65,7 +65,7 @@ def test_same_command_again_finds_the_run_finished(small_run: Small, whole: Path
 def test_damaged_checkpoint_is_named_and_the_one_before_used(
     small_run: Small, metrics: Metrics, weights: Weights, whole: Path
 ) -> None:
-    """As a user meets it; tests/run_folder/test_integrity.py has every kind of damage."""
+    """As a user encounters it. tests/run_folder/test_integrity.py covers every kind of damage."""
     done = pretrain(small_run, "name=damaged", "train.save_every_steps=10")
     assert done.returncode == 0, done.stderr
     folder = whole.with_name("damaged")
@@ -82,14 +82,15 @@ def test_damaged_checkpoint_is_named_and_the_one_before_used(
 
 
 def test_another_model_is_refused(small_run: Small, whole: Path) -> None:
-    """The run folder names the knob; so does the checkpoint if the folder is tampered with."""
-    done = pretrain(small_run, "name=whole", "model.hidden_size=128")
+    """The run folder names the knob. So does the checkpoint if the folder was edited."""
+    done = pretrain(small_run, "name=resume_whole", "model.hidden_size=128")
     assert done.returncode == 2
     assert "hidden_size" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_signal_saves_and_exits_with_3(small_run: Small, metrics: Metrics) -> None:
-    """SIGTERM in the middle: a checkpoint of the step reached, exit code 3, then resumable."""
+    """SIGTERM during training: a checkpoint of the current step, exit code 3, then a resume
+    works."""
     import signal
 
     folder, common = small_run

@@ -1,4 +1,4 @@
-"""What a step's loss and learning rate are, by their formulas.
+"""The loss and learning rate of a step, by their formulas.
 
 Not covered: several ranks (tests/distributed) and what the optimizer does with the gradients
 (tests/optim).
@@ -20,7 +20,8 @@ from nemotron_train.train.train_step import head_weights
 @pytest.mark.parametrize("depths", [1, 2, 4])
 def test_the_mtp_loss_is_the_mean_over_depths(depths: int) -> None:
     """L = L_main + lambda / D * sum of L_k (DeepSeek-V3, arXiv 2412.19437, eq. 24-25; Megatron's
-    mtp_loss_scaling_factor / mtp_num_layers): its weight does not grow with the depths."""
+    mtp_loss_scaling_factor / mtp_num_layers). The total weight does not grow with the number of
+    depths."""
     config = compose_config([f"model.mtp.depths={depths}", "model.mtp.loss_scale=0.3"])
     np.testing.assert_allclose(head_weights(config), [1.0] + [0.3 / depths] * depths)
 

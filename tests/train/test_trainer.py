@@ -1,4 +1,4 @@
-"""A trainer that has already computed with other weights, when a checkpoint is loaded.
+"""A checkpoint loaded into a trainer that has already computed with other weights.
 
 Second truth: the trainer that saved. Not covered: several ranks (tests/distributed).
 """
@@ -47,7 +47,7 @@ def test_quantized_weights_of_before_are_not_used_after_loading(
     saved_losses = trained.validate()
 
     resumed = build([*words, "train.seed=77"], tmp_path, groups)
-    untrained_losses = resumed.validate()  # quantizes, and keeps, other weights
+    untrained_losses = resumed.validate()  # quantizes and caches other weights
     path, loaded = resumed.roll_back()
     assert loaded.step == 2 and path.name.endswith("2")
     assert untrained_losses != saved_losses

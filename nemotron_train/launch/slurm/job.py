@@ -16,27 +16,36 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from nemotron_train.compose.compose import (
     compose_config,
     nearest,
-    parse_overrides,
     recipes_folder,
     to_typed,
 )
+from nemotron_train.compose.overrides import parse_overrides
 from nemotron_train.config.cluster import ClusterConfig, check_cluster, refuse_control_characters
 from nemotron_train.config.errors import ConfigError
 from nemotron_train.config.schema import Config
 from nemotron_train.config.secrets import is_secret
+from nemotron_train.config.yaml_file import load_yaml
 from nemotron_train.launch.slurm.checks import check_nodes
 from nemotron_train.plan.derive import Derived, derive
 from nemotron_train.platform.files import write_atomically
 from nemotron_train.run_folder.folder import run_path
 
 SLURM_FOLDER = "slurm"  # in a run folder: job.sh, links, chain.log, job logs
+
+
+@dataclass
+class JobConfig(Config):
+    """The knobs that `slurm` takes: those of a run, the cluster and the number of nodes."""
+
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    nodes: int = 1
 
 
 @dataclass(frozen=True)
@@ -68,7 +77,7 @@ def plan_job(overrides: Sequence[str], config_file: Path | None = None) -> Job:
 
     Raises ConfigError if the overrides, the cluster or the layout are invalid.
     """
-    parsed = parse_overrides(overrides)
+    parsed = parse_overrides(overrides, JobConfig)
     job_words = [override.input_line for override in parsed if is_job_knob(override.key_or_group)]
     run_words = [
         override.input_line for override in parsed if not is_job_knob(override.key_or_group)
@@ -97,7 +106,7 @@ def requested_cluster(words: Sequence[str]) -> tuple[ClusterConfig, int]:
 
     Raises ConfigError if one is missing or invalid.
     """
-    parsed = parse_overrides(words)
+    parsed = parse_overrides(words, JobConfig)
     cluster = _compose_cluster(
         [override for override in parsed if override.key_or_group != "nodes"]
     )
@@ -291,9 +300,6 @@ def _settings(job: Job) -> list[str]:
 
 
 def _compose_cluster(overrides: Sequence[Any]) -> ClusterConfig:
-    from omegaconf import OmegaConf
-    from yaml import YAMLError
-
     folder = recipes_folder() / "cluster"
     names = sorted(path.stem for path in folder.glob("*.yaml"))
     chosen = [override.value() for override in overrides if override.key_or_group == "cluster"]
@@ -306,18 +312,14 @@ def _compose_cluster(overrides: Sequence[Any]) -> ClusterConfig:
             f"cluster={choice}: no such recipe{nearest(choice, names)}; there are "
             f"{', '.join(names)}; a file of your own is given by its path, which ends in .yaml"
         )
-    try:
-        base = OmegaConf.load(path)
-    except (OSError, UnicodeDecodeError, YAMLError) as error:
-        raise ConfigError(f"cluster={choice}: cannot be read ({error})") from error
-    if not OmegaConf.is_dict(base):
-        raise ConfigError(f"cluster={choice}: {path} holds no cluster")
+    base = load_yaml(path, f"cluster={choice}", ClusterConfig)
     knobs = parse_overrides(
         [
             override.input_line.replace("cluster.", "", 1)
             for override in overrides
             if "." in override.key_or_group
-        ]
+        ],
+        ClusterConfig,
     )
     try:
         cluster = to_typed(ClusterConfig, base, knobs)

@@ -28,10 +28,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemotron_train.compose.compose import compose_config, nearest, parse_overrides, recipes_folder
+from nemotron_train.compose.compose import compose_config, nearest, recipes_folder
+from nemotron_train.compose.overrides import parse_overrides, value_texts
 from nemotron_train.config.errors import ConfigError
 from nemotron_train.config.schema import Config, TrainConfig
-from nemotron_train.launch.slurm.job import is_job_knob, refuse_unsafe
+from nemotron_train.launch.slurm.job import JobConfig, is_job_knob, refuse_unsafe
 from nemotron_train.plan.derive import derive
 from nemotron_train.platform.files import write_atomically
 from nemotron_train.run_folder.folder import refuse_another_run
@@ -153,7 +154,7 @@ def _split_overrides(overrides: Sequence[str]) -> tuple[dict[str, str], list[str
     """Split into knobs of the sweep, overrides of the Slurm job, and overrides of the cells."""
     sweep_knobs: dict[str, str] = {}
     job_words, cell_overrides = [], []
-    for override in parse_overrides(overrides, sweeps=True):
+    for override in parse_overrides(overrides, JobConfig, sweeps=True):
         knob = override.key_or_group
         is_job = is_job_knob(knob)
         if override.is_sweep_override() and knob != "variant" and (knob in KNOBS or is_job):
@@ -224,12 +225,10 @@ def _drafts(recipe: Mapping[str, Any], variant: str, overrides: Sequence[str]) -
 def _product(grid: Sequence[str], parts: dict[str, str]) -> list[_Draft]:
     """All combinations of the grid's values. The first swept knob changes slowest."""
     drafts = [_Draft(parts, TrainConfig().seed, [])]
-    for override in parse_overrides(grid, sweeps=True):
+    for override in parse_overrides(grid, JobConfig, sweeps=True):
         knob, is_swept = override.key_or_group, override.is_sweep_override()
         key = override.input_line.partition("=")[0]  # includes the + prefix of an added entry
-        values = (
-            list(override.sweep_string_iterator()) if is_swept else [override.get_value_string()]
-        )
+        values = value_texts(override, JobConfig)
         if knob == SEED and not all(value.isdecimal() for value in values):
             raise ConfigError(f"{override.input_line}: seeds are whole numbers, 0 or more")
         drafts = [
@@ -251,7 +250,7 @@ def _with_label(
     or comes last if it fixes none."""
     swept = [
         override.key_or_group
-        for override in parse_overrides(grid, sweeps=True)
+        for override in parse_overrides(grid, JobConfig, sweeps=True)
         if override.is_sweep_override()
     ]
     fixed = {text.partition("=")[0] for text in extra}

@@ -115,7 +115,7 @@ def read_objects(path: Path) -> list[dict[str, Any]]:
     """The JSON objects of a file with one object per line. Unreadable lines are skipped; [] if the
     file is missing."""
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     except OSError:
         return []
     entries = []

@@ -1,10 +1,10 @@
-"""`config.json` and our recipes: the three published sizes, what is refused, by which name.
+"""`config.json` against our recipes: the three published sizes, and the configurations that are
+refused, with the name of the field.
 
-Second truths: the published totals of parameters, our recipes, which were written from the reports.
-The published files are not at hand: their fields are put together here from what is known of them
-(dimensions from the reports' tables, field names and the two ways of naming layers as the loaders
-of vLLM and Megatron-Bridge read them), without weights. Not covered: fields they may have beside
-these.
+Second truths: the published parameter totals; our recipes, which were written from the reports. The
+published files are not available here. Their fields are assembled from known facts, without
+weights: dimensions from the reports' tables, field names and the two layer-naming schemes as vLLM
+and Megatron-Bridge read them. Not covered: other fields that the published files may have.
 """
 
 import json
@@ -125,7 +125,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         **MTP,
     },
 }
-# What a config.json cannot say: that the published ones have 0.02 is a default nobody changed.
+# Not in a config.json. The published 0.02 of init_std is an unchanged default.
 OTHERWISE = {"name", "init_std"}
 
 
@@ -144,7 +144,7 @@ def read(folder: Path, **changes: Any) -> ModelConfig:
 def test_published_sizes_are_our_recipes(size: str, tmp_path: Path) -> None:
     built = asdict(read_model(write(tmp_path, COMMON | PUBLISHED[size]), size).model)
     ours = asdict(compose_config([f"model={size}"]).model)
-    ours["mtp"]["loss_scale"] = built["mtp"]["loss_scale"]  # a matter of training
+    ours["mtp"]["loss_scale"] = built["mtp"]["loss_scale"]  # affects training only
     assert {k: v for k, v in built.items() if k not in OTHERWISE} == {
         k: v for k, v in ours.items() if k not in OTHERWISE
     }
@@ -158,24 +158,24 @@ def test_published_sizes_are_our_recipes(size: str, tmp_path: Path) -> None:
     ],
 )
 def test_published_totals(size: str, total: int, tmp_path: Path) -> None:
-    """Of the model cards; the reports round Nano's to 31.6 B and Ultra's to 550 B, which is
-    without multi-token prediction."""
+    """Totals of the model cards. The reports round Nano's to 31.6 B and Ultra's to 550 B; Ultra's
+    is without multi-token prediction."""
     model = read_model(write(tmp_path, COMMON | PUBLISHED[size]), size).model
     assert parameters(model).published == total
-    assert sum(weight.numbers for weight in weights(model)) == total
+    assert sum(weight.num_elements for weight in weights(model)) == total
 
 
 def test_ultras_total(tmp_path: Path) -> None:
     model = read_model(write(tmp_path, COMMON | PUBLISHED["ultra_550b_a55b"]), "ultra").model
     assert parameters(model).total == pytest.approx(550e9, rel=2e-3)
-    assert sum(weight.numbers for weight in weights(model)) == parameters(model).published
+    assert sum(weight.num_elements for weight in weights(model)) == parameters(model).published
 
 
 @pytest.mark.parametrize("size", list(PUBLISHED))
 def test_the_verb_prints_a_recipe_that_plan_takes(
     size: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Without weights: the summary, the recipe, and no run folder."""
+    """Without weights the verb prints the summary and the recipe, and makes no run folder."""
     folder, recipe = write(tmp_path / "Published", COMMON | PUBLISHED[size]), tmp_path / "r.yaml"
     assert main(["convert", "from-hf", str(folder), "--out", str(tmp_path / "run")]) == 0
     printed = capsys.readouterr().out
@@ -186,7 +186,7 @@ def test_the_verb_prints_a_recipe_that_plan_takes(
     assert yaml.safe_load(recipe.read_text())["name"] == "published"
     model = compose_config([f"model={recipe}"]).model
     assert model == read_model(folder, "published").model
-    assert main(["convert", "from-hf", str(folder), "--recipe", str(recipe)]) == 0  # the same again
+    assert main(["convert", "from-hf", str(folder), "--recipe", str(recipe)]) == 0  # a second time
     recipe.write_text("another")
     assert main(["convert", "from-hf", str(folder), "--recipe", str(recipe)]) == 2
     assert recipe.read_text() == "another"
@@ -243,7 +243,7 @@ CHANGES: list[tuple[str, Any]] = [
     ("num_attention_heads", True),
     ("routed_scaling_factor", -1.0),
     ("nemotron_train", {"mtp.depths": 2}),
-    ("mamba_rms_norm_before_gate", True),  # of no version that we know
+    ("mamba_rms_norm_before_gate", True),  # in no known version
 ]
 
 
@@ -269,9 +269,9 @@ def test_an_unknown_field_may_be_ignored_by_name(tmp_path: Path) -> None:
     [
         (None, (0.0, math.inf)),
         ([0.0, math.inf], (0.0, math.inf)),
-        ([0.0, {"__float__": "Infinity"}], (0.0, math.inf)),  # as transformers 5 writes it
+        ([0.0, {"__float__": "Infinity"}], (0.0, math.inf)),  # written by transformers 5
         ([0.0, "Infinity"], (0.0, math.inf)),
-        ([0.0, 1e30], (0.0, math.inf)),  # as hand-made files of strict JSON have it
+        ([0.0, 1e30], (0.0, math.inf)),  # in hand-written strict JSON
         ([0.001, 0.1], (0.001, 0.1)),
     ],
 )
@@ -291,7 +291,7 @@ def test_files_that_are_no_configuration(content: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["tiny", "proxy_10m", "super_120b_a12b", "nano_30b_a3b"])
 def test_our_own_file_gives_our_own_model(name: str, tmp_path: Path) -> None:
-    """With all that changes training only, and the limits of dt."""
+    """Includes every field that only changes training, and the limits of dt."""
     words = [f"model={name}", "model.mamba.dt_min=0.002", "model.mamba.dt_limit_min=0.0001"]
     words += ["model.moe.router_bias_update_rate=0.01", "model.mtp.loss_scale=0.2"]
     config = compose_config([*words, "model.init_std=0.0123"])

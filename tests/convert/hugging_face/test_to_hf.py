@@ -1,8 +1,10 @@
-"""To Hugging Face and back, bit for bit; cut off and gone on with; memory; folders that are bad.
+"""Conversion to Hugging Face and back, bit for bit; interrupted conversions that continue; memory;
+bad folders.
 
-Second truths: torch's own loader of distributed checkpoints, the layout of weights written out
-again with loops, the uninterrupted conversion. One rank; other layouts are in tests/distributed.
-That the function is the same is test_hugging_face.py's. Not covered: a machine that loses power.
+Second truths: torch's own loader of distributed checkpoints; the weight layout written again with
+loops; the uninterrupted conversion. One rank; tests/distributed/test_hugging_face.py has other
+layouts. test_transformers.py checks that the function is the same. Not covered: a machine that
+loses power.
 """
 
 import json
@@ -49,7 +51,7 @@ def both(trained: Path) -> tuple[Path, Path]:
 
 
 def checkpoint_tensors(path: Path) -> Tensors:
-    """Every tensor of a checkpoint, put together by torch."""
+    """Every tensor of a checkpoint, assembled by torch."""
     metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     found = {
         name: torch.empty(saved.size, dtype=saved.properties.dtype)
@@ -72,16 +74,16 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def split(stored: Tensors) -> tuple[Tensors, Tensors]:
-    """The parameters and buffers, and the same with the optimizer's FP32 masters."""
+    """The parameters and buffers alone, and the same with the optimizer's FP32 masters in place."""
     prefix = "optimizer.state.param."
     own = {name: t for name, t in stored.items() if not name.startswith("optimizer.")}
     return own, own | {k.removeprefix(prefix): t for k, t in stored.items() if k.startswith(prefix)}
 
 
 def test_layout_of_weights_written_out_again(trained: Path, both: tuple[Path, Path]) -> None:
-    """BF16 shards hold the parameters the run computes with, FP32 ones the optimizer's masters,
-    row by row where they should be."""
-    heads, groups, width = 4, 2, 16  # of attention, in tests/conftest.py
+    """BF16 shards hold the parameters that the run computes with; FP32 shards hold the optimizer's
+    masters. Every row is where it should be."""
+    heads, groups, width = 4, 2, 16  # of attention, from SMALL_RUN in tests/conftest.py
     for folder, ours in zip(both, split(checkpoint_tensors(trained)), strict=True):
         theirs = shards(folder)
         assert torch.equal(theirs["lm_head.weight"], ours["output_layer.weight"])
@@ -133,7 +135,7 @@ def test_shards_and_index(both: tuple[Path, Path]) -> None:
 
 
 def test_back_again_is_bit_exact(trained: Path, both: tuple[Path, Path]) -> None:
-    """Every tensor, by torch's loader; and exported once more, byte for byte."""
+    """Every tensor, read by torch's loader; a second export is equal byte for byte."""
     wanted = split(checkpoint_tensors(trained))
     for folder, ours in zip(both, wanted, strict=True):
         run = Path("runs") / f"back_{folder.name}"
@@ -154,7 +156,7 @@ def test_back_again_is_bit_exact(trained: Path, both: tuple[Path, Path]) -> None
         again, before = content(Path(f"{folder}_again")), content(folder)
         fields, before_fields = (json.loads(files.pop("config.json")) for files in (again, before))
         assert again == before
-        # The length of training rows is no property of weights.
+        # The length of training rows is not a property of the weights.
         assert fields.pop("max_position_embeddings") == 256
         assert before_fields.pop("max_position_embeddings") == 64
         assert fields == before_fields
@@ -163,8 +165,8 @@ def test_back_again_is_bit_exact(trained: Path, both: tuple[Path, Path]) -> None
 def test_a_run_goes_on_from_it(
     trained: Path, both: tuple[Path, Path], metrics: Callable[[Path], list[dict]]
 ) -> None:
-    """A branch from the imported checkpoint holds the very weights, starts the data at its
-    beginning, and trains; so does the imported run itself, whose configuration was given data."""
+    """A branch from the imported checkpoint holds the same weights, starts its data at the
+    beginning, and trains. So does the imported run itself, if its configuration has data."""
     data = ["data.phases=[{from_tokens: 0, blend: [{path: data, weight: 1.0}]}]"]
     data.append("data.validation=[{path: data, weight: 1.0}]")
     short = ["train.stop_after_steps=2", "train.keep_checkpoints=9"]
@@ -190,13 +192,13 @@ def test_a_run_goes_on_from_it(
     assert main(["generate", "runs/imported@0", "prompt=def f", "max_new_tokens=2"]) == 0
 
 
-# Cut off ------------------------------------------------------------------------------------
+# Interrupted --------------------------------------------------------------------------------
 
 
 def run_until_cut(
     words: list[str], module: Any, writer: str, monkeypatch: pytest.MonkeyPatch, after: int
 ) -> None:
-    """Runs the verb until its `writer` was called `after` times; then the disk is full."""
+    """Runs the verb until `writer` has been called `after` times. Then the disk is full."""
     original, calls = getattr(module, writer), []
 
     def fail_later(*arguments: Any, **options: Any) -> Any:
@@ -220,7 +222,7 @@ def test_export_goes_on_after_the_last_whole_shard(
     partial = Path("hf_cut/.x.partial")
     first, second, third = sorted(partial.glob("*.safetensors"))
     before = first.stat().st_mtime_ns, first.stat().st_ino
-    second.write_bytes(second.read_bytes()[:-1])  # torn
+    second.write_bytes(second.read_bytes()[:-1])  # truncated
     data = bytearray(third.read_bytes())
     data[-1] ^= 1
     third.write_bytes(data)
@@ -291,7 +293,7 @@ print(resident("VmHWM") - before)
 
 
 def test_memory_is_a_few_tensors(tmp_path: Path) -> None:
-    """A model of 140 MB whose largest tensor has 16 MB, there and back."""
+    """A model of 140 MB whose largest tensor has 16 MB, in both directions."""
     from dataclasses import asdict
 
     import yaml
@@ -371,7 +373,7 @@ def test_a_damaged_checkpoint_and_a_taken_folder(
 
 
 def change(folder: Path, **tensors: torch.Tensor | None) -> None:
-    """Rewrites the folder as one file with some tensors replaced, added, or (None) left out."""
+    """Rewrites the folder as one file, with tensors replaced, added, or (None) left out."""
     found = shards(folder)
     for name, tensor in tensors.items():
         found.pop(name, None)
@@ -415,7 +417,7 @@ def test_weights_that_are_refused(
 def test_files_that_are_refused(
     both: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Names that lead out of the folder, shards that are missing or no safetensors, pickles."""
+    """Names that point out of the folder, shards that are missing or not safetensors, pickles."""
     out = ["--out", str(tmp_path / "run")]
 
     def folder(name: str) -> Path:

@@ -1,9 +1,10 @@
-"""A checkpoint of ours against Hugging Face's transformers: the same function, the same names.
+"""Our checkpoint against Hugging Face's transformers: the same function and the same names.
 
-Second truths: `AutoModelForCausalLM` on the exported folder, in FP32, every position; for
-multi-token prediction, which transformers does not run, its own attention and mixture-of-experts
-modules behind the exported projection; names as vLLM and Megatron-Bridge read them. Not covered:
-transformers' fused GPU kernels, BF16 arithmetic (each rounds in its own places), vLLM itself.
+Second truths: `AutoModelForCausalLM` on the exported folder, in FP32, at every position. For
+multi-token prediction, which transformers does not run: its own attention and mixture-of-experts
+modules behind the exported projection. Names as vLLM and Megatron-Bridge read them. Not covered:
+transformers' fused GPU kernels, BF16 arithmetic (each implementation rounds in different places),
+vLLM itself.
 """
 
 import json
@@ -29,7 +30,7 @@ def exported(
     tmp_path_factory: pytest.TempPathFactory,
     saved_model: Callable[..., tuple[Any, Path]],
 ) -> tuple[Any, Path]:
-    """Our model and the folder that `convert to-hf` makes of its checkpoint."""
+    """Our model and the folder that `convert to-hf` makes from its checkpoint."""
     folder = tmp_path_factory.mktemp(request.param)
     model, run = saved_model(folder / "run", request.param)
     words = ["convert", "to-hf", f"{run}@3", "--out", str(folder / "theirs")]
@@ -47,7 +48,7 @@ def load(folder: Path) -> Any:
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """What the shards hold, by the index, read by the safetensors library."""
+    """The tensors of the shards, found through the index and read by the safetensors library."""
     places = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
     found = {}
     for shard in set(places.values()):
@@ -78,8 +79,8 @@ def test_logits_are_hugging_faces(exported: tuple[Any, Path]) -> None:
 
 @torch.no_grad()
 def test_multi_token_prediction_is_hugging_faces_layers(exported: tuple[Any, Path]) -> None:
-    """Both depths: embedding of the next token and hidden state, normed, joined, projected; then
-    transformers' model of two layers, whose final norm is the block's."""
+    """Both depths: the embedding of the next token and the hidden state are normalized, joined and
+    projected; then transformers' two-layer model runs, whose final norm is the block's."""
     ours, folder = exported
     config = transformers.AutoConfig.from_pretrained(folder)
     if not config.num_nextn_predict_layers:
@@ -125,7 +126,7 @@ def test_multi_token_prediction_is_hugging_faces_layers(exported: tuple[Any, Pat
 
 
 def test_names_are_the_published_ones(exported: tuple[Any, Path]) -> None:
-    """Of the first layer of each kind and of multi-token prediction, written out."""
+    """The names of the first layer of each kind and of multi-token prediction, written out."""
     _, folder = exported
     fields = json.loads((folder / "config.json").read_text())
     pattern, latent = fields["hybrid_override_pattern"], "moe_latent_size" in fields
@@ -161,9 +162,9 @@ def test_names_are_the_published_ones(exported: tuple[Any, Path]) -> None:
 def test_transformers_clamps_dt_by_the_range_of_the_initial_draw(
     exported: tuple[Any, Path], tmp_path: Path
 ) -> None:
-    """Why config.json says time_step_min=1e-30: with the published 0.001, the very same weights
-    give other logits. A canary: when transformers reads time_step_limit instead (its pull request
-    48989), this fails and NO_LIMIT may go."""
+    """The reason for time_step_min=1e-30 in config.json: with the published 0.001, the same weights
+    give other logits. If transformers switches to time_step_limit (its pull request 48989), this
+    test fails and NO_LIMIT may go."""
     ours, folder = exported
     for path in folder.iterdir():
         (tmp_path / path.name).symlink_to(path)
@@ -177,8 +178,8 @@ def test_transformers_clamps_dt_by_the_range_of_the_initial_draw(
 
 
 def test_transformers_own_files_come_back(exported: tuple[Any, Path], tmp_path: Path) -> None:
-    """What transformers saves of the model is read as the same numbers. It drops multi-token
-    prediction, which is refused by the name of a tensor until config.json says so too."""
+    """A checkpoint that transformers saves reads back as the same numbers. It drops multi-token
+    prediction; the conversion is refused, naming a tensor, until config.json agrees."""
     _, folder = exported
     load(folder).save_pretrained(tmp_path / "saved")
     for name in ("tokenizer.json", "tokenizer_config.json"):

@@ -1,5 +1,5 @@
-"""Job scripts without Slurm: what a script says is read back by bash itself; hostile words;
-refusals; the chain's decisions with stand-ins for srun and scontrol. Not covered: Slurm
+"""Job scripts without Slurm. Bash itself reads back the settings of a script. Covers hostile words,
+refusals, and the decisions of the chain with stand-ins for srun and scontrol. Not covered: Slurm
 (tests/slurm), GPUs, containers, torchrun.
 """
 
@@ -29,7 +29,7 @@ CLUSTERS = sorted(path.stem for path in (recipes_folder() / "cluster").glob("*.y
 BATCH = ["train.global_batch_tokens=16384", "train.validation_tokens=16384"]
 BASE = ["cluster=local_lab", "name=job", "train.micro_batch_sequences=2"]
 
-# Bash reads a script up to the functions and prints the settings, separated by NUL.
+# Bash runs a script up to its functions and prints the settings, separated by NUL.
 _READ = r"""
 head=$(sed '/^# --- one rank/,$d' "$1")
 eval "$head"
@@ -39,7 +39,7 @@ printf '%s\0' "$workdir" "$run_folder" "$container_image" "$container_mounts" "$
 
 
 def settings_of(script: str, folder: Path) -> list[str]:
-    """The settings as bash understands them, run in `folder`."""
+    """The settings as bash reads them when it runs the script's head in `folder`."""
     path = folder / "read_me.sh"
     path.write_text(script)
     assert subprocess.run(["bash", "-n", str(path)]).returncode == 0
@@ -50,7 +50,7 @@ def settings_of(script: str, folder: Path) -> list[str]:
 
 
 def sbatch_lines(script: str) -> list[str]:
-    """Every line that sbatch could take for an option, wherever it stands."""
+    """Every line that sbatch could read as an option, anywhere in the script."""
     return [line for line in script.splitlines() if line.lstrip().startswith("#SBATCH")]
 
 
@@ -76,7 +76,7 @@ def test_every_cluster_renders(cluster: str, tmp_path: Path) -> None:
 
 
 def test_time_limit_is_written_as_slurm_reads_it() -> None:
-    """Days-hours:minutes:seconds; a day has 24 hours of 60 minutes."""
+    """Days-hours:minutes:seconds. A day has 24 hours, an hour 60 minutes."""
     script = render(plan_job([*BASE, "cluster.time_limit_minutes=3007"]))
     assert f"#SBATCH --time=2-{2:02}:{7:02}:00" in sbatch_lines(script)
 
@@ -93,7 +93,7 @@ hostile = st.text(
 def test_whatever_text_reaches_the_job_as_it_is(
     tmp_path_factory: pytest.TempPathFactory, text: str, other: str
 ) -> None:
-    """Any printable text comes out of bash as the text that went in, and adds no option."""
+    """Printable text comes out of bash unchanged and adds no sbatch option."""
     folder = tmp_path_factory.mktemp("hostile")
     marker = folder / "marker"
     text = f"{text}'\"; touch {marker}; $(touch {marker}) `touch {marker}` \\"
@@ -104,7 +104,7 @@ def test_whatever_text_reaches_the_job_as_it_is(
     job.cluster.environment["EXTRA"] = text
     try:
         check_cluster(job.cluster)
-    except ConfigError as error:  # a character that is not printable here
+    except ConfigError as error:  # the text holds a character that is not printable
         assert "line breaks and control characters" in str(error)
         return
     script = render(job)
@@ -179,7 +179,7 @@ def test_a_secret_of_the_surroundings_stays_there(monkeypatch: pytest.MonkeyPatc
 def test_memory_that_does_not_fit_names_nodes_that_would(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The proposal, asked again, is accepted; one node fewer of the same kind is not."""
+    """The proposed number of nodes is accepted; half of it is refused."""
     job = ["run=nano_30b_a3b", "cluster=h100_8x", "cluster.gpu_memory_gib=60", "--dry-run"]
     assert main(["slurm", *job, "nodes=1"]) == 2
     said = capsys.readouterr().err
@@ -196,7 +196,7 @@ def test_memory_that_does_not_fit_names_nodes_that_would(
 def test_missing_data_and_another_run_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Nothing is written, and a dry run says so and prints all the same."""
+    """Nothing is written. A dry run reports the error and still prints the script."""
     monkeypatch.chdir(tmp_path)
     data = ["data=prepared", "data.tokenizer=t", "data.phases=[{blend: [{path: nowhere}]}]"]
     data.append("data.validation=[{path: nowhere}]")
@@ -221,10 +221,10 @@ def test_missing_data_and_another_run_are_refused(
 def test_an_old_checkpoint_of_another_model_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In the run's own folder, though its config.yaml fits, and in the run to branch from; the
-    tensors are not read. The same checkpoint of the right model is none of it."""
+    """Covers the run's own folder, even if its config.yaml matches, and the parent run of a branch.
+    Tensors are not read. The same checkpoint with the right model is accepted."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PATH", "/nonexistent")  # the last thing that is asked for
+    monkeypatch.setenv("PATH", "/nonexistent")  # sbatch is looked up last
     for run, model in (("job", "model.moe.experts=32"), ("parent", "model.pattern=ME*E")):
         job = plan_job([*BASE[::2], f"name={run}", model])
         open_run_folder(job.config, job.derived, "").close()
@@ -240,7 +240,7 @@ def test_an_old_checkpoint_of_another_model_is_refused(
     branch = [*BASE[::2], "name=branch"]
     assert main(["slurm", *branch, "branch=runs/parent@5"]) == 2
     assert "sbatch is not on" in capsys.readouterr().err
-    for words, expected in (  # the parent stands at 10,240 tokens
+    for words, expected in (  # the parent's checkpoint is at 10,240 tokens
         (
             ["branch=runs/parent@5", "model.pattern=ME*EME"],
             "model.pattern is ME*E there and ME*EME here",
@@ -258,7 +258,7 @@ SHORT = ["optim.warmup_tokens=0", "optim.decay_tokens=0"]
 
 
 def write_checkpoint(folder: Path, step: int, config: Config) -> None:
-    """The files in words of a checkpoint, and a manifest that vouches for them."""
+    """Writes the text files of a checkpoint and a manifest that covers them."""
     final = step_folder(folder, step)
     partial_folder(final).mkdir(parents=True)
     texts = texts_of(Progress(step, 2048 * step, DataState("train", 256, 1, "")), config, {}, {}, 1)
@@ -283,7 +283,7 @@ def test_a_container_sees_its_mounts(tmp_path: Path) -> None:
 
 
 def test_the_template_has_no_logic_of_python() -> None:
-    """One text for all jobs: what differs is between its two marks alone."""
+    """One template for all jobs. Jobs differ only between its two marks."""
     templates = sorted(path.name for path in templates_folder().glob("*.sh"))
     assert templates == ["array.sh", "job.sh"]
     one, two = (render(plan_job([*BASE, f"nodes={nodes}"])) for nodes in (1, 2))
@@ -291,11 +291,11 @@ def test_the_template_has_no_logic_of_python() -> None:
     assert different == ["#SBATCH --nodes=1"]
 
 
-# The chain, with srun replaced by a line of shell ---------------------------------------------
+# The chain, with srun replaced by a shell command --------------------------------------------
 
 
 class Chain:
-    """Runs a job's script as Slurm would; the ranks' command is `rank`, a line of shell."""
+    """Runs a job script as Slurm would. The ranks run `rank`, a shell command."""
 
     def __init__(self, folder: Path, rank: str, *overrides: str) -> None:
         self.folder, self.rank = folder, rank
@@ -304,7 +304,7 @@ class Chain:
         bin_folder.mkdir(exist_ok=True)
         calls = folder / "calls"
         for name, body in (
-            # A job that is requeued is ended by Slurm.
+            # Slurm ends a job when it requeues it.
             (
                 "scontrol",
                 "case $1 in show) echo node1 ;; ping) echo it is UP ;; *) "
@@ -342,12 +342,13 @@ class Chain:
         return subprocess.run(command, env=environment, capture_output=True).returncode
 
     def calls(self) -> list[str]:
-        """What was asked of Slurm, but the nodes' names."""
+        """The Slurm commands that were called, except those that list the nodes' names."""
         path = self.folder / "calls"
         return path.read_text().splitlines() if path.exists() else []
 
     def outcome(self) -> str:
-        """The last event's last field. Its first one is the time, in UTC wherever the job runs."""
+        """The last field of the last event. The first field is the time, in UTC on every
+        machine."""
         event = (self.run / "slurm/chain.log").read_text().splitlines()[-1].split("\t")
         ago = datetime.now(UTC) - datetime.fromisoformat(event[0])
         assert event[0].endswith("Z") and abs(ago.total_seconds()) < 600
@@ -386,7 +387,8 @@ def test_what_follows_an_exit_code(
 
 
 def test_three_starts_at_one_step_end_the_chain(tmp_path: Path) -> None:
-    """A start that comes further begins the count anew; the way out that the line names works."""
+    """A start that makes progress resets the count. Deleting chain.log, as the message advises,
+    works."""
     progress = "[[ -e further ]] && { " + MAKE_STEP.format(5) + "}; exit 1"
     job = Chain(tmp_path, progress)
     assert [job.start(n) for n in range(2)] == [1, 1]
@@ -401,7 +403,8 @@ def test_three_starts_at_one_step_end_the_chain(tmp_path: Path) -> None:
 
 
 def test_a_controller_that_restarts_is_asked_again(tmp_path: Path) -> None:
-    """It does not answer twice, then it does. What one refuses that answers is final."""
+    """The controller does not answer twice, then it does. A refusal by a controller that answers is
+    final."""
     job = Chain(tmp_path, MAKE_STEP.format(5) + "exit 3")
     calls = tmp_path / "calls"
     down = "Slurmctld(primary) at head is DOWN"
@@ -426,7 +429,7 @@ def test_a_controller_that_restarts_is_asked_again(tmp_path: Path) -> None:
 
 
 def test_starts_that_left_no_end_count(tmp_path: Path) -> None:
-    """A node that dies writes nothing; three such starts are a crash loop too."""
+    """A node that dies writes no end event. Three such starts are a crash loop too."""
     job = Chain(tmp_path, "exit 0")
     (job.run / "slurm").mkdir(parents=True)
     begin = "2026-01-01T00:00:00Z\tbegin\t7\t{}\t0\tnode1\n"
@@ -437,9 +440,10 @@ def test_starts_that_left_no_end_count(tmp_path: Path) -> None:
 
 
 def test_no_step_within_the_time_limit_ends_the_chain(tmp_path: Path) -> None:
-    """Asked to stop before it saved anything, a run would only be asked again; with a step made
-    the chain goes on."""
-    # A first step that outlasts the limit: the rank asks the batch shell, two processes up, itself.
+    """A run that is stopped before its first checkpoint would be stopped again on every start. With
+    a new step the chain continues."""
+    # The first step takes longer than the limit. The rank signals the batch shell, two processes
+    # up.
     ask = "kill -USR1 $(ps -o ppid= $PPID); sleep 0.5; "
     further = "[[ ! -e further ]] || { " + MAKE_STEP.format(5) + "}; "
     job = Chain(tmp_path, ask + further + "exit 3")
@@ -465,8 +469,8 @@ def test_default_cluster_knobs_are_safe() -> None:
 def test_status_joins_queue_and_run_folders(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A running job, a waiting link of the same run, and a run whose job is over; squeue is a
-    stand-in that prints what Slurm 22.05 does."""
+    """A running job, a waiting link of the same run, and a run whose job has ended. squeue is a
+    stand-in that prints the output of Slurm 22.05."""
     for name, links in (("going", "11\n12\n"), ("over", "9\n"), ("fresh", "")):
         (tmp_path / "runs" / name / "slurm").mkdir(parents=True)
         (tmp_path / "runs" / name / "slurm/links").write_text(links)
@@ -476,7 +480,7 @@ def test_status_joins_queue_and_run_folders(
     (going / "metrics.jsonl").write_text("\n".join(rows) + "\n")
     (going / "checkpoints/step_00001000").mkdir(parents=True)
     (going / "checkpoints/step_00001000/manifest.json").touch()
-    (going / "checkpoints/step_00001100").mkdir()  # never finished
+    (going / "checkpoints/step_00001100").mkdir()  # an incomplete checkpoint
     (over / "slurm/chain.log").write_text("t\tend\t9\t0\t50\t2\tstop: wrong configuration\n")
     (tmp_path / "squeue").write_text(
         "#!/bin/sh\necho '11|RUNNING|1:00|2:59:00|4|node[1-4]'\n"
@@ -487,7 +491,7 @@ def test_status_joins_queue_and_run_folders(
     monkeypatch.chdir(tmp_path)
     assert main(["slurm", "status"]) == 0
     said = " ".join(capsys.readouterr().out.split())
-    # 1,800 steps of two seconds are an hour.
+    # 1,800 steps of two seconds take an hour.
     assert "going 11 running 4 1,200/3,000 2.500 1,23" in said and " 1:00 2:59:00 1,000 at" in said
     assert "going 12 pending 4" in said and " Dependency over" in said
     assert "over - - - 0 - - - - - exit 2, stop: wrong configuration" in said
@@ -504,7 +508,7 @@ def test_status_joins_queue_and_run_folders(
     assert "1,200/3,000" in said, "nothing is cut off"
     assert main(["slurm", "status", "runs/a_sweep_with_a_rather_long_name"]) == 0
     assert "nvfp4_nemotron3-seed1 40_3" in " ".join(capsys.readouterr().out.split())
-    # A branch of step 1,000 in batches four times as large: 800,000 tokens are 200 steps.
+    # A branch from step 1,000 with batches four times as large: 800,000 tokens are 200 steps.
     (going / "derived.yaml").write_text("total_steps: 450\ntokens_per_step: 4000\n")
     (going / "config.yaml").write_text("train: {total_tokens: 1800000}\n")
     with open(going / "metrics.jsonl", "a") as lines:

@@ -1,6 +1,8 @@
 """Sweeps: the grid against itertools, the shipped recipes against the model's arithmetic, mistakes
-before the first run, and real sweeps, one of them with a branch. Not covered: Slurm
-(test_sweep_slurm.py and tests/slurm); an interrupt from the keyboard; what the recipes find out."""
+found before the first run, and real sweeps, one of them with a branch. Not covered: Slurm
+(tests/launch/sweep/test_slurm.py and tests/slurm), a keyboard interrupt, the results of the
+recipes.
+"""
 
 import dataclasses
 import io
@@ -29,7 +31,7 @@ Small = tuple[Path, list[str]]
 
 
 def test_grid_is_the_product_of_all_values() -> None:
-    """Every combination once, whatever is swept; values reach the composed configuration."""
+    """Every combination occurs once, whatever is swept. Values reach the composed configuration."""
     plans, seeds, widths = ["bf16", "nvfp4_all"], [3, 5], [128, 256]
     sweep = plan_sweep(
         [
@@ -55,7 +57,7 @@ def test_grid_is_the_product_of_all_values() -> None:
 
 @pytest.mark.parametrize("name", [f.stem for f in (recipes_folder() / "sweep").glob("*.yaml")])
 def test_every_sweep_composes(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """`--dry-run` plans every cell; each group has a baseline with the same seeds."""
+    """`--dry-run` plans every cell. Each group has a baseline with the same seeds."""
     assert main(["sweep", f"sweep={name}", "--dry-run"]) == 0
     cells = plan_sweep([f"sweep={name}"]).cells
     printed = capsys.readouterr().out.splitlines()
@@ -68,7 +70,7 @@ def test_every_sweep_composes(name: str, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_given_values_replace_the_recipes() -> None:
-    """Extra cells take the grid's other values, and follow it in what is swept."""
+    """Extra cells take the other values of the grid and vary with the swept values."""
     sweep = plan_sweep(["sweep=loss_gap", "precision=bf16,mxfp8", "train.seed=7,8"])
     assert [cell.name for cell in sweep.cells] == [
         "bf16-seed7",
@@ -126,8 +128,8 @@ def test_runs_what_is_missing_and_keeps_failures(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Two good cells are trained once and compared; one that cannot work is named, by the exit
-    code too, and does not stop the others."""
+    """Two good cells are trained once and compared. The cell that cannot work is named, sets the
+    exit code, and does not stop the others."""
     folder, overrides = small_run
     monkeypatch.chdir(tmp_path)
     os.symlink(folder / "data", tmp_path / "data")
@@ -168,8 +170,8 @@ def configs(name: str) -> dict[str, Config]:
 
 
 def test_scale_ladder_has_the_same_tokens_a_parameter() -> None:
-    """Half a token an active parameter, to a thousandth; widths in proportion; 8 and 25 % of the
-    steps for warm-up and decay. Each width is held to its own BF16."""
+    """Half a token per active parameter, to a thousandth. Widths are in proportion. Warm-up and
+    decay take 8 and 25 % of the steps. Each width is compared with its own BF16."""
     found = configs("scale_ladder")
     assert set(found) == {f"width{w}-{p}" for w in (64, 128, 192) for p in PLANS}
     for config in found.values():
@@ -190,8 +192,9 @@ PLANS = ("bf16", "nvfp4_nemotron3")
 
 
 def test_latent_moe_costs_what_the_standard_one_does() -> None:
-    """N' = N r and K' = K r; a token's routed experts cost the same FLOPs, bytes and messages, and
-    `latent_equal` the same in everything: the numbers of the recipe's comment."""
+    """N' = N r and K' = K r. The routed experts of a token cost the same FLOPs, bytes and messages,
+    and `latent_equal` has the same cost in everything. The numbers are those of the recipe's
+    comment."""
     found = configs("latent_moe")
     standard, latent, equal = (found[name] for name in ("standard", "latent", "latent_equal"))
     ratio = standard.model.hidden_size // latent.model.moe.latent_size
@@ -235,7 +238,7 @@ def test_branches_wait_for_their_trunk_and_share_its_seed() -> None:
 
 
 def test_a_value_as_baseline_holds_each_group_to_its_own() -> None:
-    """Sizes by a recipe group, as they are on the command line; cells beside the grid too."""
+    """Sizes by a recipe group, as on the command line, and cells outside the grid."""
     grid = ["model=tiny,proxy_10m", "precision=bf16,nvfp4_all", "baseline=bf16"]
     assert {cell.group: cell.baseline for cell in plan_sweep(grid).cells} == {
         "tiny-bf16": "tiny-bf16",
@@ -249,7 +252,7 @@ def test_a_value_as_baseline_holds_each_group_to_its_own() -> None:
     crossed = plan_sweep(["sweep=latent_moe", "precision=bf16,mxfp8", "variant=standard,latent"])
     held = {cell.group: cell.baseline for cell in crossed.cells}
     assert held["latent-mxfp8"] == "standard-mxfp8" and held["latent-bf16"] == "standard-bf16"
-    batches = "train.micro_batch_sequences=2,4"  # which the cells beside the grid fix
+    batches = "train.micro_batch_sequences=2,4"  # the cells outside the grid fix this knob
     with pytest.raises(ConfigError, match="bf16_other_sums would be held to bf16, and"):
         plan_sweep(["sweep=loss_gap", "precision=bf16,mxfp8", batches])
 
@@ -260,9 +263,9 @@ def test_a_value_as_baseline_holds_each_group_to_its_own() -> None:
 def test_a_branch_runs_after_its_trunk(
     small_run: Small, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Although two may run at once. Composed before its trunk began, the branch's configuration is
-    the one that is composed from the trunk's folder afterwards. A trunk that fails is named with
-    its branches, and the other seed goes on."""
+    """This holds although two runs may go at once. The branch is composed before its trunk starts;
+    its configuration equals the one composed from the trunk's folder afterwards. A trunk that fails
+    is reported with its branches, and the other seed continues."""
     folder, overrides = small_run
     (tmp_path / "sweep").mkdir()
     (tmp_path / "sweep/small.yaml").write_text(
@@ -279,7 +282,7 @@ def test_a_branch_runs_after_its_trunk(
         "precision=bf16,mxfp8",
     ]
     asked += ["train.keep_checkpoints=9", "train.seed=1,2"]
-    # The second trunk cannot begin: something lies where its run folder should.
+    # The second trunk cannot start: a file lies where its run folder should be.
     (tmp_path / "runs/small").mkdir(parents=True)
     (tmp_path / "runs/small/bf16-seed2").write_text("")
     planned = plan_sweep(asked)
@@ -306,6 +309,6 @@ def test_a_branch_runs_after_its_trunk(
     )
 )
 def test_a_quoted_value_comes_back(value: str) -> None:
-    """By Hydra's own parser, whatever quotes and backslashes are in it."""
+    """Hydra's own parser reads the value back, whatever quotes and backslashes it contains."""
     [parsed] = parse_overrides([f"folder={sweep_module._quoted(value)}"])
     assert parsed.value() == value

@@ -1,6 +1,6 @@
 """Sweeps as Slurm job arrays, with stand-ins for sbatch, squeue, scontrol and srun: what is
-submitted and what is not, what waits for what, hostile words, and an array's task run through both
-scripts. Not covered: Slurm itself (tests/slurm).
+submitted, what waits for what, hostile words, and an array task run through both scripts. Not
+covered: Slurm itself (tests/slurm).
 """
 
 import json
@@ -21,8 +21,8 @@ CELLS = ["bf16-seed1", "bf16-seed2", "mxfp8-seed1", "mxfp8-seed2"]
 
 
 class FakeSlurm:
-    """Stand-ins first on the PATH. sbatch notes its arguments and gives the numbers 100, 101, …;
-    squeue shows what `queue` holds."""
+    """Stand-ins first on the PATH. sbatch records its arguments and returns the job numbers 100,
+    101, ...; squeue prints the content of `queue`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.queue = folder, folder / "queue"
@@ -42,7 +42,7 @@ class FakeSlurm:
             path.chmod(0o755)
 
     def submitted(self) -> list[list[str]]:
-        """The arguments of each sbatch."""
+        """The arguments of each sbatch call."""
         path = self.folder / "sbatch_calls"
         return [line.split() for line in path.read_text().splitlines()] if path.exists() else []
 
@@ -65,7 +65,7 @@ def option(call: list[str], name: str) -> str:
 
 
 def finish(cell: str) -> None:
-    """What a finished run leaves, as far as it is looked at."""
+    """Writes the files of a finished run that a sweep reads."""
     folder = Path("runs/grid") / cell
     summary = {"finished": True, "validation_loss": 5.0}
     (folder / "summary.json").write_text(json.dumps(summary))
@@ -73,7 +73,7 @@ def finish(cell: str) -> None:
 
 
 def test_one_array_with_a_task_a_cell(fake: FakeSlurm, tmp_path: Path) -> None:
-    """Every cell has the script of a single run in its folder; its threads are its cores."""
+    """Every cell has the script of a single run in its folder. Its threads are its cores."""
     assert main(["sweep", *GRID, *CLUSTER, "at_once=2", "cluster.cpus_per_rank=3"]) == 0
     [call] = fake.submitted()
     assert option(call, "array") == "0-3%2" and "--dependency" not in " ".join(call)
@@ -94,7 +94,7 @@ def test_one_array_with_a_task_a_cell(fake: FakeSlurm, tmp_path: Path) -> None:
 def test_only_what_is_missing_is_submitted(
     fake: FakeSlurm, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Finished and queued cells are left alone, a failed one is named and tried again."""
+    """Finished and queued cells are left alone. A failed cell is named and tried again."""
     asked = ["sweep", *GRID, *CLUSTER]
     assert main(asked) == 0
     finish("bf16-seed1")
@@ -120,8 +120,8 @@ def test_only_what_is_missing_is_submitted(
 def test_branches_wait_in_an_array_of_their_own(
     fake: FakeSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One array a trunk, after that very task; a branch whose trunk is finished waits for nothing
-    and must find its checkpoint there."""
+    """One array per trunk, which depends on the trunk's task only. A branch of a finished trunk has
+    no dependency and must find its checkpoint."""
     (tmp_path / "sweep").mkdir()
     branch = "{of: bf16, step: %d, overrides: [precision=mxfp8]}"
     recipe = f"branches:\n  early: {branch % 32}\n  late: {branch % 64}\n"
@@ -136,7 +136,8 @@ def test_branches_wait_in_an_array_of_their_own(
     assert all("--kill-on-invalid-dep=yes" in call for call in calls[1:])
     assert Path("runs/grid/late-seed1/slurm/links").read_text() == "101_6\n"
 
-    # The first trunk is under way, the second one is finished without a checkpoint, and again not.
+    # The first trunk is running. The second is first finished without a checkpoint, then
+    # unfinished.
     fake.queue.write_text("100_0|RUNNING|1:00|2:00|1|node1\n102_5|PENDING|0:00|2:00|1|(Dep)\n")
     finish("bf16-seed2")
     assert main(asked) == 2
@@ -189,7 +190,7 @@ SECRET = "0123456789abcdef0123456789abcdef01234567"
 def test_secrets_are_refused_and_not_kept(
     place: list[str], fake: FakeSlurm, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """On this machine too, where they would lie in sweep.json."""
+    """Also on this machine, where they would end up in sweep.json."""
     for override in (f"data.tokenizer=hf_{SECRET}", f"+logging.wandb_api_key={SECRET}"):
         assert main(["sweep", *GRID, *place, override]) == 2
     assert SECRET not in "".join(capsys.readouterr())
@@ -197,8 +198,8 @@ def test_secrets_are_refused_and_not_kept(
 
 
 def test_hostile_words_reach_a_cell_as_they_are(fake: FakeSlurm, tmp_path: Path) -> None:
-    """A folder and a value with a shell's words in them: the array's task runs with them, and
-    nothing else does."""
+    """A folder and a value contain shell syntax. The array task receives them unchanged, and
+    nothing else is executed."""
     marker = tmp_path / "marker"
     folder = f"runs/$(touch {marker});'`touch {marker}` & b"
     value = f'data.tokenizer="$(touch {marker}) && `touch {marker}`"'
@@ -211,15 +212,15 @@ def test_hostile_words_reach_a_cell_as_they_are(fake: FakeSlurm, tmp_path: Path)
 
 
 def run_task(folder: Path, sweep: str, task: int, rank: str) -> int:
-    """Runs the array's script as Slurm runs its task `task`; `rank` is a line of shell in the
-    training's place, which gets the training's words."""
+    """Runs the array's script as Slurm runs task `task`. `rank` is a shell command that replaces
+    the training and receives its arguments."""
     for job in (folder / sweep).glob("*/slurm/job.sh"):
         script = job.read_text()
         start = script.index("command=(\n") + len("command=(\n")
         words = f"    bash\n    -c\n    {shlex.quote(rank)}\n    rank\n"
         job.write_text(script[:start] + words + script[start:])
     environment = os.environ | {
-        "SLURM_JOB_ID": "100",  # the array's last task has the array's own number
+        "SLURM_JOB_ID": "100",  # the last task of an array has the number of the array
         "SLURM_ARRAY_JOB_ID": "100",
         "SLURM_ARRAY_TASK_ID": str(task),
         "SLURM_JOB_NAME": "grid",
@@ -255,7 +256,7 @@ def test_a_dry_run_prints_the_arrays_script(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_ranges_are_read_back_as_they_were() -> None:
-    """By the grammar of sbatch: numbers and first-last, with commas."""
+    """In the grammar of sbatch: numbers and first-last, separated by commas."""
     for numbers in ([0], [0, 1, 2], [1, 3, 4, 9], list(range(30))):
         back = []
         for part in _ranges(numbers).split(","):

@@ -1,6 +1,7 @@
 """Causal attention on a CPU against torch's `scaled_dot_product_attention` in float64.
 
-Not covered: speed; rows beyond `LONGEST_ROW`, which are torch's own, only by one comparison.
+Not covered: speed. Rows longer than `LONGEST_ROW` use torch's own attention; one comparison covers
+them.
 """
 
 import pytest
@@ -36,8 +37,9 @@ def _value_and_gradients(function, inputs, grad):
 def _assert_agrees(inputs, grad, tolerance: float) -> None:
     results = _value_and_gradients(causal_attention, inputs, grad)
     truths = _value_and_gradients(_torch_attention, [x.double() for x in inputs], grad.double())
-    # Gradients of query and key are differences (a token that sees itself alone has none): they are
-    # held to what is subtracted, which has the size of the value's gradient.
+    # Gradients of query and key are differences (zero for a token that sees only itself). Their
+    # error is therefore relative to the terms that are subtracted, which have the size of the
+    # value's gradient.
     added = [truths[0].norm(), *[max(truth.norm() for truth in truths[1:])] * 3]
     for result, truth, size in zip(results, truths, added, strict=True):
         assert result.dtype == grad.dtype

@@ -1,6 +1,6 @@
 """The causal convolution against its definition, tap by tap in float64, and against conv1d.
 
-Not covered: the `causal_conv1d` package unless a GPU and the package are present (last test).
+Not covered: the `causal_conv1d` package, unless a GPU and the package are present (last test).
 """
 
 import pytest
@@ -40,7 +40,7 @@ def definition(x: Tensor, weight: Tensor, bias: Tensor, initial: Tensor | None, 
 @pytest.mark.parametrize("changes", [(), (1,), (2, 3), (4, 8, 9, 10), (3, 11)])
 @pytest.mark.parametrize(("length", "taps"), [(1, 4), (2, 4), (3, 4), (5, 2), (12, 4), (12, 3)])
 def test_equals_definition(length, taps, changes, with_initial) -> None:
-    """Forward and every gradient; documents of one, two and more tokens, rows that differ."""
+    """Forward and every gradient. Documents have one, two or more tokens; rows differ."""
     inputs = make_inputs(length, taps)
     ids = torch.zeros(2, length, dtype=torch.int64)
     for change in changes:
@@ -64,9 +64,10 @@ def test_equals_definition(length, taps, changes, with_initial) -> None:
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 2**-8)])
 def test_equals_conv1d(dtype, tolerance) -> None:
-    """PyTorch's conv1d in float64 over the same rounded inputs, which sit in a wider tensor as
-    the projection leaves them. FP32: weight gradients are sums of 400 terms, whose rounding grows
-    to sqrt(400) x 6e-8. BF16: the result is rounded once, and so is the saved sum."""
+    """PyTorch's conv1d in float64 over the same rounded inputs, which are a slice of a wider
+    tensor, as in the projection's output. FP32: weight gradients are sums of 400 terms, whose
+    rounding error grows to sqrt(400) x 6e-8. BF16: the result is rounded once, and so is the saved
+    sum."""
     wide, weight, bias, _ = (t.to(dtype) for t in make_inputs(200, channels=64))
     leaves = [wide[..., 16:48], weight[16:48], bias[16:48]]
     results = []
@@ -86,7 +87,8 @@ def test_equals_conv1d(dtype, tolerance) -> None:
 
 
 def test_documents_do_not_leak() -> None:
-    """Bit-identical output and gradient of one document whatever the other holds."""
+    """Output and gradient of one document are bit-identical whatever the other document
+    contains."""
     ids = torch.zeros(1, 20, dtype=torch.int64)
     ids[:, 9:] = 1
     base, weight, bias, _ = (t.float()[:20] for t in make_inputs(20))

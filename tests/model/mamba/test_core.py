@@ -1,7 +1,7 @@
 """The SSD core against its token-by-token recurrence in float64.
 
-Not covered here: `mamba_ssm` itself unless a GPU and the package are present (the last test), and
-speed (benchmarks/ssd.py).
+Not covered: `mamba_ssm` itself, unless a GPU and the package are present (the last test), and speed
+(benchmarks/ssd.py).
 """
 
 from itertools import pairwise
@@ -31,7 +31,7 @@ class Shape(NamedTuple):
 
 
 def make_inputs(shape: Shape, dt_scale: float = 0.3, seed: int = 0) -> list[Tensor]:
-    """x, dt, A, B, C, D and an initial state, float64; dt A spreads over two decades."""
+    """x, dt, A, B, C, D and an initial state, float64. dt A spreads over two decades."""
     b, s, h, p, g, n = shape
     generator = torch.Generator().manual_seed(seed)
 
@@ -75,7 +75,7 @@ def recurrence(
 
 
 def documents(starts: list[list[int]], length: int) -> Tensor:
-    """Ids from the positions, row by row, at which a new document starts."""
+    """Document ids from the positions, row by row, at which a new document starts."""
     ids = torch.zeros(len(starts), length, dtype=torch.int64)
     for row, positions in enumerate(starts):
         for position in positions:
@@ -86,8 +86,8 @@ def documents(starts: list[list[int]], length: int) -> Tensor:
 def both(
     inputs: list[Tensor], ids: Tensor | None, chunk: int, with_initial: bool
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Outputs, final states and all gradients: ours, and the recurrence's in float64 over the
-    same (already rounded) inputs."""
+    """Outputs, final states and all gradients of our kernel, and of the recurrence in float64 over
+    the same (already rounded) inputs."""
     results = []
     weights = torch.Generator().manual_seed(9)
     dy = torch.randn(inputs[0].shape, generator=weights, dtype=torch.float64)
@@ -115,13 +115,13 @@ def both(
 def assert_same(ours: list[Tensor], truth: list[Tensor], tolerance: float) -> None:
     for name, a, b in zip(("y", "final", *NAMES), ours, truth, strict=False):
         assert torch.isfinite(a).all(), name
-        # A's gradient is a sum over every token of terms that cancel when nothing survives a step.
+        # A's gradient sums terms over all tokens. They cancel when nothing survives a step.
         scale = max(float(b.abs().max()), 1.0)
         assert float((a - b).abs().max()) < tolerance * scale, name
 
 
-# Lengths odd, shorter than a chunk, a multiple; boundaries inside chunks, on their edges, next to
-# each other, at the last token; rows that differ.
+# Lengths: odd, shorter than a chunk, a multiple of a chunk. Boundaries: inside chunks, on their
+# edges, adjacent, at the last token. Rows differ.
 CASES = [
     (1, 4, None),
     (7, 16, [[2, 3], []]),
@@ -138,8 +138,8 @@ CASES = [
 @pytest.mark.parametrize("with_initial", [False, True])
 @pytest.mark.parametrize(("length", "chunk", "starts"), CASES)
 def test_equals_recurrence(monkeypatch, length, chunk, starts, with_initial, split_range) -> None:
-    """Forward and every gradient in float64, for both forms of the inside of a chunk and for a
-    mixture of them in one call."""
+    """Forward and every gradient in float64, for both algorithms within a chunk and for a mixture
+    of them in one call."""
     monkeypatch.setattr(scan_operands, "SPLIT_RANGE", split_range)
     ids = None if starts is None else documents(starts, length)
     ours, truth = both(make_inputs(Shape(length=length)), ids, chunk, with_initial)
@@ -171,7 +171,7 @@ def test_equals_recurrence_anywhere(shape, chunk, dt_scale, change, seed) -> Non
 
 
 def test_gradcheck() -> None:
-    """The hand-derived backward against finite differences of our own forward."""
+    """The hand-derived backward pass against finite differences of our own forward pass."""
     ids = documents([[3], [4, 5]], 6)
     leaves = [t.requires_grad_() for t in make_inputs(Shape(2, 6, 2, 2, 2, 2))]
 
@@ -189,7 +189,8 @@ def test_gradcheck() -> None:
 
 @pytest.mark.parametrize("split_range", [79.0, -1.0])
 def test_float32(monkeypatch, split_range) -> None:
-    """FP32 keeps to a few units of its own rounding (6e-8) grown by sums over 150 tokens."""
+    """FP32 stays within a few units of its own rounding error (6e-8), grown by sums over 150
+    tokens."""
     monkeypatch.setattr(scan_operands, "SPLIT_RANGE", split_range)
     inputs = [t.float() for t in make_inputs(Shape(length=150, head_dim=16, state=16), 0.05)]
     ids = documents([[50], [64, 99]], 150)
@@ -201,9 +202,10 @@ def test_float32(monkeypatch, split_range) -> None:
 
 @pytest.mark.parametrize("split_range", [79.0, -1.0])
 def test_bfloat16(monkeypatch, split_range) -> None:
-    """BF16 inputs, FP32 sums. One rounding is 2^-8 at most and 2^-8 / 2.4 in quadratic mean; an
-    operand, a result or a gradient passes through up to nine, independent: three times that, so
-    2^-7 in norm leaves a margin of 1.6. dt and A see differences of such terms: twice that."""
+    """BF16 inputs, FP32 sums. One rounding is 2^-8 at most and 2^-8 / 2.4 in quadratic mean. An
+    operand, a result or a gradient goes through up to nine independent roundings: three times that,
+    so 2^-7 in norm leaves a margin of 1.6. dt and A depend on differences of such terms: twice
+    that."""
     monkeypatch.setattr(scan_operands, "SPLIT_RANGE", split_range)
     exact = make_inputs(Shape(length=150, head_dim=16, state=16), 0.05)
     narrow = [t.to(torch.bfloat16 if name in "xBC" else torch.float32)
@@ -219,9 +221,9 @@ def test_bfloat16(monkeypatch, split_range) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_violent_decay(dtype) -> None:
-    """One token in five forgets everything (dt A to -1e5), others nothing: no overflow, no NaN,
-    and small decays right after a huge one keep their precision. Running sums reach 1e6, which in
-    FP64 leaves 1e-10 of an exponent: hence that tolerance."""
+    """One token in five forgets everything (dt A to -1e5), others nothing. There is no overflow and
+    no NaN, and small decays right after a huge one keep their precision. Running sums reach 1e6,
+    which in FP64 leaves a precision of 1e-10 in an exponent; hence the tolerance."""
     inputs = make_inputs(Shape(length=100))
     inputs[1][:, ::5] *= 1e5
     inputs[1][:, 1::5] = 0
@@ -229,7 +231,7 @@ def test_violent_decay(dtype) -> None:
     ours, truth = both(inputs, None, 64, True)
     for name, a, b in zip(("y", "final", *NAMES), ours, truth, strict=True):
         assert torch.isfinite(a).all(), name
-        if name in ("dt", "A"):  # multiplied by dt and A of 1e5: only finiteness is asked
+        if name in ("dt", "A"):  # scaled by dt and A of 1e5: only finiteness is checked
             continue
         tolerance = 1e-9 if dtype == torch.float64 else 2e-5
         torch.testing.assert_close(
@@ -239,8 +241,8 @@ def test_violent_decay(dtype) -> None:
 
 @pytest.mark.parametrize("cut", [1, 32, 41, 63])
 def test_state_carries_over(cut) -> None:
-    """A sequence in two calls, the state handed over, equals one pass: outputs and gradients. The
-    cut falls inside a document, on a chunk edge and off it."""
+    """A sequence in two calls that pass on the state equals one call: outputs and gradients. The
+    cut is inside a document, on a chunk edge and off it."""
     inputs = make_inputs(Shape(length=64))
     ids = documents([[20, 50], [7]], 64)
     whole, _ = both(inputs, ids, 32, True)
@@ -249,7 +251,7 @@ def test_state_carries_over(cut) -> None:
     outputs = []
     for part in (slice(0, cut), slice(cut, 64)):
         part_ids = ids[:, part]
-        if part.start:  # the second call's first document is the first call's last, or is not
+        if part.start:  # the cut may or may not be inside a document
             continues = (ids[:, cut] == ids[:, cut - 1])[:, None, None, None]
             state = state * continues
         y, state = ssd(
@@ -281,9 +283,9 @@ def test_packed_equals_separate() -> None:
 @pytest.mark.parametrize("split_range", [79.0, -1.0])
 @pytest.mark.parametrize("boundary", [32, 45])
 def test_documents_do_not_leak(monkeypatch, boundary, split_range, dtype) -> None:
-    """Other contents in document 0 leave document 1's output and gradients alone in every bit,
-    and the other way round. (Not covered: contents so steep that they change the form a head's
-    chunk is computed in, which may change rounding.)"""
+    """Changing document 0 leaves the output and gradient of document 1 bit-identical, and vice
+    versa. Not covered: decays so steep that a head's chunk is computed by the other algorithm,
+    which may change rounding."""
     monkeypatch.setattr(scan_operands, "SPLIT_RANGE", split_range)
     ids = documents([[boundary], [boundary]], 96)
 
@@ -317,14 +319,14 @@ def test_equals_transformers() -> None:
 
 
 def test_cpu_chunk_follows_decay() -> None:
-    """Mild heads get the long chunk, steep ones the short, whatever the padding."""
+    """Heads with mild decay get the long chunk, steep ones the short one, whatever the padding."""
     dt = torch.full((1, 100, 16), 0.1)
     assert ssd_module._cpu_chunk(dt, torch.full((16,), -1.0)) == 64
     assert ssd_module._cpu_chunk(dt, torch.full((16,), -16.0)) == 32
 
 
 def test_offsets_are_refused() -> None:
-    """Shapes whose element offsets pass 2^31 in mamba_ssm's kernels; nothing is allocated."""
+    """Shapes whose element offsets exceed 2^31 in mamba_ssm's kernels. Nothing is allocated."""
 
     def views(length: int) -> tuple[Tensor, Tensor, Tensor]:
         wide = torch.empty(1, length, 16384 + 2 * 1024, device="meta")

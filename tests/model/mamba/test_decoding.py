@@ -1,6 +1,6 @@
-"""The recurrence token by token against the chunked scan in FP64 from the same initial state.
+"""The token-by-token recurrence against the chunked scan in FP64 from the same initial state.
 
-Not covered: attention over the cache and whole layers, which tests/generate covers.
+Not covered: attention over the KV cache and whole layers (tests/generate).
 """
 
 import pytest
@@ -11,7 +11,7 @@ from nemotron_train.model.mamba.decoding import ssd_steps
 
 
 def inputs(tokens: int) -> list[torch.Tensor]:
-    """x, dt, A, B, C, D and an initial state: 2 sequences, 6 heads of 5, 2 groups of 3."""
+    """x, dt, A, B, C, D and an initial state: 2 sequences, 6 heads of 5 channels, 2 groups of 3."""
     generator = torch.Generator().manual_seed(tokens)
 
     def normal(*size: int) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """The gated RMSNorm against a float64 composition and Hugging Face's NemotronH norm.
 
-Not covered: a GPU; the function has one form there too.
+Not covered: a GPU, where the function is the same.
 """
 
 import pytest
@@ -30,8 +30,9 @@ def composition(y: Tensor, gate: Tensor, weight: Tensor, group_size: int) -> Ten
     [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 2**-8)],
 )
 def test_equals_composition(dtype, tolerance, group_size) -> None:
-    """Forward and gradients over the same rounded inputs; BF16 rounds only what it returns. With
-    groups of one channel the true gradients nearly vanish (u / |u|): absolute there."""
+    """Forward and gradients over the same rounded inputs. BF16 rounds only the results. With
+    groups of one channel the true gradients nearly vanish (u / |u|), so the tolerance is
+    absolute there."""
     inputs = [t.to(dtype) for t in make_inputs()]
     results = []
     for ours in (True, False):
@@ -56,7 +57,7 @@ def test_gradcheck() -> None:
 
 
 def test_equals_transformers() -> None:
-    """Order of gate and norm, and grouping, as the released models have them."""
+    """The order of gate and norm, and the grouping, match the released models."""
     peer = pytest.importorskip("transformers.models.nemotron_h.modeling_nemotron_h")
     y, gate, weight = (t.float() for t in make_inputs())
     theirs = peer.NemotronHRMSNormGated(24, group_size=12, eps=1e-5)
@@ -67,7 +68,7 @@ def test_equals_transformers() -> None:
 
 
 def test_zero_row() -> None:
-    """A row of zeros (a padded token) stays zero and passes finite gradients."""
+    """A row of zeros (a padded token) stays zero and has finite gradients."""
     y, gate, weight = (t.float() for t in make_inputs())
     y[0, 0] = 0
     y.requires_grad_()

@@ -1,4 +1,5 @@
-"""The packed projection's split against torch's own, values and gradients. Speed is not tested."""
+"""The split of the packed projection against torch's own, values and gradients. Not covered:
+speed."""
 
 import torch
 
@@ -8,7 +9,7 @@ WIDTHS = [3, 5, 1]
 
 
 def test_equals_torch_split_in_values_and_gradients() -> None:
-    """Exactly: a split only moves numbers. One part has no gradient."""
+    """The results are exact, because a split only moves numbers. One part has no gradient."""
     packed = torch.randn(7, 2, 9, requires_grad=True)
     reference = packed.detach().clone().requires_grad_()
     parts = split_to_batch_first(packed, WIDTHS)

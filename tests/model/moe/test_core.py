@@ -1,7 +1,7 @@
 """Grouped experts and the token permutation against one dense expert at a time in float64, and
 against Megatron-Core's permutation and sequential experts.
 
-Not covered: the GPU's grouped product, expert-parallel exchange, speed.
+Not covered: the GPU's grouped product, the expert-parallel exchange, speed.
 """
 
 import pytest
@@ -65,8 +65,8 @@ def _assert_agrees(function, experts, grad, inputs, tolerance: float) -> None:
         tuple(tensor.double() for tensor in inputs),
         grad.double(),
     )
-    # Sums may cancel to nothing where they are all there is (one token, width 1): errors are held
-    # to what is added, the same function of absolute values.
+    # A sum may cancel to nothing (one token, width 1). Errors are therefore relative to the size of
+    # the added terms: the same function of absolute values.
     added = _value_and_gradients(
         lambda x, p, w1, w2: _one_expert_at_a_time(x, experts, p, w1, w2),
         tuple(tensor.double().abs() for tensor in inputs),
@@ -80,7 +80,8 @@ def _assert_agrees(function, experts, grad, inputs, tolerance: float) -> None:
 
 
 def _through_grouped_mlp(experts: Tensor, num_experts: int):
-    """The way of several expert-parallel ranks: sorted rows and their counts from outside."""
+    """The path with several expert-parallel ranks: sorted rows and their counts come from
+    outside."""
     packed = plan_permutation(experts, num_experts, max_padding=0)
 
     def function(x, probabilities, weight1, weight2):
@@ -105,7 +106,7 @@ def _through_grouped_mlp(experts: Tensor, num_experts: int):
     padding_flops=st.sampled_from([0, 10_000, 10**12]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
 )
-# The one routing weight's gradient cancels to a thousandth of what is added.
+# The only routing weight's gradient cancels to a thousandth of the added terms.
 @example(num_tokens=1, num_experts=7, num_choices=1, width=7, padding_flops=0, dtype=torch.float32)
 def test_any_shape_agrees_with_one_expert_at_a_time(
     num_tokens: int,
@@ -118,7 +119,7 @@ def test_any_shape_agrees_with_one_expert_at_a_time(
     """Packed, sometimes padded and always padded blocks, on one rank and from sorted rows."""
     num_choices = min(num_choices, num_experts)
     experts, grad, inputs = _problem(num_tokens, num_experts, num_choices, width, dtype)
-    # A few roundings in a row, of 2^-24 or 2^-9, on random signs.
+    # A few consecutive roundings of 2^-24 or 2^-9 with random signs.
     tolerance = 5e-7 if dtype == torch.float32 else 1e-2
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(module._PADDING_FLOPS, dtype, padding_flops)
@@ -237,7 +238,7 @@ def test_bfloat16_agrees_with_megatrons_weighted_squared_relu() -> None:
 
 
 def test_routing_weight_multiplies_before_the_second_product() -> None:
-    """Applied after it, the product would have overflowed FP32."""
+    """If the weight were applied after the product, the product would overflow FP32."""
     x = torch.tensor([[1e18]])
     y = grouped_mlp(x, [1], torch.ones(1, 1, 1), torch.full((1, 1, 1), 1e6), torch.tensor([1e-9]))
     torch.testing.assert_close(y, torch.tensor([[1e33]]))

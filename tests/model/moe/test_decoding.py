@@ -1,6 +1,6 @@
-"""The chosen experts of a few tokens against `routed_mlp`, which training uses.
+"""The chosen experts of a few tokens against `routed_mlp`, the function used in training.
 
-Not covered: a GPU, which takes `routed_mlp` for decoding too.
+Not covered: a GPU, where decoding uses `routed_mlp` too.
 """
 
 import pytest
@@ -21,7 +21,7 @@ def test_few_experts(
     copied: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Both ways, with tokens that share experts."""
+    """Both implementations, with tokens that share experts."""
     monkeypatch.setattr(module, "_COPIED", copied)
     generator = torch.Generator().manual_seed(0)
     experts, choices, width, hidden = 8, 3, 24, 40

@@ -1,7 +1,7 @@
 """Parameters and FLOPs against published totals, Hugging Face's model and plain counting.
 
-Does not cover: that the model this project builds has these tensors (tests of assemble.build), nor
-whether a real kernel does the FLOPs counted here.
+Not covered: that the model this project builds has these tensors (tests/model/test_hybrid.py), and
+that a real kernel executes the FLOPs counted here.
 """
 
 from collections import Counter
@@ -79,7 +79,7 @@ def models(draw: st.DrawFn) -> ModelConfig:
 def test_published_totals(
     name: str, total: str, active_with_head: str, active_with_embeddings: str
 ) -> None:
-    """The reports' figures in billions; the model cards say 3.2B, 12B and 55B active."""
+    """The figures of the reports in billions. The model cards say 3.2B, 12B and 55B active."""
     counts = parameters(recipe(name))
     assert f"{counts.total / 1e9:.2f}" == total
     assert f"{counts.active_with_head_only / 1e9:.2f}" == active_with_head
@@ -87,7 +87,7 @@ def test_published_totals(
 
 
 def test_super_with_mtp_is_exactly_the_published_count() -> None:
-    """The card's number holds the expert biases of 41 routers, which are buffers here."""
+    """The number on the card includes the expert biases of 41 routers, which are buffers here."""
     counts = parameters(recipe("super_120b_a12b"))
     assert counts.published == 123_611_033_088
     assert counts.published - counts.total_with_mtp == 41 * 512
@@ -122,8 +122,8 @@ def test_proxies_are_the_size_their_recipe_states(name: str, size: float) -> Non
 
 
 def hugging_face_shapes(model: ModelConfig) -> Counter[tuple[int, ...]]:
-    """Shapes of every parameter of transformers' NemotronH of the same sizes, on the meta
-    device. It keeps query, key and value apart; they are put together as Megatron does."""
+    """Shapes of every parameter of transformers' NemotronH of the same sizes, on the meta device.
+    Its query, key and value are separate; they are packed here as in Megatron."""
     torch = pytest.importorskip("torch")
     modeling = pytest.importorskip("transformers.models.nemotron_h.modeling_nemotron_h")
     hf_config = modeling.NemotronHConfig(
@@ -155,7 +155,7 @@ def hugging_face_shapes(model: ModelConfig) -> Counter[tuple[int, ...]]:
                 shapes[(query_key_value, model.hidden_size)] += 1
                 query_key_value = 0
         elif name.endswith("conv1d.weight"):
-            shapes[(parameter.shape[0], parameter.shape[2])] += 1  # one input channel a group
+            shapes[(parameter.shape[0], parameter.shape[2])] += 1  # one input channel per group
         else:
             shapes[tuple(parameter.shape)] += 1
     return shapes
@@ -163,7 +163,7 @@ def hugging_face_shapes(model: ModelConfig) -> Counter[tuple[int, ...]]:
 
 @pytest.mark.parametrize("name", SIZES)
 def test_tensors_are_hugging_faces(name: str) -> None:
-    """Every tensor of every size but the MTP block, which transformers does not build."""
+    """Every tensor of every size except the MTP block, which transformers does not build."""
     model = recipe(name)
     expected = hugging_face_shapes(model)
     ours = Counter(tensor.shape for tensor in tensors(model) if not tensor.name.startswith("mtp."))
@@ -195,8 +195,8 @@ def test_counts_are_sums_over_distinct_tensors(model: ModelConfig) -> None:
 @given(models(), st.integers(1, 500))
 @settings(deadline=None, max_examples=60)
 def test_linear_flops_are_two_a_used_weight(model: ModelConfig, length: int) -> None:
-    """A forward costs two FLOPs for every active matrix element, once for each application;
-    the mixing of positions comes on top and only attention's grows with the length."""
+    """A forward pass costs two FLOPs per active matrix element, once for each use. The mixing of
+    positions is added to that; only attention's grows with the length."""
     applied = {"mtp": model.mtp.depths, "decoder": 1, "output_layer": 1 + model.mtp.depths}
     weights = {tensor.name: tensor for tensor in tensors(model)}
     expected = sum(
@@ -215,7 +215,7 @@ def mixing_flops(layer: LayerShape, length: int) -> int:
 
 
 def test_causal_attention_counted_pair_by_pair() -> None:
-    """Two products over every visible pair; the closed form leaves out half the diagonal."""
+    """Two products over every visible pair. The closed form leaves out half the diagonal."""
     model = replace(recipe("tiny"), pattern="*", mtp=MtpConfig())
     (layer,) = layers(model)
     length = 512
@@ -225,7 +225,8 @@ def test_causal_attention_counted_pair_by_pair() -> None:
 
 
 def test_ssd_counted_chunk_by_chunk() -> None:
-    """The chunked algorithm's products, counted over one sequence; half the diagonal again."""
+    """The chunked algorithm's products, counted over one sequence. Half the diagonal is left out
+    too."""
     model = replace(recipe("proxy_10m"), pattern="M", mtp=MtpConfig())
     (layer,) = layers(model)
     mamba, length = model.mamba, 1024
@@ -236,7 +237,7 @@ def test_ssd_counted_chunk_by_chunk() -> None:
         count += 2 * visible * mamba.groups * state  # C B^T
         count += 2 * visible * inner  # (L o C B^T) x
         count += 2 * chunk * inner * state  # the chunk's own state
-        count += 2 * chunk * inner * state  # the entering state, read at every token
+        count += 2 * chunk * inner * state  # the incoming state, read at every token
         count += 2 * inner * state  # the state carried to the next chunk
     assert mixing_flops(layer, length) == pytest.approx(count / length, rel=1 / chunk)
 

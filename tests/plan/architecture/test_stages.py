@@ -1,4 +1,4 @@
-"""Pipeline stages: the cut by FLOPs against all cuts there are, and what lies on which rank.
+"""Pipeline stages: the cut by FLOPs against all possible cuts, and the stage of each layer.
 
 Second truth: enumeration. Not covered: whether FLOPs predict time on a given machine.
 """
@@ -20,7 +20,7 @@ from nemotron_train.plan.architecture.stages import (
 
 
 def sums(costs: list[int], sizes: tuple[int, ...] | list[int], after: int) -> list[int]:
-    """Cost of every run of `sizes` layers, the last one's with `after` more."""
+    """Cost of each stage of `sizes` layers. The last stage has `after` more."""
     found, start = [], 0
     for size in sizes:
         found.append(sum(costs[start : start + size]))
@@ -49,7 +49,7 @@ def test_no_other_cut_is_better(costs: list[int], num_stages: int, after: int) -
 
 
 def test_the_output_layer_and_prediction_count_on_the_last_stage() -> None:
-    """A vocabulary large beside its layers leaves the last stage little else."""
+    """If the vocabulary is large compared with the layers, the last stage gets few layers."""
     config = compose_config(["parallel.pipeline=2"])
     first, last = stages(config)
     assert (first.pattern, last.pattern) == ("MEM*EM", "E")
@@ -77,7 +77,7 @@ def test_interleaved_stages_go_round_the_ranks() -> None:
 
 
 def test_a_large_recipe_is_cut_evenly() -> None:
-    """Ultra's 108 layers in 12 stages: nearer to the mean than cut by hand in the recipe."""
+    """Ultra's 108 layers in 12 stages: closer to the mean than the manual cut of the recipe."""
     by_hand = compose_config(["run=ultra_550b_a55b"])
     pattern = by_hand.model.pattern.replace("|", "")
     balanced = compose_config(["run=ultra_550b_a55b", f"model.pattern='{pattern}'"])

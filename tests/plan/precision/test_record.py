@@ -1,7 +1,7 @@
-"""What a checkpoint remembers of its plan: one digest for one plan, whatever file it comes from.
+"""The record of a precision plan in a checkpoint: one digest per plan, whatever file it comes from.
 
-Second truth: plans that are equal or not by what `formats_at` gives every linear. Not covered:
-what a run does about it (tests/run_folder/test_branch.py).
+Second truth: plans are equal or not by the formats that `resolve_plan(...).at(tokens)` gives every
+linear. Not covered: how a run uses the record (tests/run_folder/test_branch.py).
 """
 
 import itertools
@@ -22,7 +22,7 @@ def config_of(*overrides: str) -> Config:
 
 
 def resolved(config: Config) -> object:
-    """All that a plan says, without its name."""
+    """The full content of a plan without its name."""
     phases = [
         (start, resolve_plan(config).at(start).formats) for start in resolve_plan(config).boundaries
     ]
@@ -58,7 +58,8 @@ def test_what_changes_the_digest(overrides: list[str], same: bool) -> None:
 
 
 def test_rules_said_in_other_words_are_the_same_plan() -> None:
-    """Mamba in BF16 and the rest in NVFP4, by a rule for Mamba or by rules for all the others."""
+    """Mamba in BF16 and everything else in NVFP4, by a rule for Mamba or by rules for all other
+    linears."""
     kinds = ("attention", "moe", "mtp_projection")
     rules = [f"+precision.rules.{kind}={{layer_type: {kind}, format: nvfp4}}" for kind in kinds]
     mamba = "+precision.rules.mamba={layer_type: mamba, format: bf16}"
@@ -68,7 +69,7 @@ def test_rules_said_in_other_words_are_the_same_plan() -> None:
 
 
 def test_record_is_json_and_says_everything() -> None:
-    """Read back from JSON it names every linear's products in every phase."""
+    """Read back from JSON, the record names the products of every linear in every phase."""
     config = config_of("precision=nvfp4_bf16_forward")
     record = json.loads(json.dumps(plan_record(resolve_plan(config))))
     assert [phase["from_tokens"] for phase in record["phases"]] == resolve_plan(config).boundaries

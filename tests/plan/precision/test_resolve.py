@@ -1,7 +1,7 @@
 """The precision plan against independent readings of the published recipes.
 
-Does not cover: that a built model computes in these formats (tests of the linears), and anything
-that Transformer Engine or a Blackwell GPU does.
+Not covered: that a built model computes in these formats (tests/precision), Transformer Engine,
+Blackwell GPUs.
 """
 
 import re
@@ -38,7 +38,7 @@ composed = lru_cache(maxsize=None)(lambda *overrides: compose_config(overrides))
 
 
 def config_of(*overrides: str, ranks: int = 0) -> Config:
-    """The composed and, on `ranks` ranks, checked configuration; nobody changes it."""
+    """The composed configuration, checked if `ranks` is given. Tests must not change it."""
     config = composed(*overrides)
     if ranks:
         derive(config, ranks)
@@ -113,7 +113,7 @@ def test_last_layers_are_the_published_ones(model: str, counts: dict[str, int]) 
 
 
 def test_share_of_flops_of_super() -> None:
-    """From Table 1 of arXiv 2604.12374 alone: multiply-adds of every linear, MTP twice."""
+    """From Table 1 of arXiv 2604.12374 only: multiply-adds of every linear, MTP counted twice."""
     hidden, latent, expert, shared = 4096, 1024, 2688, 5376
     in_proj = hidden * (2 * 8192 + 2 * 8 * 128 + 128)
     out_proj = 8192 * hidden
@@ -149,7 +149,7 @@ def test_the_table_of_shares_in_the_guide_is_this_one() -> None:
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize(("model", "ranks"), RANKS.items())
 def test_every_plan_is_accepted_and_printed_whole(plan: str, model: str, ranks: int) -> None:
-    """On the sizes' own layouts, and with a line for each linear in each phase."""
+    """With the layouts of the sizes. The text has a line for each linear in each phase."""
     config = config_of(f"run={model}", f"precision={plan}", ranks=ranks)
     assert config.precision.name == plan
     rows = [line.split() for line in plan_text(resolve_plan(config)).splitlines()]
@@ -206,7 +206,7 @@ def chosen_by_new(config: Config) -> list[str]:
     ],
 )
 def test_conditions(condition: str, wanted: Callable[[str], bool]) -> None:
-    """On tiny, MEM*EME and an MTP block; routers and the output layer are nobody's."""
+    """On tiny: MEM*EME and an MTP block. No rule applies to routers and the output layer."""
     config = rule(condition, "format: mxfp8")
     paths = [linear.path for linear in linears(config.model)]
     free = [path for path in paths if not path.endswith(("router", "output_layer"))]
@@ -228,7 +228,7 @@ def test_formats_of_single_products() -> None:
 
 
 def test_first_match_wins_and_a_redundant_rule_is_no_error() -> None:
-    """The attention layer of ME*E lies in the last pair, so qkv asks for what is done already."""
+    """The attention layer of ME*E is in the last pair, so the rule for qkv changes nothing."""
     config = config_of("precision=nvfp4_nemotron3", "model.pattern=ME*E", ranks=1)
     path = "decoder.layers.2.self_attention.linear_qkv"
     assert {e.path: e.rule for e in resolve_plan(config).at(0).linears}[
@@ -261,7 +261,7 @@ def test_first_match_wins_and_a_redundant_rule_is_no_error() -> None:
 def test_rules_that_do_not_do_what_they_say(
     overrides: str, words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Exit 2 with one line."""
+    """Exit code 2 with one line."""
     assert main(["plan", "precision=nvfp4_nemotron3", *overrides.split()]) == 2
     message = capsys.readouterr().err
     assert words in message and message.count("\n") == 1
@@ -271,7 +271,7 @@ def test_rules_that_do_not_do_what_they_say(
 
 
 def phases(*written: str, plan: str = "nvfp4_nemotron3") -> Config:
-    """On tiny: 512,000 tokens, of which the last 102,400 decay."""
+    """On tiny: 512,000 tokens, of which the last 102,400 are the decay."""
     return config_of(f"precision={plan}", f"precision.phases=[{', '.join(written)}]", ranks=1)
 
 
@@ -329,7 +329,8 @@ def test_bf16_first_and_a_phase_replaces_the_one_before() -> None:
 )
 @settings(max_examples=50, deadline=None)
 def test_a_phase_raises_and_never_lowers(bounds: tuple, start: int, tokens: int) -> None:
-    """Every product gets the higher precision of rule and phase, from the start on only."""
+    """Every product gets the higher precision of rule and phase, and only after the phase
+    starts."""
     roles = dict(zip(("fprop", "dgrad", "wgrad"), bounds, strict=True))
     config = deepcopy(composed("precision=nvfp4_all"))
     phase = PrecisionPhase(from_tokens=start, at_least=AtLeast(**roles))
@@ -376,8 +377,8 @@ def test_no_decay_to_start_with() -> None:
 
 @pytest.mark.parametrize("model", MODELS)
 def test_shards_make_up_the_whole(model: str) -> None:
-    """Also under expert tensor parallelism. That each is cut along the right dimension is checked
-    by name only: inputs where a product ends a block, outputs where it begins one."""
+    """Also with expert tensor parallelism. The sharded dimension is checked by name only: inputs
+    where a product ends a block, outputs where it begins one."""
     config = config_of(f"model={model}", "parallel.tensor=2", "parallel.expert_tensor=2")
     for linear in linears(config.model):
         part = shard(linear, config.parallel)
@@ -429,7 +430,7 @@ def test_ranks_do_not_cut_through_blocks(overrides: str, words: str) -> None:
 
 
 def test_pieces_of_a_sequence_do_not_cut_through_blocks() -> None:
-    """A micro-batch of 3 rows of 16 tokens is 48; half of it is one and a half blocks."""
+    """A micro-batch of 3 rows of 16 tokens has 48 tokens. Half of it is one and a half blocks."""
     rows = ["train.sequence_length=16", "train.micro_batch_sequences=3"]
     rows += ["train.global_batch_tokens=1536", "train.validation_tokens=1536"]
     config_of("precision=nvfp4_all", *rows, ranks=1)
@@ -443,7 +444,8 @@ def test_pieces_of_a_sequence_do_not_cut_through_blocks() -> None:
 
 
 def test_a_forward_only_format_does_not_mind_cut_outputs() -> None:
-    """Only fprop in NVFP4, weights in 1x16 blocks: in_proj's 454 rows a rank are in no sum."""
+    """Only fprop in NVFP4, weights in 1x16 blocks: no product sums over in_proj's 454 rows per
+    rank."""
     forward_only = ["dgrad=bf16", "wgrad=bf16", "weight_2d=false"]
     config_of(
         "precision=nvfp4_all",

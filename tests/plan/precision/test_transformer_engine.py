@@ -1,9 +1,9 @@
-"""The plan in Megatron's words, read by Megatron's own matcher, against a second reading of the
-recipe files: `Recipe` below knows neither our schema, nor our rules, nor our list of linears.
+"""The plan in Megatron's terms, read by Megatron's own matcher, against a second reading of the
+recipe files. The second reading shares no code with our schema, our rules or our list of linears.
 
-Does not cover: Transformer Engine, which is not installed here, and so nothing that a GPU does.
-The contexts in which Megatron quantizes are written down a second time below, from its source;
-test_native.py lets Megatron's own contexts and wrappers run.
+Not covered: Transformer Engine, which is not installed here, and therefore any GPU. The contexts in
+which Megatron quantizes are written down a second time below, from its source; test_native.py runs
+Megatron's own contexts and wrappers.
 """
 
 from fnmatch import fnmatchcase
@@ -25,10 +25,10 @@ device.prepare()
 from megatron.core.quantization.quant_config import MatchContext, RecipeConfig  # noqa: E402
 
 RUNS = ("tiny", "nano_30b_a3b", "super_120b_a12b", "ultra_550b_a55b")
-# Tiny's Mamba input projection has 908 outputs; with 32 heads of 12 it has 928, whole blocks.
+# Tiny's Mamba input projection has 908 outputs. With 32 heads of 12 it has 928: whole blocks.
 WHOLE_BLOCKS = ["model.mamba.heads=32", "model.mamba.head_dim=12"]
 # Layers in BF16 at the end: the published 14 and 16 (arXiv 2604.12374, Table 3; arXiv 2606.15007,
-# section 2.2), arXiv 2509.25149's 8 of 52, and one pair of tiny's seven.
+# section 2.2), 8 of 52 of arXiv 2509.25149, and one pair of tiny's seven layers.
 LAST_LAYERS = {"tiny": 2, "nano_30b_a3b": 8, "super_120b_a12b": 14, "ultra_550b_a55b": 16}
 PLANS = sorted(path.stem for path in (recipes_folder() / "precision").glob("*.yaml"))
 NOT_NATIVE = {"fp32", "nvfp4_bf16_forward", "nvfp4_then_mxfp8"}
@@ -44,7 +44,7 @@ PUBLISHED = {
 
 
 def local_path(path: str, config: Config) -> str:
-    """The name in the stage that holds the layer: its numbers begin at 0 again."""
+    """The module name within its pipeline stage: layer numbers start at 0 in every stage."""
     words = path.split(".")
     if words[0] == "decoder":
         number = int(words[2])
@@ -57,10 +57,11 @@ def local_path(path: str, config: Config) -> str:
 
 
 def read_by_megatron(path: str, config: Config, native: dict) -> str:
-    """The format of a linear: its context's, unless the recipe that Megatron matches replaces it.
+    """The format of a linear: its context's format, unless Megatron matches a recipe that replaces
+    it.
 
-    Layers in the middle of the decoder and of the MTP block are in a quantized context; the MTP
-    projection is in one only if it is FP8's.
+    Layers in the middle of the decoder and of the MTP block are in a quantized context. The MTP
+    projection is in one only if the format is FP8.
     """
     fields, words = native["transformer_config"], path.split(".")
     context = {"fp4": "nvfp4", "fp8": "mxfp8"}.get(next(iter(fields), ""), "bf16")
@@ -86,7 +87,7 @@ def read_by_megatron(path: str, config: Config, native: dict) -> str:
 
 
 def yaml_of(group: str, name: str) -> dict[str, Any]:
-    """A recipe file over the one it builds on, as Hydra would compose the two."""
+    """A recipe file merged over its base, as Hydra would compose the two."""
     own = yaml.safe_load((recipes_folder() / group / f"{name}.yaml").read_text())
     bases = own.pop("defaults", [])
     if not bases:
@@ -99,7 +100,7 @@ def yaml_of(group: str, name: str) -> dict[str, Any]:
 
 
 def module_paths(model: dict[str, Any]) -> list[tuple[str, int]]:
-    """(path, decoder layer or -1) of every linear, from the pattern's letters."""
+    """(path, decoder layer or -1) of every linear, from the letters of the pattern."""
 
     def inside(letter: str) -> list[str]:
         if letter == "M":
@@ -155,7 +156,7 @@ def second_reading(plan: str, run: str) -> dict[str, str]:
 
 @cache
 def native_config(plan: str, run: str) -> Config:
-    """Nobody changes it."""
+    """The composed configuration. Tests must not change it."""
     sizes = WHOLE_BLOCKS if run == "tiny" else []
     return compose_config([f"run={run}", f"precision={plan}", *sizes])
 
@@ -163,7 +164,7 @@ def native_config(plan: str, run: str) -> Config:
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("run", RUNS)
 def test_the_plan_is_the_second_reading(plan: str, run: str) -> None:
-    """All three products; in phases, what the bound of the last one makes of it."""
+    """All three products, and with phases the formats under the last phase's bound."""
     config = native_config(plan, run)
     wanted = second_reading(plan, run)
     assert sorted(wanted) == sorted(linear.path for linear in linears(config.model))
@@ -192,7 +193,7 @@ def test_megatron_reads_the_plan(plan: str, run: str) -> None:
 
 
 def test_super_is_the_published_table() -> None:
-    """arXiv 2604.12374, Table 3: NVFP4 but for the last 14 layers, latent projections, MTP and
+    """arXiv 2604.12374, Table 3: NVFP4 except for the last 14 layers, latent projections, MTP and
     attention in BF16, and the Mamba output projection in MXFP8."""
     config = native_config("nvfp4_nemotron3", "super_120b_a12b")
     native = to_transformer_engine(config, resolve_plan(config))
@@ -232,7 +233,8 @@ def test_tiny_itself_has_no_whole_blocks() -> None:
 
 
 def test_super_is_the_published_file() -> None:
-    """The same choice for every linear as Megatron-Bridge's globs, and its fields around them."""
+    """Every linear has the same format as in Megatron-Bridge's globs; the surrounding fields are
+    equal too."""
     config = compose_config(["run=super_120b_a12b", "precision=nvfp4_nemotron3"])
     native = to_transformer_engine(config, resolve_plan(config))
     assert native["transformer_config"] == {

@@ -1,6 +1,7 @@
 """Loss gaps against arithmetic done by hand on made-up runs; trend, interval and verdict against
-other definitions and simulated noise. Not covered: how the picture looks; whether a published gap
-would be found."""
+other definitions and simulated noise. Not covered: the look of the picture, and whether a published
+gap would be found.
+"""
 
 import itertools
 import json
@@ -62,7 +63,8 @@ def the_one(folder: Path) -> Comparison:
 
 
 def test_pairs_by_seed(sweep_folder: Path) -> None:
-    """Seed 3 has no twin and does not count; 1 % and 3 % give 2 % with a standard error of 1 %."""
+    """Seed 3 has no counterpart and does not count. 1 % and 3 % give 2 % with a standard error of 1
+    %."""
     found = gaps(the_one(sweep_folder))
     assert [gap.group for gap in found] == ["full", "four_bits"], "the baseline leads"
     assert found[1].seeds == [1, 2]
@@ -88,7 +90,7 @@ def test_draws_with_one_seed_and_several(sweep_folder: Path) -> None:
 
 
 def test_report_shows_a_sweep(sweep_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The verb tells a sweep's folder from a run's, and takes both at once."""
+    """The command tells a sweep's folder from a run's, and accepts both at once."""
     assert main(["report", str(sweep_folder), str(sweep_folder / "full-seed1")]) == 0
     shown = capsys.readouterr().out
     assert "+2.000 ± 1.000" in shown.replace("\n", "") and "full-seed1" in shown
@@ -106,7 +108,8 @@ def test_no_sweep_is_refused(tmp_path: Path) -> None:
 def test_a_sweep_of_no_baseline_yet_is_shown(
     sweep_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """While the first runs are going there is nothing to compare with; the page is written."""
+    """While the first runs are going there is nothing to compare with. The page is still
+    written."""
     for seed in (1, 2):
         (sweep_folder / f"full-seed{seed}/metrics.jsonl").unlink()
     assert main(["report", str(sweep_folder)]) == 0
@@ -122,7 +125,7 @@ def test_a_sweep_does_not_lead_out_of_its_folder(tmp_path: Path) -> None:
 
 
 def test_each_group_has_a_baseline_of_its_own(tmp_path: Path) -> None:
-    """Two sizes, each held to its own: -10 % and +25 % by hand."""
+    """Two sizes, each compared with its own baseline: -10 % and +25 % by hand."""
     losses = {"small-four": 3.6, "small-full": 4.0, "large-four": 2.5, "large-full": 2.0}
     cells = []
     for group, loss in losses.items():
@@ -151,8 +154,8 @@ def write_run(folder: Path, tokens: np.ndarray, losses: np.ndarray) -> None:
 
 
 def test_a_branch_is_compared_where_it_has_steps(tmp_path: Path) -> None:
-    """The trunk's loss falls by one a step; the branch, from step 30 on, is 1 below it at every
-    step. The mean over the trunk's last tenth (steps 37 to 40) is 61.5, the branch's 60.5; the
+    """The trunk's loss falls by one per step. The branch, from step 30 on, is 1 below it at every
+    step. The mean over the trunk's last tenth (steps 37 to 40) is 61.5, the branch's 60.5. The
     branch's own last tenth would be step 40 alone."""
     steps = np.arange(1.0, 41)
     write_run(tmp_path / "trunk", steps, 100 - steps)
@@ -193,8 +196,8 @@ def test_theil_sen_is_the_median_slope(values: list[float]) -> None:
 
 
 def test_the_trend_of_a_gap_that_grows_by_the_doubling(tmp_path: Path) -> None:
-    """A gap of 0.5 % and 0.2 points more a doubling of the tokens, with a spike that must not
-    count; closed form: the slope is 0.2."""
+    """A gap of 0.5 % that grows by 0.2 points per doubling of the tokens, with a spike that must
+    not count. Closed form: the slope is 0.2."""
     tokens = 2048 * np.arange(1.0, 2001)
     gap = 0.5 + 0.2 * np.log2(tokens / 2048)
     gap[1500:1510] += 50
@@ -206,15 +209,15 @@ def test_the_trend_of_a_gap_that_grows_by_the_doubling(tmp_path: Path) -> None:
 
 
 def test_the_interval_of_three_numbers() -> None:
-    """By hand: the mean of 1, 2, 3 is 2, its error 1/sqrt(3), Student's quantile 4.303."""
+    """By hand: the mean of 1, 2, 3 is 2, its standard error 1/sqrt(3), Student's quantile 4.303."""
     assert interval([1, 2, 3]) == pytest.approx((2 - 4.303 / 3**0.5, 2 + 4.303 / 3**0.5), abs=1e-3)
     assert all(math.isnan(end) for end in interval([1]))
 
 
 @pytest.mark.parametrize("num_seeds", [2, 3, 5, 30])
 def test_the_verdict_is_wrong_as_often_as_it_says(num_seeds: int) -> None:
-    """Of gaps that are noise alone, one in twenty is called apart from zero, whatever the number
-    of seeds; a normal quantile would call one in three of two seeds so."""
+    """If gaps are pure noise, one in twenty is reported as different from zero, whatever the number
+    of seeds. With two seeds a normal quantile would report one in three."""
     generator, wrong = np.random.default_rng(num_seeds), 0
     for _ in range(4000):
         values = (generator.standard_normal(num_seeds) / 100).tolist()
@@ -243,7 +246,7 @@ def test_verdicts(values: list[float], spread: float, level: str, words: str) ->
 
 
 def test_noise_from_repeats_and_from_seeds(tmp_path: Path) -> None:
-    """Repeats that differ by +1 % and -1 % have a root mean square of 1 %; without repeats the
+    """Repeats that differ by +1 % and -1 % have a root mean square of 1 %. Without repeats the
     baseline's seeds at 2.97 and 3.03 spread by 0.06/sqrt(2)/3."""
     tokens = np.arange(1.0, 101)
     runs: dict[str, dict[int, object]] = {"full": {}, "again": {}}
@@ -263,7 +266,8 @@ def test_noise_from_repeats_and_from_seeds(tmp_path: Path) -> None:
 
 
 def test_plain_folders_are_paired(tmp_path: Path) -> None:
-    """Runs that differ in plan, seed and order of sums only; another width is no twin."""
+    """Runs that differ only in plan, seed and order of sums are counterparts. Another width is
+    not."""
     import yaml
 
     from nemotron_train.compose.compose import compose_config

@@ -1,5 +1,6 @@
-"""Gaps against size: the slope against NumPy's polynomial fit and simulated noise, which runs make
-a size, the sentence. Not covered: how the picture looks."""
+"""Gaps against size: the slope against NumPy's polynomial fit and simulated noise, the runs that
+make up a size, the printed sentence. Not covered: the look of the picture.
+"""
 
 import json
 import math
@@ -26,7 +27,7 @@ def test_slope_is_that_of_least_squares() -> None:
     assert found is not None
     x = [math.log2(size.active) for size in sizes for _ in size.validation]
     y = [value for size in sizes for value in size.validation]
-    (value, _), covariance = np.polyfit(x, y, 1, cov=True)  # error scaled by n - 2, as ours
+    (value, _), covariance = np.polyfit(x, y, 1, cov=True)  # error scaled by n - 2, as in our code
     error = 2.776 * math.sqrt(covariance[0, 0])  # Student's t for 4 degrees of freedom
     assert found.value == pytest.approx(value)
     assert (found.low, found.high) == pytest.approx((value - error, value + error))
@@ -41,8 +42,8 @@ def test_too_little_has_no_slope() -> None:
 
 
 def test_the_interval_covers() -> None:
-    """95 % intervals of a slope that is 0.2, over 2,000 draws of noise; two standard errors of the
-    count are 1 %."""
+    """95 % intervals of a slope of 0.2, over 2,000 draws of noise. Two standard errors of the count
+    are 1 %."""
     draw = np.random.default_rng(0)
     covered = 0
     for _ in range(2000):
@@ -69,7 +70,7 @@ def test_sentence(gaps: list[list[float]], words: str) -> None:
 
 
 def test_a_sweep_of_sizes_is_reported(tmp_path: Path) -> None:
-    """Three widths of two seeds, each plan held to the BF16 of its own width."""
+    """Three widths with two seeds, each plan compared with the BF16 run of its own width."""
     cells = []
     for width, gap in ((64, 0.01), (128, 0.02), (192, 0.03)):
         for plan in ("bf16", "nvfp4_all"):
@@ -98,7 +99,7 @@ def test_a_sweep_of_sizes_is_reported(tmp_path: Path) -> None:
 
 
 def test_other_models_against_one_baseline_are_no_sizes(tmp_path: Path) -> None:
-    """Two expert widths held to a third: what differs is the model, not its size."""
+    """Two expert widths compared with a third: the model differs, not its size."""
     cells = []
     for width in (64, 128, 192):
         run = make_run(tmp_path / f"e{width}", f"model.moe.expert_hidden_size={width}")

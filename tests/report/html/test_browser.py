@@ -1,8 +1,8 @@
-"""The page in a real browser: it draws, reports no error, asks for nothing, and is quick.
+"""The page in a real browser: it draws, reports no error, makes no network request, and is quick.
 
-Chromium without a display. Needs `chromium` (or google-chrome) on PATH: Debian's package is
-`chromium`; make test-browser. Not covered: other browsers; how a chart looks, which a person has
-looked at (docs/report.md).
+Headless Chromium. Needs `chromium` (or google-chrome) on PATH. Debian's package is `chromium`; the
+command is `make test-browser`. Not covered: other browsers; the look of the charts, which a person
+has checked (docs/report.md).
 """
 
 import json
@@ -31,23 +31,23 @@ pytestmark = [
     pytest.mark.browser,
     pytest.mark.skipif(not CHROMIUM, reason="no chromium on PATH (Debian: apt install chromium)"),
 ]
-MAX_DRAWING_SECONDS = 3.0  # of 20 runs, all charts; 0.3 s on a quiet machine of two cores
+MAX_DRAWING_SECONDS = 3.0  # for 20 runs, all charts; 0.3 s on an idle machine with two cores
 NUM_RUNS, NUM_STEPS = 20, 20_000
 
 
 def browse(page: Path, folder: Path, *options: str) -> tuple[str, str, list[str]]:
-    """Opens the page; returns the document as it stands then, what was said on the console, and
-    every address that was asked for but the page's own."""
+    """Opens the page. Returns the resulting document, the console messages, and every requested
+    address except the page's own."""
     folder.mkdir()
     log, netlog = folder / "chrome.log", folder / "net.json"
     command = [CHROMIUM, "--headless=new", "--disable-gpu", "--no-first-run", "--hide-scrollbars"]
     command += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
     command += ["--disable-default-apps", "--disable-extensions", "--metrics-recording-only"]
-    command += ["--host-resolver-rules=MAP * ~NOTFOUND"]  # whatever is asked for stays here
+    command += ["--host-resolver-rules=MAP * ~NOTFOUND"]  # no request leaves this machine
     command += [f"--user-data-dir={folder / 'profile'}", f"--log-net-log={netlog}"]
     command += ["--enable-logging=stderr", "--v=0", "--virtual-time-budget=10000", *options]
     if os.geteuid() == 0:
-        command.append("--no-sandbox")  # Chromium refuses to sandbox for root
+        command.append("--no-sandbox")  # Chromium's sandbox does not work as root
     with open(log, "wb") as errors:
         done = subprocess.run(
             [*command, page.as_uri()], stdout=subprocess.PIPE, stderr=errors, timeout=300
@@ -58,11 +58,11 @@ def browse(page: Path, folder: Path, *options: str) -> tuple[str, str, list[str]
 
 
 def _asked(netlog: Path, page: Path) -> list[str]:
-    """What the page asked for. Chromium's own errands (updates, time) have no origin."""
+    """The addresses the page requested. Chromium's own requests (updates, time) have no origin."""
     text = netlog.read_text()
     try:
         events = json.loads(text)["events"]
-    except ValueError:  # cut off where Chromium was ended
+    except ValueError:  # cut off where Chromium was killed
         events = json.loads(text.rstrip().rstrip(",") + "]}")["events"]
     parameters = [event.get("params") or {} for event in events]
     asked = [p["url"] for p in parameters if p.get("initiator", "not an origin") != "not an origin"]
@@ -76,7 +76,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     generator = np.random.default_rng(0)
     for number in range(NUM_RUNS):
         name = "<img src=http://example.com/x onerror=alert(1)>" if number == 3 else f"run{number}"
-        name = name.replace("/", "|")  # no folder's name holds a slash
+        name = name.replace("/", "|")  # a folder name cannot contain a slash
         run = folder / "runs" / name
         run.mkdir(parents=True)
         losses = 3 + 5 / np.sqrt(1 + np.arange(NUM_STEPS) / 50)
@@ -111,7 +111,8 @@ def test_it_draws_asks_for_nothing_and_complains_of_nothing(page: Path, tmp_path
 
 
 def test_what_a_page_does_would_be_seen(tmp_path: Path) -> None:
-    """The same look at a page that loads, complains, and has no policy of its own."""
+    """Control: the same check detects loads, errors and a missing policy on a page that has
+    them."""
     bad = tmp_path / "bad.html"
     bad.write_text("<img src='http://127.0.0.1:9/x'><script>fetch('http://a.test/'); no()</script>")
     _, console, asked = browse(bad, tmp_path / "a", "--dump-dom")
@@ -129,12 +130,12 @@ def test_what_a_page_does_would_be_seen(tmp_path: Path) -> None:
     ids=["light", "dark", "phone"],
 )
 def test_it_is_painted(page: Path, tmp_path: Path, width: int, options: list[str]) -> None:
-    """The picture has the page's paper and the curves' colours; nothing sticks out to the right
-    of a phone's screen."""
+    """The picture has the page's background and the curves' colours. Nothing overflows the right
+    edge of a phone's screen."""
     picture = tmp_path / "page.png"
     browse(page, tmp_path / "a", f"--screenshot={picture}", f"--window-size={width},1600", *options)
     with Image.open(picture) as image:
-        # A narrow window is not made narrower than Chromium's least, 500.
+        # Chromium's minimum window width is 500.
         assert image.width >= width
         colours = {c for _, c in image.convert("RGB").getcolors(maxcolors=1 << 24) or []}
     if options:

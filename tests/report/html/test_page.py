@@ -1,7 +1,7 @@
 """The page of runs, the run card, the timeline, two configurations side by side.
 
-Second truth: Python's own HTML parser; arithmetic by hand on made-up run folders. How the page
-looks and whether it draws is test_browser.py's.
+Second truth: Python's own HTML parser, and arithmetic by hand on made-up run folders.
+test_browser.py covers the look of the page and whether it draws.
 """
 
 import json
@@ -24,7 +24,7 @@ from tests.report.made_up import HOSTILE, make_run
 
 
 class Reader(HTMLParser):
-    """The page as a browser's parser splits it: scripts, elements, text outside of scripts."""
+    """The page as a browser's parser splits it: scripts, elements, text outside scripts."""
 
     def __init__(self, page: Path) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ def test_nothing_is_loaded_from_anywhere(tmp_path: Path) -> None:
 
 
 def test_hostile_texts_stay_texts(tmp_path: Path) -> None:
-    """A name, a knob, a reason, a host and a metric's name that try to become a script."""
+    """A name, a knob, a reason, a host and a metric name that try to become a script."""
     machine = {"device": "cpu", "device_name": HOSTILE, "ranks": 1, "block_formats": HOSTILE}
     start = {"time": "never", "from_step": 0, "ended": "failed", "reason": HOSTILE}
     folder = tmp_path / "<img src=x onerror=alert(1)>"
@@ -143,8 +143,8 @@ def test_a_run_without_a_step_is_refused(
 
 
 def test_an_old_or_harmed_folder_is_shown_all_the_same(tmp_path: Path) -> None:
-    """No environment, no checkpoints' record, no times, half a summary, a config.yaml of another
-    version."""
+    """No environment file, no checkpoint record, no times, a partial summary, a config.yaml of
+    another version."""
     folder = tmp_path / "old"
     folder.mkdir()
     (folder / "metrics.jsonl").write_text('{"step": 1, "tokens": 8, "loss": 2.0}\n{"step": 2, "to')
@@ -169,7 +169,7 @@ def test_the_timeline_joins_starts_checkpoints_and_events(tmp_path: Path) -> Non
     found = [(h.kind, h.step, h.tokens, h.time) for h in timeline(run)]
     assert found == [
         ("start", 0, 0, 1000),
-        ("spike", 7, 7 * 2048, 1420),  # no time of its own: the line of step 7 was written then
+        ("spike", 7, 7 * 2048, 1420),  # no own time: that of the line of step 7
         ("start", 20, 20 * 2048, 2400),
         ("checkpoint", 20, 20 * 2048, 2300),
     ]
@@ -195,7 +195,7 @@ def test_marks_follow_the_evidence(tmp_path: Path) -> None:
     assert found["NVFP4 products"] == found["pipeline parallelism over 2 ranks"] == (GPU,)
     assert found["precision telemetry"] == (UNVERIFIED,), "asked for, and no record there"
 
-    # MXFP8 from 3/4 of 262,144 tokens on, and the run stands at 61,440.
+    # MXFP8 from 3/4 of 262,144 tokens on; the run has reached 61,440.
     phases = "precision.phases=[{from_fraction: 0.75, at_least: {format: mxfp8}}]"
     late = card(tmp_path / "c", "precision=nvfp4_all", phases)
     assert late["MXFP8 products"] == (UNVERIFIED,) and late["NVFP4 products"] == (EMULATED,)

@@ -1,7 +1,7 @@
 """The printed plan and the text of precision.txt: complete, plain in a pipe, and without torch.
 
-Does not cover: how the tables look on a terminal, nor that the model computes in the formats
-named here.
+Not covered: the look of the tables on a terminal, and that the model computes in the formats named
+here.
 """
 
 import io
@@ -39,7 +39,7 @@ def printed(config: Config, ranks: int, width: int = 120, layers: bool = False) 
 
 @pytest.mark.parametrize(("run", "ranks"), RANKS.items())
 def test_every_run_recipe_prints(run: str, ranks: int) -> None:
-    """Plain text in a pipe, nothing cut, the whole pattern on one line."""
+    """Plain text in a pipe. Nothing is cut, and the whole pattern is on one line."""
     config = compose_config([f"run={run}"])
     text = printed(config, ranks)
     assert "\x1b" not in text and "…" not in text
@@ -63,7 +63,7 @@ def test_super_shows_the_published_numbers() -> None:
 
 
 def test_nothing_is_cut_on_a_narrow_console() -> None:
-    """Cells fold: every character of the widest linear's name is there, in order."""
+    """Cells fold: every character of the widest linear's name is shown, in order."""
     text = printed(compose_config([]), 1, width=60)
     cells = re.findall(r"^\s*\d*\s*(\S+)", text.split("Precision")[1], re.MULTILINE)
     assert "decoder.*.mlp.shared_experts.linear_fc1" in "".join(cells)
@@ -81,7 +81,7 @@ def test_one_row_a_layer() -> None:
 
 
 def test_shares_of_flops_fill_the_model() -> None:
-    """The last row is the whole forward cost, and the rows above it add up to 100 %."""
+    """The last row is the whole forward cost. The rows above it add up to 100 %."""
     config = compose_config([])
     text = printed(config, 1).split("Layers")[1].split("Parameters")[0]
     shares = [float(share) for share in re.findall(r"([\d.]+)%", text)]
@@ -139,7 +139,7 @@ def test_precision_text_lists_every_linear_once() -> None:
 
 
 def test_plan_loads_neither_torch_nor_matplotlib() -> None:
-    """The whole verb in a fresh process, for the largest model."""
+    """The whole command in a fresh process, for the largest model."""
     script = (
         "import sys; from nemotron_train.cli.main import main; "
         "code = main(['plan', 'run=ultra_550b_a55b', '--layers']); "

@@ -1,7 +1,7 @@
 """`plan --why KNOB`: who set a knob.
 
-Second truth: for every knob of every run recipe the last writer's value is the one that Hydra's own
-composition gives, and each file named does hold what is said of it, read as plain YAML.
+Second truth: for every knob of every run recipe the last writer's value equals the value of Hydra's
+own composition, and each named file contains the value attributed to it, read as plain YAML.
 """
 
 import subprocess
@@ -20,7 +20,7 @@ from nemotron_train.report.plan.why import explain
 
 
 def sources(knob: str, *overrides: str, config: Path | None = None) -> list[tuple[str, str]]:
-    """(file's name or words, value) of each writer."""
+    """(file name or override, value) of each writer."""
     found = explain(knob, overrides, config).writers
     return [(Path(w.source.split()[0]).name, w.value) for w in found]
 
@@ -29,7 +29,7 @@ def laid_over(trees: list[dict]) -> dict:
     merged: dict = {}
     for tree in trees:
         for knob, value in flatten(tree).items():
-            # A whole list replaces one that was there.
+            # A whole list replaces an earlier list.
             gone = [known for known in merged if known.startswith(f"{knob}.")]
             for known in gone:
                 del merged[known]
@@ -80,7 +80,7 @@ def test_a_recipe_of_ones_own_replaces_the_group(tmp_path: Path) -> None:
 
 
 def test_a_stored_configuration(tmp_path: Path) -> None:
-    """--config, and a precision recipe laid over it, which leaves none of its rules."""
+    """--config, and a precision recipe merged over it, which removes all of its rules."""
     config = to_plain(compose_config(["precision=nvfp4_nemotron3", "train.seed=5"]))
     stored = tmp_path / "config.yaml"
     stored.write_text(yaml.safe_dump(config))

@@ -1,7 +1,7 @@
-"""metrics.jsonl as columns, curves cut down.
+"""metrics.jsonl as columns, and downsampled curves.
 
-Second truth: for the fast way the slow one, and for that the lines themselves, read one by one.
-Not covered: a file that is larger than memory.
+Second truth: for the fast parser the slow one, and for the slow one the lines themselves, read one
+by one. Not covered: a file that is larger than memory.
 """
 
 import json
@@ -18,8 +18,8 @@ from nemotron_train.report.runs.thin import rounded, smoothed, thin
 
 
 def lines(num_steps: int) -> list[str]:
-    """A file like a run's: numbers that come and go, nulls, integers that turn into fractions, a
-    list now and then, events between."""
+    """A file like a run's: numbers that come and go, nulls, integers that turn into fractions, an
+    occasional list, and events in between."""
     found = []
     for step in range(1, num_steps + 1):
         row: dict = {"step": step, "tokens": 2048 * step, "loss": 3 + 1 / step, "lr": 1e-3}
@@ -47,7 +47,7 @@ def test_both_ways_read_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     content = ("\n".join(lines(3000)) + "\n").encode()
     slow = parse_columns(content)
     monkeypatch.setattr(columns, "SMALL_BYTES", 0)
-    monkeypatch.setattr(columns, "_BLOCK_BYTES", 4096)  # many blocks, whose types differ
+    monkeypatch.setattr(columns, "_BLOCK_BYTES", 4096)  # many blocks, with different types
     monkeypatch.setattr(columns, "_slow", lambda content: pytest.fail("the fast way gave up"))
     same(parse_columns(content), slow)
     assert len(slow.events) == 120 and slow.events[0]["reason"] == 'a "kind" of {}\n'
@@ -61,16 +61,16 @@ def test_both_ways_read_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         lambda text: text[:-20],  # the last line is being written
         lambda text: text.replace('"step": 7,', '"step": 7, "lo\n', 1),  # torn in the middle
-        lambda text: text + text.splitlines()[3] + "\n",  # a step once more
+        lambda text: text + text.splitlines()[3] + "\n",  # a repeated step
         lambda text: text.replace('"loss": 3', '"loss": "high"', 1),
         lambda text: text + '\n\n[1]\n{"loss": 3}\nnull\n',
-        lambda text: text.replace('"lr"', '"\udcff"'),  # no UTF-8
+        lambda text: text.replace('"lr"', '"\udcff"'),  # not UTF-8
         lambda text: text.replace('"tokens": 2048,', '"tokens": ' + "9" * 400 + ",", 1),
         lambda text: text + "[" * 100_000 + "\n",
     ],
 )
 def test_what_a_crash_leaves(harm: Callable[[str], str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the file holds, both ways agree, and nothing but the harmed lines is lost."""
+    """Whatever the file contains, both parsers agree, and only the damaged lines are lost."""
     content = harm("\n".join(lines(200)) + "\n").encode("utf-8", "surrogateescape")
     slow = parse_columns(content)
     monkeypatch.setattr(columns, "SMALL_BYTES", 0)
@@ -99,8 +99,8 @@ values = st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=300)
 
 @given(values, st.integers(1, 50))
 def test_buckets_keep_what_is_in_them(points: list[float], max_points: int) -> None:
-    """Every value lies in the range of exactly one bucket; the extremes of the whole survive; the
-    mean of the buckets, by their sizes, is the mean of all."""
+    """Every value lies in the range of exactly one bucket. The extremes of the whole curve survive.
+    The mean of the buckets, weighted by their sizes, is the mean of all values."""
     x, y = np.arange(float(len(points))), np.array(points)
     cut = thin(x, y, max_points)
     assert len(cut.x) <= max_points and (np.diff(cut.x) > 0).all()
@@ -114,7 +114,7 @@ def test_buckets_keep_what_is_in_them(points: list[float], max_points: int) -> N
 
 @given(values, st.integers(0, 20), st.integers(2, 8))
 def test_buckets_can_be_smoothed_further(points: list[float], reach: int, size: int) -> None:
-    """The page's slider averages means of equal buckets: the same as averaging the points."""
+    """The page's slider averages the means of equal buckets, which equals averaging the points."""
     y = np.repeat(points, size)
     cut = thin(np.arange(float(len(y))), y, len(points))
     assert cut.size in (1, size)
@@ -125,7 +125,7 @@ def test_buckets_can_be_smoothed_further(points: list[float], reach: int, size: 
 @given(st.floats(allow_nan=True, allow_infinity=True), st.integers(2, 8))
 def test_rounded(value: float, digits: int) -> None:
     [short] = rounded([value], digits)
-    if not abs(value) < 1e308:  # near the largest number, rounding leaves the range
+    if not abs(value) < 1e308:  # near the largest number, rounding exceeds the range
         assert short is None or np.isfinite(value)
     else:
         assert short is not None and abs(short - value) <= abs(value) * 10 ** (1 - digits)

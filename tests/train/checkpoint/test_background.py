@@ -1,7 +1,8 @@
-"""A save beside the training: order, agreement between ranks, errors that reach every rank.
+"""A save in the background of the training: order, agreement between ranks, errors that reach every
+rank.
 
-Two gloo ranks in processes of their own, writers that are plain functions: no model, no files.
-Second truth: what each rank saw, step by step. Not covered: NCCL (the control group is gloo there
+Two gloo ranks in separate processes. The writers are plain functions: no model, no files. Second
+truth: the events on each rank, step by step. Not covered: NCCL (the control group is gloo there
 too), and Megatron's part of a save (tests/distributed).
 """
 
@@ -73,7 +74,7 @@ dist.destroy_process_group()
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each rank saw."""
+    """The events on each rank."""
     folder: Path = tmp_path_factory.mktemp("ranks")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -94,7 +95,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 def test_ranks_learn_of_the_end_at_the_same_step(seen: list[dict[str, Any]]) -> None:
-    """Not before the slower one has written, and the training went on meanwhile."""
+    """Not before the slower rank has written. Training continued in the meantime."""
     assert seen[0]["good"] == seen[1]["good"]
     step, message = seen[0]["good"]
     assert step >= 3 and message == ""

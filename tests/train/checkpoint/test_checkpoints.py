@@ -1,8 +1,8 @@
-"""A save beside the training writes what the state was at its step, and its errors end the run.
+"""A background save writes the state of its step, and its errors end the run.
 
 Second truth: the same run with `train.async_save=false`, byte for byte. The writer is slowed down,
-so that training has changed every tensor before it is written. One rank; agreement between ranks
-is tests/train/checkpoint/test_background.py's.
+so that training has changed every tensor before it is written. One rank;
+tests/train/checkpoint/test_background.py covers agreement between ranks.
 """
 
 import time
@@ -27,7 +27,8 @@ pytestmark = pytest.mark.usefixtures("in_small_run")
 def test_what_is_written_is_the_state_of_its_step(
     small_run: Small, weights: Weights, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Steps 2 and 4 while training goes on; 5, where the run is stopped with 4 still in flight."""
+    """Steps 2 and 4 are saved while training continues. At step 5 the run is stopped with the save
+    of step 4 still in flight."""
     words = [*small_run[1], *WORDS]
     assert main(["pretrain", *words, "name=in_line"]) == 3
     write = checkpoints_module._write_shards
@@ -50,8 +51,8 @@ def test_what_is_written_is_the_state_of_its_step(
 def test_an_error_of_the_writer_ends_the_run(
     small_run: Small, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A full disk at the second save: one line, exit 1, the first checkpoint as it was, no half of
-    the second; the same command then goes on."""
+    """A full disk at the second save: one line, exit 1, the first checkpoint unchanged, no partial
+    second checkpoint. The same command then continues the run."""
     write, began = checkpoints_module._write_shards, []
 
     def full(*arguments: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Random states through JSON: what is drawn after them is what was drawn the first time.
+"""Random states through JSON: the draws after loading equal the original draws.
 
 Second truth: the generators themselves. On a CPU the device's generator is torch's.
 """
@@ -16,7 +16,7 @@ from nemotron_train.train.checkpoint import random_states
 
 
 def drawn() -> list[float]:
-    """A few numbers of every generator, the gaussians' second halves included."""
+    """A few numbers of every generator, including the cached second values of the gaussians."""
     numbers = [random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn()]
     numbers += torch.rand(3).tolist()
     with get_cuda_rng_tracker().fork():
@@ -35,7 +35,7 @@ def test_the_same_numbers_again(groups: object) -> None:
 
 
 def test_equal_ranks_share_a_state(tmp_path: Path) -> None:
-    """Three ranks, two states; another number of ranks gets none."""
+    """Three ranks, two states. Another number of ranks gets none."""
     text = checkpoint_metadata.random_text([{"a": 1}, {"b": 2}, {"a": 1}])
     assert len(json.loads(text)["states"]) == 2
     (tmp_path / checkpoint_metadata.RANDOM).write_text(text)

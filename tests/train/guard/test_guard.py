@@ -1,6 +1,6 @@
-"""The guard's decisions on one rank: policies, limits, and the line that tells of it.
+"""The guard's decisions on one rank: policies, limits, and the line that reports them.
 
-Several ranks, real gradients and the way back are in tests/distributed/test_guard.py.
+tests/distributed/test_guard.py covers several ranks, real gradients and the roll-back.
 """
 
 import math
@@ -34,7 +34,7 @@ FLAT = [3.0, 3.001, 3.0, 3.001]
 def test_stop_is_the_default_and_a_norm_is_enough(groups: object) -> None:
     with pytest.raises(TrainingFailed, match=r"^step 1: loss 3\.0000, gradient norm inf; no"):
         judge(Guard(GuardConfig(), "cpu"), [3.0], norm=math.inf)
-    # The main loss is right, another head's is not.
+    # The main loss is finite, another head's is not.
     with pytest.raises(TrainingFailed):
         Guard(GuardConfig(), "cpu").judge(1, 3.0, 1.0, False, lambda: NOTHING)
 
@@ -97,7 +97,7 @@ def test_a_nan_neither_hides_nor_makes_a_spike(groups: object) -> None:
 
 def test_the_line_names_ranks_modules_and_weights() -> None:
     """The place in the forward pass decides, not the rank or the name: of layers 9 and 10 the
-    backward pass meets 10 first."""
+    backward pass reaches 10 first."""
     ninth, tenth = ((1, 9, 40), "decoder.layers.9.mlp"), ((1, 10, 50), "decoder.layers.10.mlp")
     bad = Findings(False, True, [ninth], [])
     text = describe(3.0, NAN, [NOTHING, bad, Findings(False, True, [ninth, tenth], ["a", "b"])])

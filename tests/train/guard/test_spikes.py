@@ -1,4 +1,4 @@
-"""The rule for spikes against numpy over the same values, and what must not disturb it."""
+"""The rule for spikes against numpy over the same values, and its robustness to broken values."""
 
 import math
 
@@ -14,7 +14,7 @@ broken = st.sampled_from([math.nan, math.inf, -math.inf])
 
 
 def feed(window: SpikeWindow, values: list[float]) -> list[bool]:
-    """Judge and add each value, as the guard does."""
+    """Judges and adds each value, as the guard does."""
     verdicts = []
     for value in values:
         verdicts.append(window.is_spike(window.deviations(value)))
@@ -26,8 +26,8 @@ def feed(window: SpikeWindow, values: list[float]) -> list[bool]:
 def test_verdicts_are_those_of_the_plain_rule(
     values: list[float], size: int, sigmas: float
 ) -> None:
-    """Mean and sample deviation by numpy over the last `size` ordinary values, in one pass that
-    keeps all of them. The restart at a new level is left to its own test."""
+    """Mean and sample deviation by numpy over the last `size` ordinary values, in one loop that
+    keeps all of them. The restart at a new level has its own test."""
     kept: list[float] = []
     expected: list[bool] = []
     run = 0
@@ -52,8 +52,8 @@ def test_verdicts_are_those_of_the_plain_rule(
 
 @given(st.lists(st.one_of(ordinary, broken), max_size=60), st.integers(2, 20))
 def test_what_is_not_finite_leaves_no_trace(values: list[float], size: int) -> None:
-    """With the broken values taken out, all other verdicts stay: one NaN in OLMo's window made the
-    next 128 steps look like spikes."""
+    """All other verdicts are the same with the broken values removed. One NaN in OLMo's window made
+    the next 128 steps look like spikes."""
     verdicts = feed(SpikeWindow(size, 6.0), values)
     assert not any(v for v, x in zip(verdicts, values, strict=True) if not math.isfinite(x))
     finite = [x for x in values if math.isfinite(x)]

@@ -1,4 +1,4 @@
-"""When a slow rank is named. The gathering over ranks runs in tests/distributed/test_layouts.py."""
+"""When a slow rank is named. tests/distributed/test_layouts.py covers the gathering over ranks."""
 
 import pytest
 

@@ -1,6 +1,6 @@
-"""The watchdog alone: when it bites, when it must not, what it leaves behind.
+"""The watchdog alone: when it fires, when it must not, what it writes.
 
-Whole jobs with a rank that stands still are in tests/distributed/test_hang.py.
+tests/distributed/test_hang.py covers whole jobs with a hanging rank.
 """
 
 import signal
@@ -39,7 +39,7 @@ def test_bites_and_writes_every_threads_stack(
 
 
 def test_leaves_a_living_run_alone(tmp_path: Path) -> None:
-    """Beats closer together than the limit, for longer than the limit; a slow first step."""
+    """Beats closer together than the limit, for longer than the limit, and a slow first step."""
     ended = threading.Event()
     with Watchdog(tmp_path, 0, 1.0, 60.0, end=ended.set) as watchdog:
         time.sleep(2.5)
@@ -64,7 +64,8 @@ def test_collectives_wait_longer_than_any_watchdog(hang: float, first: float) ->
 
 
 def test_a_suspended_job_is_no_hang(tmp_path: Path) -> None:
-    """The process stands still for three limits and goes on: alive. Then it hangs: exit code 1."""
+    """The process is suspended for three limits and continues: alive. Then it hangs: exit code
+    1."""
     code = (
         "import sys, time\n"
         "from pathlib import Path\n"

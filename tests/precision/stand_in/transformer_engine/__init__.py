@@ -1,9 +1,9 @@
-"""A stand-in for Transformer Engine, for tests without a GPU: what Megatron-Core 0.19.2's wrappers
-ask of it, computed in plain PyTorch without any block format.
+"""A stand-in for Transformer Engine, for tests without a GPU. It has the interface that
+Megatron-Core 0.19.2's wrappers use, computed in plain PyTorch without any block format.
 
-It keeps what the real package keeps on its modules: under which recipe each linear last ran. So a
-run over it tells what Megatron's wrappers, contexts and per-module recipes choose, and nothing of
-the kernels. Its names are the real package's (2.14 to 2.20).
+Like the real package, it records on each linear the recipe under which it last ran. A run over it
+therefore shows the choices of Megatron's wrappers, contexts and per-module recipes. It shows
+nothing about the kernels. Its names are those of the real package (2.14 to 2.20).
 """
 
 from transformer_engine import common, pytorch

@@ -1,4 +1,4 @@
-"""Holds `recipe`, as the real package does."""
+"""Contains `recipe`, like the real package."""
 
 from transformer_engine.common import recipe
 

@@ -1,5 +1,4 @@
-"""Recipes: which kind, and the switches that the real package reads from the environment when it is
-imported."""
+"""Recipe kinds, and the switches that the real package reads from the environment at import."""
 
 import os
 from dataclasses import dataclass
@@ -43,4 +42,4 @@ class MXFP8BlockScaling(Recipe):
 
 
 class DelayedScaling(Recipe):
-    """Named by Megatron when it defines a subclass."""
+    """Megatron refers to it when it defines a subclass."""

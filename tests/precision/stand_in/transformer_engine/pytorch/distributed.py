@@ -1,8 +1,8 @@
-"""What Megatron's random module and its tracker name; none of it is used in these tests."""
+"""Names that Megatron's random module and its tracker import. These tests use none of them."""
 
 
 class CudaRNGStatesTracker:
-    """Never made."""
+    """Never instantiated."""
 
 
 def activation_recompute_forward(*args: object, **kwargs: object) -> None:

@@ -1,4 +1,4 @@
-"""Layers with the real ones' constructors and state, computed by PyTorch."""
+"""Layers with the constructors and state of the real ones, computed by PyTorch."""
 
 from itertools import pairwise
 from typing import Any
@@ -11,7 +11,7 @@ from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
 
 
 class _Module(nn.Module):
-    """What the real base class keeps: whether the last forward pass was quantized, and how."""
+    """The state of the real base class: whether the last forward pass was quantized, and how."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,11 +60,11 @@ class Linear(_Module):
 
 
 class LayerNormLinear(_Module):
-    """Named by Megatron when it defines its wrapper."""
+    """Megatron refers to it when it defines its wrapper."""
 
 
 class LayerNorm(nn.Module):
-    """Named by Megatron; Nemotron 3 has none."""
+    """Megatron refers to it. Nemotron 3 does not use it."""
 
 
 class GroupedLinear(_Module):
@@ -102,14 +102,14 @@ class GroupedLinear(_Module):
 
 
 class Fp8Padding(nn.Module):
-    """Made by Megatron's grouped experts; the dispatcher pads instead."""
+    """Instantiated by Megatron's grouped experts. The dispatcher pads instead."""
 
     def __init__(self, num_gemms: int, align_size: int | None = None) -> None:
         super().__init__()
 
 
 class Fp8Unpadding(Fp8Padding):
-    """As above."""
+    """Instantiated by Megatron's grouped experts, like Fp8Padding."""
 
 
 class RMSNorm(nn.Module):
@@ -133,7 +133,7 @@ class RMSNorm(nn.Module):
 
 
 class DotProductAttention(nn.Module):
-    """Causal attention of documents laid end to end: [tokens, heads, channels]."""
+    """Causal attention of concatenated documents: [tokens, heads, channels]."""
 
     def __init__(self, **unused: Any) -> None:
         super().__init__()

@@ -1,1 +1,1 @@
-"""Fused operations; Megatron uses none of them here."""
+"""Fused operations. Megatron does not use them here."""

@@ -1,4 +1,4 @@
-"""Fused routing, which Megatron names at import; the router of these models is another."""
+"""Fused routing, which Megatron refers to at import. These models use another router."""
 
 
 def fused_topk_with_score_function(*args: object, **kwargs: object) -> None:

@@ -1,5 +1,5 @@
-"""Quantized storage: no tensor here is any."""
+"""Quantized storage. No tensor of the stand-in uses it."""
 
 
 class QuantizedTensor:
-    """Asked about by Megatron; never made."""
+    """Megatron checks for this type. It is never instantiated."""
