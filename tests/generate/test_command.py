@@ -29,7 +29,7 @@ def run(small_run: Small) -> str:
 
 def generate(*words: str) -> list[dict[str, Any]]:
     assert main(["generate", *words, "output=out.jsonl", "threads=1"]) == 0
-    return [json.loads(line) for line in Path("out.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in Path("out.jsonl").read_text().strip().split("\n")]
 
 
 def test_streams_one_and_tells_what_it_cost(run: str, capsys: pytest.CaptureFixture) -> None:
@@ -112,3 +112,25 @@ def test_mistakes_are_one_line(
     assert main(["generate", *words]) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if said in line]
     assert len(lines) == 1 and lines[0].startswith("nemotron-train: ")
+
+
+def test_a_result_that_cannot_be_written_is_known_before_the_work(
+    run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for output in (tmp_path / "no" / "such" / "o.jsonl", tmp_path):
+        assert main(["generate", run, "prompt=a", f"output={output}", "threads=1"]) == 2
+        printed = capsys.readouterr()
+        assert printed.out == "" and len(printed.err.splitlines()) == 1
+        assert f"output={output}" in printed.err
+
+
+def test_only_line_feeds_end_a_prompt(run: str, tmp_path: Path) -> None:
+    """Line separators, next line and form feed are text, as JSON and most editors take
+    them; a byte order mark belongs to the file."""
+    text = "a\u2028b\x0cc\x85d"
+    plain, lines = tmp_path / "a.txt", tmp_path / "b.jsonl"
+    plain.write_bytes(f"\ufeff{text}\r\nsecond\n".encode())
+    lines.write_text("\ufeff" + json.dumps({"prompt": text}, ensure_ascii=False), "utf-8")
+    words = ["max_new_tokens=1", "temperature=0"]
+    assert [r["prompt"] for r in generate(run, f"prompts={plain}", *words)] == [text, "second"]
+    assert [r["prompt"] for r in generate(run, f"prompts={lines}", *words)] == [text]

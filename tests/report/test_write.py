@@ -68,6 +68,21 @@ def test_what_is_no_run_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[s
 values = st.lists(st.floats(-10, 10), min_size=1, max_size=40)
 
 
+def test_a_run_that_cannot_be_read_is_left_out_and_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A branch that has just begun has no step; the runs beside it are shown all the same."""
+    good = make_run(tmp_path / "runs" / "good")
+    begun = tmp_path / "runs" / "begun"
+    begun.mkdir()
+    (begun / "metrics.jsonl").write_text('{"kind": "branch", "step": 2, "tokens": 512}\n')
+    assert main(["report", str(tmp_path / "runs")]) == 0
+    printed = capsys.readouterr().out
+    assert f"left out: {begun}" in printed and "122,880" in printed
+    assert (good / "loss.png").exists()
+    assert main(["report", str(begun)]) == 2
+
+
 @given(values, st.integers(0, 10))
 def test_smoothing_is_the_centred_mean(points: list[float], half_width: int) -> None:
     """Second truth: the definition, summed separately for each point."""
