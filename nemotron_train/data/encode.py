@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from nemotron_train.data.readers import InputFormat, RawBatch, TextDocuments
+from nemotron_train.data.readers import InputFormat, RawBatch, TextDocuments, Undecodable
 from nemotron_train.data.tokenize import LoadedTokenizer, load_tokenizer
 
 
@@ -83,6 +83,8 @@ def _text(record_format: InputFormat, record: Any, text_field: str) -> str:
         if text_field not in value:
             raise TypeError(f"no field {text_field!r}")
         text = value[text_field]
+    elif isinstance(record, Undecodable):
+        raise ValueError(record.reason)
     else:
         text = record
     if not isinstance(text, str):

@@ -9,7 +9,7 @@ import glob
 import gzip
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -174,6 +174,13 @@ def _read_packages(files: list[InputFile], first: int, bytes_before: int) -> Ite
         first = last
 
 
+@dataclass(frozen=True)
+class Undecodable:
+    """A record of a text column that is no text; the reason."""
+
+    reason: str
+
+
 def _open(path: Path) -> tuple[IO[bytes], IO[bytes]]:
     """(the raw file, its decompressed stream); the same object if the file is not compressed."""
     raw = path.open("rb")
@@ -254,14 +261,47 @@ def _read_parquet(
             if row + num_rows <= begin.offset:
                 row += num_rows
                 continue
-            for batch in table.iter_batches(_BATCH_ROWS, row_groups=[group], columns=[text_field]):
+            batches = table.iter_batches(_BATCH_ROWS, row_groups=[group], columns=[text_field])
+            for batch in _undamaged(batches, name):
                 skip = min(max(begin.offset - row, 0), batch.num_rows)
-                values = batch.column(0).to_pylist()[skip:]
+                values = _values(batch.column(0))[skip:]
                 first, row = row + skip, row + batch.num_rows
                 if values:
                     bytes_read = bytes_before + entry.size * row // table.metadata.num_rows
                     after = Position(begin.file, row)
                     yield RawBatch(entry.format, values, name, first + 1, after, bytes_read)
+
+
+def _undamaged(batches: Iterator[Any], name: str) -> Iterator[Any]:
+    """The batches of a Parquet file. Raises ConfigError, naming the file, at a damaged page."""
+    import pyarrow
+
+    while True:
+        try:
+            batch = next(batches, None)
+        except (pyarrow.ArrowException, OSError) as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(f"{name}: is damaged ({reason}); replace the file") from None
+        if batch is None:
+            return
+        yield batch
+
+
+def _values(column: Any) -> list[Any]:
+    """The values of a Parquet column; an `Undecodable` for text that is not UTF-8."""
+    import pyarrow
+
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        return [_decoded(value) for value in column.cast(pyarrow.binary()).to_pylist()]
+
+
+def _decoded(value: bytes | None) -> str | Undecodable | None:
+    try:
+        return None if value is None else value.decode()
+    except UnicodeDecodeError as error:
+        return Undecodable(f"not UTF-8 ({error.reason} at byte {error.start})")
 
 
 def read_dataset(
@@ -289,8 +329,23 @@ def read_dataset(
             )
         stream = stream.select_columns([text_field])
     row = start.offset
-    for rows in stream.skip(row).batch(_BATCH_ROWS):
+    for rows in _unbroken(stream.skip(row).batch(_BATCH_ROWS), name):
         values = list(rows[text_field])
         after = Position(0, row + len(values))
         yield RawBatch(InputFormat.dataset, values, name, row + 1, after, 0)
         row += len(values)
+
+
+def _unbroken(stream: Iterable[Any], name: str) -> Iterator[Any]:
+    """The batches of a data set. Raises ConfigError, naming it, where the stream breaks."""
+    iterator = iter(stream)
+    while True:
+        try:
+            rows = next(iterator, None)
+        except Exception as error:  # the library and its transports raise many kinds
+            lines = str(error).strip().splitlines()
+            reason = lines[0] if lines else type(error).__name__
+            raise ConfigError(f"input={name}: the stream broke ({reason}); run it again") from error
+        if rows is None:
+            return
+        yield rows

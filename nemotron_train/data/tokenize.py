@@ -5,9 +5,11 @@ works, including those of Hugging Face.
 """
 
 import json
+import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -31,8 +33,50 @@ class LoadedTokenizer:
     vocab_size: int
 
     def encode(self, text: str) -> np.ndarray:
-        """The ids of a text, int64 [tokens]. No special tokens are added."""
-        return np.array(self.tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int64)
+        """The ids of a text, int64 [tokens]. No special tokens are added, and none comes out of the
+        text: where one is written in it, its characters are encoded."""
+        ids = self._encode(text)
+        if not self.control_tokens.keys().isdisjoint(ids):
+            ids = self._encode_apart(text)
+        return np.array(ids, dtype=np.int64)
+
+    @cached_property
+    def control_tokens(self) -> Mapping[int, str]:
+        """Special tokens by id, but for the one that stands for unknown text."""
+        model = json.loads(self.tokenizer.to_str())["model"]
+        unknown = model.get("unk_token")
+        if unknown is None and model.get("unk_id") is not None:  # Unigram names it by its number
+            unknown = model["vocab"][model["unk_id"]][0]
+        return {
+            token_id: added.content
+            for token_id, added in self.tokenizer.get_added_tokens_decoder().items()
+            if added.special and added.content != unknown
+        }
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def _encode_apart(self, text: str) -> list[int]:
+        """`_encode` of the parts between cuts through every control token written in the text.
+
+        Byte-level BPE never needs this. Unigram and WordLevel models hold control tokens among
+        their own pieces, so the characters of the token would match them.
+        """
+        contents = sorted(self.control_tokens.values(), key=len, reverse=True)
+        written = re.compile("|".join(map(re.escape, contents)))
+        ids: list[int] = []
+        start = 0
+        for match in written.finditer(text):
+            cut = match.start() + max(1, len(match[0]) // 2)
+            ids += self._encode(text[start:cut])
+            start = cut
+        ids += self._encode(text[start:])
+        for token_id in self.control_tokens.keys() & set(ids):
+            raise ConfigError(
+                f"a text holds {self.control_tokens[token_id]!r}, which this tokenizer can only "
+                "encode as its control token; remove it from the text or train another tokenizer"
+            )
+        return ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of these ids, including special tokens."""
