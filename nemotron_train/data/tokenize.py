@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -20,7 +21,14 @@ from nemotron_train.platform.files import file_sha256
 
 END_OF_DOCUMENT = "<|endoftext|>"
 FILE_NAME = "tokenizer.json"
-_SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json")  # Hugging Face reads them too
+GENERATION = "generation_config.json"
+# Files beside tokenizer.json that Hugging Face reads too.
+_SIDE_FILES = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    GENERATION,
+)
 _SMALLEST_VOCABULARY = 257  # 256 bytes and the end-of-document token
 
 
@@ -117,6 +125,41 @@ def end_of_document_id(loaded: LoadedTokenizer, token: str, folder: Path) -> int
             f"{', '.join(special[:20]) or 'none'}"
         )
     return token_id
+
+
+def end_token_ids(loaded: LoadedTokenizer, folder: Path) -> tuple[int, ...]:
+    """The ids that end a text, the end-of-document token first: those that generation_config.json
+    lists, else the eos_token of tokenizer_config.json, else our own default; () if there is none.
+
+    Raises ConfigError, naming the file, for an id or a token that the tokenizer does not have.
+    """
+    listed = read_json_object(folder / GENERATION).get("eos_token_id")
+    ids = listed if isinstance(listed, list) else [] if listed is None else [listed]
+    for token_id in ids:
+        is_id = isinstance(token_id, int) and not isinstance(token_id, bool)
+        if not (is_id and 0 <= token_id < loaded.vocab_size):
+            raise ConfigError(
+                f"{folder / GENERATION}: eos_token_id={token_id!r} is no id of {FILE_NAME}"
+            )
+    if ids:
+        return tuple(dict.fromkeys(ids))
+    token = read_json_object(folder / "tokenizer_config.json").get("eos_token", END_OF_DOCUMENT)
+    token = token.get("content") if isinstance(token, dict) else token
+    token_id = loaded.tokenizer.token_to_id(token) if isinstance(token, str) else None
+    return () if token_id is None else (token_id,)
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a side file; {} if there is no file. Raises ConfigError if it is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: is no JSON object")
+    return content
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> LoadedTokenizer:

@@ -119,8 +119,9 @@ class HarnessModel(TemplateLM):
             if sequence.ended_by != "stop":
                 grown.finish()
             text = grown.text
-            end_text = self._loaded.decode([self._end_token])
-            texts.append(text.removesuffix(end_text) if sequence.ended_by == "end" else text)
+            if sequence.ended_by == "end":  # the text of whichever token ended it
+                text = text.removesuffix(self._loaded.decode(sequence.new[-1:]))
+            texts.append(text)
         return texts
 
     def _scores(self, sequences: Sequence[list[int]]) -> list[list[tuple[float, bool]]]:
@@ -170,8 +171,8 @@ def evaluate_harness(run: str, knobs: HarnessConfig) -> dict[str, Any]:
     console = Console(width=120)
     with open_checkpoint(run, knobs, console.print) as model:
         console.quiet = not model.is_first_rank
-        tokenizer, end_token = open_tokenizer(model, knobs)
-        engine = Engine(model.model, end_token, model.platform.device)
+        tokenizer, end_tokens = open_tokenizer(model, knobs)
+        engine = Engine(model.model, end_tokens, model.platform.device)
         results: Any = simple_evaluate(
             HarnessModel(engine, tokenizer, knobs),
             tasks=list(knobs.tasks),

@@ -19,7 +19,7 @@ from nemotron_train.config.errors import ConfigError
 from nemotron_train.config.schema import Config, DataKind, ParallelConfig
 from nemotron_train.data.manifest import FILE_NAME as MANIFEST
 from nemotron_train.data.manifest import load_manifest
-from nemotron_train.data.tokenize import END_OF_DOCUMENT, LoadedTokenizer, load_tokenizer
+from nemotron_train.data.tokenize import GENERATION, LoadedTokenizer, end_token_ids, load_tokenizer
 from nemotron_train.generate.knobs import ModelKnobs, check_model_knobs
 from nemotron_train.plan.derive import derive
 from nemotron_train.plan.precision.resolve import PrecisionPlan
@@ -164,8 +164,8 @@ def _inference_layout(
 
 def open_tokenizer(
     loaded: LoadedCheckpoint, knobs: ModelKnobs
-) -> tuple[LoadedTokenizer, int | None]:
-    """The checkpoint's tokenizer, and its end-of-document id or None.
+) -> tuple[LoadedTokenizer, tuple[int, ...]]:
+    """The checkpoint's tokenizer, and the ids that end a text, the end-of-document id first.
 
     Raises ConfigError if the tokenizer is missing, is not the one of training, or has more ids than
     the model.
@@ -188,8 +188,10 @@ def open_tokenizer(
             f"tokenizer={folder}: has {tokenizer.vocab_size} ids, the model "
             f"{loaded.config.model.vocab_size}"
         )
+    ends = end_token_ids(tokenizer, folder)
     if (folder.parent / MANIFEST).is_file():
         manifest = load_manifest(folder.parent)
-        if manifest.tokenizer.sha256 == tokenizer.sha256:
-            return tokenizer, manifest.tokenizer.end_of_document_id
-    return tokenizer, tokenizer.tokenizer.token_to_id(END_OF_DOCUMENT)
+        if manifest.tokenizer.sha256 == tokenizer.sha256:  # the documents ended so in training
+            listed = ends if (folder / GENERATION).is_file() else ()
+            ends = tuple(dict.fromkeys((manifest.tokenizer.end_of_document_id, *listed)))
+    return tokenizer, ends

@@ -75,14 +75,20 @@ class Engine:
     """Generates from one model, which it leaves in evaluation mode. The weights may change between
     calls, for example when a trainer owns the model.
 
-    end_token: id that ends a sequence, or None. costs, acceptance: counters over all calls.
+    end_token: the id or ids that end a sequence, the end-of-document id first, or None. costs,
+    acceptance: counters over all calls.
     """
 
     def __init__(
-        self, model: NemotronModel, end_token: int | None = None, device: str = "cpu"
+        self,
+        model: NemotronModel,
+        end_token: int | Sequence[int] | None = None,
+        device: str = "cpu",
     ) -> None:
         self.model = model
-        self.end_token = end_token
+        ends = [end_token] if isinstance(end_token, int) else list(end_token or ())
+        self.end_tokens = frozenset(ends)
+        self.end_token = ends[0] if ends else None
         self.device = torch.device(device)
         self.costs = Costs()
         self.acceptance = Acceptance()
@@ -294,7 +300,7 @@ class _Batch:
         row.new.append(token)
         row.log_probabilities.append(value)
         row.ended_by = self.on_token(row, token)
-        if self.knobs.end_of_document and token == self.engine.end_token:
+        if self.knobs.end_of_document and token in self.engine.end_tokens:
             row.ended_by = row.ended_by or "end"
         if len(row.new) >= self.knobs.max_new_tokens:
             row.ended_by = row.ended_by or "length"

@@ -35,7 +35,7 @@ def generate(run: str, knobs: GenerateConfig) -> None:
         if not model.is_first_rank:
             console.quiet = True
         check_speculative(knobs.speculative, model)
-        tokenizer, end_token = open_tokenizer(model, knobs)
+        tokenizer, end_tokens = open_tokenizer(model, knobs)
         ids = [_encode(text, tokenizer) for text in prompts for _ in range(knobs.samples)]
         texts = [GrowingText(tokenizer, knobs.stop) for _ in ids]
         console.print(f"{model.checkpoint} · {model.platform.describe()}", highlight=False)
@@ -43,11 +43,11 @@ def generate(run: str, knobs: GenerateConfig) -> None:
 
         def on_token(sequence: Continuation, token: int) -> str:
             text = texts[sequence.number]
-            is_end = knobs.end_of_document and token == end_token
+            is_end = knobs.end_of_document and token in end_tokens
             printer.stream("" if is_end else text.add(token))
             return "stop" if text.is_stopped else ""
 
-        engine = Engine(model.model, end_token, model.platform.device)
+        engine = Engine(model.model, end_tokens, model.platform.device)
         sequences = engine.generate(ids, knobs, knobs, on_token)
         for text in texts:
             printer.stream(text.finish())

@@ -3,13 +3,20 @@
 Second truth: the ids of the same text with the control token's characters taken apart by hand.
 """
 
+import json
 from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from nemotron_train.config.errors import ConfigError
-from nemotron_train.data.tokenize import FILE_NAME, LoadedTokenizer, load_tokenizer
+from nemotron_train.data.tokenize import (
+    FILE_NAME,
+    LoadedTokenizer,
+    copy_tokenizer,
+    end_token_ids,
+    load_tokenizer,
+)
 
 TEXTS = ["alpha beta gamma delta of the " * 5] * 20
 
@@ -88,3 +95,41 @@ def test_a_control_token_of_one_character_is_named(tmp_path: Path) -> None:
     loaded = saved(tokenizer, tmp_path)
     with pytest.raises(ConfigError, match="'§'"):
         loaded.encode("alpha § beta")
+
+
+@pytest.mark.parametrize(
+    ("generation", "settings", "tokens"),
+    [
+        ({"eos_token_id": [1, 0]}, {"eos_token": "</s>"}, ["</s>", "<unk>"]),
+        ({"eos_token_id": 1}, {}, ["</s>"]),
+        ({}, {"eos_token": {"content": "</s>"}}, ["</s>"]),
+        (None, {"eos_token": "</s>"}, ["</s>"]),
+        (None, {"eos_token": None}, []),
+        (None, None, []),
+    ],
+)
+def test_end_tokens_of_what_lies_beside_the_tokenizer(
+    generation: object, settings: object, tokens: list[str], tmp_path: Path
+) -> None:
+    """Hugging Face's order: generation_config.json, then the tokenizer's own eos_token. A copy of
+    the tokenizer takes the files along."""
+    loaded = word_level(tmp_path / "a")
+    files = {"generation_config.json": generation, "tokenizer_config.json": settings}
+    for name, content in files.items():
+        if content is not None:
+            (tmp_path / "a" / name).write_text(json.dumps(content))
+    (tmp_path / "a" / "chat_template.jinja").write_text("{{ messages }}")
+    copy_tokenizer(tmp_path / "a", tmp_path / "b")
+    expected = tuple(loaded.tokenizer.token_to_id(token) for token in tokens)
+    assert (
+        end_token_ids(loaded, tmp_path / "a") == end_token_ids(loaded, tmp_path / "b") == expected
+    )
+    assert (tmp_path / "b" / "chat_template.jinja").read_text() == "{{ messages }}"
+
+
+@pytest.mark.parametrize("eos", [99, "x", [1, True], -1])
+def test_an_end_token_that_is_no_id_is_named(eos: object, tmp_path: Path) -> None:
+    loaded = word_level(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
+    with pytest.raises(ConfigError, match="eos_token_id"):
+        end_token_ids(loaded, tmp_path)

@@ -68,8 +68,8 @@ def test_accuracy_is_that_of_the_scores(run: Path, tasks: Path) -> None:
     found = evaluate_harness(str(run), knobs)
     right = 0
     with open_checkpoint(str(run), LossConfig(), print) as model:
-        tokenizer, end_token = open_tokenizer(model, LossConfig())
-        engine = Engine(model.model, end_token)
+        tokenizer, end_tokens = open_tokenizer(model, LossConfig())
+        engine = Engine(model.model, end_tokens)
         for entry in QUESTIONS:
             scores = []
             for choice in entry["choices"]:
@@ -91,13 +91,13 @@ class Request:
 
 def test_each_kind_of_request(run: Path) -> None:
     with open_checkpoint(str(run), LossConfig(), print) as model:
-        tokenizer, end_token = open_tokenizer(model, LossConfig())
-        assert end_token is not None
-        engine = Engine(model.model, end_token)
+        tokenizer, end_tokens = open_tokenizer(model, LossConfig())
+        assert end_tokens
+        engine = Engine(model.model, end_tokens)
         asked: Any = HarnessModel(engine, tokenizer, HarnessConfig(tasks=["x"], batch=2))
         text = "def decode(self):\n    return None"
         (rolling,) = asked.loglikelihood_rolling([Request(text)])
-        ids = [end_token, *tokenizer.encode(text).tolist()]
+        ids = [end_tokens[0], *tokenizer.encode(text).tolist()]
         assert rolling == pytest.approx(sum(engine.log_probabilities([ids])[0]), abs=1e-4)
         (alone,) = asked.loglikelihood([Request("", text)], disable_tqdm=True)
         assert alone[0] == pytest.approx(rolling, abs=1e-4)

@@ -31,7 +31,7 @@ from nemotron_train.convert.hugging_face.mapping import Piece, Weight, our_shape
 from nemotron_train.convert.hugging_face.safetensors_file import DTYPES, SafetensorsReader
 from nemotron_train.convert.unfinished import Unfinished, unfinished
 from nemotron_train.data.tokenize import FILE_NAME as TOKENIZER
-from nemotron_train.data.tokenize import copy_tokenizer
+from nemotron_train.data.tokenize import GENERATION, copy_tokenizer, read_json_object
 from nemotron_train.plan.precision.record import plan_record
 from nemotron_train.plan.precision.resolve import resolve_plan
 from nemotron_train.platform.files import file_sha256, write_atomically, write_durably
@@ -292,6 +292,27 @@ def _make_run_folder(making: Path, folder: Path, config: Config, theirs: _Theirs
     write_atomically(making / "config.yaml", text)
     if (folder / TOKENIZER).is_file():
         copy_tokenizer(folder, making / "tokenizer")
-    digest = hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()
-    lineage = {"imported_from": {"folder": str(folder), "config": digest, **theirs.identity}}
+        generation = _generation(folder)
+        if generation:
+            write_durably(
+                making / "tokenizer" / GENERATION, json.dumps(generation, indent=2) + "\n"
+            )
+    content = (folder / "config.json").read_bytes()
+    digest = hashlib.sha256(content).hexdigest()
+    imported = {"folder": str(folder), "config": digest, **theirs.identity}
+    longest = json.loads(content).get("max_position_embeddings")
+    if isinstance(longest, int):
+        imported["max_position_embeddings"] = longest
+    lineage = {"imported_from": imported}
     write_atomically(making / LINEAGE, json.dumps(lineage, indent=2) + "\n")
+
+
+def _generation(folder: Path) -> dict[str, Any]:
+    """generation_config.json of the folder, with the token ids that only config.json names. Raises
+    ConfigError if it is no JSON object."""
+    generation = read_json_object(folder / GENERATION)
+    config = read_json_object(folder / "config.json")
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if generation.get(name) is None and config.get(name) is not None:
+            generation[name] = config[name]
+    return generation

@@ -29,7 +29,7 @@ from nemotron_train.platform.files import write_durably
 from nemotron_train.run_folder import checkpoint_metadata
 from nemotron_train.run_folder.folder import read_config
 from nemotron_train.run_folder.integrity import MANIFEST, step_folder, steps_in
-from nemotron_train.run_folder.lineage import parse_branch
+from nemotron_train.run_folder.lineage import parse_branch, read_lineage
 
 COPY_BYTES = 2**24  # converted and written at a time
 TORCH_DTYPES = {Dtype.float32: torch.float32, Dtype.bfloat16: torch.bfloat16}
@@ -62,6 +62,7 @@ def to_hf(
         config.model.vocab_size,
     )
     fields = config_fields(config, kind.value, files.end_of_document_id)
+    fields |= _imported_fields(files, path.parent.parent, fields["max_position_embeddings"])
     table = weights(config.model)
     reader = CheckpointReader(path)
     _check_tensors(reader, table)
@@ -87,11 +88,24 @@ def to_hf(
             size = (making.folder / name).stat().st_size
             console.print(f"{name}: {len(shard)} tensors, {format_bytes(size)}", highlight=False)
         texts: dict[str, Any] = {CONFIG: fields, INDEX: _index(shards, TORCH_DTYPES[kind])}
-        texts[GENERATION] = {key: fields[key] for key in ("eos_token_id", "pad_token_id")}
+        ids = {key: fields[key] for key in ("eos_token_id", "pad_token_id")}
+        texts[GENERATION] = ids | files.generation
         for name, content in texts.items():
             write_durably(making.folder / name, json.dumps(content, indent=2) + "\n")
         files.write(making.folder)
     console.print(f"wrote {output}", highlight=False, soft_wrap=True)
+
+
+def _imported_fields(files: TokenizerFiles, run: Path, longest: int) -> dict[str, Any]:
+    """Fields of config.json that an imported run brought along: token ids, and the longest context
+    if it is longer than the run's own rows."""
+    generation = files.generation
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    fields = {name: generation[name] for name in names if name in generation}
+    imported = read_lineage(run).get("imported_from", {}).get("max_position_embeddings")
+    if isinstance(imported, int):
+        fields["max_position_embeddings"] = max(imported, longest)
+    return fields
 
 
 def _find(text: str) -> tuple[Config, Path]:

@@ -14,9 +14,12 @@ from nemotron_train.data.manifest import load_manifest
 from nemotron_train.data.tokenize import (
     END_OF_DOCUMENT,
     FILE_NAME,
+    GENERATION,
     LoadedTokenizer,
     copy_tokenizer,
+    end_token_ids,
     load_tokenizer,
+    read_json_object,
 )
 from nemotron_train.platform.files import write_durably
 from nemotron_train.run_folder.folder import read_json
@@ -50,6 +53,11 @@ class TokenizerFiles:
         self._settings = read_json(folder / SETTINGS)
         self.end_of_document_id = self._end_of_document(loaded)
 
+    @property
+    def generation(self) -> dict[str, Any]:
+        """generation_config.json of an imported run: its token ids and settings; {} for ours."""
+        return read_json_object(self._folder / GENERATION)
+
     def write(self, folder: Path) -> None:
         """Copies the tokenizer into `folder` with the settings that `AutoTokenizer` needs, but
         without any code (`auto_map`)."""
@@ -75,6 +83,9 @@ class TokenizerFiles:
         setting = self._settings.get("eos_token")
         token = setting.get("content") if isinstance(setting, dict) else setting
         self._token = token if isinstance(token, str) else END_OF_DOCUMENT
+        if (self._folder / GENERATION).is_file() and (ends := end_token_ids(loaded, self._folder)):
+            self._token = loaded.tokenizer.id_to_token(ends[0])
+            return ends[0]
         token_id = loaded.tokenizer.token_to_id(self._token)
         if token_id is None:
             raise ConfigError(
