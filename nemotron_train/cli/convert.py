@@ -85,13 +85,24 @@ def run_convert_from_hf(arguments: argparse.Namespace) -> int:
             text = f"wrote {file}; `nemotron-train plan model={file}` says what it costs"
             console.print(text, highlight=False, soft_wrap=True)
         return 0
+    from nemotron_train.convert.hugging_face.from_hf import from_hf, wider_than_bfloat16
+
     words = list(arguments.overrides)
+    wide = wider_than_bfloat16(folder, hf_model.model)
+    which = f"{len(wide)} tensors, such as {wide[0]}," if wide else ""
     if not any(word.startswith("precision=") for word in words):
-        words.insert(0, f"precision={'fp32' if hf_model.dtype == Dtype.float32 else 'bf16'}")
+        # The weights' own dtype decides, whatever config.json says of them.
+        is_float32 = bool(wide) or hf_model.dtype == Dtype.float32
+        words.insert(0, f"precision={'fp32' if is_float32 else 'bf16'}")
+        if wide and hf_model.dtype != Dtype.float32:
+            text = f"{which} hold more than bfloat16: the run is float32, which keeps them exactly"
+            console.print(text, highlight=False, markup=False, soft_wrap=True)
     config = _compose(recipe, words)
+    if wide and config.precision.parameter_dtype == Dtype.bfloat16:
+        text = f"{which} will be rounded to bfloat16; precision=fp32 keeps them exactly"
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
     config.name, config.folder = output.name, str(output.parent)
     hf_config.check_overrides(hf_model.model, config.model, folder)
-    from nemotron_train.convert.hugging_face.from_hf import from_hf
 
     from_hf(folder, config, output, console, shard_bytes=_shard_bytes(arguments.shard_gib))
     return 0

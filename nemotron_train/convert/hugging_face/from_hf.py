@@ -24,7 +24,7 @@ from nemotron_train import __version__
 from nemotron_train.config.errors import ConfigError
 from nemotron_train.config.knobs import to_plain
 from nemotron_train.config.quantities import format_bytes
-from nemotron_train.config.schema import Config, DataKind
+from nemotron_train.config.schema import Config, DataKind, ModelConfig
 from nemotron_train.convert.checkpoint_tensors import CheckpointWriter, Place, shard_name
 from nemotron_train.convert.hugging_face.fields import INDEX, SINGLE
 from nemotron_train.convert.hugging_face.mapping import Piece, Weight, our_shapes, weights
@@ -86,6 +86,20 @@ def from_hf(
         f"wrote {output}; train from it with branch={output}@0", highlight=False, soft_wrap=True
     )
     return step_folder(output / "checkpoints", 0)
+
+
+def wider_than_bfloat16(folder: Path, model: ModelConfig) -> list[str]:
+    """Tensors of the folder whose stored dtype holds more than BF16, as `NAME (F16)`; without those
+    that our model keeps in FP32 whatever the run's dtype. Reads headers only. Raises ConfigError,
+    naming file and tensor, as `from_hf` does."""
+    theirs = _Theirs(folder)
+    table = weights(model)
+    theirs.check(table)
+    return [
+        f"{weight.name} ({theirs.stored_dtype(weight)})"
+        for weight in table
+        if not weight.keeps_float32 and theirs.dtype(weight) != torch.bfloat16
+    ]
 
 
 class _Theirs:
@@ -150,6 +164,11 @@ class _Theirs:
             return torch.float32
         name = self._name(weight.name)
         return DTYPES[self._places[name].dtypes[name]]
+
+    def stored_dtype(self, weight: Weight) -> str:
+        """The dtype that the file names, such as F16."""
+        name = self._name(weight.name)
+        return self._places[name].dtypes[name]
 
     def rows(self, weight: Weight, start: int, stop: int) -> torch.Tensor:
         """Rows [start, stop) of their tensor."""

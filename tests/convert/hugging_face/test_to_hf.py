@@ -473,3 +473,44 @@ def test_overrides_of_training_are_taken(both: tuple[Path, Path]) -> None:
     assert (config.model.mtp.depths, config.train.seed) == (3, 5)
     assert config.name == "three" and config.data.tokenizer == "runs/three/tokenizer"
     assert Path("runs/three/tokenizer/tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_wider_weights_than_config_json_says_are_kept(
+    both: tuple[Path, Path], dtype: torch.dtype, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """config.json says bfloat16, one tensor holds more bits than that: the run keeps them all, and
+    says so. With precision=bf16 it says that they will be rounded."""
+    folder, name = tmp_path / "hf", "backbone.layers.1.mixer.gate.weight"
+    shutil.copytree(both[0], folder)
+    path = next(p for p in folder.glob("*.safetensors") if name in load_file(p))
+    tensors = load_file(path)
+    tensors[name] = (torch.randn(tensors[name].shape) / 3).to(dtype)
+    assert not torch.equal(tensors[name].bfloat16().to(dtype), tensors[name])
+    save_file(tensors, path, metadata={"format": "pt"})
+    assert main(["convert", "from-hf", str(folder), "--out", str(tmp_path / "run")]) == 0
+    assert "the run is float32" in capsys.readouterr().out
+    assert main(["convert", "to-hf", f"{tmp_path / 'run'}@0", "--out", str(tmp_path / "back")]) == 0
+    assert torch.equal(shards(tmp_path / "back")[name], tensors[name].float())
+    words = ["convert", "from-hf", str(folder), "--out", str(tmp_path / "b"), "precision=bf16"]
+    assert main(words) == 0
+    assert "will be rounded to bfloat16" in capsys.readouterr().out
+
+
+def test_what_lies_beside_the_weights_comes_back(both: tuple[Path, Path], tmp_path: Path) -> None:
+    """End tokens of generation_config.json, the chat template and the longest context."""
+    folder = tmp_path / "hf"
+    shutil.copytree(both[0], folder)
+    generation = {"eos_token_id": [3, 1], "bos_token_id": 2, "top_p": 0.9}
+    (folder / "generation_config.json").write_text(json.dumps(generation))
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    config = json.loads((folder / "config.json").read_text()) | {"max_position_embeddings": 262144}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert main(["convert", "from-hf", str(folder), "--out", str(tmp_path / "run")]) == 0
+    assert main(["convert", "to-hf", f"{tmp_path / 'run'}@0", "--out", str(tmp_path / "back")]) == 0
+    back = json.loads((tmp_path / "back" / "generation_config.json").read_text())
+    assert generation.items() <= back.items()
+    assert (tmp_path / "back" / "chat_template.jinja").read_text() == "{{ messages }}"
+    fields = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert (fields["eos_token_id"], fields["bos_token_id"]) == ([3, 1], 2)
+    assert fields["max_position_embeddings"] == 262144
