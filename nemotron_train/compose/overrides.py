@@ -56,7 +56,9 @@ def _parse(word: str, schema: Any, sweeps: bool) -> Any:
     match = _WORD.fullmatch(word)
     kind = knob_type(schema, match[2]) if match else None
     if match and match[1] and kind is None:
-        raise ConfigError(f"{word}: there is no such knob{nearest(match[2], knob_names(schema))}")
+        # Without the value, which may be a secret.
+        name, known = f"{match[1]}{match[2]}", knob_names(schema)
+        raise ConfigError(f"{name}: there is no such knob{nearest(match[2], known)}")
     override, error = _by_grammar(word)
     if match and kind is str:
         is_sweep = override is not None and override.is_sweep_override()

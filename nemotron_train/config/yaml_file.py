@@ -38,14 +38,15 @@ def load_yaml(path: Path, requested_by: str, kind: Any = None, *, resolvers: boo
         if len(content) > MAX_BYTES:
             raise ConfigError(f"{requested_by}: {path} has more than {MAX_BYTES:,} bytes")
         text = content.decode()
-        _check_size(text, path, requested_by)
+        _check_nodes(text, path, requested_by)
         if not resolvers and _RESOLVER.search(text):
             raise ConfigError(
                 f"{requested_by}: {path} holds an interpolation that calls a resolver, such as "
                 "${oc.env:NAME}, which a stored configuration must not do"
             )
         loaded = OmegaConf.create(text)
-        typed = typed_value(kind, OmegaConf.to_container(loaded, resolve=False), _texts(text))
+        plain = OmegaConf.to_container(loaded, resolve=False)
+        typed = typed_value(kind, plain, _texts(text) or {})
     except FileNotFoundError:
         raise ConfigError(f"{requested_by}: there is no {path}") from None
     except RecursionError:
@@ -53,8 +54,6 @@ def load_yaml(path: Path, requested_by: str, kind: Any = None, *, resolvers: boo
     except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"{requested_by}: {path} cannot be read ({reason})") from error
-    if not isinstance(typed, dict):
-        raise ConfigError(f"{requested_by}: {path} holds no configuration")
     return OmegaConf.create(typed)
 
 
@@ -65,8 +64,9 @@ def _texts(text: str) -> Any:
     return yaml.load(text, Loader=yaml.BaseLoader)  # makes strings, lists and dictionaries only
 
 
-def _check_size(text: str, path: Path, requested_by: str) -> None:
-    """Raises ConfigError if the file, with aliases expanded, has too many nodes or is circular."""
+def _check_nodes(text: str, path: Path, requested_by: str) -> None:
+    """Raises ConfigError if the file is no table, is circular, or has too many nodes with its
+    aliases expanded."""
     import yaml
 
     sizes: dict[int, int] = {}
@@ -89,6 +89,8 @@ def _check_size(text: str, path: Path, requested_by: str) -> None:
         return total
 
     root = yaml.compose(text, Loader=yaml.SafeLoader)
+    if root is not None and not isinstance(root, yaml.MappingNode):
+        raise ConfigError(f"{requested_by}: {path} holds no configuration")
     if root is not None and size(root) > MAX_NODES:
         raise ConfigError(
             f"{requested_by}: {path} has more than {MAX_NODES:,} entries with its aliases expanded"

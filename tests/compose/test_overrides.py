@@ -50,6 +50,13 @@ def test_an_added_knob_must_exist(word: str) -> None:
         compose_config([word])
 
 
+def test_the_message_of_an_unknown_knob_does_not_repeat_its_value() -> None:
+    """It may be a key that was put where it does not belong."""
+    with pytest.raises(ConfigError, match=r"\+logging\.wandb_api_key: there is no") as caught:
+        compose_config(["+logging.wandb_api_key=0123456789abcdef"])
+    assert "0123456789abcdef" not in str(caught.value)
+
+
 def test_an_entry_of_a_table_is_added() -> None:
     rule = "+precision.rules.mine={match: '*.in_proj', format: bf16}"
     config = compose_config(["precision=nvfp4_all", rule])

@@ -68,3 +68,13 @@ def test_a_cluster_file_keeps_its_text(tmp_path: Path) -> None:
     loaded = load_yaml(written(tmp_path, text), "cluster=c", ClusterConfig)
     assert loaded.account == "012345" and loaded.partition == "no" and loaded.qos == "1e3"
     assert loaded.environment == {"A": "1.10", "B": "yes"}
+
+
+@pytest.mark.parametrize("text", ["3", "[1, 2]", "just words"])
+def test_a_file_without_a_table_is_no_configuration(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError, match="holds no configuration"):
+        load_yaml(written(tmp_path, text), "--config", Config)
+
+
+def test_an_empty_file_sets_nothing(tmp_path: Path) -> None:
+    assert dict(load_yaml(written(tmp_path, "# nothing\n"), "--config", Config)) == {}

@@ -77,16 +77,21 @@ def plan_job(overrides: Sequence[str], config_file: Path | None = None) -> Job:
 
     Raises ConfigError if the overrides, the cluster or the layout are invalid.
     """
+    # Before they are parsed: a message about a knob must not come before that about a secret in it.
+    refuse_unsafe([word for word in overrides if not is_job_knob(_knob_of(word))])
     parsed = parse_overrides(overrides, JobConfig)
     job_words = [override.input_line for override in parsed if is_job_knob(override.key_or_group)]
     run_words = [
         override.input_line for override in parsed if not is_job_knob(override.key_or_group)
     ]
-    refuse_unsafe(run_words)
     cluster, nodes = requested_cluster(job_words)
     config = compose_config(run_words, config_file)
     words = [*(["--config", str(config_file)] if config_file else []), *run_words]
     return make_job(config, cluster, nodes, words)
+
+
+def _knob_of(word: str) -> str:
+    return word.partition("=")[0].lstrip("+~")
 
 
 def is_job_knob(knob: str) -> bool:

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from nemotron_train.cli.main import main
-from nemotron_train.compose.compose import compose_config, parse_overrides, recipes_folder
+from nemotron_train.compose.compose import compose_config, recipes_folder
+from nemotron_train.compose.overrides import parse_overrides
 from nemotron_train.config.errors import ConfigError
 from nemotron_train.config.schema import Config
 from nemotron_train.launch.sweep import plan as sweep_module
@@ -310,5 +311,5 @@ def test_a_branch_runs_after_its_trunk(
 )
 def test_a_quoted_value_comes_back(value: str) -> None:
     """Hydra's own parser reads the value back, whatever quotes and backslashes it contains."""
-    [parsed] = parse_overrides([f"folder={sweep_module._quoted(value)}"])
+    [parsed] = parse_overrides([f"folder={sweep_module._quoted(value)}"], Config)
     assert parsed.value() == value
