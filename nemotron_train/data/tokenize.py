@@ -61,6 +61,11 @@ class LoadedTokenizer:
             if added.special and added.content != unknown
         }
 
+    @cached_property
+    def known_ids(self) -> frozenset[int]:
+        """Every id that stands for a token; ids in between may stand for none."""
+        return frozenset(self.tokenizer.get_vocab(with_added_tokens=True).values())
+
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 

@@ -110,6 +110,7 @@ def _load(
     if platform.device != "cpu":
         model = model.to(platform.device)
     load_weights(checkpoint, [model], groups, config.model)
+    _check_finite(model, checkpoint)
     model.eval()
     progress = checkpoint_metadata.progress_of(checkpoint)
     if native:
@@ -119,6 +120,20 @@ def _load(
         precision.before_step(progress.step, progress.tokens)
         precision.set_per_token_scales(True)
     return LoadedCheckpoint(model, config, groups, platform, checkpoint, precision)
+
+
+def _check_finite(model: Any, checkpoint: Path) -> None:
+    """Raises ConfigError, naming the first weight that holds NaN or infinity. One pass over the
+    weights: a value outside the routed experts of a text would otherwise show late or never."""
+    import torch
+
+    for name, weight in model.named_parameters():
+        smallest, largest = torch.aminmax(weight.detach())
+        if not bool(torch.isfinite(largest - smallest)):
+            raise ConfigError(
+                f"{checkpoint}: {name} is not finite; the checkpoint is damaged or training had "
+                "diverged: take an earlier checkpoint (RUN_FOLDER@STEP)"
+            )
 
 
 def _inference_layout(

@@ -13,13 +13,15 @@ Shapes: B sequences, T tokens of a forward call, V vocabulary.
 """
 
 import itertools
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from nemotron_train.config.errors import ConfigError
 from nemotron_train.generate.knobs import DecodingKnobs, Sampling
 from nemotron_train.generate.sampling import Draws, choose
 from nemotron_train.generate.speculative import Acceptance, Drafter
@@ -75,8 +77,9 @@ class Engine:
     """Generates from one model, which it leaves in evaluation mode. The weights may change between
     calls, for example when a trainer owns the model.
 
-    end_token: the id or ids that end a sequence, the end-of-document id first, or None. costs,
-    acceptance: counters over all calls.
+    end_token: the id or ids that end a sequence, the end-of-document id first, or None. known_ids:
+    the ids that may be drawn, those of the tokenizer; None: all of the model's vocabulary, which
+    is often padded. costs, acceptance: counters over all calls.
     """
 
     def __init__(
@@ -84,12 +87,15 @@ class Engine:
         model: NemotronModel,
         end_token: int | Sequence[int] | None = None,
         device: str = "cpu",
+        known_ids: Collection[int] | None = None,
     ) -> None:
         self.model = model
         ends = [end_token] if isinstance(end_token, int) else list(end_token or ())
         self.end_tokens = frozenset(ends)
         self.end_token = ends[0] if ends else None
         self.device = torch.device(device)
+        self._known_ids = known_ids
+        self._unknown_V: Tensor | None = None
         self.costs = Costs()
         self.acceptance = Acceptance()
 
@@ -101,7 +107,10 @@ class Engine:
         knobs: DecodingKnobs,
         on_token: OnToken | None = None,
     ) -> list[Continuation]:
-        """Continue every prompt, `knobs.batch` at a time; COLLECTIVE. No prompt may be empty."""
+        """Continue every prompt, `knobs.batch` at a time; COLLECTIVE. No prompt may be empty.
+
+        Raises ConfigError if the model's logits are not finite.
+        """
         assert all(prompts), "an empty prompt gives the model nothing to go on from"
         self.model.eval()
         sequences = [
@@ -119,7 +128,8 @@ class Engine:
         """Log-probability of every token of each sequence given the tokens before it, except the
         first token; COLLECTIVE.
 
-        chunk: prefill tokens of a sequence per forward call.
+        chunk: prefill tokens of a sequence per forward call. Raises ConfigError if logits are not
+        finite.
         """
         return [[value for value, _ in scored] for scored in self.scores(sequences, chunk)]
 
@@ -147,11 +157,31 @@ class Engine:
                 results[row] += itertools.islice(scored, count)
         return results
 
+    def drawable(self, logits: Tensor) -> Tensor:
+        """Logits [..., V] with minus infinity for the ids that may not be drawn."""
+        if self._known_ids is None:
+            return logits
+        if self._unknown_V is None:
+            unknown_V = torch.ones(logits.shape[-1], dtype=torch.bool)
+            unknown_V[torch.tensor(sorted(self._known_ids))] = False
+            self._unknown_V = unknown_V.to(logits.device)
+        return logits.masked_fill(self._unknown_V, float("-inf"))
+
     def log_probabilities_of(self, logits_TV: Tensor, tokens: Sequence[int]) -> list[float]:
-        """Log-probability of one token per row of the logits [T,V]."""
+        """Log-probability of one token per row of the logits [T,V].
+
+        Raises ConfigError if logits are not finite.
+        """
         tokens_T1 = torch.tensor(tokens, device=logits_TV.device).unsqueeze(1)
         chosen_T = logits_TV.gather(1, tokens_T1).squeeze(1)
-        return (chosen_T - logits_TV.logsumexp(1)).tolist()
+        values = (chosen_T - logits_TV.logsumexp(1)).tolist()
+        # A logit of NaN or plus infinity anywhere in the row makes its log-probability NaN.
+        if not all(map(math.isfinite, values)):
+            raise ConfigError(
+                "the model's logits are not finite; the weights are damaged or training had "
+                "diverged: take an earlier checkpoint (RUN_FOLDER@STEP)"
+            )
+        return values
 
     def passes(
         self, states: DecodeStates, inputs: Sequence[Sequence[int]], chunk: int
@@ -197,7 +227,13 @@ class _Batch:
             depths = knobs.draft_tokens or self.model.config.mtp_num_layers or 0
             assert depths > 0, "checked where the model was opened"
             self.drafter = Drafter(
-                self.model, depths, len(sequences), sampling, engine.acceptance, engine.device
+                self.model,
+                depths,
+                len(sequences),
+                sampling,
+                engine.acceptance,
+                engine.device,
+                engine.drawable,
             )
 
     def run(self) -> None:
@@ -239,7 +275,7 @@ class _Batch:
     def _sample(self, logits_BV: Tensor) -> None:
         """Draw the next token of every sequence and drop the sequences that end with it."""
         draws = [row.draws for row in self.rows]
-        tokens_B = from_first_rank(choose(logits_BV, self.sampling, draws))
+        tokens_B = from_first_rank(choose(self.engine.drawable(logits_BV), self.sampling, draws))
         tokens = tokens_B.tolist()
         values = self.engine.log_probabilities_of(logits_BV, tokens)
         for row, token, value in zip(self.rows, tokens, values, strict=True):
@@ -266,7 +302,9 @@ class _Batch:
         hidden_T1D = self.model.decode(tokens_Bn.flatten(), decode_batch)
         logits_TV = self.model.logits(hidden_T1D)
         logits_BnV = logits_TV.unflatten(0, (num_rows, tokens_per_row))
-        verdict = drafter.judge(logits_BnV, drafted, [row.draws for row in self.rows])
+        verdict = drafter.judge(
+            self.engine.drawable(logits_BnV), drafted, [row.draws for row in self.rows]
+        )
         num_kept = [count + 1 for count in verdict.accepted]
         self.states.rewind(num_kept)
         drafter.keep(hidden_T1D, num_kept)

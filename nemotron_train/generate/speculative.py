@@ -15,7 +15,7 @@ depth k reads has no known token yet; it stays in `_Depth.waiting`.
 Shapes: B sequences, T tokens of a forward call, k drafted tokens, V vocabulary, D hidden size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -81,7 +81,10 @@ class Drafted:
 
 class Drafter:
     """Drafts for a batch of sequences. Call `prefill` for each prefill chunk, then `draft`, `judge`
-    and `keep` in each round. COLLECTIVE under tensor and expert parallelism."""
+    and `keep` in each round. COLLECTIVE under tensor and expert parallelism.
+
+    drawable: gives the ids that may not be drawn a logit of minus infinity.
+    """
 
     def __init__(
         self,
@@ -91,8 +94,10 @@ class Drafter:
         sampling: Sampling,
         acceptance: Acceptance,
         device: torch.device,
+        drawable: Callable[[Tensor], Tensor],
     ) -> None:
         self._model = model
+        self._drawable = drawable
         self._sampling = sampling
         self._device = device
         self._acceptance = acceptance
@@ -154,7 +159,7 @@ class Drafter:
             depth.rewind(inputs, first, confirmed, previous_confirmed)
             previous_confirmed = confirmed
             last_BD = torch.stack([rows[-1] for rows in hidden])
-            logits_BV = self._model.logits(last_BD.unsqueeze(1))
+            logits_BV = self._drawable(self._model.logits(last_BD.unsqueeze(1)))
             drawn_B = from_first_rank(choose(logits_BV, self._sampling, draws))
             for row, token in zip(extended, drawn_B.tolist(), strict=True):
                 row.append(token)
@@ -163,7 +168,8 @@ class Drafter:
         return Drafted(torch.stack(tokens, dim=1), torch.stack(logits, dim=1))
 
     def judge(self, logits_BnV: Tensor, drafted: Drafted, draws: Sequence[Draws]) -> Verdict:
-        """Verify the drafts with the decoder's logits [B,n,V], n = k + 1, and count the result.
+        """Verify the drafts with the decoder's drawable logits [B,n,V], n = k + 1, and count the
+        result.
 
         All ranks get the verdict of the first rank.
         """

@@ -37,7 +37,7 @@ def generate(run: str, knobs: GenerateConfig) -> None:
         check_speculative(knobs.speculative, model)
         tokenizer, end_tokens = open_tokenizer(model, knobs)
         ids = [_encode(text, tokenizer) for text in prompts for _ in range(knobs.samples)]
-        texts = [GrowingText(tokenizer, knobs.stop) for _ in ids]
+        texts = [GrowingText(tokenizer, knobs.stop, prompt) for prompt in ids]
         console.print(f"{model.checkpoint} · {model.platform.describe()}", highlight=False)
         printer = _Printer(prompts, knobs.samples, len(ids) == 1 and model.is_first_rank)
 
@@ -47,7 +47,7 @@ def generate(run: str, knobs: GenerateConfig) -> None:
             printer.stream("" if is_end else text.add(token))
             return "stop" if text.is_stopped else ""
 
-        engine = Engine(model.model, end_tokens, model.platform.device)
+        engine = Engine(model.model, end_tokens, model.platform.device, tokenizer.known_ids)
         sequences = engine.generate(ids, knobs, knobs, on_token)
         for text in texts:
             printer.stream(text.finish())

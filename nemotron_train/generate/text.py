@@ -5,11 +5,12 @@ torch.
 """
 
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Protocol
 
 _UNFINISHED = "\ufffd"  # replacement character for bytes that are not a complete character
-_LONGEST_UNFINISHED = 3  # bytes of a UTF-8 character without its last byte
-_CONTEXT, _LONGEST_TAIL = 8, 64  # tokens
+_LONGEST_UNFINISHED = 3  # bytes of a UTF-8 character without its last byte, thus tokens at most
+_MOST_PENDING, _CONTEXT = 8, 8  # tokens
 
 
 class Decoder(Protocol):
@@ -20,12 +21,21 @@ class Decoder(Protocol):
 
 class GrowingText:
     """The text of one sequence. `add` and `finish` return the newly final text: complete characters
-    that cannot be the start of a stop string."""
+    that cannot be the start of a stop string.
 
-    def __init__(self, decoder: Decoder, stop: Sequence[str] = ()) -> None:
+    prompt: the ids before the first added one, those of a whole text. Many decoders write a token
+    differently at the start of a text (SentencePiece-like ones drop its space), and those with byte
+    fallback write a whole run of bytes as replacement characters while the last character is
+    incomplete. So tokens are decoded after a context of tokens whose text is final, and a text that
+    ends in a replacement character waits for more tokens.
+    """
+
+    def __init__(
+        self, decoder: Decoder, stop: Sequence[str] = (), prompt: Sequence[int] = ()
+    ) -> None:
         self._decoder, self._stop = decoder, [text for text in stop if text]
-        self._tail: list[int] = []  # last tokens; each `add` decodes only these again
-        self._decoded = 0  # characters of the tail's text that are in `_all`
+        self._context = self._end_of(prompt)  # tokens whose text is final
+        self._pending: list[int] = []  # tokens after them
         self._all, self._shown = "", 0
         self.is_stopped = False  # a stop string was met; the text ends before it
 
@@ -37,26 +47,42 @@ class GrowingText:
     def add(self, token: int) -> str:
         """Append one token and return the newly final text. Not allowed after a stop string."""
         assert not self.is_stopped
-        self._tail.append(token)
-        text = self._decoder.decode(self._tail)
-        complete = len(text)
-        while (
-            complete > max(0, len(text) - _LONGEST_UNFINISHED) and text[complete - 1] == _UNFINISHED
-        ):
-            complete -= 1
-        self._append(text[self._decoded : complete])
-        self._decoded = max(self._decoded, complete)
-        if len(self._tail) > _LONGEST_TAIL and complete == len(text):
-            # Some decoders treat the first token differently, so keep a few tokens as context.
-            self._tail = self._tail[-_CONTEXT:]
-            self._decoded = len(self._decoder.decode(self._tail))
+        self._pending.append(token)
+        if not self._decoder.decode(self._context + self._pending).endswith(_UNFINISHED):
+            self._settle(len(self._pending))
+        elif len(self._pending) > _MOST_PENDING:
+            # Only the last tokens can still become a character; the bytes before them are invalid.
+            self._settle(len(self._pending) - _LONGEST_UNFINISHED)
         return self._show(self._num_withheld())
 
     def finish(self) -> str:
         """End the sequence and return the rest of the text, incomplete characters as decoded."""
         if not self.is_stopped:
-            self._append(self._decoder.decode(self._tail)[self._decoded :])
+            self._settle(len(self._pending))
         return self._show(0)
+
+    def _end_of(self, prompt: Sequence[int]) -> list[int]:
+        """The prompt's last tokens, beginning at a complete character."""
+        count = _CONTEXT
+        while count < len(prompt):
+            end = list(prompt[-count:])
+            if not self._decoder.decode(end).startswith(_UNFINISHED):
+                return end
+            count *= 2
+        return list(prompt)
+
+    def _settle(self, count: int) -> None:
+        """Append the text of the first `count` pending tokens, which become the context."""
+        if not count:
+            return
+        settled = self._pending[:count]
+        before = self._decoder.decode(self._context)
+        text = self._decoder.decode(self._context + settled)
+        # Equal to `before`, unless the new tokens complete or break its last character.
+        pairs = zip(before, text, strict=False)
+        unchanged = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        self._append(text[unchanged:])
+        self._context, self._pending = settled, self._pending[count:]
 
     def _append(self, new_text: str) -> None:
         old_length = len(self._all)

@@ -134,3 +134,26 @@ def test_only_line_feeds_end_a_prompt(run: str, tmp_path: Path) -> None:
     words = ["max_new_tokens=1", "temperature=0"]
     assert [r["prompt"] for r in generate(run, f"prompts={plain}", *words)] == [text, "second"]
     assert [r["prompt"] for r in generate(run, f"prompts={lines}", *words)] == [text]
+
+
+def test_weights_that_are_not_finite_are_named(
+    run: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Even where the text would not meet them: the weights of one expert."""
+    from nemotron_train.train.checkpoint import checkpoints
+
+    load = checkpoints.load_weights
+    names = []
+
+    def load_damaged(path: Path, cores: Any, *arguments: Any) -> None:
+        load(path, cores, *arguments)
+        name, weight = next(
+            (name, weight) for name, weight in cores[0].named_parameters() if ".experts." in name
+        )
+        names.append(name)
+        weight.data.view(-1)[-1] = float("nan")
+
+    monkeypatch.setattr(checkpoints, "load_weights", load_damaged)
+    assert main(["generate", run, "prompt=a", "max_new_tokens=1", "threads=1"]) == 2
+    (line,) = capsys.readouterr().err.strip().split("\n")
+    assert f"{names[0]} is not finite" in line and "step_00000004" in line

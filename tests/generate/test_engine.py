@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from nemotron_train.config.errors import ConfigError
 from nemotron_train.generate.engine import Engine
 from nemotron_train.generate.knobs import DecodingKnobs, Sampling
 from nemotron_train.generate.sampling import distribution
@@ -187,3 +188,43 @@ def _training_depths(model: Any, tokens: list[int], depths: int) -> list[torch.T
         )
         found.append(model.logits(hidden))
     return found
+
+
+@pytest.mark.parametrize("speculative", [False, True])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_draws_known_ids_only(
+    model: Any, prompts: Any, speculative: bool, temperature: float
+) -> None:
+    """A vocabulary is often padded, and a tokenizer's ids may have holes. The model's own
+    distribution, whose log-probabilities are returned, stays whole."""
+    known = set(range(0, 512, 7))
+    engine = Engine(model, known_ids=known)
+    knobs = replace(PLAIN, speculative=speculative)
+    sampling = Sampling(temperature=temperature, seed=2)
+    drawn = engine.generate(prompts, sampling, knobs)
+    assert {token for s in drawn for token in s.new} <= known
+    for one in drawn:
+        scored = Engine(model).log_probabilities([one.tokens])[0][len(one.prompt) - 1 :]
+        assert one.log_probabilities == pytest.approx(scored, abs=BOUND)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("speculative", [False, True])
+def test_logits_that_are_not_finite_end_it(
+    model: Any, prompts: Any, value: float, speculative: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One logit of one row, after the first token of the continuation."""
+    logits, calls = model.logits, []
+
+    def broken(hidden: Any) -> Any:
+        result = logits(hidden)
+        calls.append(1)
+        if len(calls) > 1:
+            result[0, 17] = value
+        return result
+
+    monkeypatch.setattr(model, "logits", broken)
+    with pytest.raises(ConfigError, match="logits are not finite"):
+        Engine(model).generate(prompts, GREEDY, replace(PLAIN, speculative=speculative))
+    with pytest.raises(ConfigError, match="logits are not finite"):
+        Engine(model).log_probabilities(prompts[2:4])
