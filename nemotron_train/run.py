@@ -12,7 +12,14 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from nemotron_train.config.errors import ConfigError, CrashLoop, RendezvousFailed, TrainingFailed
+from nemotron_train.config.errors import (
+    EXIT_DONE,
+    EXIT_STOPPED,
+    ConfigError,
+    CrashLoop,
+    RendezvousFailed,
+    TrainingFailed,
+)
 from nemotron_train.config.schema import Config
 from nemotron_train.data.batches import BatchSource
 from nemotron_train.data.open import open_data
@@ -28,8 +35,6 @@ from nemotron_train.run_folder.lineage import Record, brief
 from nemotron_train.run_folder.metrics import MetricsWriter, open_sinks
 from nemotron_train.run_folder.progress import Progress
 from nemotron_train.train.guard.watchdog import collective_timeout
-
-EXIT_DONE, EXIT_FAILED, EXIT_STOPPED = 0, 1, 3
 
 
 def pretrain(config: Config) -> int:

@@ -24,6 +24,7 @@ as_rank() {
     exec >>"$log" 2>&1
     echo "--- job $SLURM_JOB_ID start $start on ${SLURMD_NODENAME-?}, $(date -u +%FT%TZ)"
     [[ -z $scratch ]] || mkdir -p "$TMPDIR"
+    unset TORCHELASTIC_ERROR_FILE # a refusal belongs into this log, not into torchrun's report
     # The rank must not inherit the signals that torchrun's process ignores.
     env --default-signal=USR1,TERM "$@" || code=$?
     echo "--- rank $RANK ended with exit code $code"

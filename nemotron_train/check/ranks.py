@@ -6,7 +6,6 @@ ranks. Does not own: what a rank does (`check.worker`). No torch.
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+
+from nemotron_train.platform.local_ranks import free_port, rank_environment
 
 WORKER = ("-m", "nemotron_train.check.worker")
 _TAIL_LINES = 25
@@ -64,19 +65,16 @@ class Ranks:
         return folder
 
     def _start(self, task: Path, num_ranks: int) -> list[subprocess.Popen]:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        shared = {"WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks, "OMP_NUM_THREADS": 1}
-        shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "CUDA_VISIBLE_DEVICES": ""}
+        port = free_port()
+        shared = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         processes = []
         for rank in range(num_ranks):
-            environment = shared | {"RANK": rank, "LOCAL_RANK": rank}
+            environment = shared | rank_environment(rank, num_ranks, port)
             with open(task.with_name(f"rank_{rank}.log"), "wb") as log:
                 processes.append(
                     subprocess.Popen(
                         [sys.executable, *self._worker, str(task)],
-                        env=os.environ | {name: str(value) for name, value in environment.items()},
+                        env=os.environ | environment,
                         stdout=log,
                         stderr=subprocess.STDOUT,
                     )

@@ -24,10 +24,9 @@ from nemotron_train.cli.sweep import SWEEP_VERBS
 from nemotron_train.cli.verbs import OVERRIDES_HELP, Verb, open_console, run_arguments
 from nemotron_train.compose.compose import compose_config, nearest, to_typed
 from nemotron_train.compose.overrides import parse_overrides
-from nemotron_train.config.errors import ConfigError
+from nemotron_train.config.errors import EXIT_CONFIG, EXIT_DONE, EXIT_FAILED, ConfigError
 from nemotron_train.config.schema import Config
-
-EXIT_DONE, EXIT_FAILED, EXIT_CONFIG = 0, 1, 2
+from nemotron_train.platform.local_ranks import leave_refusal
 
 
 def run_pretrain(arguments: argparse.Namespace) -> int:
@@ -266,7 +265,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
     except ConfigError as error:
-        print("nemotron-train:", " ".join(str(error).splitlines()), file=sys.stderr)
+        line = "nemotron-train: " + " ".join(str(error).splitlines())
+        if not leave_refusal(line):
+            print(line, file=sys.stderr)
         return EXIT_CONFIG
     except KeyboardInterrupt:
         print("nemotron-train: interrupted", file=sys.stderr)

@@ -52,6 +52,7 @@ def prepare(num_threads: int = 0) -> Platform:
         has_te = importlib.util.find_spec("transformer_engine") is not None
         has_mamba = importlib.util.find_spec("mamba_ssm") is not None
         return Platform("cuda", torch.cuda.get_device_name(), "nccl", has_te, has_mamba)
+    warnings.filterwarnings("ignore", message=".*CUDA_DEVICE_MAX_CONNECTIONS")
     from nemotron_train.platform import allocator, bfloat16_products, megatron_cpu
 
     megatron_cpu.install()

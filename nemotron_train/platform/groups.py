@@ -5,7 +5,6 @@ arithmetic (`plan.derive` checks divisibility).
 """
 
 import os
-import socket
 from datetime import timedelta
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from nemotron_train.config.errors import ConfigError, RendezvousFailed
 from nemotron_train.config.schema import ParallelConfig
+from nemotron_train.platform.local_ranks import free_port
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 
@@ -24,12 +24,6 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 def num_ranks() -> int:
     """World size set by the launcher (torchrun, srun); 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _meet(rendezvous_seconds: int) -> tuple[Any, int, int]:
@@ -66,7 +60,7 @@ def start(
             store.set_timeout(timeout)
         else:
             store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
-                "127.0.0.1", _free_port(), 1, is_master=True
+                "127.0.0.1", free_port(), 1, is_master=True
             )
             rank, ranks = 0, 1
         dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=timeout)
