@@ -24,7 +24,7 @@ from nemotron_train.config.schema import Config
 from nemotron_train.data.batches import BatchSource
 from nemotron_train.data.open import open_data
 from nemotron_train.plan.derive import Derived, derive
-from nemotron_train.plan.precision.record import label
+from nemotron_train.plan.precision.record import change
 from nemotron_train.plan.precision.text import plan_text
 from nemotron_train.platform.runtime import Runtime, start_runtime
 from nemotron_train.report.plot.loss import plot_loss
@@ -189,7 +189,7 @@ def record_start(
         writer.write({"kind": "branch", **event, "branched_from": config.branch, **plans})
         console.print(
             f"{folder.path} begins at step {progress.step} of {parent['run']}; precision plan "
-            f"{label(before)} -> {label(plan)}{''.join(changed_knobs)}",
+            f"{change(before, plan)}{''.join(changed_knobs)}",
             highlight=False,
             soft_wrap=True,
         )
@@ -203,7 +203,7 @@ def record_start(
         plans = {"precision_before": brief(before), "precision_after": brief(plan)}
         writer.write({"kind": "switch", **event, **plans})
         console.print(
-            f"precision plan switched at step {progress.step}: {label(before)} -> {label(plan)}",
+            f"precision plan switched at step {progress.step}: {change(before, plan)}",
             highlight=False,
             soft_wrap=True,
         )

@@ -17,6 +17,7 @@ import torch
 
 from nemotron_train.config.schema import Dtype
 from nemotron_train.plan.hardware import Hardware, installed_versions
+from nemotron_train.platform.cores import usable_cores
 
 TORCH_DTYPES = {Dtype.float32: torch.float32, Dtype.bfloat16: torch.bfloat16}
 
@@ -60,8 +61,7 @@ def prepare(num_threads: int = 0) -> Platform:
         bfloat16_products.install()
     allocator.keep_freed_memory()
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    num_cores = len(os.sched_getaffinity(0))
-    num_threads = num_threads or max(1, num_cores // local_ranks)
+    num_threads = num_threads or max(1, usable_cores() // local_ranks)
     torch.set_num_threads(num_threads)
     return Platform("cpu", f"CPU, {num_threads} threads a rank", "gloo", False, False)
 

@@ -18,6 +18,7 @@ from nemotron_train.plan.guards import Surroundings, enforce
 from nemotron_train.plan.hardware import installed_versions
 from nemotron_train.plan.precision.resolve import PrecisionPlan
 from nemotron_train.platform import device
+from nemotron_train.platform.cores import PROCESS_START, sharing_text
 from nemotron_train.platform.device import Platform
 
 
@@ -75,7 +76,11 @@ def start_runtime(
     )
     backend = choose_backend(config, plan, surroundings)
     os.environ.update(backend.environment)
-    for line in filter(None, (platform.describe(), backend.text)):
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    first_line = " · ".join(
+        filter(None, (platform.describe(), sharing_text(PROCESS_START, local_ranks)))
+    )
+    for line in filter(None, (first_line, backend.text)):
         if show is not None:
             show(line)
     enforce(config, plan, replace(surroundings, native=backend.native), say)

@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-import os
 import platform
 import socket
 import subprocess
@@ -37,6 +36,7 @@ from nemotron_train.config.yaml_file import load_yaml
 from nemotron_train.plan.derive import Derived
 from nemotron_train.plan.precision.record import plan_record
 from nemotron_train.plan.precision.resolve import PrecisionPlan, resolve_plan
+from nemotron_train.platform.cores import usable_cores
 from nemotron_train.platform.files import write_atomically
 from nemotron_train.run_folder.integrity import sweep
 from nemotron_train.run_folder.lineage import (
@@ -311,7 +311,7 @@ def _record_start(
         "git": _git_state(),
         "versions": {"python": platform.python_version()} | package_versions(),
         "platform": platform.platform(),
-        "cores": os.cpu_count(),
+        "cores": usable_cores(),
     }
     starts = [*earlier.get("starts", []), start]
     write_atomically(path, _to_json({"run_id": run_id, "starts": starts}))

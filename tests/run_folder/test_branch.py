@@ -108,12 +108,14 @@ def _tensor(content: object) -> torch.Tensor:
 
 
 def test_branch_under_the_same_plan_is_the_parent_again(
-    parent: Path, metrics: Metrics, weights: Weights
+    parent: Path, metrics: Metrics, weights: Weights, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Losses, gradients and weights of steps 6-10 are bit-identical. The parent's bytes do not
     change."""
     before = tree(parent)
     assert train(f"branch={parent}@5", "name=same") == 0
+    said = capsys.readouterr().out
+    assert f"precision plan {PLAN} (" in said and "), unchanged" in said
     branch = Path("runs/same")
     assert metrics(branch)[1:] == metrics(parent)[5:]
     start, theirs = weights(branch, 5), weights(parent, 5)

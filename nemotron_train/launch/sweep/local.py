@@ -6,7 +6,6 @@ A finished cell is not run again. An interrupted cell resumes from its checkpoin
 stops only its branches and is reported at the end.
 """
 
-import os
 import signal
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nemotron_train.launch.sweep.plan import Cell, Sweep, is_finished
+from nemotron_train.platform.cores import usable_cores
 
 
 def run_here(sweep: Sweep, console: Any) -> list[str]:
@@ -27,7 +27,12 @@ def run_here(sweep: Sweep, console: Any) -> list[str]:
     num_done, failed = len(sweep.cells) - len(waiting), []
     if num_done:
         console.print(f"{num_done} of {len(sweep.cells)} runs are finished already")
-    threads = max(1, len(os.sched_getaffinity(0)) // sweep.at_once)
+    at_once, threads = cores_for(sweep, usable_cores())
+    if at_once < sweep.at_once:
+        console.print(
+            f"at_once={sweep.at_once}: {at_once} at a time, for {usable_cores()} cores",
+            highlight=False,
+        )
     running: dict[subprocess.Popen, Cell] = {}
     try:
         while waiting or running:
@@ -39,7 +44,7 @@ def run_here(sweep: Sweep, console: Any) -> list[str]:
                     f"not started {cell.name}: {cell.after} is not finished", highlight=False
                 )
             for cell in [cell for cell in waiting if ready[cell.name]]:
-                if len(running) < sweep.at_once:
+                if len(running) < at_once:
                     waiting.remove(cell)
                     running[_start(cell, sweep.folder, threads)] = cell
                     console.print(f"started {cell.name}", highlight=False)
@@ -58,6 +63,14 @@ def run_here(sweep: Sweep, console: Any) -> list[str]:
         for process in running:
             process.wait()
     return failed
+
+
+def cores_for(sweep: Sweep, cores: int) -> tuple[int, int]:
+    """(runs at a time, threads of each that does not set `train.threads`): as many of `at_once` as
+    there are cores for. More would take longer than one after the other."""
+    most_threads = max(cell.config.train.threads or 1 for cell in sweep.cells)
+    at_once = max(1, min(sweep.at_once, cores // most_threads))
+    return at_once, max(1, cores // at_once)
 
 
 def _ready(waiting: list[Cell], running: list[Cell], folder: Path) -> dict[str, bool | None]:

@@ -42,6 +42,13 @@ def label(record: Mapping[str, Any]) -> str:
     return f"{record['name']} ({record['digest'][:12]})"
 
 
+def change(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    """Text for a change of plans in messages; one label if the plan stays."""
+    if before["digest"] == after["digest"]:
+        return f"{label(after)}, unchanged"
+    return f"{label(before)} -> {label(after)}"
+
+
 def _words(formats: LinearFormats) -> str:
     products = [f"{role}={getattr(formats, role)}" for role in ROLES]
     return " ".join([*products, *(option for option in NVFP4_OPTIONS if getattr(formats, option))])

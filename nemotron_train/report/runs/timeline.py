@@ -89,7 +89,8 @@ def _events(run: Run) -> Iterator[TimelineEvent]:
             continue
         if kind == "switch" or kind == "branch":
             names = [str(_name(event.get(f"precision_{when}"))) for when in ("before", "after")]
-            text = f"{kind} at step {step:,}: {names[0]} to {names[1]}"
+            plans = f"{names[0]} to {names[1]}" if names[0] != names[1] else f"still {names[1]}"
+            text = f"{kind} at step {step:,}: {plans}"
         else:
             policy = f" ({event['policy']})" if event.get("policy") else ""
             text = f"{kind} at step {step:,}{policy}: {event.get('reason', '')}".rstrip(": ")

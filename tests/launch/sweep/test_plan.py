@@ -21,7 +21,7 @@ from nemotron_train.compose.overrides import parse_overrides
 from nemotron_train.config.errors import ConfigError
 from nemotron_train.config.schema import Config
 from nemotron_train.launch.sweep import plan as sweep_module
-from nemotron_train.launch.sweep.local import run_here
+from nemotron_train.launch.sweep.local import cores_for, run_here
 from nemotron_train.launch.sweep.plan import is_finished, plan_sweep
 from nemotron_train.plan.architecture.layers import forward_flops, linears, parameters
 from nemotron_train.report.gap.gap import gaps
@@ -116,6 +116,24 @@ def test_mistakes_show_before_anything_runs(overrides: list[str], words: tuple[s
     assert len(str(raised.value).splitlines()) == 1
     for word in words:
         assert word in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "at_once, threads, cores, expected",
+    [
+        (1, 0, 8, (1, 8)),
+        (2, 0, 8, (2, 4)),
+        (3, 0, 8, (3, 2)),
+        (16, 0, 8, (8, 1)),
+        (4, 4, 8, (2, 4)),
+        (2, 16, 8, (1, 8)),
+    ],
+)
+def test_runs_at_once_have_cores(
+    at_once: int, threads: int, cores: int, expected: tuple[int, int]
+) -> None:
+    sweep = plan_sweep([f"at_once={at_once}", f"train.threads={threads}", "train.seed=1,2"])
+    assert cores_for(sweep, cores) == expected
 
 
 def test_pretrain_points_to_sweep(capsys: pytest.CaptureFixture[str]) -> None:
