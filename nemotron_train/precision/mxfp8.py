@@ -58,12 +58,15 @@ class MXFP8Tensor:
 def quantize_mxfp8(x: Tensor) -> MXFP8Tensor:
     """Quantize to codes and scales, blocks along the last dimension (for the other, pass `x.t()`).
 
-    Training uses `mxfp8_operand`, which computes the same codes. Sizes as there.
+    A code of zero keeps the sign of its element, as the cast instruction of the hardware does.
+    Training uses `mxfp8_operand`, which computes the same numbers. Sizes as there.
     """
     matrix = x.reshape(-1, x.shape[-1])
     blocks = _blocks(matrix, -1)
     exponents, has_nan = _scale_exponents(blocks, -1)
-    codes = _round(blocks, _power_of_two(-exponents)).to(torch.float8_e4m3fn).view(torch.uint8)
+    rounded = _round(blocks, _power_of_two(-exponents))
+    rounded = torch.where(rounded == 0, torch.copysign(rounded, blocks.float()), rounded)
+    codes = rounded.to(torch.float8_e4m3fn).view(torch.uint8)
     scales = (exponents + _E8M0_BIAS).masked_fill_(has_nan, _E8M0_NAN)
     return MXFP8Tensor(
         codes=codes.flatten(1)[:, : matrix.shape[1]].contiguous(),
