@@ -119,17 +119,17 @@ def _group(group: str, title: str, data: PageData) -> str:
         return ""
     # The most important chart of a group spans the full width.
     figures = [
-        f'<figure data-chart="{c["id"]}"{_wide(c["id"])}></figure>' for c in _ordered(charts)
+        element("figure", "", cls=_width_of(c["id"]), data_chart=c["id"]) for c in _ordered(charts)
     ]
-    figures += [f'<figure data-heat="{h["id"]}"></figure>' for h in heats]
+    figures += [element("figure", "", data_heat=h["id"]) for h in heats]
     return (
         f'<section id="{group}">{element("h2", title)}<div class="grid">'
         f"{''.join(figures)}</div></section>"
     )
 
 
-def _wide(name: str) -> str:
-    return ' class="wide"' if name in ("loss", "clock") else ""
+def _width_of(name: str) -> str:
+    return "wide" if name in ("loss", "clock") else ""
 
 
 def _ordered(charts: list[dict]) -> list[dict]:

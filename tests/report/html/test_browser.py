@@ -6,10 +6,7 @@ has checked (docs/report.md).
 """
 
 import json
-import os
 import re
-import shutil
-import subprocess
 from html import unescape
 from pathlib import Path
 
@@ -18,55 +15,14 @@ import pytest
 from PIL import Image
 
 from nemotron_train.cli.main import main
+from tests.report.html.chromium import CHROMIUM, browse
 
-CHROMIUM = next(
-    (
-        found
-        for name in ("chromium", "chromium-browser", "google-chrome")
-        if (found := shutil.which(name))
-    ),
-    "",
-)
 pytestmark = [
     pytest.mark.browser,
     pytest.mark.skipif(not CHROMIUM, reason="no chromium on PATH (Debian: apt install chromium)"),
 ]
 MAX_DRAWING_SECONDS = 3.0  # for 20 runs, all charts; 0.3 s on an idle machine with two cores
 NUM_RUNS, NUM_STEPS = 20, 20_000
-
-
-def browse(page: Path, folder: Path, *options: str) -> tuple[str, str, list[str]]:
-    """Opens the page. Returns the resulting document, the console messages, and every requested
-    address except the page's own."""
-    folder.mkdir()
-    log, netlog = folder / "chrome.log", folder / "net.json"
-    command = [CHROMIUM, "--headless=new", "--disable-gpu", "--no-first-run", "--hide-scrollbars"]
-    command += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
-    command += ["--disable-default-apps", "--disable-extensions", "--metrics-recording-only"]
-    command += ["--host-resolver-rules=MAP * ~NOTFOUND"]  # no request leaves this machine
-    command += [f"--user-data-dir={folder / 'profile'}", f"--log-net-log={netlog}"]
-    command += ["--enable-logging=stderr", "--v=0", "--virtual-time-budget=10000", *options]
-    if os.geteuid() == 0:
-        command.append("--no-sandbox")  # Chromium's sandbox does not work as root
-    with open(log, "wb") as errors:
-        done = subprocess.run(
-            [*command, page.as_uri()], stdout=subprocess.PIPE, stderr=errors, timeout=300
-        )
-    assert done.returncode == 0, log.read_text()[-2000:]
-    console = [line for line in log.read_text(errors="replace").splitlines() if "CONSOLE" in line]
-    return done.stdout.decode(), "\n".join(console), _asked(netlog, page)
-
-
-def _asked(netlog: Path, page: Path) -> list[str]:
-    """The addresses the page requested. Chromium's own requests (updates, time) have no origin."""
-    text = netlog.read_text()
-    try:
-        events = json.loads(text)["events"]
-    except ValueError:  # cut off where Chromium was killed
-        events = json.loads(text.rstrip().rstrip(",") + "]}")["events"]
-    parameters = [event.get("params") or {} for event in events]
-    asked = [p["url"] for p in parameters if p.get("initiator", "not an origin") != "not an origin"]
-    return [url for url in asked if url != page.as_uri()]
 
 
 @pytest.fixture(scope="module")

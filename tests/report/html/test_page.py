@@ -20,6 +20,7 @@ from nemotron_train.report.plan.diff import flatten, rows
 from nemotron_train.report.runs.card import CPU, EMULATED, GPU, UNVERIFIED, run_card
 from nemotron_train.report.runs.read import read_run
 from nemotron_train.report.runs.timeline import timeline
+from nemotron_train.run_folder.metric_groups import GROUPS
 from tests.report.made_up import HOSTILE, make_run
 
 
@@ -107,6 +108,28 @@ def test_hostile_texts_stay_texts(tmp_path: Path) -> None:
     assert any(HOSTILE in mark["text"] for mark in page.data["runs"][0]["marks"])
     data_script = next(text for about, text in page.scripts if about.get("id") == "data")
     assert "<" not in data_script
+
+
+def test_a_metrics_name_stays_a_text(tmp_path: Path) -> None:
+    """A name of any group ends up in attributes and in the data, where quotes and tags matter."""
+    names = [
+        pattern.replace("*", hostile)
+        for _, patterns in GROUPS.values()
+        for pattern in patterns
+        for hostile in ('" onmouseover="alert(1)', "'><script>alert(1)</script>", "__proto__")
+    ]
+    folder = make_run(tmp_path / "a")
+    with open(folder / "metrics.jsonl", "a") as file:
+        for step in (31, 32):
+            row = {name: 1.0 for name in names if "expert_load" not in name}
+            file.write(json.dumps(row | {"step": step, "tokens": 9e4, "loss": 1.0}) + "\n")
+    assert main(["report", str(folder)]) == 0
+    page = Reader(folder / "report.html")
+    assert len(page.scripts) == 2
+    assert not any(name.startswith("on") for _, name, _ in page.attributes)
+    figures = [v for tag, name, v in page.attributes if tag == "figure" and name == "data-chart"]
+    assert 'mtp_loss_" onmouseover="alert(1)' in figures and "mtp_loss___proto__" in figures
+    assert sorted(chart["id"] for chart in page.data["charts"]) == sorted(filter(None, figures))
 
 
 def test_the_differences_of_two_runs_are_on_the_page(tmp_path: Path) -> None:
