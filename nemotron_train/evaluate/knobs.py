@@ -1,6 +1,7 @@
-"""The knobs of the `evaluate` verbs that read prepared data, and their checks. No torch."""
+"""The knobs of the `evaluate` verbs, and their checks. No torch."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from omegaconf import MISSING
 
@@ -42,7 +43,7 @@ class HarnessConfig(ModelKnobs):
     num_fewshot: int = -1  # solved examples before each question; -1: as the task sets it
     limit: int = 0  # questions per task; 0: all
     batch: int = 8  # sequences per batch
-    max_length: int = 0  # longest sequence in tokens, context included; 0: no limit
+    max_length: int = 0  # window in tokens: the most given at once; 0: the model's longest context
     prefill_chunk: int = 512
     output: str = ""  # JSON file for the results; empty: none
 
@@ -59,3 +60,20 @@ def check_reading(knobs: LossConfig | PositionsConfig) -> None:
         value = getattr(knobs, name)
         if value < minimum:
             raise ConfigError(f"{name}={value}: give {minimum} or more")
+
+
+def check_harness(knobs: HarnessConfig) -> None:
+    """Raises ConfigError for a knob outside its range."""
+    minimums = {"limit": (0, " (all)"), "num_fewshot": (-1, " (as the task sets it)")}
+    minimums |= {"batch": (1, ""), "prefill_chunk": (1, "")}
+    for name, (minimum, meaning) in minimums.items():
+        value = getattr(knobs, name)
+        if value < minimum:
+            raise ConfigError(f"{name}={value}: give {minimum}{meaning} or more")
+    if knobs.max_length < 0 or knobs.max_length == 1:
+        raise ConfigError(
+            f"max_length={knobs.max_length}: give 0 (the model's longest context), or 2 or more: a "
+            "token of context and a token to predict"
+        )
+    if knobs.include_path and not Path(knobs.include_path).is_dir():
+        raise ConfigError(f"include_path={knobs.include_path}: no such folder")

@@ -22,6 +22,8 @@ from nemotron_train.config.errors import ConfigError
 from nemotron_train.plan.precision.record import label
 
 LINEAGE = "lineage.json"
+# What transformers takes for a Nemotron-H config.json without max_position_embeddings.
+HUGGING_FACE_CONTEXT = 4096
 
 Record = Mapping[str, Any]
 
@@ -63,6 +65,17 @@ def read_lineage(folder: Path) -> dict[str, Any]:
         reason = str(error).splitlines()[0] if str(error) else "it has not the expected fields"
         raise ConfigError(f"{path} cannot be read ({reason})") from error
     return loaded
+
+
+def longest_context(folder: Path, sequence_length: int) -> int:
+    """The longest context in tokens that the model in a run folder is known for: the run's
+    `sequence_length`, or that of an imported model if it is longer."""
+    imported = read_lineage(folder).get("imported_from")
+    if imported is None:
+        return sequence_length
+    longest = imported.get("max_position_embeddings")
+    is_count = isinstance(longest, int) and not isinstance(longest, bool)
+    return max(longest if is_count else HUGGING_FACE_CONTEXT, sequence_length)
 
 
 def apply_recorded(config: Any, folder: Path, before_step: int | None = None) -> None:

@@ -29,7 +29,7 @@ from nemotron_train.platform.files import write_durably
 from nemotron_train.run_folder import checkpoint_metadata
 from nemotron_train.run_folder.folder import read_config
 from nemotron_train.run_folder.integrity import MANIFEST, step_folder, steps_in
-from nemotron_train.run_folder.lineage import parse_branch, read_lineage
+from nemotron_train.run_folder.lineage import longest_context, parse_branch
 
 COPY_BYTES = 2**24  # converted and written at a time
 TORCH_DTYPES = {Dtype.float32: torch.float32, Dtype.bfloat16: torch.bfloat16}
@@ -102,10 +102,7 @@ def _imported_fields(files: TokenizerFiles, run: Path, longest: int) -> dict[str
     generation = files.generation
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     fields = {name: generation[name] for name in names if name in generation}
-    imported = read_lineage(run).get("imported_from", {}).get("max_position_embeddings")
-    if isinstance(imported, int):
-        fields["max_position_embeddings"] = max(imported, longest)
-    return fields
+    return fields | {"max_position_embeddings": longest_context(run, longest)}
 
 
 def _find(text: str) -> tuple[Config, Path]:
