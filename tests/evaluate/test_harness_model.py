@@ -185,7 +185,7 @@ def both(
             yield Both(made / "run", made / "folder", engine, loaded)
 
 
-@pytest.mark.parametrize("max_length", [0, 2, 7, 63, 64])
+@pytest.mark.parametrize("max_length", [0, 2, 63])
 def test_rolling_is_hflm(both: Both, max_length: int) -> None:
     """0 is the model's own context. Texts are shorter and longer than the window, in one batch."""
     requests = [Request(text) for text in TEXTS]
@@ -195,7 +195,7 @@ def test_rolling_is_hflm(both: Both, max_length: int) -> None:
     assert max(ours[1:]) < -1
 
 
-@pytest.mark.parametrize("max_length", [0, 33, 40])
+@pytest.mark.parametrize("max_length", [0, 33])
 def test_answers_are_hflm(both: Both, max_length: int) -> None:
     """Also answers of one token that greedy decoding gives, so that the flag has both values."""
     ours, theirs = both.ours(max_length, 4), both.theirs(max_length, 4)
@@ -236,9 +236,9 @@ def test_every_stop_string_ends_a_text(both: Both) -> None:
     part."""
     free = {"until": [], "max_gen_toks": 24}
     (text,) = both.ours(0, 1).generate_until([Request("import", free)])
-    stops = [text[i : i + length] for length in (1, 2, 5) for i in range(1, len(text) - length, 4)]
+    stops = [text[i : i + length] for length in (1, 2, 5) for i in range(1, len(text) - length, 6)]
     stops = [stop for stop in stops if "\ufffd" not in stop]  # it may stand for half a character
-    assert len(stops) > 4
+    assert len(stops) > 3
     requests = [Request("import", {"until": [stop], "max_gen_toks": 24}) for stop in stops]
     ours = both.ours(0, 4).generate_until(requests)
     assert ours == both.theirs(0, 1).generate_until(requests, disable_tqdm=True)
