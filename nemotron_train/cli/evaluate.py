@@ -75,6 +75,7 @@ Example:
         """\
 The knobs are the fields of HarnessConfig in nemotron_train/evaluate/knobs.py: tasks=[A,B],
 include_path=FOLDER (with task files of your own), num_fewshot=N, limit=N (a task),
+max_length=N (tokens that the model is given at once; longer texts are read in windows),
 output=FILE.json. Tasks that the harness brings download their data.
 
 Example:

@@ -19,10 +19,11 @@ from rich.table import Table
 
 from nemotron_train.config.schema import BlendSource, DataPhase
 from nemotron_train.data.batches import Batch, BatchSource
-from nemotron_train.data.tokenize import LoadedTokenizer, load_tokenizer
+from nemotron_train.data.tokenize import load_tokenizer
 from nemotron_train.evaluate.acceptance import validation_folders
 from nemotron_train.evaluate.knobs import LossConfig, check_reading
 from nemotron_train.evaluate.positions import check_tokenizer
+from nemotron_train.evaluate.text_bytes import TokenBytes
 from nemotron_train.generate.checkpoint import LoadedCheckpoint, open_checkpoint
 from nemotron_train.platform.files import check_output, write_output
 from nemotron_train.train.train_step import count_targets, micro_batches
@@ -34,7 +35,8 @@ ROWS_A_PASS = 4  # rows per forward pass
 class FolderLoss:
     """Mean losses over one folder.
 
-    tokens: targets of the main head. bytes: UTF-8 bytes of the text of these targets.
+    tokens: targets of the main head. bytes: UTF-8 bytes of the text of these targets, where the end
+    of a document, though a target, is no text.
     """
 
     folder: str
@@ -98,7 +100,8 @@ def folder_loss(model: LoadedCheckpoint, folder: Path, knobs: LossConfig) -> Fol
     num_rows = source.num_samples
     if knobs.max_tokens:
         num_rows = max(1, min(num_rows, knobs.max_tokens // length))
-    loaded, num_heads = load_tokenizer(tokenizer), 1 + model.config.model.mtp.depths
+    token_bytes = TokenBytes(load_tokenizer(tokenizer))
+    num_heads = 1 + model.config.model.mtp.depths
     state = source.state_at_start()
     sums, counts = [], []
     num_bytes = 0
@@ -107,7 +110,7 @@ def folder_loss(model: LoadedCheckpoint, folder: Path, knobs: LossConfig) -> Fol
         (inputs,) = micro_batches(batch, ROWS_A_PASS, model.platform.device)
         sums.append(model.model(**inputs).double().cpu().numpy())
         counts.append(count_targets(batch, num_heads))
-        num_bytes += target_bytes(batch, loaded)
+        num_bytes += target_bytes(batch, token_bytes)
     sums_PK, counts_PK = np.array(sums), np.array(counts)
     means_K = sums_PK.sum(0) / counts_PK.sum(0).clip(1)
     residual_P = sums_PK[:, 0] - means_K[0] * counts_PK[:, 0]
@@ -116,12 +119,9 @@ def folder_loss(model: LoadedCheckpoint, folder: Path, knobs: LossConfig) -> Fol
     return FolderLoss(str(folder), total, num_bytes, float(means_K[0]), error, means_K[1:].tolist())
 
 
-def target_bytes(batch: Batch, tokenizer: LoadedTokenizer) -> int:
-    """UTF-8 bytes of the text of a batch's targets. A character split at a row boundary counts as
-    the replacement characters that its parts decode to."""
-    pairs = zip(batch.labels_BS, batch.loss_mask_BS, strict=True)
-    texts = (tokenizer.decode(labels_S[mask_S > 0].tolist()) for labels_S, mask_S in pairs)
-    return sum(len(text.encode()) for text in texts)
+def target_bytes(batch: Batch, token_bytes: TokenBytes) -> int:
+    """UTF-8 bytes of the text of a batch's targets; the end of a document has none."""
+    return token_bytes.of(batch.labels_BS[batch.loss_mask_BS > 0].tolist())
 
 
 def _table(losses: list[FolderLoss]) -> Table:

@@ -16,6 +16,7 @@ from nemotron_train.data.batches import Batch
 from nemotron_train.data.tokenize import load_tokenizer
 from nemotron_train.evaluate.knobs import LossConfig
 from nemotron_train.evaluate.loss import evaluate_loss, target_bytes
+from nemotron_train.evaluate.text_bytes import TokenBytes
 
 
 def test_equals_the_logged_validation_loss(run: Path) -> None:
@@ -42,13 +43,18 @@ def test_all_rows_of_another_length_and_split(run: Path) -> None:
 
 
 def test_bytes_are_those_of_the_targets() -> None:
-    """Labels after the end of a document are not targets."""
+    """Labels after the end of a document are not targets, and the end is not text. 漢 is cut at a
+    row's end."""
     loaded = load_tokenizer(Path("data/tokenizer"))
-    ids = loaded.encode("def f(x):")
-    labels = np.concatenate([ids, ids])[None]
-    mask = np.array([[1] * len(ids) + [0] * len(ids)], dtype=np.float32)
-    batch = Batch(labels, labels, mask, np.zeros_like(labels), np.array([0]), np.zeros((1, 3)))
-    assert target_bytes(batch, loaded) == len("def f(x):")
+    ids = loaded.encode("def f(x): 漢")
+    end = loaded.tokenizer.token_to_id("<|endoftext|>")
+    whole, cut = np.array([*ids, end, *ids]), np.array([end, *ids, *ids[:-1], end])
+    labels = np.stack([whole, cut])
+    mask = np.ones(labels.shape, dtype=np.float32)
+    mask[0, len(ids) + 1 :] = 0
+    batch = Batch(labels, labels, mask, np.zeros_like(labels), np.arange(2), np.zeros((2, 3)))
+    assert len(ids) > 3 and len("漢".encode()) == 3
+    assert target_bytes(batch, TokenBytes(loaded)) == 3 * len("def f(x): 漢".encode()) - 1
 
 
 @pytest.mark.parametrize(
