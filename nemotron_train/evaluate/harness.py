@@ -53,9 +53,8 @@ def evaluate_harness(run: str, knobs: HarnessConfig) -> dict[str, Any]:
     window = window_of(resolve_checkpoint(run, knobs), knobs.max_length)
     manager = TaskManager(include_path=knobs.include_path or None)
     tasks = load_tasks(manager, knobs.tasks)
-    for task in manager.load(tasks)["tasks"].values():  # before the work, not in its midst
-        if task.OUTPUT_TYPE == "generate_until":
-            read_generation(task.config.generation_kwargs or {}, window, knobs.max_length)
+    for name, task in manager.load(tasks)["tasks"].items():  # before the work, not in its midst
+        check_task(name, task, knobs, window)
     console = Console(width=120)
     with open_checkpoint(run, knobs, console.print) as model:
         console.quiet = not model.is_first_rank
@@ -108,7 +107,7 @@ def load_tasks(manager: TaskManager, names: list[str]) -> list[Any]:
     found: list[Any] = []
     for name in manager.match_tasks(names):
         try:
-            loaded = manager.load([name])
+            loaded: Any = manager.load([name])
             found += (
                 [loaded["groups"][name]] if name in loaded["groups"] else loaded["tasks"].values()
             )
@@ -117,6 +116,20 @@ def load_tasks(manager: TaskManager, names: list[str]) -> list[Any]:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ConfigError(f"tasks={name}: cannot be loaded ({reason[:300]})") from error
     return found
+
+
+def check_task(name: str, task: Any, knobs: HarnessConfig, window: int) -> None:
+    """Raises ConfigError if a task's settings do not fit the window, or if it has fewer solved
+    examples than are asked for."""
+    if task.OUTPUT_TYPE == "generate_until":
+        read_generation(task.config.generation_kwargs or {}, window, knobs.max_length)
+    if knobs.num_fewshot > 0 and task.get_config("num_fewshot") != 0:
+        num_examples = len(list(task.fewshot_docs()))
+        if num_examples < knobs.num_fewshot:
+            raise ConfigError(
+                f"num_fewshot={knobs.num_fewshot}: the task {name} has {num_examples} solved "
+                "examples"
+            )
 
 
 def _table(results: dict[str, dict[str, Any]]) -> Table:

@@ -193,7 +193,7 @@ def read_generation(options: dict[str, Any], window: int, max_length: int) -> Ge
 
 
 def _read_generation(options: dict[str, Any], window: int, max_length: int) -> Generation:
-    settings = dict(normalize_gen_kwargs(options, MAX_NEW_TOKENS))
+    settings: dict[str, Any] = {**normalize_gen_kwargs(options, MAX_NEW_TOKENS)}
     stops, length = settings.pop("until"), settings.pop("max_gen_toks")
     if not all(isinstance(stop, str) for stop in stops):
         raise ValueError(f"until={stops} must be texts")

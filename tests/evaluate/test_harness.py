@@ -152,6 +152,7 @@ def test_patterns_of_names(run: Path, tasks: Path) -> None:
             "max_length=8: a task generates up to",
         ),
         (["tasks=[ours_choice]", "max_length=2"], "max_length=2: an answer of a task has"),
+        (["tasks=[ours_choice]", "num_fewshot=4"], "num_fewshot=4: the task ours_choice has 3 "),
         (["tasks=[ours_lost]"], "tasks=ours_lost: cannot be loaded ("),
         (["tasks=[ours_odd]"], "generation_kwargs of a task: num_beams=4 is not supported"),
     ],
