@@ -60,7 +60,7 @@ def evaluate_harness(run: str, knobs: HarnessConfig) -> dict[str, Any]:
         console.quiet = not model.is_first_rank
         tokenizer, end_tokens = open_tokenizer(model, knobs)
         folder = Path(knobs.tokenizer or model.config.data.tokenizer)
-        engine = Engine(model.model, end_tokens, model.platform.device)
+        engine = Engine(model.model, end_tokens, model.platform.device, tokenizer.known_ids)
         results: Any = simple_evaluate(
             HarnessModel(engine, HarnessTokens(tokenizer, folder, engine.end_token), knobs, window),
             tasks=tasks,
@@ -82,15 +82,9 @@ def evaluate_harness(run: str, knobs: HarnessConfig) -> dict[str, Any]:
 def window_of(resolved: ResolvedCheckpoint, max_length: int) -> int:
     """The most tokens that the model is given at once: `max_length`, or for 0 its longest context.
 
-    Raises ConfigError if `max_length` is above that.
+    A larger one is the user's to try: nothing in the model counts positions.
     """
-    longest = longest_context(resolved.folder, resolved.config.train.sequence_length)
-    if max_length > longest:
-        raise ConfigError(
-            f"max_length={max_length}: the longest context of {resolved.folder} is {longest} "
-            f"tokens (train.sequence_length, or what an import brought along); give 2 to {longest}"
-        )
-    return max_length or longest
+    return max_length or longest_context(resolved.folder, resolved.config.train.sequence_length)
 
 
 def load_tasks(manager: TaskManager, names: list[str]) -> list[Any]:

@@ -146,7 +146,6 @@ def test_patterns_of_names(run: Path, tasks: Path) -> None:
         (["tasks=[x]", "num_fewshot=-2"], "num_fewshot=-2: give -1 (as the task sets it) or more"),
         (["tasks=[x]", "max_length=1"], "max_length=1: give 0 (the model's longest context), or 2"),
         (["tasks=[x]", "max_length=-4"], "max_length=-4"),
-        (["tasks=[x]", "max_length=65"], "max_length=65: the longest context of runs/evaluated is"),
         (
             ["tasks=[ours_text]", "max_length=8"],
             "max_length=8: a task generates up to",
