@@ -43,6 +43,16 @@ SMALL_RUN = [
 ]
 
 
+def checkpoint_texts(step: int, model: dict | None = None) -> dict[str, str]:
+    """File name -> text of the JSON files that every checkpoint has, as a converter writes them."""
+    data = {"split": "train", "sequence_length": 1, "seed": 1, "fingerprint": "", "samples": 0}
+    data |= {"phase": 0, "phase_drawn": {}, "drawn": {}}
+    progress = {"step": step, "tokens": step, "data": data, "model": model or {}}
+    tensors = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+    contents = {"progress.json": progress, "about.json": {}, "metadata.json": tensors}
+    return {name: json.dumps(content) for name, content in contents.items()}
+
+
 @pytest.fixture(scope="session")
 def small_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     """A folder with prepared data (short documents packed several to a row), and the overrides of a

@@ -26,9 +26,14 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.utils import _create_file_view
 
 from nemotron_train.config.errors import ConfigError
-from nemotron_train.run_folder.integrity import METADATA, damage, load_metadata
+from nemotron_train.run_folder.checkpoint import refuse_damaged
+from nemotron_train.run_folder.checkpoint_index import (
+    METADATA,
+    first_line,
+    model_shapes,
+    read_index,
+)
 
-OPTIMIZER = "optimizer."
 MASTER = "optimizer.state.param."
 COMMON = "common_state/shard_0_1"  # where Megatron-Core looks for objects that are not tensors
 
@@ -39,30 +44,21 @@ def shard_name(number: int) -> str:
 
 
 class CheckpointReader:
-    """Reads the model tensors of a checkpoint. Raises ConfigError if the checkpoint is damaged."""
+    """Reads the model tensors of a checkpoint. Raises ConfigError if the checkpoint is damaged.
+
+    `shapes`: name -> shape of every model tensor, without the optimizer's."""
 
     def __init__(self, folder: Path) -> None:
-        problem = damage(folder)
-        if problem is not None:
-            raise ConfigError(f"{folder} is damaged: {problem}")
+        refuse_damaged(folder)
         self.folder = folder
-        with open(folder / METADATA, "rb") as file:
-            metadata = load_metadata(file)
+        index = read_index(folder)
         self._tensors: dict[str, Any] = {
             name: tensor
-            for name, tensor in metadata.state_dict_metadata.items()
+            for name, tensor in index.state_dict_metadata.items()
             if isinstance(tensor, TensorStorageMetadata)
         }
-        self._places: dict[Any, Any] = metadata.storage_data
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name -> shape of every model tensor, without the optimizer's."""
-        return {
-            name: tuple(tensor.size)
-            for name, tensor in self._tensors.items()
-            if not name.startswith(OPTIMIZER)
-        }
+        self._places: dict[Any, Any] = index.storage_data
+        self.shapes = model_shapes(index)
 
     def read(self, name: str) -> torch.Tensor:
         """The whole tensor `name`, from its FP32 master weights if the checkpoint has them. Memory:
@@ -107,7 +103,12 @@ class CheckpointReader:
         place = self._places[MetadataIndex(self._stored(name), chunk.offsets)]
         with open(self.folder / place.relative_path, "rb") as file:
             part: Any = _create_file_view(file, place.offset, place.length)
-            return torch.load(part, weights_only=True)
+            try:
+                return torch.load(part, weights_only=True)
+            except (OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+                raise ConfigError(
+                    f"{self.folder}: cannot be loaded: {name}: {first_line(error)}"
+                ) from error
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,12 @@ It is stored in FP32. The optimizer state is dropped: its moments do not belong 
 weights.
 """
 
+import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +22,21 @@ import torch
 from rich.console import Console
 
 from nemotron_train.config.errors import ConfigError
+from nemotron_train.config.schema import Config
 from nemotron_train.convert.checkpoint_tensors import CheckpointReader, CheckpointWriter
 from nemotron_train.convert.merge_weights import MergeConfig, Weights, merge_weights
-from nemotron_train.platform.files import write_atomically, write_durably
+from nemotron_train.convert.unfinished import unfinished
+from nemotron_train.platform.files import check_output_folder, write_durably
 from nemotron_train.run_folder import checkpoint_metadata
-from nemotron_train.run_folder.branch import branch_checkpoint
-from nemotron_train.run_folder.integrity import commit, partial_folder, step_folder
-from nemotron_train.run_folder.lineage import LINEAGE, parse_branch, read_lineage
+from nemotron_train.run_folder.checkpoint import check_tensors, find_checkpoint
+from nemotron_train.run_folder.integrity import (
+    MANIFEST,
+    commit,
+    damage,
+    partial_folder,
+    step_folder,
+)
+from nemotron_train.run_folder.lineage import LINEAGE, read_lineage
 from nemotron_train.run_folder.progress import Progress
 
 # Files copied unchanged from the latest checkpoint.
@@ -35,6 +46,16 @@ FROM_LAST = (
     checkpoint_metadata.DATA,
     "metadata.json",
 )
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A checkpoint to merge: as it was named, its folder, its run's configuration, its progress."""
+
+    text: str
+    path: Path
+    config: Config
+    progress: Progress
 
 
 def merge(checkpoints: Sequence[str], config: MergeConfig, console: Console) -> Path:
@@ -47,35 +68,60 @@ def merge(checkpoints: Sequence[str], config: MergeConfig, console: Console) -> 
     if not config.output:
         raise ConfigError("output is not set: give output=RUN_FOLDER")
     output = Path(config.output)
-    if output.exists():
-        raise ConfigError(f"output={output}: is there already; give another")
-    sources = sorted(
-        ((branch_checkpoint(text), text) for text in checkpoints),
-        key=lambda source: checkpoint_metadata.progress_of(source[0]).tokens,
-    )
-    progress = [checkpoint_metadata.progress_of(path) for path, _ in sources]
-    for before, after, (_, text) in zip(progress, progress[1:], sources[1:], strict=False):
-        if before.tokens == after.tokens:
-            raise ConfigError(f"{text}: another of the checkpoints stands at its token count too")
-    readers = [CheckpointReader(path) for path, _ in sources]
-    _check_same_model(readers)
-    tokens = [place.tokens for place in progress]
+    found = [find_checkpoint(text, contents=False) for text in checkpoints]
+    check_output_folder(output, "output", [source.run for source in found])
+    sources = [
+        _Source(text, each.path, each.config, checkpoint_metadata.progress_of(each.path))
+        for text, each in zip(checkpoints, found, strict=True)
+    ]
+    sources.sort(key=lambda source: source.progress.tokens)
+    for before, after in pairwise(sources):
+        if before.progress.tokens == after.progress.tokens:
+            raise ConfigError(
+                f"{after.text}: another of the checkpoints stands at its token count too"
+            )
+    tokens = [source.progress.tokens for source in sources]
     weights = merge_weights(config.weights, tokens, config.decay_style)
-    for (path, _), place, weight in zip(sources, progress, weights, strict=True):
-        console.print(f"{weight:8.5f}  {path}  {place.tokens:,} tokens", highlight=False)
-    final = step_folder(output / "checkpoints", progress[-1].step)
-    try:
-        _write(final, readers, weights, config, progress[-1])
-        _make_run_folder(output, parse_branch(sources[-1][1])[0], sources, weights)
-    except BaseException:
-        shutil.rmtree(output, ignore_errors=True)
-        raise
+    texts = _run_files(sources, weights)
+    final = step_folder(output / "checkpoints", sources[-1].progress.step)
+
+    def is_complete() -> bool:
+        return _has_texts(output, texts) and damage(final) is None
+
+    with unfinished(output, texts, "output", is_complete) as making:
+        if making is None:
+            console.print(f"{output}: is there already, complete", highlight=False, soft_wrap=True)
+            return final
+        readers = [_open(source) for source in sources]
+        _check_same_model(readers)
+        for source, weight in zip(sources, weights, strict=True):
+            line = f"{weight:8.5f}  {source.path}  {source.progress.tokens:,} tokens"
+            console.print(line, highlight=False)
+        step = making.folder / "checkpoints" / final.name
+        _write(step, readers, weights, config)
+        for name, text in texts.items():
+            write_durably(making.folder / name, text)
     console.print(
-        f"wrote {final}; go on from it with branch={output}@{progress[-1].step}",
+        f"wrote {final}; go on from it with branch={output}@{sources[-1].progress.step}",
         highlight=False,
         soft_wrap=True,
     )
     return final
+
+
+def _open(source: _Source) -> CheckpointReader:
+    """The verified checkpoint. Raises ConfigError if it is damaged or of another model than its
+    run's config.yaml."""
+    reader = CheckpointReader(source.path)
+    check_tensors(source.path, source.config.model)
+    return reader
+
+
+def _has_texts(output: Path, texts: Mapping[str, str]) -> bool:
+    try:
+        return all((output / name).read_bytes() == text.encode() for name, text in texts.items())
+    except OSError:
+        return False
 
 
 def _check_same_model(readers: Sequence[CheckpointReader]) -> None:
@@ -98,7 +144,6 @@ def _write(
     readers: Sequence[CheckpointReader],
     weights: Sequence[float],
     config: MergeConfig,
-    progress: Progress,
 ) -> None:
     partial, last = partial_folder(final), readers[-1].folder
     partial.mkdir(parents=True)
@@ -107,9 +152,8 @@ def _write(
         writer.write(name, _mean(readers, weights, name))
     writer.finish()
     for name in FROM_LAST:
-        if name == checkpoint_metadata.DATA and not checkpoint_metadata.has_data(last):
-            continue
-        shutil.copyfile(last / name, partial / name)
+        if (last / name).exists():  # an imported checkpoint has no data.json
+            shutil.copyfile(last / name, partial / name)
     about: dict[str, Any] = json.loads((last / checkpoint_metadata.ABOUT).read_text())
     parts = [[str(reader.folder), w] for reader, w in zip(readers, weights, strict=True)]
     style = config.decay_style.value if config.weights == Weights.wsd else ""
@@ -136,12 +180,18 @@ def _mean(readers: Sequence[CheckpointReader], weights: Sequence[float], name: s
     return mean
 
 
-def _make_run_folder(
-    output: Path, last: Path, sources: Sequence[tuple[Path, str]], weights: Sequence[float]
-) -> None:
-    """Writes the latest run's configuration and the lineage, so that runs can branch from the
-    folder."""
-    write_atomically(output / "config.yaml", (last / "config.yaml").read_text())
-    parts = [{"checkpoint": t, "weight": w} for (_, t), w in zip(sources, weights, strict=True)]
+def _run_files(sources: Sequence[_Source], weights: Sequence[float]) -> dict[str, str]:
+    """File name -> text of the latest run's configuration and the lineage, so that runs can branch
+    from the folder. The lineage names the checkpoints' manifests, which say what was merged."""
+    last = sources[-1].path.parent.parent
+    parts = [
+        {
+            "checkpoint": source.text,
+            "weight": weight,
+            "manifest": hashlib.sha256((source.path / MANIFEST).read_bytes()).hexdigest(),
+        }
+        for source, weight in zip(sources, weights, strict=True)
+    ]
     lineage = {**read_lineage(last), "merged_from": parts}
-    write_atomically(output / LINEAGE, json.dumps(lineage, indent=2) + "\n")
+    text = (last / "config.yaml").read_text(encoding="utf-8")
+    return {"config.yaml": text, LINEAGE: json.dumps(lineage, indent=2) + "\n"}

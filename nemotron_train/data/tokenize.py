@@ -6,7 +6,6 @@ works, including those of Hugging Face.
 
 import json
 import re
-import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -160,7 +159,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: is no JSON object")
@@ -199,6 +198,19 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> Load
 def copy_tokenizer(source: Path, target: Path) -> None:
     """Copy the files of a tokenizer from `source` into the folder `target`."""
     target.mkdir(parents=True, exist_ok=True)
+    for name, content in tokenizer_contents(source).items():
+        (target / name).write_bytes(content)
+
+
+def tokenizer_contents(folder: Path) -> dict[str, bytes]:
+    """File name -> content of tokenizer.json and of the files beside it that Hugging Face reads.
+    Raises ConfigError if one cannot be read."""
+    contents = {}
     for name in (FILE_NAME, *_SIDE_FILES):
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+        try:
+            contents[name] = (folder / name).read_bytes()
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise ConfigError(f"{folder / name}: cannot be read ({error.strerror})") from None
+    return contents

@@ -16,18 +16,23 @@ from pathlib import Path
 from typing import Any
 
 from nemotron_train.config.errors import ConfigError
-from nemotron_train.config.schema import Config, DataKind, ParallelConfig
+from nemotron_train.config.schema import Config, ParallelConfig
 from nemotron_train.data.manifest import FILE_NAME as MANIFEST
 from nemotron_train.data.manifest import load_manifest
 from nemotron_train.data.tokenize import GENERATION, LoadedTokenizer, end_token_ids, load_tokenizer
 from nemotron_train.generate.knobs import ModelKnobs, check_model_knobs
-from nemotron_train.plan.derive import derive
 from nemotron_train.plan.precision.resolve import PrecisionPlan
 from nemotron_train.platform.device import Platform
 from nemotron_train.platform.runtime import Runtime, start_runtime
 from nemotron_train.run_folder import checkpoint_metadata
-from nemotron_train.run_folder.branch import branch_checkpoint
+from nemotron_train.run_folder.checkpoint import (
+    check_own_model,
+    check_tensors,
+    derive_for_inference,
+    find_checkpoint,
+)
 from nemotron_train.run_folder.folder import read_config
+from nemotron_train.run_folder.integrity import steps_in
 from nemotron_train.run_folder.lineage import parse_run
 
 
@@ -66,12 +71,17 @@ def resolve_checkpoint(run: str, knobs: ModelKnobs) -> ResolvedCheckpoint:
     """
     check_model_knobs(knobs)
     folder, step = parse_run(run)
-    if not folder.is_dir():
-        raise ConfigError(f"{run}: no such run folder; give RUN_FOLDER or RUN_FOLDER@STEP")
-    checkpoint = branch_checkpoint(f"{folder}@{step}") if step is not None else None
     num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    config, plan = _inference_layout(read_config(folder, step), knobs, num_ranks)
-    return ResolvedCheckpoint(folder, checkpoint, config, plan)
+    if step is not None:
+        found = find_checkpoint(f"{folder}@{step}")
+        config, plan = _inference_layout(found.config, knobs, num_ranks)
+        return ResolvedCheckpoint(folder, found.path, config, plan)
+    if not os.path.isdir(folder):
+        raise ConfigError(f"{run}: no such run folder; give RUN_FOLDER or RUN_FOLDER@STEP")
+    if not steps_in(folder / "checkpoints") and not (folder / "checkpoints").is_symlink():
+        raise ConfigError(f"{folder}: has no checkpoint yet")
+    config, plan = _inference_layout(read_config(folder), knobs, num_ranks)
+    return ResolvedCheckpoint(folder, None, config, plan)
 
 
 @contextmanager
@@ -106,6 +116,9 @@ def _load(
     checkpoint = resolved.checkpoint or agreed_latest(resolved.folder / "checkpoints", say)
     if checkpoint is None:
         raise ConfigError(f"{resolved.folder}: has no checkpoint yet")
+    if resolved.checkpoint is None:
+        check_own_model(checkpoint, config)
+        check_tensors(checkpoint, config.model)
     (model,) = build_chunks(config, plan, platform, groups, native)
     if platform.device != "cpu":
         model = model.to(platform.device)
@@ -162,19 +175,8 @@ def _inference_layout(
         expert_tensor=knobs.expert_tensor,
         sequence=knobs.tensor > 1,
     )
-    model = replace(config.model, pattern=config.model.pattern.replace("|", ""))
-    train = replace(
-        config.train,
-        global_batch_tokens=config.train.sequence_length * num_ranks,
-        micro_batch_sequences=1,
-    )
-    config = replace(config, model=model, parallel=parallel, train=train)
-    config = replace(config, resume="", branch="", fresh_data=False)
-    # `derive` checks that the model divides. Embedded data skips the data checks: no data is read
-    # here, and an imported run has none yet.
-    checked = replace(config, data=replace(config.data, kind=DataKind.embedded))
-    plan = derive(checked, num_ranks).plan
-    return replace(config, parallel=replace(parallel, sequence=False)), plan
+    config, derived = derive_for_inference(config, parallel, num_ranks)
+    return replace(config, parallel=replace(parallel, sequence=False)), derived.plan
 
 
 def open_tokenizer(

@@ -5,7 +5,7 @@ A reader, or a crash, sees the old content of a file or the new one, never a par
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -42,9 +42,9 @@ def write_atomically(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_durably(path: Path, text: str) -> None:
-    """Write a text file in place and flush it to disk."""
-    path.write_text(text, encoding="utf-8")
+def write_durably(path: Path, content: str | bytes) -> None:
+    """Write a small file in place and flush it to disk. Text is UTF-8."""
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
     flush_to_disk(path)
 
 
@@ -59,6 +59,31 @@ def check_output(path: Path, knob: str) -> None:
     target = path if path.exists() else folder
     if not os.access(target, os.W_OK):
         raise ConfigError(f"{knob}={path}: {target} cannot be written (no permission)")
+
+
+def check_output_folder(path: Path, knob: str, sources: Iterable[Path] = ()) -> None:
+    """Raises ConfigError if no folder can be made at `path`: below a file, without permission, or
+    inside one of the `sources`, which are read. What exists is not refused. knob: the option."""
+    place = Path(os.path.realpath(path))
+    for source in () if os.path.lexists(path) else sources:
+        if place.is_relative_to(os.path.realpath(source)):
+            raise ConfigError(f"{knob} {path}: lies in {source}, which is read; give another")
+    above = next(folder for folder in place.parents if os.path.lexists(folder))
+    if not os.path.isdir(above):
+        raise ConfigError(f"{knob} {path}: {above} is no folder; give another")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise ConfigError(f"{knob} {path}: {above} cannot be written (no permission)")
+
+
+def system_error(error: BaseException) -> OSError | None:
+    """The operating system's error in the chain of causes, if there is one. For a full disk, torch
+    raises an error about a position in its archive, whose cause is the OSError."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause
+        cause = cause.__cause__ or cause.__context__
+    return None
 
 
 def write_output(path: Path, text: str, knob: str) -> None:

@@ -16,6 +16,7 @@ from nemotron_train.config.schema import Config
 from nemotron_train.data.batches import BatchSource
 from nemotron_train.plan.precision.record import plan_record
 from nemotron_train.plan.precision.resolve import PrecisionPlan
+from nemotron_train.run_folder.checkpoint import find_checkpoint
 from nemotron_train.run_folder.checkpoint_metadata import (
     check_data,
     check_model,
@@ -25,7 +26,7 @@ from nemotron_train.run_folder.checkpoint_metadata import (
     progress_of,
 )
 from nemotron_train.run_folder.folder import read_config, read_json, run_path
-from nemotron_train.run_folder.integrity import MANIFEST, damage, step_folder, steps_in
+from nemotron_train.run_folder.integrity import MANIFEST, steps_in
 from nemotron_train.run_folder.lineage import brief, parse_branch
 
 
@@ -36,18 +37,10 @@ def branch_checkpoint(branch: str, *, contents: bool = True) -> Path:
     steps), or if the checkpoint is damaged. Without `contents`, the damage check does not read the
     tensors.
     """
-    run, step = parse_branch(branch)
-    if not run.is_dir():
-        raise ConfigError(f"branch={branch}: no such run folder {run}")
-    steps = steps_in(run / "checkpoints")
-    if step not in steps:
-        existing = f"it has {', '.join(map(str, steps))}" if steps else "it has none"
-        raise ConfigError(f"branch={branch}: {run} has no checkpoint of step {step}; {existing}")
-    path = step_folder(run / "checkpoints", step)
-    problem = damage(path, contents=contents)
-    if problem is not None:
-        raise ConfigError(f"branch={branch}: {path} is damaged: {problem}")
-    return path
+    try:
+        return find_checkpoint(branch, contents=contents).path
+    except ConfigError as error:
+        raise ConfigError(f"branch={branch}: {error}") from None
 
 
 def check_branch(

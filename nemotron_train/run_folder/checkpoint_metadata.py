@@ -21,13 +21,12 @@ from nemotron_train.config.schema import Config, ModelConfig
 from nemotron_train.data.batches import DataState
 from nemotron_train.data.fingerprint import REMEDY, changed_data
 from nemotron_train.plan.precision.record import UNKNOWN
+from nemotron_train.run_folder.checkpoint_json import NO_DATA
 from nemotron_train.run_folder.folder import package_versions
 from nemotron_train.run_folder.progress import Progress
 
 PROGRESS, PRECISION = "progress.json", "precision.json"
 ABOUT, RANDOM, DATA = "about.json", "random.json", "data.json"
-# Data cursor of imported weights, which were not trained here: any data begins at its start.
-NO_DATA = DataState(split="train", sequence_length=0, seed=0, fingerprint="")
 
 
 def texts_of(
@@ -125,13 +124,21 @@ def check_model(path: Path, model: ModelConfig) -> None:
 
     The model's name and the stage boundaries `|` in its pattern may differ.
     """
+    change = changed_model(path, model)
+    if change:
+        raise ConfigError(
+            f"{path} holds another model: {change} here; resume with the run's own configuration "
+            "or choose another name"
+        )
+
+
+def changed_model(path: Path, model: ModelConfig) -> str:
+    """Text for the first field in which `model` differs from the checkpoint's; "" if none does."""
     saved_model = json.loads((path / PROGRESS).read_text())["model"]
     for name, value in asdict(model).items():
         saved_value = saved_model.get(name)
         if name == "pattern" and isinstance(saved_value, str):
             saved_value, value = saved_value.replace("|", ""), value.replace("|", "")
         if name != "name" and saved_value != json.loads(json.dumps(value)):
-            raise ConfigError(
-                f"{path} holds another model: model.{name} is {saved_value} there and {value} "
-                "here; resume with the run's own configuration or choose another name"
-            )
+            return f"model.{name} is {saved_value!s:.200} there and {value!s:.200}"
+    return ""

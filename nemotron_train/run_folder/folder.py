@@ -322,7 +322,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a small JSON file; {} if the file is missing, unreadable or no object."""
     try:
         loaded = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return loaded if isinstance(loaded, dict) else {}
 

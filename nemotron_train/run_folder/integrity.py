@@ -1,7 +1,8 @@
 """Integrity of checkpoints: hashes, damage, the newest undamaged one, removal of old ones.
 
-Owns: `manifest.json` of a checkpoint, `checkpoints.jsonl` of a run folder, the allow list for the
-only pickle in a checkpoint, names and removal of checkpoint folders. Does not own: the tensors
+Owns: `manifest.json` of a checkpoint, `checkpoints.jsonl` of a run folder, names and removal of
+checkpoint folders, and `damage`, the one check that every verb makes before it reads a checkpoint.
+Does not own: what the files may contain (`checkpoint_json`, `checkpoint_index`), the tensors
 (`train.checkpoint`), when a checkpoint is written. Imports torch only to read a `.metadata`.
 
     RUN/checkpoints.jsonl                 per checkpoint, a line: step, SHA-256 of manifest, time
@@ -13,82 +14,33 @@ only pickle in a checkpoint, names and removal of checkpoint folders. Does not o
     RUN/checkpoints/.step_00000100.dropped    being removed, never read
 
 Chain of trust: checkpoints.jsonl holds the hash of the manifest, the manifest holds the hash of
-every other file, and a file is parsed only after its hash was checked. docs/decisions/0005 gives
-the reasons.
+every other file, and a file is parsed only after its hash was checked. Then its content is checked,
+since whoever forges a file may also write the hashes. docs/decisions/0005 gives the reasons.
 """
 
 import hashlib
 import json
 import os
-import pickle
 import re
 import shutil
 import stat
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from nemotron_train.config.errors import ConfigError
 from nemotron_train.platform.files import append_line, file_sha256, flush_to_disk, write_durably
+from nemotron_train.run_folder import checkpoint_index, checkpoint_json
+from nemotron_train.run_folder.checkpoint_index import METADATA, SHARD, first_line
 
 STEP_FOLDER = re.compile(r"step_([0-9]{8})")
 LEFTOVER = re.compile(r"\.step_[0-9]{8}\.(partial|dropped)")
 MANIFEST, RECORD = "manifest.json", "checkpoints.jsonl"
-METADATA = ".metadata"
-SHARD = re.compile(r"__[0-9]+_[0-9]+\.distcp")
 # All files that a checkpoint may hold besides shards. Not common.pt, a pickle: Megatron would load
 # it first.
-OWN_FILES = {MANIFEST, METADATA, "metadata.json"} | {
-    f"{name}.json" for name in ("progress", "precision", "about", "data", "random")
-}
+OWN_FILES = {MANIFEST, METADATA, *checkpoint_json.REQUIRED, *checkpoint_json.OPTIONAL}
 FORMAT_VERSION = 2
 MAX_MANIFEST_BYTES = 64 * 2**20
-
-# All classes and functions that `.metadata` may name, as exact names. A pattern for torch's rebuild
-# functions would also match `torch._utils._import_dotted_name`, which imports any module.
-METADATA_GLOBALS = {
-    ("torch", name) for name in ("Size", "float64", "float32", "float16", "bfloat16", "bool")
-}
-METADATA_GLOBALS |= {("torch", name) for name in ("uint8", "int8", "int16", "int32", "int64")}
-METADATA_GLOBALS |= {("torch.serialization", "_get_layout")}
-METADATA_GLOBALS |= {("torch.distributed.checkpoint.filesystem", "_StorageInfo")}
-METADATA_GLOBALS |= {
-    ("torch.distributed.checkpoint.metadata", name)
-    for name in (
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
-    )
-}
-METADATA_GLOBALS |= {
-    ("torch.distributed.checkpoint.planner", name)
-    for name in ("SavePlan", "TensorWriteData", "WriteItem", "WriteItemType")
-}
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    """Loads plain data and the classes in METADATA_GLOBALS; refuses all others."""
-
-    def find_class(self, module: str, name: str) -> object:
-        # Exact match: pickle resolves dots in a name, so it could lead out of an allowed module.
-        if (module, name) in METADATA_GLOBALS:
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name} does not belong in checkpoint metadata")
-
-
-def load_metadata(file: Any) -> Any:
-    """torch's `Metadata` from an open `.metadata` file.
-
-    Raises UnpicklingError for a name that is not in METADATA_GLOBALS.
-    """
-    return _MetadataUnpickler(file).load()
-
 
 # Reading ------------------------------------------------------------------------------------
 
@@ -147,9 +99,9 @@ def latest(
 def damage(folder: Path, *, contents: bool = True) -> str | None:
     """One line that describes the damage of the checkpoint in `folder`; None if undamaged.
 
-    Without `contents`, checks only what is cheap: the manifest and its record, names, types and
-    lengths of the files. Opens only regular files directly in the folder, and runs no code from
-    them.
+    Without `contents`, the tensors are not read: checks the manifest and its record, names, types
+    and lengths of all files, and the JSON files. Opens only regular files directly in the folder,
+    and runs no code from them.
     """
     try:
         if not _is_folder(folder.parent) or not _is_folder(folder):
@@ -168,8 +120,9 @@ def damage(folder: Path, *, contents: bool = True) -> str | None:
     try:
         sums, lengths = _parse_manifest(content, _step_of(folder))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        return f"{MANIFEST} cannot be read ({str(error).splitlines()[0][:200]})"
-    return _damaged_file(folder, sums, lengths, contents)
+        return f"{MANIFEST} cannot be read ({first_line(error)})"
+    problem = _damaged_file(folder, sums, lengths) or _damaged_json(folder, sums)
+    return problem or (_damaged_tensors(folder, sums, lengths) if contents else None)
 
 
 def _step_of(folder: Path) -> int:
@@ -189,18 +142,21 @@ def _parse_manifest(content: bytes, step: int) -> tuple[dict[str, str], dict[str
     if raw["step"] != step:
         raise ValueError(f"it belongs to step {raw['step']!r}")
     sums, lengths = raw["sha256"], raw["bytes"]
+    if type(sums) is not dict or type(lengths) is not dict:
+        raise TypeError("its lists are no objects")
     if set(sums) != set(lengths):
         raise ValueError("its two lists name other files")
     for name in sums:
         if not (name in OWN_FILES or SHARD.fullmatch(name)) or name == MANIFEST:
-            raise ValueError(f"{name!r} is no file of a checkpoint")
+            raise ValueError(f"{name!r:.200} is no file of a checkpoint")
+    for name in (*checkpoint_json.REQUIRED, METADATA):
+        if name not in sums:
+            raise ValueError(f"it does not list {name}")
     return sums, lengths
 
 
-def _damaged_file(
-    folder: Path, sums: Mapping[str, str], lengths: Mapping[str, int], contents: bool
-) -> str | None:
-    """`damage` after the manifest is parsed: compare every file with the manifest."""
+def _damaged_file(folder: Path, sums: Mapping[str, str], lengths: Mapping[str, int]) -> str | None:
+    """`damage` after the manifest is parsed: compare names, types and lengths with it."""
     try:
         with os.scandir(folder) as entries:
             present = {entry.name: entry for entry in entries if entry.name != MANIFEST}
@@ -212,35 +168,50 @@ def _damaged_file(
                 return f"{name} is not a regular file"
             if status.st_size != lengths[name]:
                 return f"{name} has {status.st_size} bytes instead of {lengths[name]}"
-        if not contents:
-            return None
-        for name in sorted(sums):
-            if file_sha256(folder / name, follow_links=False) != sums[name]:
-                return f"{name} has changed since it was written"
     except OSError as error:
         return f"cannot be read ({error.strerror or error})"
-    try:
-        with open(folder / METADATA, "rb") as file:
-            _check_places(load_metadata(file), lengths)
-    except Exception as error:
-        return f"{METADATA} is refused: {error}"
     return None
 
 
-def _check_places(metadata: Any, lengths: Mapping[str, int]) -> None:
-    """Raise ValueError unless every tensor lies within a shard of this folder.
+def _damaged_json(folder: Path, sums: Mapping[str, str]) -> str | None:
+    """`damage` of the JSON files: their hashes, then their fields."""
+    for name in sorted(sums):
+        if name == METADATA or SHARD.fullmatch(name):
+            continue
+        try:
+            content = _read_plain(folder / name, checkpoint_json.MAX_BYTES)
+            if hashlib.sha256(content).hexdigest() != sums[name]:
+                return f"{name} has changed since it was written"
+            checkpoint_json.check_json(name, content, _step_of(folder))
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror or error})"
+        except ValueError as error:
+            return f"{name} is refused: {first_line(error)}"
+    return None
 
-    torch appends the path in the metadata to the folder's path, even if it contains `..`.
-    """
-    for index, place in metadata.storage_data.items():
-        name = place.relative_path
-        start, length = place.offset, place.length
-        if type(name) is not str or not SHARD.fullmatch(name) or name not in lengths:
-            raise ValueError(f"{index.fqn} is said to lie in {name!r}")
-        if type(start) is not int or type(length) is not int:
-            raise ValueError(f"{index.fqn} has no place in {name}")
-        if not 0 <= start <= start + length <= lengths[name]:
-            raise ValueError(f"{index.fqn} is said to lie outside {name}")
+
+def _damaged_tensors(
+    folder: Path, sums: Mapping[str, str], lengths: Mapping[str, int]
+) -> str | None:
+    """`damage` of the index and the shards: their hashes, then what they contain."""
+    try:
+        for name in sorted(sums):
+            if name != METADATA and not SHARD.fullmatch(name):
+                continue
+            if file_sha256(folder / name, follow_links=False) != sums[name]:
+                return f"{name} has changed since it was written"
+    except OSError as error:
+        return f"{name} cannot be read ({error.strerror or error})"
+    try:
+        index = checkpoint_index.read_index(folder)
+        checkpoint_index.check_index(index, lengths)
+    except Exception as error:
+        return f"{METADATA} is refused: {first_line(error)}"
+    try:
+        checkpoint_index.check_archives(folder, index)
+    except ValueError as error:
+        return first_line(error)
+    return None
 
 
 def recorded_manifests(folder: Path) -> dict[int, set[str]] | None:

@@ -31,17 +31,21 @@ Record = Mapping[str, Any]
 def parse_branch(text: str) -> tuple[Path, int]:
     """Parse `RUN@STEP` into the run folder and the step. Raises ConfigError on any other form."""
     run, at, step = text.rpartition("@")
-    if not (at and run and step.isdecimal() and step.isascii()):
+    if not (at and run and _is_step(step)):
         raise ConfigError(f"branch={text}: give RUN_FOLDER@STEP, such as runs/tiny@100")
     return Path(os.path.normpath(run)), int(step)
+
+
+def _is_step(text: str) -> bool:
+    """Whether the text is a step number. Python refuses to read one of thousands of digits."""
+    return text.isdecimal() and text.isascii() and len(text) < 19
 
 
 def parse_run(text: str) -> tuple[Path, int | None]:
     """The folder and the step that `RUN` or `RUN@STEP` names. A folder whose name holds an @ is
     taken as it is if it exists."""
     run, at, step = text.rpartition("@")
-    names_step = bool(at and run) and step.isdecimal() and step.isascii()
-    if Path(text).is_dir() or not names_step:
+    if os.path.isdir(text) or not (at and run and _is_step(step)):
         return Path(text), None
     return Path(os.path.normpath(run)), int(step)
 
@@ -59,9 +63,19 @@ def read_lineage(folder: Path) -> dict[str, Any]:
             assert isinstance(switch["after"]["digest"], str)
         for change in loaded.get("phases", []):
             assert isinstance(change["step"], int) and isinstance(change["phases"], list)
+        for name in ("branched_from", "imported_from"):
+            assert isinstance(loaded.get(name, {}), dict)
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, AttributeError, KeyError, TypeError, AssertionError) as error:
+    except (
+        OSError,
+        ValueError,
+        AttributeError,
+        KeyError,
+        TypeError,
+        AssertionError,
+        RecursionError,
+    ) as error:
         reason = str(error).splitlines()[0] if str(error) else "it has not the expected fields"
         raise ConfigError(f"{path} cannot be read ({reason})") from error
     return loaded

@@ -18,8 +18,9 @@ import pytest
 import torch
 
 from nemotron_train.cli.main import main
-from nemotron_train.convert.checkpoint_tensors import CheckpointReader
+from nemotron_train.convert.checkpoint_tensors import CheckpointReader, CheckpointWriter
 from nemotron_train.run_folder import integrity
+from tests.conftest import checkpoint_texts
 
 pytestmark = pytest.mark.usefixtures("in_small_run")
 
@@ -140,8 +141,8 @@ def test_memory_is_two_tensors(tmp_path: Path) -> None:
 
 
 def _write_synthetic(folder: Path, step: int, numbers: int) -> None:
-    from nemotron_train.convert.checkpoint_tensors import CheckpointWriter
-
+    for name, text in checkpoint_texts(step).items():
+        (folder / name).write_text(text)
     writer = CheckpointWriter(folder)
     for name in "abcd":
         writer.write(name, torch.full((numbers,), float(step)))
@@ -155,6 +156,8 @@ def test_chunks_of_a_sharded_tensor_are_put_together(tmp_path: Path) -> None:
     partial = integrity.partial_folder(final)
     partial.mkdir(parents=True)
     _write_chunks(partial, whole)
+    for name, text in checkpoint_texts(1).items():
+        (partial / name).write_text(text)
     integrity.commit(final, {}, lambda: None)
     assert torch.equal(CheckpointReader(final).read("w"), whole)
 

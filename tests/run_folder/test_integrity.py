@@ -26,6 +26,7 @@ from nemotron_train.config.errors import ConfigError
 from nemotron_train.run_folder import integrity
 from nemotron_train.run_folder.integrity import damage, drop_old, latest, step_folder, steps_in
 from nemotron_train.train.checkpoint import checkpoints
+from tests.conftest import checkpoint_texts
 
 Say = Callable[[str], None]
 
@@ -36,7 +37,8 @@ def written(checkpoints: Path, step: int, held: Callable[[], None] = lambda: Non
     partial = integrity.partial_folder(final)
     state = {"weight": torch.arange(600.0) + step, "common": {"step": step}}
     _save(state, partial)
-    (partial / "progress.json").write_text(json.dumps({"step": step}))
+    for name, text in checkpoint_texts(step).items():
+        (partial / name).write_text(text)
     integrity.commit(final, {}, held)
     return final
 
@@ -225,8 +227,12 @@ def test_hostile_object_runs_nothing(folder: Path, tmp_path: Path) -> None:
     state = {"weight": torch.zeros(3), "common": _Hostile(marker)}
     shutil.rmtree(newest)
     _save(state, partial)
+    for name, text in checkpoint_texts(10).items():
+        (partial / name).write_text(text)
     integrity.commit(newest, {}, lambda: None)
-    assert damage(newest) is None  # the hash is right and the metadata harmless
+    problem = damage(newest)  # the hash is right and the metadata harmless
+    assert problem is not None and "'common' cannot be loaded" in problem
+    assert not marker.exists()
     wanted: dict[str, Any] = {"weight": torch.zeros(3), "common": None}
     with checkpoints.no_code_runs(), pytest.raises(CheckpointException, match=r"GLOBAL \w+\.mkdir"):
         load(wanted, storage_reader=FileSystemReader(newest), no_dist=True)

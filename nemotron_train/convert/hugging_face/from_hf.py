@@ -31,12 +31,12 @@ from nemotron_train.convert.hugging_face.mapping import Piece, Weight, our_shape
 from nemotron_train.convert.hugging_face.safetensors_file import DTYPES, SafetensorsReader
 from nemotron_train.convert.unfinished import Unfinished, unfinished
 from nemotron_train.data.tokenize import FILE_NAME as TOKENIZER
-from nemotron_train.data.tokenize import GENERATION, copy_tokenizer, read_json_object
+from nemotron_train.data.tokenize import GENERATION, read_json_object, tokenizer_contents
 from nemotron_train.plan.precision.record import plan_record
 from nemotron_train.plan.precision.resolve import resolve_plan
-from nemotron_train.platform.files import file_sha256, write_atomically, write_durably
+from nemotron_train.platform.files import check_output_folder, file_sha256, write_durably
 from nemotron_train.run_folder import checkpoint_metadata
-from nemotron_train.run_folder.integrity import RECORD, commit, partial_folder, step_folder
+from nemotron_train.run_folder.integrity import commit, damage, partial_folder, step_folder
 from nemotron_train.run_folder.lineage import LINEAGE
 from nemotron_train.run_folder.progress import Progress
 
@@ -62,6 +62,7 @@ def from_hf(
     Raises ConfigError, naming file and tensor, if weights are missing, have another shape, are not
     plain floats or do not belong to the model; also if `output` exists.
     """
+    check_output_folder(output, "--out", [folder])
     theirs = _Theirs(folder)
     table = weights(config.model)
     theirs.check(table)
@@ -73,15 +74,27 @@ def from_hf(
         "version": __version__,
     }
     config = _with_own_data(config, output)
-    with unfinished(output, source, "--out") as making:
+    files = _run_files(folder, config, theirs)
+
+    def is_complete() -> bool:
+        try:
+            is_same = all((output / name).read_bytes() == data for name, data in files.items())
+        except OSError:
+            return False
+        return is_same and damage(step_folder(output / "checkpoints", 0)) is None
+
+    with unfinished(output, source, "--out", is_complete) as making:
+        if making is None:
+            console.print(f"{output}: is there already, complete", highlight=False, soft_wrap=True)
+            return step_folder(output / "checkpoints", 0)
         final = step_folder(making.folder / "checkpoints", 0)
         sums = _write_tensors(final, shards, table, theirs, making, console)
         for name, text in _texts(config).items():
             write_durably(partial_folder(final) / name, text)
-        # Left by a process that was interrupted between here and the end.
-        (making.folder / RECORD).unlink(missing_ok=True)
         commit(final, sums, lambda: None)
-        _make_run_folder(making.folder, folder, config, theirs)
+        for name, content in files.items():
+            (making.folder / name).parent.mkdir(exist_ok=True)
+            write_durably(making.folder / name, content)
     console.print(
         f"wrote {output}; train from it with branch={output}@0", highlight=False, soft_wrap=True
     )
@@ -130,7 +143,14 @@ class _Theirs:
             if index.stat().st_size > MAX_INDEX_BYTES:
                 raise ValueError("it is too long")
             names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            RecursionError,
+        ) as error:
             raise ConfigError(f"{index} cannot be read ({error})") from error
         for name in names:
             if type(name) is not str or Path(name).name != name or not name:
@@ -303,19 +323,19 @@ def _with_own_data(config: Config, output: Path) -> Config:
     return replace(config, data=replace(config.data, **changes, phases=[], validation=[]))
 
 
-def _make_run_folder(making: Path, folder: Path, config: Config, theirs: _Theirs) -> None:
-    """Writes configuration, tokenizer and lineage, so that runs can branch from the folder."""
+def _run_files(folder: Path, config: Config, theirs: _Theirs) -> dict[str, bytes]:
+    """File name -> content of the configuration, the tokenizer and the lineage, so that runs can
+    branch from the folder."""
     start_knobs = {"resume": "", "branch": "", "fresh_data": False, "switch_precision": False}
     plain = to_plain(replace(config, **start_knobs))
     text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=100)
-    write_atomically(making / "config.yaml", text)
+    files = {"config.yaml": text.encode()}
     if (folder / TOKENIZER).is_file():
-        copy_tokenizer(folder, making / "tokenizer")
+        contents = tokenizer_contents(folder)
         generation = _generation(folder)
         if generation:
-            write_durably(
-                making / "tokenizer" / GENERATION, json.dumps(generation, indent=2) + "\n"
-            )
+            contents[GENERATION] = (json.dumps(generation, indent=2) + "\n").encode()
+        files |= {f"tokenizer/{name}": content for name, content in contents.items()}
     content = (folder / "config.json").read_bytes()
     digest = hashlib.sha256(content).hexdigest()
     imported = {"folder": str(folder), "config": digest, **theirs.identity}
@@ -323,7 +343,7 @@ def _make_run_folder(making: Path, folder: Path, config: Config, theirs: _Theirs
     if isinstance(longest, int):
         imported["max_position_embeddings"] = longest
     lineage = {"imported_from": imported}
-    write_atomically(making / LINEAGE, json.dumps(lineage, indent=2) + "\n")
+    return files | {LINEAGE: (json.dumps(lineage, indent=2) + "\n").encode()}
 
 
 def _generation(folder: Path) -> dict[str, Any]:

@@ -34,7 +34,7 @@ class SafetensorsReader:
             with open(path, "rb") as file:
                 (length,) = struct.unpack("<Q", file.read(8))
                 header = json.loads(file.read(length))
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, ValueError, struct.error, RecursionError) as error:
             raise ConfigError(f"{path}: cannot be read ({error})") from None
         header.pop("__metadata__", None)
         self.path = path
@@ -55,15 +55,35 @@ class SafetensorsReader:
         return torch.frombuffer(data, dtype=dtype).view(stop - start, *below)
 
 
-def write_safetensors(
-    path: Path,
-    tensors: Sequence[tuple[str, tuple[int, ...], torch.dtype]],
-    parts: Iterable[Iterator[torch.Tensor]],
-) -> str:
-    """Writes `tensors` (name, shape, dtype) and returns the file's SHA-256. `parts` gives the
-    values of each tensor in order, in any number of parts of its dtype. The file appears at `path`
-    only when complete and flushed. Put wider dtypes first, so that every tensor is aligned to its
-    width."""
+Tensors = Sequence[tuple[str, tuple[int, ...], torch.dtype]]  # name, shape, dtype
+Parts = Iterable[Iterator[torch.Tensor]]  # the values of each tensor in order, in any parts
+
+
+def write_safetensors(path: Path, tensors: Tensors, parts: Parts) -> str:
+    """Writes `tensors` with the values in `parts`, of their dtypes, and returns the file's SHA-256.
+    The file appears at `path` only when complete and flushed. Put wider dtypes first, so that every
+    tensor is aligned to its width."""
+    digest, torn = hashlib.sha256(), path.with_name(f"{path.name}.torn")
+    with open(torn, "wb") as file:
+        for data in _content(tensors, parts):
+            file.write(data)
+            digest.update(data)
+        file.flush()
+        os.fsync(file.fileno())
+    torn.rename(path)
+    return digest.hexdigest()
+
+
+def safetensors_digest(tensors: Tensors, parts: Parts) -> str:
+    """SHA-256 of the file that `write_safetensors` would write."""
+    digest = hashlib.sha256()
+    for data in _content(tensors, parts):
+        digest.update(data)
+    return digest.hexdigest()
+
+
+def _content(tensors: Tensors, parts: Parts) -> Iterator[bytes | memoryview]:
+    """The bytes of the file: length of the header, header, tensors."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape, dtype in tensors:
@@ -72,22 +92,13 @@ def write_safetensors(
         header[name] = entry
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    digest, torn = hashlib.sha256(), path.with_name(f"{path.name}.torn")
-    with open(torn, "wb") as file:
-        for data in (struct.pack("<Q", len(text)), text):
-            file.write(data)
-            digest.update(data)
-        for (name, shape, dtype), values in zip(tensors, parts, strict=True):
-            count = 0
-            for part in values:
-                assert part.dtype == dtype, f"{name} is {part.dtype}"
-                data = memoryview(part.contiguous().flatten().view(torch.uint8).numpy())
-                file.write(data)
-                digest.update(data)
-                count += part.numel()
-                del part, data  # free the block before the next one is read
-            assert count == prod(shape), f"{name} has {count} numbers, not {prod(shape)}"
-        file.flush()
-        os.fsync(file.fileno())
-    torn.rename(path)
-    return digest.hexdigest()
+    yield struct.pack("<Q", len(text))
+    yield text
+    for (name, shape, dtype), values in zip(tensors, parts, strict=True):
+        count = 0
+        for part in values:
+            assert part.dtype == dtype, f"{name} is {part.dtype}"
+            yield memoryview(part.contiguous().flatten().view(torch.uint8).numpy())
+            count += part.numel()
+            del part  # free the block before the next one is read
+        assert count == prod(shape), f"{name} has {count} numbers, not {prod(shape)}"

@@ -8,7 +8,7 @@ of rows as stored in the checkpoint and a small copy are in memory, for any mode
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,19 @@ from nemotron_train.config.schema import Config, Dtype
 from nemotron_train.convert.checkpoint_tensors import CheckpointReader
 from nemotron_train.convert.hugging_face.fields import CONFIG, GENERATION, INDEX, config_fields
 from nemotron_train.convert.hugging_face.mapping import Piece, Weight, our_shapes, weights
-from nemotron_train.convert.hugging_face.safetensors_file import write_safetensors
+from nemotron_train.convert.hugging_face.safetensors_file import (
+    Parts,
+    Tensors,
+    safetensors_digest,
+    write_safetensors,
+)
 from nemotron_train.convert.hugging_face.tokenizer_files import TokenizerFiles
 from nemotron_train.convert.unfinished import unfinished
-from nemotron_train.platform.files import write_durably
+from nemotron_train.platform.files import check_output_folder, file_sha256, write_durably
 from nemotron_train.run_folder import checkpoint_metadata
-from nemotron_train.run_folder.folder import read_config
-from nemotron_train.run_folder.integrity import MANIFEST, step_folder, steps_in
-from nemotron_train.run_folder.lineage import longest_context, parse_branch
+from nemotron_train.run_folder.checkpoint import check_tensors, find_checkpoint
+from nemotron_train.run_folder.integrity import MANIFEST
+from nemotron_train.run_folder.lineage import longest_context
 
 COPY_BYTES = 2**24  # converted and written at a time
 TORCH_DTYPES = {Dtype.float32: torch.float32, Dtype.bfloat16: torch.bfloat16}
@@ -54,7 +59,9 @@ def to_hf(
     Raises ConfigError if the checkpoint is missing or damaged, if Hugging Face's model cannot
     represent it, if the tokenizer is not the one used in training, or if `output` exists.
     """
-    config, path = _find(checkpoint)
+    found = find_checkpoint(checkpoint, contents=False)
+    config, path = found.config, found.path
+    check_output_folder(output, "--out", [found.run])
     kind = Dtype(dtype) if dtype else config.precision.parameter_dtype
     files = TokenizerFiles(
         Path(tokenizer or config.data.tokenizer),
@@ -62,10 +69,8 @@ def to_hf(
         config.model.vocab_size,
     )
     fields = config_fields(config, kind.value, files.end_of_document_id)
-    fields |= _imported_fields(files, path.parent.parent, fields["max_position_embeddings"])
+    fields |= _imported_fields(files, found.run, fields["max_position_embeddings"])
     table = weights(config.model)
-    reader = CheckpointReader(path)
-    _check_tensors(reader, table)
     shards = _cut(table, TORCH_DTYPES[kind], shard_bytes)
     source = {
         "checkpoint": hashlib.sha256((path / MANIFEST).read_bytes()).hexdigest(),
@@ -73,27 +78,58 @@ def to_hf(
         "shards": {name: [weight.name for weight in shard] for name, shard in shards.items()},
         "version": __version__,
     }
-    with unfinished(output, source, "--out") as making:
-        rows = _Rows(reader)
+    ids = {key: fields[key] for key in ("eos_token_id", "pad_token_id")}
+    texts: dict[str, Any] = {CONFIG: fields, GENERATION: ids | files.generation}
+    texts[INDEX] = _index(shards, TORCH_DTYPES[kind])
+    small = files.contents() | {
+        name: (json.dumps(content, indent=2) + "\n").encode() for name, content in texts.items()
+    }
+
+    def is_complete() -> bool:
+        if not _has_files(output, small, shards):
+            return False
+        rows = _Rows(_open(path, config, table))
+        return all(
+            safetensors_digest(*rows.shard(shard, TORCH_DTYPES[kind])) == file_sha256(output / name)
+            for name, shard in shards.items()
+        )
+
+    with unfinished(output, source, "--out", is_complete) as making:
+        if making is None:
+            console.print(f"{output}: is there already, complete", highlight=False, soft_wrap=True)
+            return
+        rows = _Rows(_open(path, config, table))
         for name, shard in shards.items():
             if making.kept(name):
                 console.print(f"{name}: is there already", highlight=False)
                 continue
-            digest = write_safetensors(
-                making.folder / name,
-                [(w.name, w.shape, _dtype(w, TORCH_DTYPES[kind])) for w in shard],
-                (rows.values(w, _dtype(w, TORCH_DTYPES[kind])) for w in shard),
-            )
+            digest = write_safetensors(making.folder / name, *rows.shard(shard, TORCH_DTYPES[kind]))
             making.done(name, digest)
-            size = (making.folder / name).stat().st_size
-            console.print(f"{name}: {len(shard)} tensors, {format_bytes(size)}", highlight=False)
-        texts: dict[str, Any] = {CONFIG: fields, INDEX: _index(shards, TORCH_DTYPES[kind])}
-        ids = {key: fields[key] for key in ("eos_token_id", "pad_token_id")}
-        texts[GENERATION] = ids | files.generation
-        for name, content in texts.items():
-            write_durably(making.folder / name, json.dumps(content, indent=2) + "\n")
-        files.write(making.folder)
+            size = format_bytes((making.folder / name).stat().st_size)
+            console.print(f"{name}: {len(shard)} tensors, {size}", highlight=False)
+        for name, content in small.items():
+            write_durably(making.folder / name, content)
     console.print(f"wrote {output}", highlight=False, soft_wrap=True)
+
+
+def _open(path: Path, config: Config, table: list[Weight]) -> CheckpointReader:
+    """The verified checkpoint. Raises ConfigError if it is damaged or of another model than its
+    run's config.yaml."""
+    reader = CheckpointReader(path)
+    check_tensors(path, config.model)
+    _check_tensors(reader, table)
+    return reader
+
+
+def _has_files(output: Path, small: Mapping[str, bytes], shards: Collection[str]) -> bool:
+    """Whether `output` holds these small files, equal in every byte, the shards, and no more."""
+    try:
+        names = {path.name for path in output.iterdir()}
+        return names == {*small, *shards} and all(
+            (output / name).read_bytes() == content for name, content in small.items()
+        )
+    except OSError:
+        return False
 
 
 def _imported_fields(files: TokenizerFiles, run: Path, longest: int) -> dict[str, Any]:
@@ -103,22 +139,6 @@ def _imported_fields(files: TokenizerFiles, run: Path, longest: int) -> dict[str
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     fields = {name: generation[name] for name in names if name in generation}
     return fields | {"max_position_embeddings": longest_context(run, longest)}
-
-
-def _find(text: str) -> tuple[Config, Path]:
-    """(the run's configuration at that step, checkpoint folder) of RUN@STEP. Raises ConfigError if
-    there is no such checkpoint."""
-    try:
-        run, step = parse_branch(text)
-    except ConfigError:
-        raise ConfigError(f"{text}: give RUN_FOLDER@STEP, such as runs/tiny@128") from None
-    if not run.is_dir():
-        raise ConfigError(f"{text}: no such run folder {run}")
-    steps = steps_in(run / "checkpoints")
-    if step not in steps:
-        available = f"it has {', '.join(map(str, steps))}" if steps else "it has none"
-        raise ConfigError(f"{text}: {run} has no checkpoint of step {step}; {available}")
-    return read_config(run, step), step_folder(run / "checkpoints", step)
 
 
 def _check_tensors(reader: CheckpointReader, table: list[Weight]) -> None:
@@ -172,6 +192,11 @@ class _Rows:
     def __init__(self, reader: CheckpointReader) -> None:
         self._reader = reader
         self._held: tuple[tuple[str, int, int], torch.Tensor] | None = None
+
+    def shard(self, shard: Sequence[Weight], dtype: torch.dtype) -> tuple[Tensors, Parts]:
+        """Names, shapes and dtypes of a shard's tensors, and their values."""
+        tensors = [(weight.name, weight.shape, _dtype(weight, dtype)) for weight in shard]
+        return tensors, (self.values(weight, _dtype(weight, dtype)) for weight in shard)
 
     def values(self, weight: Weight, dtype: torch.dtype) -> Iterator[torch.Tensor]:
         """The tensor's values in order, in parts of about COPY_BYTES."""

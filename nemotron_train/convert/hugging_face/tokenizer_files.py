@@ -16,12 +16,11 @@ from nemotron_train.data.tokenize import (
     FILE_NAME,
     GENERATION,
     LoadedTokenizer,
-    copy_tokenizer,
     end_token_ids,
     load_tokenizer,
     read_json_object,
+    tokenizer_contents,
 )
-from nemotron_train.platform.files import write_durably
 from nemotron_train.run_folder.folder import read_json
 
 SETTINGS = "tokenizer_config.json"
@@ -58,10 +57,9 @@ class TokenizerFiles:
         """generation_config.json of an imported run: its token ids and settings; {} for ours."""
         return read_json_object(self._folder / GENERATION)
 
-    def write(self, folder: Path) -> None:
-        """Copies the tokenizer into `folder` with the settings that `AutoTokenizer` needs, but
-        without any code (`auto_map`)."""
-        copy_tokenizer(self._folder, folder)
+    def contents(self) -> dict[str, bytes]:
+        """File name -> content of the tokenizer's files with the settings that `AutoTokenizer`
+        needs, but without any code (`auto_map`). Raises ConfigError if one cannot be read."""
         settings: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,  # decoding must return exactly the encoded text
@@ -69,7 +67,8 @@ class TokenizerFiles:
             "pad_token": self._token,
         }
         settings |= {name: value for name, value in self._settings.items() if name != "auto_map"}
-        write_durably(folder / SETTINGS, json.dumps(settings, indent=2) + "\n")
+        contents = tokenizer_contents(self._folder)
+        return contents | {SETTINGS: (json.dumps(settings, indent=2) + "\n").encode()}
 
     def _end_of_document(self, loaded: LoadedTokenizer) -> int:
         """Id of the end-of-document token: from the prepared data next to the tokenizer, from its

@@ -22,7 +22,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.core import (
+    CheckpointingConfig,
+    CheckpointingException,
+    save_config,
+)
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.distributed import DistributedDataParallel
@@ -36,7 +40,8 @@ from nemotron_train.config.schema import Config, ModelConfig
 from nemotron_train.optim.build import load_optimizer_state
 from nemotron_train.optim.update import gather_parameters
 from nemotron_train.platform.device import wait_for_device
-from nemotron_train.run_folder import checkpoint_metadata, integrity
+from nemotron_train.platform.files import system_error
+from nemotron_train.run_folder import checkpoint_index, checkpoint_metadata, integrity
 from nemotron_train.run_folder.integrity import partial_folder, step_folder
 from nemotron_train.run_folder.progress import Progress
 from nemotron_train.train.checkpoint import random_states
@@ -50,6 +55,8 @@ filesystem_async._results_queue = queue.SimpleQueue()  # type: ignore[assignment
 # which costs 120 ms per save.
 distrib_optimizer.gc = types.SimpleNamespace(collect=lambda: 0)  # type: ignore[attr-defined]
 
+
+_WRONG_FIELDS = (AssertionError, AttributeError, IndexError, KeyError, TypeError, ValueError)
 
 # A file to write: path, name, and content, which is objects and (item, tensor) pairs.
 Bucket = tuple[Any, str, tuple[list[Any], list[tuple[Any, torch.Tensor]]]]
@@ -82,7 +89,7 @@ def no_code_runs() -> Iterator[None]:
 
     torch.load = load_weights_only
     filesystem.pickle = types.SimpleNamespace(  # type: ignore[assignment]
-        load=integrity.load_metadata, dump=pickle.dump
+        load=checkpoint_index.load_metadata, dump=pickle.dump
     )
     try:
         yield
@@ -294,7 +301,11 @@ class Checkpoints:
             self._optimizer.reload_model_params()
         states = checkpoint_metadata.random_state_of(path, self._rank, self._num_ranks)
         if states is not None:
-            random_states.restore(states)
+            try:
+                random_states.restore(states)
+            except (*_WRONG_FIELDS, RuntimeError, OverflowError) as error:
+                name = path / checkpoint_metadata.RANDOM
+                raise ConfigError(f"{name}: holds no random states ({error!s:.200})") from error
         return checkpoint_metadata.progress_of(path)
 
 
@@ -318,13 +329,18 @@ def load_weights(
 
 
 def _load(path: Path, state: dict[str, Any]) -> Any:
-    """Fill the sharded `state` from the checkpoint in `path`. Raises ConfigError."""
+    """Fill the sharded `state` from the checkpoint in `path`. Raises ConfigError.
+
+    The exceptions besides torch's are those of Megatron-Core reading fields that nothing checks
+    before. RuntimeError is not among them: a lost connection raises it.
+    """
     try:
         with no_code_runs():
             return dist_checkpointing.load(state, str(path))
-    except CheckpointException as error:  # a BaseException, not an Exception
-        reason = str(error).strip().splitlines()[-1]
-        raise ConfigError(f"{path}: cannot be loaded: {reason}") from error
+    except (CheckpointException, CheckpointingException, *_WRONG_FIELDS) as error:
+        # CheckpointException is a BaseException, not an Exception.
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        raise ConfigError(f"{path}: cannot be loaded: {reason:.300}") from error
 
 
 def _copied(buckets: Sequence[Bucket], copies: Buffers) -> list[Bucket]:
@@ -361,20 +377,8 @@ def _write_shards(
             transforms, number, bucket, None, None, True
         )
         if isinstance(outcome, Exception):
-            raise OSError(f"{partial}: {_reason(outcome)}") from outcome
+            cause = system_error(outcome)
+            reason = cause.strerror if cause else outcome
+            raise OSError(f"{partial}: {reason}") from outcome
         places += outcome
     return places, integrity.hashed(partial, [name for _, name, _ in buckets])
-
-
-def _reason(error: BaseException) -> str:
-    """The operating system's message in the chain of causes, if any, else the text of `error`.
-
-    For a full disk, torch raises an error about a position in its archive. The OSError is its
-    cause.
-    """
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, OSError) and cause.strerror:
-            return cause.strerror
-        cause = cause.__cause__ or cause.__context__
-    return str(error)

@@ -20,10 +20,12 @@ from nemotron_train.config.errors import ConfigError
 from nemotron_train.config.schema import Config
 from nemotron_train.data.batches import DataState
 from nemotron_train.launch.slurm.job import plan_job, render, templates_folder
+from nemotron_train.plan.precision.record import UNKNOWN
 from nemotron_train.run_folder.checkpoint_metadata import texts_of
 from nemotron_train.run_folder.folder import open_run_folder
 from nemotron_train.run_folder.integrity import commit, partial_folder, step_folder
 from nemotron_train.run_folder.progress import Progress
+from tests.conftest import checkpoint_texts
 
 CLUSTERS = sorted(path.stem for path in (recipes_folder() / "cluster").glob("*.yaml"))
 BATCH = ["train.global_batch_tokens=16384", "train.validation_tokens=16384"]
@@ -261,8 +263,11 @@ def write_checkpoint(folder: Path, step: int, config: Config) -> None:
     """Writes the text files of a checkpoint and a manifest that covers them."""
     final = step_folder(folder, step)
     partial_folder(final).mkdir(parents=True)
-    texts = texts_of(Progress(step, 2048 * step, DataState("train", 256, 1, "")), config, {}, {}, 1)
-    for name, text in (texts | {".metadata": ""}).items():
+    progress = Progress(step, 2048 * step, DataState("train", 256, 1, ""))
+    texts = texts_of(progress, config, UNKNOWN, {}, 1) | {".metadata": ""}
+    del texts["data.json"]
+    texts["metadata.json"] = checkpoint_texts(step)["metadata.json"]
+    for name, text in texts.items():
         (partial_folder(final) / name).write_text(text)
     commit(final, {}, lambda: None)
 
