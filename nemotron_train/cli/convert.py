@@ -10,6 +10,7 @@ from nemotron_train.compose.compose import compose_config, to_typed
 from nemotron_train.compose.overrides import is_knob, parse_overrides
 from nemotron_train.config.errors import ConfigError
 from nemotron_train.config.schema import Config, Dtype
+from nemotron_train.platform.files import check_output, check_output_folder, write_output
 
 
 def run_convert_merge(arguments: argparse.Namespace) -> int:
@@ -67,14 +68,16 @@ def run_convert_from_hf(arguments: argparse.Namespace) -> int:
 
     folder, console = arguments.folder, open_console()
     name = hf_config.model_name(folder)
+    output = arguments.out or Path("runs") / name
+    if has_weights(folder):
+        check_output_folder(output, "--out", [folder])
     hf_model = hf_config.read_model(folder, name, frozenset(arguments.ignore))
     recipe = hf_config.recipe_text(hf_model.model, folder)
-    output = arguments.out or Path("runs") / name
+    if arguments.recipe is not None:
+        _check_recipe(arguments.recipe, recipe)
     checked = _compose(recipe, [])
     checked.name = output.name
     derive(checked)  # checks the model and the name of the run
-    if arguments.recipe is not None:
-        _write_new(arguments.recipe, recipe)
     console.print(hf_config.summary(hf_model.model), highlight=False, soft_wrap=True)
     if not has_weights(folder):
         console.print("no weights there: the recipe alone", highlight=False)
@@ -82,6 +85,7 @@ def run_convert_from_hf(arguments: argparse.Namespace) -> int:
             print(recipe, end="")
         else:
             file = arguments.recipe
+            write_output(file, recipe, "--recipe")
             text = f"wrote {file}; `nemotron-train plan model={file}` says what it costs"
             console.print(text, highlight=False, soft_wrap=True)
         return 0
@@ -105,27 +109,33 @@ def run_convert_from_hf(arguments: argparse.Namespace) -> int:
     hf_config.check_overrides(hf_model.model, config.model, folder)
 
     from_hf(folder, config, output, console, shard_bytes=_shard_bytes(arguments.shard_gib))
+    if arguments.recipe is not None:
+        write_output(arguments.recipe, recipe, "--recipe")
     return 0
 
 
 def _compose(recipe: str, overrides: Sequence[str]) -> Config:
     """Compose pretrain's configuration with the text `recipe` as its model recipe."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "model.yaml"
-        file.write_text(recipe, encoding="utf-8")
-        return compose_config([f"model={file}", *overrides])
-
-
-def _write_new(path: Path, text: str) -> None:
     try:
-        with open(path, "x", encoding="utf-8") as file:
-            file.write(text)
-    except FileExistsError:
-        if path.is_file() and path.read_bytes() == text.encode():
-            return  # the same command again
-        raise ConfigError(f"--recipe {path}: is there already; give another") from None
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "model.yaml"
+            file.write_text(recipe, encoding="utf-8")
+            return compose_config([f"model={file}", *overrides])
     except OSError as error:
-        raise ConfigError(f"--recipe {path}: cannot be written ({error.strerror})") from None
+        place = tempfile.gettempdir()
+        raise ConfigError(f"{place}: cannot be written ({error.strerror})") from None
+
+
+def _check_recipe(path: Path, text: str) -> None:
+    """Raises ConfigError, before the work, if the recipe cannot be written at `path` or if another
+    file is there. The same command again finds its own."""
+    check_output(path, "--recipe")
+    try:
+        is_other = path.exists() and path.read_bytes() != text.encode()
+    except OSError as error:
+        raise ConfigError(f"--recipe {path}: cannot be read ({error.strerror})") from None
+    if is_other:
+        raise ConfigError(f"--recipe {path}: is there already; give another")
 
 
 def _from_hf_arguments(parser: argparse.ArgumentParser) -> None:

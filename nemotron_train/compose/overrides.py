@@ -7,10 +7,10 @@ follows Hydra's grammar: lists, tables, interpolations, and several values of a 
 Owns: parsing one word and its error. Does not own: the merge (`compose`), which sweeps exist.
 """
 
+import os
 import re
 from collections.abc import Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from nemotron_train.compose.recipe_files import nearest
@@ -34,7 +34,7 @@ def is_knob(word: str) -> bool:
     """Whether a word of a verb that takes runs and knobs is a knob: KNOB=VALUE, unless it is the
     path of a run folder, with or without @STEP."""
     return _WORD.fullmatch(word) is not None and not any(
-        Path(path).is_dir() for path in (word, word.rpartition("@")[0]) if path
+        os.path.isdir(path) for path in (word, word.rpartition("@")[0]) if path
     )
 
 

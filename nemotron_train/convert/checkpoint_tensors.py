@@ -7,6 +7,7 @@ own: the use of the tensors (`merge`, `to_hf`, `from_hf`), the integrity of a ch
 
 import io
 import pickle
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -181,13 +182,16 @@ class CheckpointWriter:
         tensors: dict[str, Any] = {}
         storage: dict[Any, Any] = {}
         for place in self.places:
+            # A pickle says which equal strings are one object. A writer that goes on from the
+            # places of another has read them again, and must write the same bytes.
+            name = sys.intern(place.name)
             offsets = torch.Size([place.first_row, *[0] * (len(place.shape) - 1)])
             chunk = ChunkStorageMetadata(offsets, torch.Size([place.num_rows, *place.shape[1:]]))
-            if place.name not in tensors:
+            if name not in tensors:
                 properties = TensorProperties(getattr(torch, place.dtype))
-                tensors[place.name] = TensorStorageMetadata(properties, torch.Size(place.shape), [])
-            tensors[place.name].chunks.append(chunk)
-            index = MetadataIndex(place.name, offsets)
+                tensors[name] = TensorStorageMetadata(properties, torch.Size(place.shape), [])
+            tensors[name].chunks.append(chunk)
+            index = MetadataIndex(name, offsets)
             storage[index] = _StorageInfo(shard_name(place.shard), place.offset, place.length)
         buffer, file = io.BytesIO(), self._file
         torch.save([{}], buffer)

@@ -126,6 +126,8 @@ def unfinished(
     """
     if final.name in ("", ".."):  # `.` and `..` have no name to put beside
         final = Path(os.path.abspath(final))
+    if not final.name:
+        raise ConfigError(f"{knob} {final}: is there already; give another")
     check_output_folder(final, knob)
     with exclusive(final, wait=False):
         making = Unfinished(final, source)

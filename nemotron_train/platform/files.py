@@ -64,8 +64,10 @@ def check_output(path: Path, knob: str) -> None:
 def check_output_folder(path: Path, knob: str, sources: Iterable[Path] = ()) -> None:
     """Raises ConfigError if no folder can be made at `path`: below a file, without permission, or
     inside one of the `sources`, which are read. What exists is not refused. knob: the option."""
+    if os.path.lexists(path):
+        return
     place = Path(os.path.realpath(path))
-    for source in () if os.path.lexists(path) else sources:
+    for source in sources:
         if place.is_relative_to(os.path.realpath(source)):
             raise ConfigError(f"{knob} {path}: lies in {source}, which is read; give another")
     above = next(folder for folder in place.parents if os.path.lexists(folder))
