@@ -86,6 +86,9 @@ def read_run(path: Path) -> Run:
         content = (path / "metrics.jsonl").read_bytes()
         written = (path / "metrics.jsonl").stat().st_mtime
     except FileNotFoundError:
+        if (path / "config.yaml").is_file():  # imported, merged, or just begun
+            reason = "no step was trained in it, so there is nothing to report"
+            raise ConfigError(f"{path}: {reason}") from None
         raise ConfigError(f"{path}: no run folder, it has no metrics.jsonl") from None
     except OSError as error:
         raise ConfigError(f"{path}: metrics.jsonl cannot be read ({error.strerror})") from None
