@@ -31,7 +31,12 @@ from nemotron_train.convert.hugging_face.mapping import Piece, Weight, our_shape
 from nemotron_train.convert.hugging_face.safetensors_file import DTYPES, SafetensorsReader
 from nemotron_train.convert.unfinished import Unfinished, unfinished
 from nemotron_train.data.tokenize import FILE_NAME as TOKENIZER
-from nemotron_train.data.tokenize import GENERATION, read_json_object, tokenizer_contents
+from nemotron_train.data.tokenize import (
+    GENERATION,
+    load_tokenizer,
+    read_json_object,
+    tokenizer_contents,
+)
 from nemotron_train.plan.precision.record import plan_record
 from nemotron_train.plan.precision.resolve import resolve_plan
 from nemotron_train.platform.files import check_output_folder, file_sha256, write_durably
@@ -331,6 +336,8 @@ def _run_files(folder: Path, config: Config, theirs: _Theirs) -> dict[str, bytes
     text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=100)
     files = {"config.yaml": text.encode()}
     if (folder / TOKENIZER).is_file():
+        load_tokenizer(folder)  # raises ConfigError, now and not when the run is used
+        read_json_object(folder / "tokenizer_config.json")
         contents = tokenizer_contents(folder)
         generation = _generation(folder)
         if generation:
