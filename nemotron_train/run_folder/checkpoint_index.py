@@ -157,7 +157,7 @@ def _tiles(boxes: Sequence[Sequence[tuple[int, int]]], size: Sequence[int]) -> b
 def check_archives(folder: Path, index: Any) -> None:
     """Raises an exception with a message unless every value in the shards can be loaded and is of
     the type, shape and dtype that the checked `index` says. Reads no tensor's values: the cost is
-    about 0.2 ms a value."""
+    about 0.3 ms a value."""
     import torch
     from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
     from torch.distributed.checkpoint.utils import _create_file_view
