@@ -68,6 +68,7 @@ def write_safetensors(path: Path, tensors: Tensors, parts: Parts) -> str:
         for data in _content(tensors, parts):
             file.write(data)
             digest.update(data)
+            del data  # free the block before the next one is read
         file.flush()
         os.fsync(file.fileno())
     torn.rename(path)
@@ -79,6 +80,7 @@ def safetensors_digest(tensors: Tensors, parts: Parts) -> str:
     digest = hashlib.sha256()
     for data in _content(tensors, parts):
         digest.update(data)
+        del data
     return digest.hexdigest()
 
 
