@@ -2,7 +2,6 @@
 
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -14,7 +13,6 @@ from nemotron_train.data import prepare
 from nemotron_train.data.indexed import ShardEntry, ShardReader
 from nemotron_train.data.manifest import Manifest, load_manifest
 from nemotron_train.data.tokenize import load_tokenizer
-from nemotron_train.platform.files import file_sha256
 
 _PLAIN_SECONDS = 10.0  # between two progress lines without a terminal
 _SAMPLE_TOKENS = 80
@@ -131,7 +129,7 @@ def inspect(path: str | Path, samples: int = 3) -> str | None:
                 _verify(folder, entry, manifest)
         for name, split in manifest.splits.items():
             for entry, document in _spread(split.shards, samples):
-                tokens = ShardReader(folder, entry.name).document(document)
+                tokens = ShardReader(folder, entry.name, entry).document(document)
                 text = loaded.decode(tokens[:_SAMPLE_TOKENS])
                 ellipsis = " …" if tokens.size > _SAMPLE_TOKENS else ""
                 console.print(
@@ -154,22 +152,21 @@ def run_inspect(path: str | Path, samples: int = 3) -> None:
 def _verify(folder: Path, entry: ShardEntry, manifest: Manifest) -> None:
     """Verify a shard against its manifest entry: checksums, counts, token ids. Raises ConfigError
     for the first file that is wrong."""
-    shard = ShardReader(folder, entry.name)
-    for path, expected in ((shard.bin_path, entry.bin_sha256), (shard.idx_path, entry.idx_sha256)):
-        if file_sha256(path) != expected:
-            raise ConfigError(f"{path}: its checksum is not the manifest's; damaged or exchanged")
+    shard = ShardReader(folder, entry.name, entry)
+    shard.check_content()
     shard.verify()
-    counted: dict[str, Any] = {
+    smallest, largest = shard.token_range()
+    counted = {
         "documents": shard.documents,
         "tokens": shard.num_tokens,
-        "max_token_id": int(shard.tokens.max()),
+        "max_token_id": largest,
     }
     for name, value in counted.items():
         if value != getattr(entry, name):
             raise ConfigError(
                 f"{shard.bin_path}: {name} is {value}, the manifest says {getattr(entry, name)}"
             )
-    if counted["max_token_id"] >= manifest.tokenizer.vocab_size or shard.tokens.min() < 0:
+    if largest >= manifest.tokenizer.vocab_size or smallest < 0:
         raise ConfigError(f"{shard.bin_path}: holds ids outside the tokenizer's vocabulary")
 
 

@@ -168,7 +168,8 @@ class BatchSource:
 
         With `rank_slice` = (start, stop), only these rows are read and returned. The returned state
         is the one after all samples, equal on every rank. Raises ConfigError if `state` belongs to
-        other data, another blend, sequence length or seed.
+        other data, another blend, sequence length or seed, and, naming the file, if a shard was
+        removed, replaced or written to since it was opened.
         """
         check_state(
             self._phases,
@@ -190,6 +191,8 @@ class BatchSource:
             epoch, window = source.window_at(draw.drawn)
             tokens_BT[row], documents_BT[row] = source.read(epoch, window)
             origins_B3[row] = self._keys.index(draw.source), epoch, window
+        for key in {draw.source for draw in draws[start:stop]}:
+            self._sources[key].check_unchanged()  # after the rows: nothing else is trained on
         same_document_BS = documents_BT[:, :-1] == documents_BT[:, 1:]
         batch = Batch(
             tokens_BS=tokens_BT[:, :-1].copy(),

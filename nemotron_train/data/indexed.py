@@ -17,13 +17,16 @@ from pathlib import Path
 import numpy as np
 
 from nemotron_train.config.errors import ConfigError
+from nemotron_train.data.watched import Stamp, WatchedFile, file_mark
 from nemotron_train.platform.files import file_sha256, flush_to_disk, replacing
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
 _DTYPE_OF_CODE = {4: np.dtype("<i4"), 8: np.dtype("<u2")}
 _CODE_OF_DTYPE = {dtype: code for code, dtype in _DTYPE_OF_CODE.items()}
+_INT32, _INT64 = np.dtype("<i4"), np.dtype("<i8")
 _COUNT_CHUNK = 1 << 22  # tokens read at a time when counting, so that memory use stays small
+_VERIFY_CHUNK = 1 << 18  # index entries read at a time when verifying
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,8 @@ class ShardEntry:
     max_token_id: int
     bin_sha256: str
     idx_sha256: str
+    bin_mark: str = ""  # `file_mark`; "" in manifests of older versions
+    idx_mark: str = ""
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -114,6 +119,8 @@ class ShardWriter:
             max_token_id=int(np.flatnonzero(counts)[-1]),
             bin_sha256=file_sha256(self._bin_path),
             idx_sha256=file_sha256(self._idx_path),
+            bin_mark=file_mark(self._bin_path),
+            idx_mark=file_mark(self._idx_path),
         )
         return entry, counts
 
@@ -140,47 +147,47 @@ def count_tokens(path: Path, dtype: np.dtype, vocab_size: int) -> np.ndarray:
 
 
 class ShardReader:
-    """A memory-mapped shard: `tokens` [num_tokens] and `lengths` int32 [documents] are views.
+    """An open shard: `documents` and `num_tokens`, and its token ids, read by position.
+
+    With the manifest's `entry`, the marks of both files are compared with it, and
+    `check_unchanged` can be called.
 
     Raises ConfigError, naming the file, if a file is missing or not a shard, or if the sizes of
     `.bin` and `.idx` do not match. These checks need a few reads for any shard size; `verify` reads
     the whole index.
     """
 
-    def __init__(self, folder: Path, name: str) -> None:
+    def __init__(self, folder: Path, name: str, entry: ShardEntry | None = None) -> None:
         self.bin_path = folder / f"{name}.bin"
         self.idx_path = folder / f"{name}.idx"
-        for path in (self.bin_path, self.idx_path):
-            if not path.is_file():
-                raise ConfigError(f"{path}: this shard file is missing; prepare the data again")
+        self._entry = entry
+        self._bin, self._idx = WatchedFile(self.bin_path), WatchedFile(self.idx_path)
         self.dtype, self.documents = self._read_header()
-        count = self.documents
-        index = np.memmap(self.idx_path, dtype=np.uint8, mode="r")[_HEADER.size :].view(np.ndarray)
-        self.lengths = index[: 4 * count].view("<i4")
-        self._byte_offsets = index[4 * count : 12 * count].view("<i8")
-        self._boundaries = index[12 * count :].view("<i8")
-        self.num_tokens = self.offset(count)
+        self._offsets_at = _HEADER.size + 4 * self.documents
+        self._boundaries_at = self._offsets_at + 8 * self.documents
+        self.num_tokens = self.offset(self.documents)
         expected = self.num_tokens * self.dtype.itemsize
-        actual = self.bin_path.stat().st_size
+        actual = self._bin.size
         if actual != expected:
             raise ConfigError(
                 f"{self.bin_path}: holds {actual:,} bytes where its index promises {expected:,}: "
                 "truncated or not this index's file; prepare the data again"
             )
-        if int(self._boundaries[-1]) != count:
+        if self._numbers(self._boundaries_at, self.documents, 1)[0] != self.documents:
             raise ConfigError(f"{self.idx_path}: its last document ends outside the index")
         if not expected:
             raise ConfigError(f"{self.bin_path}: holds no token")
-        self.tokens = np.memmap(self.bin_path, dtype=self.dtype, mode="r").view(np.ndarray)
+        if entry is not None:
+            self._bin.check_mark(entry.bin_mark)
+            self._idx.check_mark(entry.idx_mark)
 
     def _read_header(self) -> tuple[np.dtype, int]:
         """(dtype, number of documents). Raises ConfigError if the header is invalid or does not
         match the size of the index file."""
-        path = self.idx_path
-        with path.open("rb") as stream:
-            header = stream.read(_HEADER.size)
-        if len(header) < _HEADER.size:
-            raise ConfigError(f"{path}: truncated: {len(header)} bytes are less than a header")
+        path, actual = self.idx_path, self._idx.size
+        if actual < _HEADER.size:
+            raise ConfigError(f"{path}: truncated: {actual} bytes are less than a header")
+        header = self._idx.read(0, _HEADER.size)
         magic, version, code, sequences, boundaries = _HEADER.unpack(header)
         if magic != _MAGIC:
             raise ConfigError(f"{path}: not a Megatron index: it does not begin with MMIDIDX")
@@ -194,7 +201,6 @@ class ShardReader:
                 "has at least one document and each is one sequence"
             )
         expected = _HEADER.size + 12 * sequences + 8 * boundaries
-        actual = path.stat().st_size
         if actual != expected:
             raise ConfigError(
                 f"{path}: holds {actual:,} bytes where {sequences:,} documents need {expected:,}: "
@@ -202,23 +208,84 @@ class ShardReader:
             )
         return _DTYPE_OF_CODE[code], sequences
 
+    def _numbers(self, at: int, first: int, count: int) -> np.ndarray:
+        """int64 [count] of the index array at byte `at`, from its entry `first`."""
+        return self._idx.array(at + 8 * first, _INT64, count)
+
+    def lengths(self, first: int = 0, count: int | None = None) -> np.ndarray:
+        """Tokens of each document from `first`: int32 [count]; all of them by default."""
+        count = self.documents - first if count is None else count
+        return self._idx.array(_HEADER.size + 4 * first, _INT32, count)
+
     def offset(self, document: int) -> int:
         """Where a document begins, in tokens. `offset(documents)` is the length of the shard."""
         if document == self.documents:
-            last = document - 1
-            return int(self._byte_offsets[last]) // self.dtype.itemsize + int(self.lengths[last])
-        return int(self._byte_offsets[document]) // self.dtype.itemsize
+            return self.offset(document - 1) + int(self.lengths(document - 1, 1)[0])
+        return int(self._numbers(self._offsets_at, document, 1)[0]) // self.dtype.itemsize
 
-    def document(self, index: int) -> np.ndarray:
-        """The token ids of one document: a view of the file, [tokens]."""
-        begin = self.offset(index)
-        return self.tokens[begin : begin + int(self.lengths[index])]
+    def layout(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Where each of `count` documents from `first` begins in the shard, and its length, in
+        tokens: int64 [count], int32 [count].
+
+        Raises ConfigError, naming the first wrong entry, unless these documents follow each other
+        without gaps and lie within the shard.
+        """
+        lengths = self.lengths(first, count)
+        offsets = self._numbers(self._offsets_at, first, count)
+        begin = int(offsets[0]) if first else 0
+        ends = begin + np.cumsum(lengths, dtype=np.int64) * self.dtype.itemsize
+        wrong = (offsets != ends - lengths.astype(np.int64) * self.dtype.itemsize) | (lengths < 0)
+        wrong |= self._numbers(self._boundaries_at, first, count) != np.arange(first, first + count)
+        wrong |= (offsets < 0) | (offsets % self.dtype.itemsize != 0) | (ends > self._bin.size)
+        if wrong.any():
+            raise ConfigError(
+                f"{self.idx_path}: entry {first + int(np.argmax(wrong))} is inconsistent; damaged; "
+                "prepare the data again"
+            )
+        return offsets // self.dtype.itemsize, lengths
+
+    def tokens(self, begin: int, count: int) -> np.ndarray:
+        """`count` token ids from token `begin` of the shard: [count]."""
+        return self._bin.array(begin * self.dtype.itemsize, self.dtype, count)
+
+    def document(self, index: int, limit: int | None = None) -> np.ndarray:
+        """The token ids of one document, at most the first `limit`: [tokens]."""
+        length = int(self.lengths(index, 1)[0])
+        return self.tokens(self.offset(index), length if limit is None else min(limit, length))
+
+    def token_range(self) -> tuple[int, int]:
+        """The smallest and the largest token id. Reads the whole shard."""
+        smallest, largest = [], []
+        for begin in range(0, self.num_tokens, _COUNT_CHUNK):
+            piece = self.tokens(begin, min(_COUNT_CHUNK, self.num_tokens - begin))
+            smallest.append(int(piece.min()))
+            largest.append(int(piece.max()))
+        return min(smallest), max(largest)
 
     def verify(self) -> None:
         """Check every entry of the index. Raises ConfigError, naming the first wrong entry."""
-        ends = np.cumsum(self.lengths, dtype=np.int64)
-        expected = (ends - self.lengths) * self.dtype.itemsize
-        wrong = (self._byte_offsets != expected) | (self.lengths < 0)
-        wrong |= self._boundaries[:-1] != np.arange(self.documents)
-        if wrong.any():
-            raise ConfigError(f"{self.idx_path}: entry {int(np.argmax(wrong))} is inconsistent")
+        end = 0
+        for first in range(0, self.documents, _VERIFY_CHUNK):
+            begins, lengths = self.layout(first, min(_VERIFY_CHUNK, self.documents - first))
+            if begins[0] != end:
+                raise ConfigError(f"{self.idx_path}: entry {first} is inconsistent; damaged")
+            end = int(begins[-1]) + int(lengths[-1])
+
+    @property
+    def stamps(self) -> tuple[Stamp, Stamp]:
+        """The stamps of `.bin` and `.idx` when they were opened."""
+        return self._bin.stamp, self._idx.stamp
+
+    def check_unchanged(self) -> None:
+        """Raises ConfigError, naming the file, if one was removed, replaced or written to since it
+        was opened. Costs two `stat` calls."""
+        assert self._entry is not None
+        self._bin.check_unchanged(self._entry.bin_sha256)
+        self._idx.check_unchanged(self._entry.idx_sha256)
+
+    def check_content(self) -> None:
+        """Raises ConfigError, naming the file, if one has not the manifest's SHA-256. Reads both
+        files."""
+        assert self._entry is not None
+        self._bin.check_content(self._entry.bin_sha256)
+        self._idx.check_content(self._entry.idx_sha256)

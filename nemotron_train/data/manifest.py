@@ -11,7 +11,7 @@ A folder of prepared data contains
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -182,10 +182,13 @@ def _parse(raw: dict[str, Any]) -> Manifest:
 
 
 def _typed(kind: type, raw: dict[str, Any]) -> Any:
-    """A flat dataclass of str and int fields from JSON. Raises KeyError or TypeError if a field is
-    missing or has the wrong type."""
+    """A flat dataclass of str and int fields from JSON. Raises KeyError or TypeError if a field
+    without a default is missing, or if one has the wrong type."""
+    values = {}
     for field in fields(kind):
-        value = raw[field.name]
+        if field.name not in raw and field.default is not MISSING:
+            continue
+        value = values[field.name] = raw[field.name]
         if type(value) is not field.type or (field.type is int and value < 0):
             raise TypeError(f"{field.name}={value!r}")
-    return kind(**{field.name: raw[field.name] for field in fields(kind)})
+    return kind(**values)

@@ -12,22 +12,24 @@ documents within a block. So a window costs one search among the blocks and one 
 Array legend: S sequence length, T = S + 1.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
 from nemotron_train.config.errors import ConfigError
-from nemotron_train.data.indexed import ShardEntry, ShardReader
+from nemotron_train.data.indexed import ShardReader
 from nemotron_train.data.manifest import FILE_NAME, Manifest, load_manifest, split_fingerprint
 from nemotron_train.data.permutation import key64, permute, shuffled
-from nemotron_train.platform.files import file_sha256
+from nemotron_train.data.watched import Stamp
 
 _DOCUMENTS_A_BLOCK = 4096
 _OPEN_SHARDS = 128  # two file descriptors each; common limits allow 1024 per process
 _CACHED_BLOCKS = 256  # 64 KiB each
+_PAGE_BYTES = 4096
 _VERIFIED_BYTES = 64 << 20  # splits up to this size are hashed when opened
+_VERIFIED_DOCUMENTS = 50_000_000  # the index of splits up to this size is read when opened: 1 GB
 
 
 class WindowedSource:
@@ -71,19 +73,31 @@ class WindowedSource:
         self._sequence_length, self._shuffle = sequence_length, shuffle
         self._vocab_size = vocab_size
         self._order_key = key64("order", seed, self.key)
-        self._names = [shard.name for shard in entry.shards]
+        self._entries = entry.shards
+        self._stamps: dict[int, tuple[Stamp, Stamp]] = {}  # of shards opened so far
+        self._read_since_check: set[int] = set()
         # Caches per instance, freed with it; a cache on the module or class would outlive it.
-        self._shard = lru_cache(_OPEN_SHARDS)(lambda index: ShardReader(folder, self._names[index]))
+        self._shard = lru_cache(_OPEN_SHARDS)(self._open_shard)
         self._epoch_layout = lru_cache(2)(self._lay_out_epoch)
         self._block_layout = lru_cache(_CACHED_BLOCKS)(self._lay_out_block)
-        self._open_blocks(entry.shards)
+        self._open_blocks()
 
-    def _open_blocks(self, entries: Sequence[ShardEntry]) -> None:
+    def _open_shard(self, index: int) -> ShardReader:
+        """Open a shard, perhaps not for the first time: one whose files are not those of the first
+        time must have the manifest's content."""
+        shard = ShardReader(self.folder, self._entries[index].name, self._entries[index])
+        if shard.stamps != self._stamps.setdefault(index, shard.stamps):
+            shard.check_content()
+            self._stamps[index] = shard.stamps
+        return shard
+
+    def _open_blocks(self) -> None:
         """Open and check every shard. Store shard, first document, number of documents and number
         of tokens of every block. Small splits are also checked against their SHA-256."""
         split_bytes = self.num_tokens * np.dtype(self.manifest.dtype).itemsize
+        num_documents = sum(entry.documents for entry in self._entries)
         rows = []
-        for index, entry in enumerate(entries):
+        for index, entry in enumerate(self._entries):
             shard = self._shard(index)
             if (shard.documents, shard.num_tokens) != (entry.documents, entry.tokens):
                 raise ConfigError(
@@ -91,12 +105,9 @@ class WindowedSource:
                     f"where the manifest says {entry.documents} and {entry.tokens}; prepare again"
                 )
             if split_bytes <= _VERIFIED_BYTES:
-                for path, expected in (
-                    (shard.bin_path, entry.bin_sha256),
-                    (shard.idx_path, entry.idx_sha256),
-                ):
-                    if file_sha256(path) != expected:
-                        raise ConfigError(f"{path}: its checksum is not the manifest's; damaged")
+                shard.check_content()
+            if num_documents <= _VERIFIED_DOCUMENTS:
+                shard.verify()
             for first in range(0, shard.documents, _DOCUMENTS_A_BLOCK):
                 end = min(first + _DOCUMENTS_A_BLOCK, shard.documents)
                 num_tokens = shard.offset(end) - shard.offset(first)
@@ -113,15 +124,15 @@ class WindowedSource:
         return order, np.cumsum(self._block_tokens[order])
 
     def _lay_out_block(self, epoch: int, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """(documents in the order of this epoch, numbered within their shard; their cumulative
-        tokens): int64 [documents] each."""
-        documents = np.arange(self._block_documents[block])
+        """(where each document begins in its shard, in the order of this epoch; their cumulative
+        tokens): int64 [documents] each, in tokens."""
+        shard = self._shard(int(self._block_shard[block]))
+        first, count = int(self._block_first[block]), int(self._block_documents[block])
+        begins, lengths = shard.layout(first, count)
         if self._shuffle:
-            key = key64("documents", self._order_key, epoch, block)
-            documents = shuffled(documents.size, key)
-        documents = documents + self._block_first[block]
-        lengths = self._shard(int(self._block_shard[block])).lengths
-        return documents, np.cumsum(lengths[documents], dtype=np.int64)
+            order = shuffled(count, key64("documents", self._order_key, epoch, block))
+            begins, lengths = begins[order], lengths[order]
+        return begins, np.cumsum(lengths, dtype=np.int64)
 
     def window_at(self, drawn: int) -> tuple[int, int]:
         """(epoch, window) of sample number `drawn` (from 0) of this source."""
@@ -134,7 +145,8 @@ class WindowedSource:
     def read(self, epoch: int, window: int) -> tuple[np.ndarray, np.ndarray]:
         """(token ids, document numbers from 0 within the window): int64 [T] each.
 
-        Raises ConfigError if a token id is outside the vocabulary.
+        Raises ConfigError, naming the file, if a shard has changed so that it cannot be read, and
+        if a token id is outside the vocabulary.
         """
         num_tokens = self._sequence_length + 1
         tokens_T = np.empty(num_tokens, dtype=np.int64)
@@ -146,25 +158,54 @@ class WindowedSource:
         filled = document = 0
         while filled < num_tokens:
             block = int(order[slot])
-            shard = self._shard(int(self._block_shard[block]))
-            documents, document_ends = self._block_layout(epoch, block)
-            index = int(np.searchsorted(document_ends, skip, side="right"))
-            skip -= int(document_ends[index - 1]) if index else 0
-            while filled < num_tokens and index < documents.size:
-                piece = shard.document(int(documents[index]))[skip : skip + num_tokens - filled]
-                if piece.size:  # shards of other writers may have empty documents
-                    tokens_T[filled : filled + piece.size] = piece
-                    documents_T[filled : filled + piece.size] = document
-                    filled, document = filled + piece.size, document + 1
-                index, skip = index + 1, 0
+            shard_index = int(self._block_shard[block])
+            shard = self._shard(shard_index)
+            self._read_since_check.add(shard_index)
+            begins, ends = self._block_layout(epoch, block)
+            index = int(np.searchsorted(ends, skip, side="right"))
+            before = int(ends[index - 1]) if index else 0  # tokens of the block's documents so far
+            last = int(np.searchsorted(ends, skip + num_tokens - filled))
+            read = _reader_of(shard, begins, int(ends[-1]), last - index)
+            while filled < num_tokens and index < begins.size:
+                end = int(ends[index])
+                size = min(end - skip, num_tokens - filled)
+                if size:  # shards of other writers may have empty documents
+                    piece = slice(filled, filled + size)
+                    tokens_T[piece] = read(int(begins[index]) + skip - before, size)
+                    documents_T[piece] = document
+                    filled, document = filled + size, document + 1
+                index, before, skip = index + 1, end, end
             slot, skip = slot + 1, 0
         if tokens_T.min() < 0 or tokens_T.max() >= self._vocab_size:
+            self.check_unchanged()  # names the file, if one was written to
             raise ConfigError(
                 f"{self.folder}: token id {tokens_T.max()} in sample {window} of epoch {epoch}, "
                 f"outside the vocabulary of {self._vocab_size}; `nemotron-train data inspect` "
                 "finds the damaged shard"
             )
         return tokens_T, documents_T
+
+    def check_unchanged(self) -> None:
+        """Raises ConfigError, naming the file, if a shard read since the last call was removed,
+        replaced or written to since it was opened. Costs two `stat` calls for each such shard."""
+        for index in self._read_since_check:
+            self._shard(index).check_unchanged()
+        self._read_since_check.clear()
+
+
+def _reader_of(
+    shard: ShardReader, begins: np.ndarray, num_tokens: int, num_documents: int
+) -> Callable[[int, int], np.ndarray]:
+    """A function from (first token, number of tokens) to token ids, for reads within one block.
+
+    A read of a short document touches a whole page. So if `num_documents` pages are more than the
+    block's `num_tokens`, the block is read at once: many short documents then cost one system call.
+    """
+    if num_tokens * shard.dtype.itemsize > num_documents * _PAGE_BYTES:
+        return shard.tokens
+    first = int(begins.min())
+    block = shard.tokens(first, num_tokens)
+    return lambda begin, count: block[begin - first : begin - first + count]
 
 
 def _check_vocabulary(folder: Path, manifest: Manifest, split: str, vocab_size: int) -> None:

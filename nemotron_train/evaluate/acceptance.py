@@ -86,8 +86,8 @@ def held_out_prompts(
         raise ConfigError(f"{folder / FILE_NAME}: has no validation split")
     documents = []
     for shard in split.shards:
-        reader = ShardReader(folder, shard.name)
-        long_enough = (reader.lengths > prompt_tokens).nonzero()[0]
+        reader = ShardReader(folder, shard.name, shard)
+        long_enough = (reader.lengths() > prompt_tokens).nonzero()[0]
         documents += [(reader, int(number)) for number in long_enough]
     if len(documents) < num_prompts:
         raise ConfigError(
@@ -95,7 +95,7 @@ def held_out_prompts(
             f"{len(documents)} documents of more than prompt_tokens={prompt_tokens} tokens"
         )
     chosen = [documents[index * len(documents) // num_prompts] for index in range(num_prompts)]
-    prompts = [reader.document(number)[:prompt_tokens].tolist() for reader, number in chosen]
+    prompts = [reader.document(number, prompt_tokens).tolist() for reader, number in chosen]
     return prompts, manifest.tokenizer.end_of_document_id
 
 

@@ -26,7 +26,8 @@ from nemotron_train.evaluate.positions import check_tokenizer
 from nemotron_train.evaluate.text_bytes import TokenBytes
 from nemotron_train.generate.checkpoint import LoadedCheckpoint, open_checkpoint
 from nemotron_train.platform.files import check_output, write_output
-from nemotron_train.train.train_step import count_targets, micro_batches
+from nemotron_train.train.global_batch import count_targets
+from nemotron_train.train.train_step import micro_batches
 
 ROWS_A_PASS = 4  # rows per forward pass
 

@@ -149,11 +149,12 @@ def long_documents(folders: Sequence[Path], knobs: PositionsConfig) -> list[list
         if split is None:
             raise ConfigError(f"{folder / FILE_NAME}: has no {knobs.split} split")
         for shard in split.shards:
-            reader = ShardReader(folder, shard.name)
-            lengths += reader.lengths.tolist()
-            for number in (reader.lengths >= knobs.max_tokens).nonzero()[0]:
+            reader = ShardReader(folder, shard.name, shard)
+            lengths_D = reader.lengths()
+            lengths += lengths_D.tolist()
+            for number in (lengths_D >= knobs.max_tokens).nonzero()[0]:
                 if len(documents) < knobs.documents:
-                    documents.append(reader.document(int(number))[: knobs.max_tokens].tolist())
+                    documents.append(reader.document(int(number), knobs.max_tokens).tolist())
     if len(documents) < knobs.documents:
         longest = sorted(lengths, reverse=True)[: knobs.documents]
         raise ConfigError(

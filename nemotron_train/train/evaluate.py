@@ -13,7 +13,8 @@ from nemotron_train.config.schema import Config
 from nemotron_train.data.batches import BatchSource
 from nemotron_train.plan.derive import Derived
 from nemotron_train.platform.groups import sum_over
-from nemotron_train.train.train_step import count_targets, forward_step, run_micro_batches
+from nemotron_train.train.global_batch import take_together
+from nemotron_train.train.train_step import forward_step, run_micro_batches
 
 
 @torch.no_grad()
@@ -28,18 +29,21 @@ def validation_losses(
     """Mean loss of the main head and of each MTP depth, in nats per token. COLLECTIVE.
 
     Every call evaluates the same sequences. Each data-parallel rank takes the same number of whole
-    micro-batches. The remainder at the end of `validation_tokens` is not evaluated.
+    micro-batches. The remainder at the end of `validation_tokens` is not evaluated. Raises
+    ConfigError if the data has changed since it was opened.
     """
     rows = config.train.micro_batch_sequences
     num_micro = derived.validation_sequences // (rows * groups.dp.size())
     start = groups.dp.rank() * num_micro * rows
-    batch, _ = batches.take(
+    batch, _, targets_K = take_together(
+        batches,
         batches.state_at_start(),
         num_micro * rows * groups.dp.size(),
         (start, start + num_micro * rows),
+        num_heads=1 + config.model.mtp.depths,
+        group=groups.dp,
+        device=device,
     )
-    num_heads = 1 + config.model.mtp.depths
-    targets_K = torch.from_numpy(count_targets(batch, num_heads)).to(device)
     for chunk in chunks:
         chunk.eval()
     reports = run_micro_batches(chunks, forward_step, batch, config, device, forward_only=True)
@@ -48,5 +52,4 @@ def validation_losses(
     sums_K = torch.stack(reports).double().sum(0) if reports else torch.zeros_like(targets_K)
     sum_over(sums_K, groups.pp)
     sum_over(sums_K, groups.dp_cp)
-    sum_over(targets_K, groups.dp)  # not over cp: every context-parallel rank has whole rows
     return (sums_K / targets_K.clamp(min=1)).tolist()

@@ -27,7 +27,6 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from nemotron_train.config.schema import Config, ModelConfig, TrainConfig
 from nemotron_train.data.batches import Batch, BatchSource, DataState
 from nemotron_train.model.moe.router import SigmoidRouter
-from nemotron_train.model.mtp import depth_mask
 from nemotron_train.optim.build import set_learning_rate
 from nemotron_train.optim.schedule import learning_rate
 from nemotron_train.optim.update import apply_update, gradient_norm
@@ -37,6 +36,7 @@ from nemotron_train.platform.groups import sum_over
 from nemotron_train.precision.attach import PrecisionControl
 from nemotron_train.precision.native import NativePrecision
 from nemotron_train.run_folder.progress import Progress, StepResult
+from nemotron_train.train.global_batch import take_together
 from nemotron_train.train.guard.diagnose import gradients_are_finite, non_finite
 from nemotron_train.train.guard.guard import Action, Findings, Guard, RollBack
 from nemotron_train.train.guard.health import Health
@@ -44,16 +44,6 @@ from nemotron_train.train.guard.stragglers import Stragglers
 from nemotron_train.train.step_clock import StepClock
 
 Tensors = dict[str, torch.Tensor]
-
-
-def count_targets(batch: Batch, num_heads: int) -> np.ndarray:
-    """Number of targets that count in the loss of each head in `batch`: float64 [K]."""
-    return np.array(
-        [
-            depth_mask(batch.loss_mask_BS, batch.document_ids_BS, depth).astype(np.float64).sum()
-            for depth in range(num_heads)
-        ]
-    )
 
 
 def micro_batches(batch: Batch, rows: int, device: str) -> Iterator[Tensors]:
@@ -275,8 +265,9 @@ class TrainStep:
     def __call__(self, progress: Progress) -> StepResult:
         """Train on the next global batch. COLLECTIVE.
 
-        Raises RollBack if the guard rejects the step and asks to return to a checkpoint, and
-        TrainingFailed if it stops the run.
+        Raises RollBack if the guard rejects the step and asks to return to a checkpoint,
+        TrainingFailed if it stops the run, and ConfigError, before any change of a weight, if the
+        data has changed since it was opened.
         """
         started = time.perf_counter()
         self.step = progress.step + 1
@@ -286,13 +277,17 @@ class TrainStep:
         tokens = progress.tokens + self.derived.tokens_per_step
         rate = learning_rate(tokens, self.config.optim, self.config.train.total_tokens)
         set_learning_rate(self.optimizer, rate, self.config.optim.weight_decay)
-        batch, next_data = self.batches.take(
-            progress.data, self.derived.sequences_per_step, self.rank_rows
+        train = self.config.train
+        batch, next_data, targets_K = take_together(
+            self.batches,
+            progress.data,
+            self.derived.sequences_per_step,
+            self.rank_rows,
+            num_heads=len(self.weights),
+            group=self.groups.dp,
+            device=self.device,
+            row_length=train.short_sequence_length if is_short(train, self.step) else 0,
         )
-        if is_short(self.config.train, self.step):
-            batch = batch.cut(self.config.train.short_sequence_length)
-        targets_K = torch.from_numpy(count_targets(batch, len(self.weights))).to(self.device)
-        sum_over(targets_K, self.groups.dp)
         weights_K = torch.from_numpy(self.weights).to(self.device) / targets_K.clamp(min=1)
         self.clock.lap("data")
 

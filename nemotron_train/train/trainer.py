@@ -251,7 +251,7 @@ class Trainer:
                     hooks=[*hooks, save, watchdog],
                     stop=stop,
                 )
-            except TrainingFailed:  # raised on all ranks; a save in flight holds good weights
+            except (TrainingFailed, ConfigError):  # on all ranks; a save in flight is good
                 save.finish()
                 raise
             save.save(progress)

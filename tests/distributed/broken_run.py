@@ -4,8 +4,9 @@
 
 The fault occurs on RANK, at the steps that start after SAMPLES samples of the data. WHAT is `loss`
 (the loss is NaN), `gradient` (the loss is right, the gradient of one module is infinite), `spike`
-(loss times 100), or `weight` (a weight becomes NaN and stays NaN). With the suffix `,slow`, RANK
-sleeps in all steps, four times as long as each of its forward passes takes.
+(loss times 100), `weight` (a weight becomes NaN and stays NaN), or `data` (a shard cannot be read).
+With the suffix `,slow`, RANK sleeps in all steps, four times as long as each of its forward passes
+takes.
 """
 
 import sys
@@ -19,6 +20,7 @@ device.prepare(1)
 import torch.distributed as dist  # noqa: E402
 
 from nemotron_train.cli.main import main  # noqa: E402
+from nemotron_train.config.errors import ConfigError  # noqa: E402
 from nemotron_train.run_folder.progress import Progress, StepResult  # noqa: E402
 from nemotron_train.train import train_step  # noqa: E402
 
@@ -39,6 +41,10 @@ def broken_forward_step(iterator: Any, model: Any, **weights: Any) -> Any:
     return output, lambda sums: loss(sums * factor)
 
 
+def unreadable(*place: Any) -> Any:
+    raise ConfigError("data/train_00000.bin: was removed")
+
+
 def broken_step(step: train_step.TrainStep, progress: Progress) -> StepResult:
     global is_broken
     is_broken = progress.data.samples in broken_samples and dist.get_rank() == rank
@@ -49,6 +55,8 @@ def broken_step(step: train_step.TrainStep, progress: Progress) -> StepResult:
         handle = weight.register_hook(lambda gradient: gradient * float("inf"))
     if is_broken and what == "weight":
         parameters["decoder.layers.2.mixer.in_proj.weight"].data[0, 0] = float("nan")
+    if is_broken and what == "data":
+        step.batches.take = unreadable  # type: ignore[method-assign]
     try:
         return take_step(step, progress)
     finally:

@@ -74,6 +74,18 @@ def test_stop(small_run: Small, start_ranks: Start, what: str, where: str) -> No
     assert before == digest(folder / "checkpoints" / "step_00000004")
 
 
+def test_data_that_one_rank_cannot_read(small_run: Small, start_ranks: Start) -> None:
+    """Both ranks exit with 2 and the same line, at step 5, and the checkpoint of step 4 is kept."""
+    saving = ("name=unreadable", "train.save_every_steps=4", "train.async_save=true")
+    codes, outputs = train(start_ranks, small_run, "data 1 16", *saving)
+    assert codes == [2, 2], "\n".join(outputs)
+    for output in outputs:
+        assert output.splitlines()[-1] == "nemotron-train: data/train_00000.bin: was removed"
+        assert "Traceback" not in output
+    checkpoints = small_run[0] / "runs" / "unreadable" / "checkpoints"
+    assert [path.name for path in checkpoints.iterdir()] == ["step_00000004"]
+
+
 def test_skip_and_roll_back_agree(small_run: Small, start_ranks: Start) -> None:
     """The batch of step 5 is broken on rank 1. One run skips the update in place. Another loads the
     checkpoint of step 4 and skips the batch. The same weights then meet the same batches, one step

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from nemotron_train.cli.main import main
+from nemotron_train.data.batches import BatchSource
 
 Small = tuple[Path, list[str]]
 
@@ -86,6 +87,46 @@ def test_truncated_shard(
     os.truncate(shard, shard.stat().st_size - 2)
     monkeypatch.chdir(tmp_path)
     refuse(small_run[1], (shard.stem,), capsys)
+
+
+def zeros(path: Path) -> None:
+    with path.open("r+b") as stream:
+        stream.write(bytes(path.stat().st_size))
+
+
+def half(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "split"), [(zeros, "train"), (half, "train"), (Path.unlink, "validation")]
+)
+def test_shard_that_changes_under_the_run(
+    change, split: str, small_run: Small, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    """After three steps of six. The checkpoint of step 2 stays, the resume is refused as well, and
+    with the shard put back the run ends as if nothing had been."""
+    shard = copy_of_data(small_run, tmp_path) / f"{split}_00000.bin"
+    before = shard.read_bytes()
+    monkeypatch.chdir(tmp_path)
+    words = [*small_run[1], "train.total_tokens=1536", "train.save_every_steps=2", "name=x"]
+    take, steps = BatchSource.take, []
+
+    def counted(source: BatchSource, *place):
+        taken = take(source, *place)
+        steps.append(source._split)
+        if steps.count("train") == 3 and len(steps) == 3:
+            change(shard)
+        return taken
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BatchSource, "take", counted)
+        refuse(words, (str(shard.relative_to(tmp_path)),), capsys)
+    saved = sorted(path.name for path in Path("runs/x/checkpoints").iterdir())
+    assert saved == [f"step_{step:08d}" for step in ((2,) if split == "train" else (2, 4))]
+    refuse(words, (shard.name,), capsys)
+    shard.write_bytes(before)
+    assert main(["pretrain", *words]) == 0
 
 
 def test_tokenizer_larger_than_the_model(
