@@ -21,12 +21,14 @@ from nemotron_train.config.errors import (
     TrainingFailed,
 )
 from nemotron_train.config.schema import Config
+from nemotron_train.config.visible import one_line
 from nemotron_train.data.batches import BatchSource
 from nemotron_train.data.open import open_data
 from nemotron_train.plan.derive import Derived, derive
 from nemotron_train.plan.precision.record import change
 from nemotron_train.plan.precision.text import plan_text
 from nemotron_train.platform.runtime import Runtime, start_runtime
+from nemotron_train.platform.terminal import open_console
 from nemotron_train.report.plot.loss import plot_loss
 from nemotron_train.report.plot.precision import plot_precision
 from nemotron_train.run_folder import starts
@@ -44,10 +46,10 @@ def pretrain(config: Config) -> int:
     """
     started = time.monotonic()
     derived = derive(config, int(os.environ.get("WORLD_SIZE", "1")))
-    console = Console(quiet=os.environ.get("RANK", "0") != "0")
+    console = open_console(quiet=os.environ.get("RANK", "0") != "0")
 
     def show(line: str) -> None:
-        console.print(line, highlight=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
 
     runtime = start_runtime(config, derived.plan, config.train.threads, console.print, show)
     train_data, validation_data = open_data(config, console.print)
@@ -56,7 +58,7 @@ def pretrain(config: Config) -> int:
             config.parallel, config.train.rendezvous_seconds, collective_timeout(config.guard)
         )
     except RendezvousFailed as failure:
-        print(f"nemotron-train: {failure}", file=sys.stderr)
+        print("nemotron-train:", one_line(failure), file=sys.stderr)
         return failure.exit_code
     folder = None
     try:
@@ -79,8 +81,8 @@ def pretrain(config: Config) -> int:
             end["ended"] = train(trainer, folder, parent, started)
         return EXIT_STOPPED if end["ended"] == "stopped" else EXIT_DONE
     except TrainingFailed as failure:
-        Console(stderr=True, quiet=console.quiet).print(
-            f"nemotron-train: {failure}", highlight=False, markup=False, soft_wrap=True
+        open_console(stderr=True, quiet=console.quiet).print(
+            f"nemotron-train: {failure}", soft_wrap=True
         )
         return failure.exit_code
     finally:
@@ -190,7 +192,6 @@ def record_start(
         console.print(
             f"{folder.path} begins at step {progress.step} of {parent['run']}; precision plan "
             f"{change(before, plan)}{''.join(changed_knobs)}",
-            highlight=False,
             soft_wrap=True,
         )
     if parent is None and folder.adds_phases:
@@ -204,7 +205,6 @@ def record_start(
         writer.write({"kind": "switch", **event, **plans})
         console.print(
             f"precision plan switched at step {progress.step}: {change(before, plan)}",
-            highlight=False,
             soft_wrap=True,
         )
 
@@ -238,15 +238,13 @@ def finish(folder: RunFolder, summary: dict[str, Any], console: Console) -> None
         console.print(
             f"validation loss {summary['validation_loss']:.3f} {unit}; the corpus's unigram "
             f"entropy is {summary['unigram_entropy']:.3f}",
-            highlight=False,
         )
     else:
         console.print(
             f"stopped at step {summary['step']} ({summary['stop_reason']}); the same command goes "
             "on from there",
-            highlight=False,
             soft_wrap=True,
         )
-    console.print(f"{folder.path}: loss curve in {loss_plot.name}", highlight=False)
+    console.print(f"{folder.path}: loss curve in {loss_plot.name}")
     if precision_plot is not None:
-        console.print(f"precision telemetry in {precision_plot.name}", highlight=False)
+        console.print(f"precision telemetry in {precision_plot.name}")

@@ -64,6 +64,7 @@ NO_TORCH_MODULES = [
     "generate.text",
     "platform.files",
     "platform.lock",
+    "platform.terminal",
     "precision.telemetry_record",
     "train.guard.spikes",
     "train.guard.watchdog",
@@ -224,6 +225,43 @@ def test_only_the_composition_knows_hydra() -> None:
 def test_torch_cuda_has_one_owner() -> None:
     users = [name for name, path in MODULES.items() if "torch.cuda" in path.read_text("utf-8")]
     assert [name for name in users if name not in OWN_CUDA] == []
+
+
+def plain_printing_faults(tree: ast.Module) -> list[str]:
+    """Uses of rich that would give the text of a user a meaning, as `line: what`."""
+    faults = [name for name in _imported_names(tree) if name.startswith("rich.markup")]
+    faults += [name for name in _imported_names(tree) if name in ("rich.print", "rich.inspect")]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            options = {option.arg: ast.unparse(option.value) for option in node.keywords}
+            is_named = name in ("Console", "TextColumn", "from_markup", "from_ansi", "print_json")
+            if is_named or {options.get("markup"), options.get("emoji")} & {"True"}:
+                faults.append(f"{node.lineno}: {ast.unparse(node.func)}")
+    return faults
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_text_of_users_has_no_markup(name: str) -> None:
+    """One module makes consoles and progress columns. There, markup and emoji are off."""
+    if name != "platform.terminal":
+        assert plain_printing_faults(TREES[name]) == []
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from rich.markup import escape",
+        "from rich import print",
+        "console = Console(width=3)",
+        "console = rich.console.Console()",
+        "Text.from_markup(name)",
+        "console.print(name, markup=True)",
+        "TextColumn('[bold]step')",
+    ],
+)
+def test_markup_is_found(code: str) -> None:
+    assert plain_printing_faults(ast.parse(code))
 
 
 def test_what_works_on_a_login_node_loads_no_torch() -> None:

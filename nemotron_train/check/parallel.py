@@ -18,6 +18,7 @@ import numpy as np
 from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from nemotron_train.check.compare import (
     Difference,
@@ -125,9 +126,9 @@ def check_parallel(config: Config, options: ParallelCheck, console: Console, ran
     _print_outcome(outcome, console)
     label = _label(shrunk.config, names, shrunk.num_ranks)
     if outcome.equal:
-        console.print(f"equal: {label} trains as one rank does", highlight=False)
+        console.print(f"equal: {label} trains as one rank does")
         return True
-    console.print(f"differs: {label}, first in {outcome.culprit or 'the loss'}", highlight=False)
+    console.print(f"differs: {label}, first in {outcome.culprit or 'the loss'}")
     _bisect(proof, names, console)
     return False
 
@@ -258,12 +259,11 @@ def _bisect(proof: Proof, names: list[str], console: Console) -> None:
             console.print(
                 f"differs already with {' and '.join(chosen)} alone"
                 + (f", first in {outcome.culprit}" if outcome.culprit else ""),
-                highlight=False,
             )
         if differing:
             return
     if len(names) > 1:
-        console.print(f"only {' and '.join(names)} together differ", highlight=False)
+        console.print(f"only {' and '.join(names)} together differ")
 
 
 # Reading and printing -----------------------------------------------------------------------
@@ -295,7 +295,7 @@ def print_shrunk(shrunk: Shrunk, console: Console) -> None:
         part, _, name = knob.rpartition(".")
         parts.setdefault(part or knob, []).append(f"{name} {_short(was)} -> {now}")
     for part, changes in parts.items():
-        console.print(f"shrunk {part}: " + ", ".join(changes), highlight=False, soft_wrap=True)
+        console.print(f"shrunk {part}: " + ", ".join(changes), soft_wrap=True)
 
 
 def _short(value: Any) -> str:
@@ -311,7 +311,7 @@ def _label(config: Config, names: list[str], num_ranks: int) -> str:
 
 def _print_outcome(outcome: Outcome, console: Console) -> None:
     if outcome.failed:
-        console.print(outcome.failed, markup=False, highlight=False)
+        console.print(outcome.failed)
         return
     kinds = ("initial weight", "gradient", "update")
     table = Table(title="relative difference to one rank, worst module first", title_justify="left")
@@ -329,16 +329,15 @@ def _print_outcome(outcome: Outcome, console: Console) -> None:
     if hidden:
         console.print(f"{len(hidden)} more modules, none above {hidden[0].relative:.1e}")
     losses = [f"{name} {value:.1e}" for name, value in outcome.losses.items()]
-    console.print("of the losses: " + ", ".join(losses), highlight=False, soft_wrap=True)
+    console.print("of the losses: " + ", ".join(losses), soft_wrap=True)
     if outcome.first_output:
         console.print(
             f"forward: the output of {outcome.first_output} is the first that differs",
-            highlight=False,
         )
 
 
-def _number(difference: Difference | None, limit: float) -> str:
+def _number(difference: Difference | None, limit: float) -> Text:
     if difference is None:
-        return "-"
+        return Text("-")
     text = f"{difference.relative:.1e}"
-    return f"[bold red]{text}[/]" if not difference.relative <= limit else text
+    return Text(text, style="" if difference.relative <= limit else "bold red")

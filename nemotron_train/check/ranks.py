@@ -61,7 +61,7 @@ class Ranks:
         with self._console.status(description):
             self._wait(self._start(path, num_ranks), folder, name)
         seconds = time.monotonic() - started
-        self._console.print(f"ran {description}, {seconds:.0f} s", highlight=False)
+        self._console.print(f"ran {description}, {seconds:.0f} s")
         return folder
 
     def _start(self, task: Path, num_ranks: int) -> list[subprocess.Popen]:

@@ -108,8 +108,8 @@ def check_resume(config: Config, options: ResumeCheck, console: Console, ranks: 
     for folder in folders:
         if folder is not None and folder.is_dir():
             path = _stamp(folder, shrunk, options, fields, resharded, equal)
-            console.print(f"stamp: {path}", highlight=False, soft_wrap=True)
-    console.print("exact" if equal else "differs", highlight=False)
+            console.print(f"stamp: {path}", soft_wrap=True)
+    console.print("exact" if equal else "differs")
     return equal
 
 
@@ -277,7 +277,6 @@ def _print_result(fields: list[Field], resharded: Resharded, console: Console) -
     console.print(
         f"second half on another layout ({resharded.num_ranks} ranks): losses differ by "
         f"{resharded.difference:.1e} at most (allowed {resharded.tolerance:.0e}), {samples}",
-        highlight=False,
     )
 
 

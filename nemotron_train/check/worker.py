@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 
 from nemotron_train.check.compare import Shard
 from nemotron_train.compose.compose import compose_config
@@ -27,6 +26,7 @@ from nemotron_train.data.blend import DataState
 from nemotron_train.data.open import open_data
 from nemotron_train.plan.derive import derive
 from nemotron_train.platform import device
+from nemotron_train.platform.terminal import open_console
 from nemotron_train.run_folder.metric_groups import is_timing
 
 
@@ -53,7 +53,7 @@ def main(task_path: str) -> None:
         batches,
         validation_data,
         Path(task["run_folder"]),
-        Console(),
+        open_console(),
     )
     record = Record(Path(task["output"]), int(os.environ["RANK"]))
     if task["kind"] == "layout":

@@ -9,6 +9,7 @@ from typing import Any
 from nemotron_train.cli.verbs import Verb, open_console, run_arguments
 from nemotron_train.compose.compose import compose_config
 from nemotron_train.config.schema import Config
+from nemotron_train.config.visible import visible
 
 EQUAL, DIFFERS = 0, 1
 
@@ -29,7 +30,7 @@ def _exit_code(
         with exclusive(folder, wait=False):
             equal = check(config, folder, console, Ranks(folder, console))
     except RanksFailed as error:
-        print("nemotron-train:", error, file=sys.stderr)
+        print("nemotron-train:", visible(str(error)), file=sys.stderr)
         return DIFFERS
     return EQUAL if equal else DIFFERS
 

@@ -78,16 +78,16 @@ def run_convert_from_hf(arguments: argparse.Namespace) -> int:
     checked = _compose(recipe, [])
     checked.name = output.name
     derive(checked)  # checks the model and the name of the run
-    console.print(hf_config.summary(hf_model.model), highlight=False, soft_wrap=True)
+    console.print(hf_config.summary(hf_model.model), soft_wrap=True)
     if not has_weights(folder):
-        console.print("no weights there: the recipe alone", highlight=False)
+        console.print("no weights there: the recipe alone")
         if arguments.recipe is None:
             print(recipe, end="")
         else:
             file = arguments.recipe
             write_output(file, recipe, "--recipe")
             text = f"wrote {file}; `nemotron-train plan model={file}` says what it costs"
-            console.print(text, highlight=False, soft_wrap=True)
+            console.print(text, soft_wrap=True)
         return 0
     from nemotron_train.convert.hugging_face.from_hf import from_hf, wider_than_bfloat16
 
@@ -100,11 +100,11 @@ def run_convert_from_hf(arguments: argparse.Namespace) -> int:
         words.insert(0, f"precision={'fp32' if is_float32 else 'bf16'}")
         if wide and hf_model.dtype != Dtype.float32:
             text = f"{which} hold more than bfloat16: the run is float32, which keeps them exactly"
-            console.print(text, highlight=False, markup=False, soft_wrap=True)
+            console.print(text, soft_wrap=True)
     config = _compose(recipe, words)
     if wide and config.precision.parameter_dtype == Dtype.bfloat16:
         text = f"{which} will be rounded to bfloat16; precision=fp32 keeps them exactly"
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
+        console.print(text, soft_wrap=True)
     config.name, config.folder = output.name, str(output.parent)
     hf_config.check_overrides(hf_model.model, config.model, folder)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TimeRemainingColumn
 from rich.table import Table
 
 from nemotron_train.config.errors import ConfigError
@@ -13,6 +13,7 @@ from nemotron_train.data import prepare
 from nemotron_train.data.indexed import ShardEntry, ShardReader
 from nemotron_train.data.manifest import Manifest, load_manifest
 from nemotron_train.data.tokenize import load_tokenizer
+from nemotron_train.platform.terminal import open_console, text_column
 
 _PLAIN_SECONDS = 10.0  # between two progress lines without a terminal
 _SAMPLE_TOKENS = 80
@@ -23,14 +24,14 @@ def run_prepare(config: prepare.PrepareConfig) -> None:
 
     Raises ConfigError as `prepare.prepare` does.
     """
-    console = Console(highlight=False)
+    console = open_console()
     start = time.monotonic()
     latest = prepare.Progress()
     if console.is_terminal:
         columns = (
             SpinnerColumn(),
             BarColumn(),
-            TextColumn("{task.description}"),
+            text_column("{task.description}"),
             TimeRemainingColumn(),
         )
         with Progress(*columns, console=console, transient=True) as bar:
@@ -79,7 +80,7 @@ def _summary(
     if progress.bad or progress.empty:
         console.print(f"left out: {progress.bad:,} bad records, {progress.empty:,} empty ones")
         for example in progress.bad_examples:
-            console.print(f"  {example}", markup=False, soft_wrap=True)
+            console.print(f"  {example}", soft_wrap=True)
     for split in ("train", "validation"):
         if split not in manifest.splits:
             console.print(f"no document fell to the {split} split")
@@ -87,7 +88,7 @@ def _summary(
 
 
 def _print_manifest(console: Console, folder: Path, manifest: Manifest) -> None:
-    console.print(f"{folder}", markup=False)
+    console.print(f"{folder}")
     tokenizer = manifest.tokenizer
     console.print(
         f"tokenizer: {tokenizer.vocab_size:,} ids, end of document {tokenizer.end_of_document_id}"
@@ -115,12 +116,12 @@ def inspect(path: str | Path, samples: int = 3) -> str | None:
     None. Raises ConfigError if the folder holds no readable prepared data.
     """
     folder = Path(path)
-    console = Console(highlight=False, soft_wrap=True)
+    console = open_console(soft_wrap=True)
     manifest = load_manifest(folder)
     loaded = load_tokenizer(folder / "tokenizer")
     _print_manifest(console, folder, manifest)
     for key, value in manifest.source.items():
-        console.print(f"source.{key}: {value}", markup=False)
+        console.print(f"source.{key}: {value}")
     try:
         if loaded.sha256 != manifest.tokenizer.sha256:
             raise ConfigError(f"{folder / 'tokenizer'}: not the tokenizer of the manifest")
@@ -135,7 +136,6 @@ def inspect(path: str | Path, samples: int = 3) -> str | None:
                 console.print(
                     f"--- {name}: document {document} of {entry.name}, {tokens.size:,} tokens\n"
                     f"{text}{ellipsis}",
-                    markup=False,
                 )
     except ConfigError as error:
         return str(error)

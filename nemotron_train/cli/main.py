@@ -26,6 +26,7 @@ from nemotron_train.compose.compose import compose_config, nearest, to_typed
 from nemotron_train.compose.overrides import parse_overrides
 from nemotron_train.config.errors import EXIT_CONFIG, EXIT_DONE, EXIT_FAILED, ConfigError
 from nemotron_train.config.schema import Config
+from nemotron_train.config.visible import one_line
 from nemotron_train.platform.local_ranks import leave_refusal
 
 
@@ -56,7 +57,7 @@ def run_plan(arguments: argparse.Namespace) -> int:
     warnings = check_planned(config, derived.plan)
     print_plan(config, derived, console, layers=arguments.layers)
     for warning in warnings:
-        console.print(warning, highlight=False, markup=False, soft_wrap=True)
+        console.print(warning, soft_wrap=True)
     return EXIT_DONE
 
 
@@ -265,7 +266,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
     except ConfigError as error:
-        line = "nemotron-train: " + " ".join(str(error).splitlines())
+        line = f"nemotron-train: {one_line(error)}"
         if not leave_refusal(line):
             print(line, file=sys.stderr)
         return EXIT_CONFIG

@@ -13,7 +13,7 @@ def run_report(arguments: argparse.Namespace) -> int:
 
     console = open_console()
     for path in report(arguments.runs, arguments.output, console):
-        console.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"wrote {path}", soft_wrap=True)
     return 0
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from nemotron_train.cli.verbs import Verb, open_console, run_arguments
 from nemotron_train.config.errors import ConfigError
+from nemotron_train.config.visible import one_line
 
 _DONE = 0
 
@@ -22,13 +23,13 @@ def run_slurm(arguments: argparse.Namespace) -> int:
     job = plan_job(arguments.overrides, arguments.config)
     warning = check_memory(job.config, job.derived, job.cluster, job.nodes)
     if warning:
-        print(f"nemotron-train: {warning}", file=sys.stderr)
+        print("nemotron-train:", one_line(warning), file=sys.stderr)
     problems = local_problems(job.config, job.derived.plan, job.cluster) + branch_problems(
         job.config
     )
     if arguments.dry_run:
         for problem in problems:
-            print(f"nemotron-train: would be refused here: {problem}", file=sys.stderr)
+            print("nemotron-train: would be refused here:", one_line(problem), file=sys.stderr)
         sys.stdout.write(render(job))
         return _DONE
     for problem in problems:

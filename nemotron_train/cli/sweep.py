@@ -19,7 +19,7 @@ def run_sweep(arguments: argparse.Namespace) -> int:
     array = plan_array(sweep) if sweep.launcher == "slurm" else None
     if arguments.dry_run:
         for cell in sweep.cells:
-            console.print(" ".join(cell.overrides), highlight=False, markup=False, soft_wrap=True)
+            console.print(" ".join(cell.overrides), soft_wrap=True)
         if array is not None:
             sys.stdout.write(f"\n{render_array(array)}")
         return _DONE
@@ -32,7 +32,7 @@ def run_sweep(arguments: argparse.Namespace) -> int:
     finished = {cell.group for cell in sweep.cells if is_finished(sweep.folder / cell.name)}
     if finished & {cell.baseline for cell in sweep.cells}:
         for path in report([sweep.folder], None, console):
-            console.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
+            console.print(f"wrote {path}", soft_wrap=True)
     if failed:
         console.print(f"failed: {', '.join(failed)}; the same command tries again", soft_wrap=True)
     return _FAILED if failed else _DONE

@@ -1,7 +1,6 @@
 """The `Verb` type and helpers that several verbs share. Imports no implementation."""
 
 import argparse
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,8 +41,8 @@ def run_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def open_console() -> Any:
-    """A rich console on stdout, wide enough for tables if stdout is a pipe."""
-    from rich.console import Console
+    """A console on stdout, wide enough for tables if stdout is a pipe. rich is only imported now:
+    `--help` needs none."""
+    from nemotron_train.platform import terminal
 
-    # A pipe has no width; 80 columns would break the tables.
-    return Console() if sys.stdout.isatty() else Console(width=120)
+    return terminal.open_console()

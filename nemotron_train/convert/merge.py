@@ -90,20 +90,19 @@ def merge(checkpoints: Sequence[str], config: MergeConfig, console: Console) -> 
 
     with unfinished(output, texts, "output", is_complete) as making:
         if making is None:
-            console.print(f"{output}: is there already, complete", highlight=False, soft_wrap=True)
+            console.print(f"{output}: is there already, complete", soft_wrap=True)
             return final
         readers = [_open(source) for source in sources]
         _check_same_model(readers)
         for source, weight in zip(sources, weights, strict=True):
             line = f"{weight:8.5f}  {source.path}  {source.progress.tokens:,} tokens"
-            console.print(line, highlight=False)
+            console.print(line)
         step = making.folder / "checkpoints" / final.name
         _write(step, readers, weights, config)
         for name, text in texts.items():
             write_durably(making.folder / name, text)
     console.print(
         f"wrote {final}; go on from it with branch={output}@{sources[-1].progress.step}",
-        highlight=False,
         soft_wrap=True,
     )
     return final

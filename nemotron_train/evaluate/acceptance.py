@@ -9,7 +9,6 @@ document, and every following round drafts, verifies and rolls back as in `gener
 from dataclasses import replace
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from nemotron_train.config.errors import ConfigError
@@ -21,6 +20,7 @@ from nemotron_train.generate.engine import Costs, Engine
 from nemotron_train.generate.knobs import AcceptanceConfig, check_decoding, check_sampling
 from nemotron_train.generate.speculative import Acceptance
 from nemotron_train.generate.terminal import check_speculative
+from nemotron_train.platform.terminal import open_console
 
 # Published: arXiv 2604.12374, Table 2 (Super, 7 drafts, SPEED-Bench), and arXiv 2512.20856, section
 # 2.3 (an 8B ablation, the first two drafts).
@@ -43,7 +43,7 @@ def evaluate_acceptance(run: str, knobs: AcceptanceConfig) -> dict[str, Acceptan
     for name in ("num_prompts", "prompt_tokens"):
         if getattr(knobs, name) < 1:
             raise ConfigError(f"{name}={getattr(knobs, name)}: give 1 or more")
-    console = Console(width=120)
+    console = open_console()
     acceptances: dict[str, Acceptance] = {}
     with open_checkpoint(run, knobs, console.print) as model:
         console.quiet = not model.is_first_rank
@@ -58,9 +58,9 @@ def evaluate_acceptance(run: str, knobs: AcceptanceConfig) -> dict[str, Acceptan
             plain.generate(prompts, knobs, replace(knobs, speculative=False))
             acceptances[str(folder)] = engine.acceptance
             speed_ups.append(speed_up(plain.costs, engine.costs))
-        console.print(f"{model.checkpoint}", highlight=False)
+        console.print(f"{model.checkpoint}")
         console.print(_table(acceptances, speed_ups))
-        console.print(PUBLISHED, highlight=False, soft_wrap=True)
+        console.print(PUBLISHED, soft_wrap=True)
     return acceptances
 
 

@@ -11,7 +11,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from nemotron_train.config.errors import ConfigError
@@ -24,6 +23,7 @@ from nemotron_train.generate.checkpoint import (
 )
 from nemotron_train.generate.engine import Engine
 from nemotron_train.platform.files import check_output, write_output
+from nemotron_train.platform.terminal import open_console
 from nemotron_train.run_folder.lineage import longest_context
 
 try:
@@ -55,7 +55,7 @@ def evaluate_harness(run: str, knobs: HarnessConfig) -> dict[str, Any]:
     tasks = load_tasks(manager, knobs.tasks)
     for name, task in manager.load(tasks)["tasks"].items():  # before the work, not in its midst
         check_task(name, task, knobs, window)
-    console = Console(width=120)
+    console = open_console()
     with open_checkpoint(run, knobs, console.print) as model:
         console.quiet = not model.is_first_rank
         tokenizer, end_tokens = open_tokenizer(model, knobs)
@@ -69,13 +69,13 @@ def evaluate_harness(run: str, knobs: HarnessConfig) -> dict[str, Any]:
             limit=knobs.limit or None,
             log_samples=False,
         )
-        console.print(f"{model.checkpoint}, window of {window:,} tokens", highlight=False)
+        console.print(f"{model.checkpoint}, window of {window:,} tokens")
         console.print(_table(results["results"]))
         if knobs.output and model.is_first_rank:
             about = {"checkpoint": str(model.checkpoint), "max_length": window}
             text = json.dumps(about | dict(results), default=str)
             write_output(Path(knobs.output), text + "\n", "output")
-            console.print(f"wrote {knobs.output}", highlight=False)
+            console.print(f"wrote {knobs.output}")
     return results["results"]
 
 

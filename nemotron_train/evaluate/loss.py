@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from nemotron_train.config.schema import BlendSource, DataPhase
@@ -26,6 +25,7 @@ from nemotron_train.evaluate.positions import check_tokenizer
 from nemotron_train.evaluate.text_bytes import TokenBytes
 from nemotron_train.generate.checkpoint import LoadedCheckpoint, open_checkpoint
 from nemotron_train.platform.files import check_output, write_output
+from nemotron_train.platform.terminal import open_console
 from nemotron_train.train.global_batch import count_targets
 from nemotron_train.train.train_step import micro_batches
 
@@ -62,18 +62,18 @@ def evaluate_loss(run: str, knobs: LossConfig) -> list[FolderLoss]:
     check_reading(knobs)
     if knobs.output:
         check_output(Path(knobs.output), "output")
-    console = Console(width=120)
+    console = open_console()
     with open_checkpoint(run, knobs, console.print) as model:
         console.quiet = not model.is_first_rank
         model.precision.set_per_token_scales(False)
         folders = [Path(path) for path in knobs.data] or validation_folders(model.config)
         check_tokenizer(model, folders)
         losses = [folder_loss(model, folder, knobs) for folder in folders]
-        console.print(f"{model.checkpoint}, {knobs.split} split", highlight=False)
+        console.print(f"{model.checkpoint}, {knobs.split} split")
         console.print(_table(losses))
         if knobs.output and model.is_first_rank:
             _write(Path(knobs.output), str(model.checkpoint), knobs.split, losses)
-            console.print(f"wrote {knobs.output}", highlight=False)
+            console.print(f"wrote {knobs.output}")
     return losses
 
 

@@ -32,6 +32,7 @@ from nemotron_train.evaluate.knobs import PositionsConfig, check_reading
 from nemotron_train.generate.checkpoint import LoadedCheckpoint, open_checkpoint, resolve_checkpoint
 from nemotron_train.generate.engine import Engine
 from nemotron_train.platform.files import check_output, replacing, write_output
+from nemotron_train.platform.terminal import open_console
 from nemotron_train.run_folder.checkpoint_metadata import tokenizer_of
 
 # Points of the cumulative curve per octave, evenly spaced on the log scale, for fit and figure.
@@ -82,7 +83,7 @@ def evaluate_positions(runs: Sequence[str], knobs: PositionsConfig) -> list[Curv
         check_output(path, "output")
     for run in runs:  # find errors in every run before measuring the first, which may take hours
         resolve_checkpoint(run, knobs)
-    console, curves = Console(width=120), []
+    console, curves = open_console(), []
     documents: list[list[int]] = []
     for run in runs:
         with open_checkpoint(run, knobs, console.print) as model:
@@ -104,10 +105,10 @@ def evaluate_positions(runs: Sequence[str], knobs: PositionsConfig) -> list[Curv
         curves.append(curve)
     console.print(_table(curves))
     for curve in curves:
-        console.print(_verdict(curve), highlight=False, soft_wrap=True)
+        console.print(_verdict(curve), soft_wrap=True)
     if is_first:
         for path in write(curves, Path(knobs.output)):
-            console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+            console.print(f"wrote {path}", soft_wrap=True)
     return curves
 
 
@@ -115,7 +116,7 @@ def document_nll(
     engine: Engine, tokens: list[int], knobs: PositionsConfig, console: Console
 ) -> list[float]:
     """NLL in nats of every token of a document except the first."""
-    console.print(f"  document of {len(tokens):,} tokens", highlight=False)
+    console.print(f"  document of {len(tokens):,} tokens")
     (values,) = engine.log_probabilities([tokens], knobs.prefill_chunk)
     return [-value for value in values]
 

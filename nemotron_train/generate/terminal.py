@@ -9,9 +9,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
 from nemotron_train.config.errors import ConfigError
+from nemotron_train.config.visible import visible
 from nemotron_train.data.tokenize import LoadedTokenizer
 from nemotron_train.generate.checkpoint import LoadedCheckpoint, open_checkpoint, open_tokenizer
 from nemotron_train.generate.engine import Continuation, Costs, Engine
@@ -19,6 +18,7 @@ from nemotron_train.generate.knobs import GenerateConfig, check_decoding, check_
 from nemotron_train.generate.speculative import Acceptance
 from nemotron_train.generate.text import GrowingText
 from nemotron_train.platform.files import check_output, text_lines, write_output
+from nemotron_train.platform.terminal import open_console
 
 
 def generate(run: str, knobs: GenerateConfig) -> None:
@@ -30,7 +30,7 @@ def generate(run: str, knobs: GenerateConfig) -> None:
     prompts = check_and_read(knobs)
     if knobs.output:
         check_output(Path(knobs.output), "output")
-    console = Console(stderr=True, width=None if sys.stderr.isatty() else 120)
+    console = open_console(stderr=True)
     with open_checkpoint(run, knobs, console.print) as model:
         if not model.is_first_rank:
             console.quiet = True
@@ -38,7 +38,7 @@ def generate(run: str, knobs: GenerateConfig) -> None:
         tokenizer, end_tokens = open_tokenizer(model, knobs)
         ids = [_encode(text, tokenizer) for text in prompts for _ in range(knobs.samples)]
         texts = [GrowingText(tokenizer, knobs.stop, prompt) for prompt in ids]
-        console.print(f"{model.checkpoint} · {model.platform.describe()}", highlight=False)
+        console.print(f"{model.checkpoint} · {model.platform.describe()}")
         printer = _Printer(prompts, knobs.samples, len(ids) == 1 and model.is_first_rank)
 
         def on_token(sequence: Continuation, token: int) -> str:
@@ -58,7 +58,7 @@ def generate(run: str, knobs: GenerateConfig) -> None:
         if knobs.output:
             _write(Path(knobs.output), prompts, knobs.samples, sequences, texts)
         for line in summary(engine.costs, engine.acceptance if knobs.speculative else None):
-            console.print(line, highlight=False, soft_wrap=True)
+            console.print(line, soft_wrap=True)
 
 
 def check_and_read(knobs: GenerateConfig) -> list[str]:
@@ -115,18 +115,23 @@ def _encode(text: str, tokenizer: LoadedTokenizer) -> list[int]:
 
 
 class _Printer:
-    """Prints to standard output: streams a single sequence, prints several one after the other."""
+    """Prints to standard output: streams a single sequence, prints several one after the other.
+
+    A terminal gets `visible` text, since a model can write an escape sequence; a pipe or a file
+    gets every character.
+    """
 
     def __init__(self, prompts: Sequence[str], samples: int, is_streaming: bool) -> None:
         self._prompts = prompts
         self._samples = samples
         self._is_streaming = is_streaming
+        self._shown = visible if sys.stdout.isatty() else str
         if is_streaming:
             self.stream(prompts[0])
 
     def stream(self, text: str) -> None:
         if self._is_streaming and text:
-            sys.stdout.write(text)
+            sys.stdout.write(self._shown(text))
             sys.stdout.flush()
 
     def print_sequence(self, sequence: Continuation, text: str) -> None:
@@ -134,7 +139,8 @@ class _Printer:
             sys.stdout.write("\n")
         else:
             prompt = self._prompts[sequence.number // self._samples]
-            sys.stdout.write(f"--- {sequence.number} ({sequence.ended_by})\n{prompt}{text}\n")
+            title = f"--- {sequence.number} ({sequence.ended_by})"
+            sys.stdout.write(f"{title}\n{self._shown(prompt + text)}\n")
         sys.stdout.flush()
 
 

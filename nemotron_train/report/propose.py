@@ -116,7 +116,6 @@ def propose(run_folder: Path, knobs: ProposeConfig, console: Console) -> Path:
     _show(listed, chosen, console)
     console.print(
         f"wrote {output}; to use it: nemotron-train pretrain precision={output}",
-        highlight=False,
         soft_wrap=True,
     )
     return output

@@ -60,7 +60,7 @@ def report(folders: Sequence[Path], output: Path | None, console: Console) -> li
         )
     for problem in problems:
         text = f"left out: {problem}"
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        console.print(text, soft_wrap=True)
     page = output or _page_path(plain, sweeps)
     written = list(reader.pictures)
     labels = label_runs(reader.runs)

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from nemotron_train.platform.files import write_atomically
@@ -24,7 +23,7 @@ def report_gaps(folder: Path, console: Console) -> None:
     """Prints the gap table of a sweep folder and writes gap.md, gap.png and, for several model
     sizes, gap_sizes.png. Raises ConfigError if `folder` is not a sweep."""
     for path in write_gaps(folder, read_sweep(folder), console):
-        console.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"wrote {path}", soft_wrap=True)
 
 
 def write_gaps(folder: Path, comparisons: Sequence[Comparison], console: Console) -> list[Path]:
@@ -34,12 +33,12 @@ def write_gaps(folder: Path, comparisons: Sequence[Comparison], console: Console
     if not rows:
         names = ", ".join(comparison.baseline for comparison in comparisons)
         text = f"{folder}: no run of the baseline {names} to compare with yet"
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        console.print(text, soft_wrap=True)
         return []
     sizes = by_size(comparisons)
     for plan, plan_sizes in sizes.items():
         if text := slope_sentence(plan, plan_sizes):
-            console.print(text, markup=False, highlight=False, soft_wrap=True)
+            console.print(text, soft_wrap=True)
             notes = [*notes, text]
     write_atomically(folder / "gap.md", markdown(rows, notes))
     written = [folder / "gap.md", plot_gaps(folder / "gap.png", comparisons)]
@@ -66,8 +65,8 @@ def print_gaps(
         is_text = heading in ("runs", "verdict")
         table.add_column(heading, justify="left" if is_text else "right", overflow="fold")
     for row in rows:
-        table.add_row(*map(escape, row))
+        table.add_row(*row)
     console.print(table)
     for note in notes:
-        console.print(note, style="dim", markup=False, highlight=False, soft_wrap=True)
+        console.print(note, style="dim", soft_wrap=True)
     return rows, notes

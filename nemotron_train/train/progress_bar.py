@@ -9,8 +9,11 @@ from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress
 from rich.text import Text
+
+from nemotron_train.config.visible import visible
+from nemotron_train.platform.terminal import open_console, text_column
 
 # Interval of the plain lines: 1/50 of the elapsed time, within these limits. This keeps logs small.
 SECONDS_BETWEEN_LINES = 2.0
@@ -34,7 +37,7 @@ class ProgressDisplay:
         start_step: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ):
-        self._console = console or Console()
+        self._console = console or open_console()
         self._total_steps = total_steps
         self._clock = clock
         self._start_step = self._step = start_step
@@ -43,11 +46,11 @@ class ProgressDisplay:
         self._bar: Progress | None = None
         if self._console.is_terminal:
             self._bar = Progress(
-                TextColumn("[bold]step"),
+                text_column("step", "bold"),
                 MofNCompleteColumn(),
                 BarColumn(),
-                TextColumn("{task.fields[numbers]}"),
-                TextColumn("{task.fields[left]} left", style="cyan"),
+                text_column("{task.fields[numbers]}"),
+                text_column("{task.fields[left]} left", "cyan"),
                 console=self._console,
                 transient=False,
             )
@@ -91,8 +94,8 @@ class ProgressDisplay:
         self._print(text)
 
     def _print(self, text: str) -> None:
-        # Text: brackets are not parsed as markup. soft_wrap: a line stays one line in a log.
-        self._console.print(Text(text), soft_wrap=True)
+        # Text: no markup, whatever the console. soft_wrap: a line stays one line in a log.
+        self._console.print(Text(visible(text)), soft_wrap=True)
 
     def _seconds_left(self, now: float) -> float | None:
         done = self._step - self._start_step

@@ -90,7 +90,7 @@ def from_hf(
 
     with unfinished(output, source, "--out", is_complete) as making:
         if making is None:
-            console.print(f"{output}: is there already, complete", highlight=False, soft_wrap=True)
+            console.print(f"{output}: is there already, complete", soft_wrap=True)
             return step_folder(output / "checkpoints", 0)
         final = step_folder(making.folder / "checkpoints", 0)
         sums = _write_tensors(final, shards, table, theirs, making, console)
@@ -100,9 +100,7 @@ def from_hf(
         for name, content in files.items():
             (making.folder / name).parent.mkdir(exist_ok=True)
             write_durably(making.folder / name, content)
-    console.print(
-        f"wrote {output}; train from it with branch={output}@0", highlight=False, soft_wrap=True
-    )
+    console.print(f"wrote {output}; train from it with branch={output}@0", soft_wrap=True)
     return step_folder(output / "checkpoints", 0)
 
 
@@ -260,7 +258,7 @@ def _write_tensors(
         if places_json is not None:
             writer.places += [Place(**place) for place in places_json]
             sums[file] = making.digest(str(relative / file))
-            console.print(f"{file}: is there already", highlight=False)
+            console.print(f"{file}: is there already")
             continue
         before = len(writer.places)
         writer.open_shard(number)
@@ -272,7 +270,7 @@ def _write_tensors(
         places = [asdict(place) for place in writer.places[before:]]
         making.done(str(relative / file), sums[file], places)
         size = (partial / file).stat().st_size
-        console.print(f"{file}: {len(names)} tensors, {format_bytes(size)}", highlight=False)
+        console.print(f"{file}: {len(names)} tensors, {format_bytes(size)}")
     writer.open_shard(len(shards))
     writer.finish()
     return sums

@@ -96,20 +96,20 @@ def to_hf(
 
     with unfinished(output, source, "--out", is_complete) as making:
         if making is None:
-            console.print(f"{output}: is there already, complete", highlight=False, soft_wrap=True)
+            console.print(f"{output}: is there already, complete", soft_wrap=True)
             return
         rows = _Rows(_open(path, config, table))
         for name, shard in shards.items():
             if making.kept(name):
-                console.print(f"{name}: is there already", highlight=False)
+                console.print(f"{name}: is there already")
                 continue
             digest = write_safetensors(making.folder / name, *rows.shard(shard, TORCH_DTYPES[kind]))
             making.done(name, digest)
             size = format_bytes((making.folder / name).stat().st_size)
-            console.print(f"{name}: {len(shard)} tensors, {size}", highlight=False)
+            console.print(f"{name}: {len(shard)} tensors, {size}")
         for name, content in small.items():
             write_durably(making.folder / name, content)
-    console.print(f"wrote {output}", highlight=False, soft_wrap=True)
+    console.print(f"wrote {output}", soft_wrap=True)
 
 
 def _open(path: Path, config: Config, table: list[Weight]) -> CheckpointReader:

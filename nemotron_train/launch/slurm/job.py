@@ -230,7 +230,6 @@ def submit(job: Job, console: Any) -> list[str]:
     console.print(
         f"submitted {links} {', '.join(numbers)}: {job.nodes} node(s) of {job.cluster.name}, "
         f"{job.derived.num_ranks} ranks, {job.derived.total_steps:,} steps",
-        highlight=False,
         soft_wrap=True,
     )
     console.print(f"script {script}; nemotron-train slurm status tells how it goes", soft_wrap=True)

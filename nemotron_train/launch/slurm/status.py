@@ -66,7 +66,7 @@ def print_status(folders: Sequence[Path], console: Any) -> None:
             table.add_row(name, *_row(run, job))
     if not console.is_terminal:
         console.width = 200  # a pipe has no width; the default would cut off numbers
-    console.print(table, highlight=False)
+    console.print(table)
 
 
 def read_queue() -> list[Queued]:

@@ -31,7 +31,6 @@ def run_here(sweep: Sweep, console: Any) -> list[str]:
     if at_once < sweep.at_once:
         console.print(
             f"at_once={sweep.at_once}: {at_once} at a time, for {usable_cores()} cores",
-            highlight=False,
         )
     running: dict[subprocess.Popen, Cell] = {}
     try:
@@ -40,14 +39,12 @@ def run_here(sweep: Sweep, console: Any) -> list[str]:
             for cell in [cell for cell in waiting if ready[cell.name] is None]:
                 waiting.remove(cell)
                 failed.append(cell.name)
-                console.print(
-                    f"not started {cell.name}: {cell.after} is not finished", highlight=False
-                )
+                console.print(f"not started {cell.name}: {cell.after} is not finished")
             for cell in [cell for cell in waiting if ready[cell.name]]:
                 if len(running) < at_once:
                     waiting.remove(cell)
                     running[_start(cell, sweep.folder, threads)] = cell
-                    console.print(f"started {cell.name}", highlight=False)
+                    console.print(f"started {cell.name}")
             time.sleep(0.2)
             for process in [p for p in running if p.poll() is not None]:
                 cell = running.pop(process)
@@ -56,7 +53,7 @@ def run_here(sweep: Sweep, console: Any) -> list[str]:
                 if process.returncode != 0:
                     failed.append(cell.name)
                     outcome += f", exit {process.returncode}: see {_log(cell, sweep.folder)}"
-                console.print(f"ended {cell.name} ({outcome})", highlight=False)
+                console.print(f"ended {cell.name} ({outcome})")
     finally:
         for process in running:
             process.send_signal(signal.SIGTERM)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nemotron_train.config.errors import ConfigError
+from nemotron_train.config.visible import one_line
 from nemotron_train.launch.slurm import job as slurm_job
 from nemotron_train.launch.slurm.checks import branch_problems, check_memory, local_problems
 from nemotron_train.launch.slurm.job import (
@@ -57,7 +58,7 @@ def plan_array(sweep: Sweep) -> Array:
         refuse_another_run(cell.config, job.derived.plan)
         warning = check_memory(job.config, job.derived, cluster, nodes)
         if warning:
-            print(f"nemotron-train: {cell.name}: {warning}", file=sys.stderr)
+            print("nemotron-train:", one_line(f"{cell.name}: {warning}"), file=sys.stderr)
         jobs.append(job)
     return Array(sweep, jobs)
 
@@ -106,12 +107,10 @@ def submit_array(array: Array, console: Any) -> bool:
         condition = f", after {parent}" if parent else ""
         console.print(
             f"submitted array {number}: {len(indices)} cells{condition}",
-            highlight=False,
             soft_wrap=True,
         )
     console.print(
         f"script {script}; nemotron-train slurm status {sweep.folder} tells how it goes",
-        highlight=False,
         soft_wrap=True,
     )
     return True
@@ -136,11 +135,11 @@ def _cells_to_submit(array: Array, console: Any) -> tuple[list[int], bool]:
             to_submit.append(index)
             end = last_end(folder)
             if end:
-                console.print(f"{cell.name} ended before: {end}", highlight=False, soft_wrap=True)
+                console.print(f"{cell.name} ended before: {end}", soft_wrap=True)
     if finished:
         console.print(f"{finished} of {len(sweep.cells)} runs are finished already")
     if queued_names:
-        console.print(f"in the queue: {', '.join(queued_names)}", highlight=False, soft_wrap=True)
+        console.print(f"in the queue: {', '.join(queued_names)}", soft_wrap=True)
     return to_submit, bool(queued_names)
 
 

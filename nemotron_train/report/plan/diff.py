@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from nemotron_train.config.knobs import to_plain
@@ -74,11 +73,11 @@ def print_diff(folders: Sequence[Path], console: Console, *, show_all: bool = Fa
     table = Table(header_style="bold")
     table.add_column("knob", overflow="fold")
     for folder in folders:
-        table.add_column(escape(str(folder)), overflow="fold")
+        table.add_column(str(folder), overflow="fold")
     for name, values, differ in table_rows:
         marked = differ and name not in PLACE
         style = "bold" if marked and show_all else None
-        table.add_row(escape(name), *(escape(value) for value in values), style=style)
+        table.add_row(name, *values, style=style)
     if table_rows:
         console.print(table)
     num_different = sum(differ and name not in PLACE for name, _, differ in table_rows)
@@ -86,5 +85,4 @@ def print_diff(folders: Sequence[Path], console: Console, *, show_all: bool = Fa
         f"{num_different} knob{'s' if num_different != 1 else ''} differ"
         if num_different
         else "the configurations are the same, but for name and folder",
-        highlight=False,
     )

@@ -16,7 +16,6 @@ from typing import Any
 
 from omegaconf import MISSING
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from nemotron_train.compose.compose import Layer, compose_config, layers, nearest
@@ -69,12 +68,10 @@ def print_why(provenance: Provenance, console: Console) -> None:
     table.add_column(overflow="fold")
     for number, writer in enumerate(provenance.writers, start=1):
         last = number == len(provenance.writers)
-        cells = (str(number), escape(writer.source), escape(writer.value))
+        cells = (str(number), writer.source, writer.value)
         table.add_row(*cells, style="bold" if last else None)
     console.print(table)
-    console.print(
-        f"{provenance.knob} = {provenance.value}", markup=False, highlight=False, soft_wrap=True
-    )
+    console.print(f"{provenance.knob} = {provenance.value}", soft_wrap=True)
 
 
 def _writers_in(layer: Layer, knob: str) -> list[Writer]:

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from nemotron_train.report.runs.read import Run
@@ -26,7 +25,7 @@ def print_runs(labels: Sequence[str], runs: Sequence[Run], console: Console) -> 
         is_text = heading in ("run", "state")
         table.add_column(heading, justify="left" if is_text else "right", overflow="fold")
     for label, run in zip(labels, runs, strict=True):
-        table.add_row(escape(label), *summarize(run)[1:])
+        table.add_row(label, *summarize(run)[1:])
     console.print(table)
     console.print(
         f"loss: nats a token, mean of the last {LAST_STEPS} logged steps; tokens/s: median",

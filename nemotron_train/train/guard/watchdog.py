@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Self
 
 from nemotron_train.config.schema import GuardConfig
+from nemotron_train.config.visible import one_line
 from nemotron_train.run_folder.progress import Progress, StepResult
 
 _POLLS_PER_LIMIT = 50
@@ -118,7 +119,8 @@ class Watchdog:
             line += f"; stacks in {self._path}"
         except OSError as error:
             line += f"; its stacks could not be written ({error})"
-        print(f"nemotron-train: {line} (guard.hang_minutes)", file=sys.stderr, flush=True)
+        line = one_line(f"nemotron-train: {line} (guard.hang_minutes)")
+        print(line, file=sys.stderr, flush=True)
         self._end()
 
 
