@@ -264,6 +264,27 @@ def test_markup_is_found(code: str) -> None:
     assert plain_printing_faults(ast.parse(code))
 
 
+def json_writers(tree: ast.Module) -> list[str]:
+    """Uses of Python's JSON writer, which also writes NaN and half surrogates."""
+    uses = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute)]
+    names = [f"{use.lineno}: {ast.unparse(use)}" for use in uses]
+    writers = ("json.dump", "json.dumps", "json.JSONEncoder")
+    found = [name for name in names if name.partition(": ")[2] in writers]
+    return found + [name for name in _imported_names(tree) if name in writers]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_json_has_one_writer(name: str) -> None:
+    """It writes what strict readers accept (tests/config/test_json_text.py)."""
+    if name != "config.json_text":
+        assert json_writers(TREES[name]) == []
+
+
+def test_a_json_writer_is_found() -> None:
+    for code in ("json.dumps(x)", "json.dump(x, f)", "from json import dumps", "f(json.dumps)"):
+        assert json_writers(ast.parse(code)), code
+
+
 def test_what_works_on_a_login_node_loads_no_torch() -> None:
     """Imports all of these modules in one fresh interpreter and checks what that really loads."""
     names = [name for name in MODULES if _layer(name) in NO_TORCH or name in NO_TORCH_MODULES]

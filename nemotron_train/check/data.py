@@ -5,10 +5,10 @@ fall at many positions. The user's own data is not used: it may be on a cluster,
 would dominate a shrunk model. No torch.
 """
 
-import json
 import random
 from pathlib import Path
 
+from nemotron_train.config.json_text import json_text
 from nemotron_train.data.prepare import PrepareConfig, prepare
 from nemotron_train.plan.shrink import VOCAB, source_folder
 
@@ -26,7 +26,7 @@ def write_sources(folder: Path, count: int) -> None:
         text = folder / f"source_{number}.jsonl"
         if not text.exists():
             folder.mkdir(parents=True, exist_ok=True)
-            lines = [json.dumps({"text": document}) for document in _documents(number)]
+            lines = [json_text({"text": document}) for document in _documents(number)]
             text.write_text("\n".join(lines) + "\n")
         first = source_folder(folder, 0)
         prepare(

@@ -9,6 +9,7 @@ and names the smallest combination that differs.
 """
 
 import json
+import math
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -283,9 +284,24 @@ def read_shards(folder: Path) -> dict[str, list[Shard]]:
 
 
 def read_values(folder: Path) -> list[dict[str, Any]]:
-    """Read the recorded values of every rank from `folder`, in rank order."""
+    """Read the recorded values of every rank from `folder`, in rank order.
+
+    In losses and fingerprints, null is a number that was not finite: NaN here.
+    """
     paths = sorted(folder.glob("rank_*.json"), key=lambda path: int(path.stem[5:]))
-    return [json.loads(path.read_text())["values"] for path in paths]
+    records = [json.loads(path.read_text())["values"] for path in paths]
+    for record in records:
+        for name in {"losses", "trace"} & set(record):
+            record[name] = _with_nan(record[name])
+    return records
+
+
+def _with_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _with_nan(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_with_nan(entry) for entry in value]
+    return math.nan if value is None else value
 
 
 def print_shrunk(shrunk: Shrunk, console: Console) -> None:

@@ -4,7 +4,6 @@ Owns: their environment, their logs, and that no rank outlives the check. GPUs a
 ranks. Does not own: what a rank does (`check.worker`). No torch.
 """
 
-import json
 import os
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
+from nemotron_train.config.json_text import json_text
 from nemotron_train.platform.local_ranks import free_port, rank_environment
 
 WORKER = ("-m", "nemotron_train.check.worker")
@@ -55,7 +55,7 @@ class Ranks:
         for stale in folder.glob("rank_*"):
             stale.unlink()
         path = folder / "task.json"
-        path.write_text(json.dumps(task | {"output": str(folder)}, indent=1))
+        path.write_text(json_text(task | {"output": str(folder)}, indent=1))
         started = time.monotonic()
         description = f"{name.replace('_', ' ')}: {num_ranks} rank{'s' if num_ranks > 1 else ''}"
         with self._console.status(description):

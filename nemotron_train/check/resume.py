@@ -9,7 +9,6 @@ differs. There the losses must agree within a tolerance, and each step must take
 samples.
 """
 
-import json
 import shutil
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -28,6 +27,7 @@ from nemotron_train.check.parallel import (
     read_values,
 )
 from nemotron_train.check.ranks import Ranks
+from nemotron_train.config.json_text import json_text
 from nemotron_train.config.schema import Config, Dtype
 from nemotron_train.plan.hardware import installed_versions
 from nemotron_train.plan.shrink import Shrunk, another_layout, shrink
@@ -309,5 +309,5 @@ def _stamp(
         "versions": dict(installed_versions()),
     }
     path = folder / STAMP
-    path.write_text(json.dumps(stamp, indent=1) + "\n")
+    path.write_text(json_text(stamp, indent=1) + "\n")
     return path

@@ -21,6 +21,7 @@ import torch
 
 from nemotron_train.check.compare import Shard
 from nemotron_train.compose.compose import compose_config
+from nemotron_train.config.json_text import json_text
 from nemotron_train.data.batches import Batch, BatchSource
 from nemotron_train.data.blend import DataState
 from nemotron_train.data.open import open_data
@@ -112,7 +113,7 @@ class Record:
         arrays: Any = self._arrays
         np.savez(self._folder / f"rank_{self.rank}.npz", **arrays)
         described = {"shards": self._index, "values": self.values}
-        (self._folder / f"rank_{self.rank}.json").write_text(json.dumps(described))
+        (self._folder / f"rank_{self.rank}.json").write_text(json_text(described))
 
 
 def record_layout(trainer: Any, batches: RecordedBatches, record: Record, steps: int) -> None:

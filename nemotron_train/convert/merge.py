@@ -22,6 +22,7 @@ import torch
 from rich.console import Console
 
 from nemotron_train.config.errors import ConfigError
+from nemotron_train.config.json_text import json_text
 from nemotron_train.config.schema import Config
 from nemotron_train.convert.checkpoint_tensors import CheckpointReader, CheckpointWriter
 from nemotron_train.convert.merge_weights import MergeConfig, Weights, merge_weights
@@ -158,7 +159,7 @@ def _write(
     style = config.decay_style.value if config.weights == Weights.wsd else ""
     about |= {"optimizer": False, "ranks": 0}
     about |= {"merged": {"weights": config.weights.value, "decay_style": style, "of": parts}}
-    write_durably(partial / checkpoint_metadata.ABOUT, json.dumps(about, indent=1))
+    write_durably(partial / checkpoint_metadata.ABOUT, json_text(about, indent=1))
     commit(final, {}, lambda: None)
 
 
@@ -193,4 +194,4 @@ def _run_files(sources: Sequence[_Source], weights: Sequence[float]) -> dict[str
     ]
     lineage = {**read_lineage(last), "merged_from": parts}
     text = (last / "config.yaml").read_text(encoding="utf-8")
-    return {"config.yaml": text, LINEAGE: json.dumps(lineage, indent=2) + "\n"}
+    return {"config.yaml": text, LINEAGE: json_text(lineage, indent=2) + "\n"}

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from nemotron_train.config.errors import ConfigError
+from nemotron_train.config.json_text import json_text
 from nemotron_train.platform.files import (
     append_line,
     check_output_folder,
@@ -37,7 +38,7 @@ class Unfinished:
     destination."""
 
     def __init__(self, final: Path, source: Mapping[str, Any]) -> None:
-        self.final, self._source = final, json.loads(json.dumps(source))
+        self.final, self._source = final, json.loads(json_text(source))
         self.folder = final.with_name(f".{final.name}.partial")
         self._record = final.with_name(f".{final.name}.conversion.jsonl")
         self._done: dict[str, dict[str, Any]] = {}
@@ -55,7 +56,7 @@ class Unfinished:
         """Records that the file `name` is complete and flushed to disk. `note`: any JSON value but
         null."""
         self._done[name] = {"sha256": sha256, "note": note}
-        append_line(self._record, json.dumps({"name": name, **self._done[name]}))
+        append_line(self._record, json_text({"name": name, **self._done[name]}))
 
     def finish(self) -> None:
         """Flushes everything to disk and moves the folder to its destination."""
@@ -79,7 +80,7 @@ class Unfinished:
         if not (is_same and self.folder.is_dir()):
             self.remove()
             self.folder.mkdir()
-            self._record.write_text(json.dumps({"source": self._source}) + "\n", encoding="utf-8")
+            self._record.write_text(json_text({"source": self._source}) + "\n", encoding="utf-8")
             flush_to_disk(self._record)
             return
         for line in lines[1:]:

@@ -6,7 +6,6 @@ computes the whole order, so the order does not depend on the number of ranks.
 """
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
@@ -14,6 +13,7 @@ from math import lcm
 from typing import Any, NamedTuple
 
 from nemotron_train.config.errors import ConfigError
+from nemotron_train.config.json_text import json_text
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def fingerprint(phases: Sequence[Phase], phase: int) -> str:
     """SHA-256 that identifies the order up to and including a phase. Later phases may still be
     edited."""
     history = [(entry.from_tokens, entry.weights) for entry in phases[: phase + 1]]
-    return hashlib.sha256(json.dumps(history).encode()).hexdigest()
+    return hashlib.sha256(json_text(history).encode()).hexdigest()
 
 
 def schedule(

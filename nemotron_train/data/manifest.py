@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from nemotron_train.config.errors import ConfigError
+from nemotron_train.config.json_text import json_text
 from nemotron_train.data.indexed import ShardEntry
 from nemotron_train.platform.files import flush_to_disk, write_atomically
 
@@ -70,13 +71,13 @@ def unigram_entropy(counts: np.ndarray) -> float:
 def split_fingerprint(split: SplitEntry) -> str:
     """SHA-256 over the hashes of the shards of a split, in order."""
     hashes = [(shard.bin_sha256, shard.idx_sha256) for shard in split.shards]
-    return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
+    return hashlib.sha256(json_text(hashes).encode()).hexdigest()
 
 
 def data_fingerprint(splits: Mapping[str, SplitEntry]) -> str:
     """SHA-256 over all shard hashes of a folder, by split."""
     parts = [(name, split_fingerprint(splits[name])) for name in SPLITS if name in splits]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    return hashlib.sha256(json_text(parts).encode()).hexdigest()
 
 
 def build_manifest(
@@ -110,7 +111,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """Write or replace a JSON file atomically and durably."""
-    write_atomically(path, json.dumps(content, indent=2) + "\n")
+    write_atomically(path, json_text(content, indent=2) + "\n")
     flush_to_disk(path.parent)
 
 

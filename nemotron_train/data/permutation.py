@@ -5,9 +5,10 @@ a resumed run must see the same order as the first process.
 """
 
 import hashlib
-import json
 
 import numpy as np
+
+from nemotron_train.config.json_text import json_text
 
 _ROUNDS = 6  # four suffice for a pseudo-random permutation; small domains need more to mix well
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -15,7 +16,7 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 def key64(*parts: int | str) -> int:
     """A 64-bit key that depends on every part and on their order."""
-    digest = hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(json_text(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little")
 
 

@@ -22,6 +22,7 @@ import numpy as np
 from omegaconf import MISSING
 
 from nemotron_train.config.errors import ConfigError
+from nemotron_train.config.json_text import json_text
 from nemotron_train.data import encode
 from nemotron_train.data.indexed import token_dtype
 from nemotron_train.data.manifest import (
@@ -177,10 +178,11 @@ def _source(config: PrepareConfig, inputs: list[InputFile]) -> dict[str, Any]:
     }
     if config.tokenizer:
         settings["tokenizer_sha256"] = load_tokenizer(Path(config.tokenizer)).sha256
-    listing = json.dumps([(str(entry.path), entry.size, entry.modified) for entry in inputs])
+    listing = json_text([(str(entry.path), entry.size, entry.modified) for entry in inputs])
     settings["input_files"] = len(inputs)
     settings["input_fingerprint"] = hashlib.sha256(listing.encode()).hexdigest()
-    return {"kind": "prepared", **settings}
+    # As it is read back: a name that is not UTF-8 is stored in a form of its own.
+    return json.loads(json_text({"kind": "prepared", **settings}))
 
 
 class _Preparation:

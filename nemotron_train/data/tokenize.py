@@ -16,6 +16,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from nemotron_train.config.errors import ConfigError
+from nemotron_train.config.json_text import json_text
 from nemotron_train.platform.files import file_sha256
 
 END_OF_DOCUMENT = "<|endoftext|>"
@@ -191,7 +192,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> Load
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / FILE_NAME))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END_OF_DOCUMENT}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "tokenizer_config.json").write_text(json_text(config, indent=2) + "\n")
     return load_tokenizer(folder)
 
 

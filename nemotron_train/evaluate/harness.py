@@ -7,13 +7,13 @@ Task files come from the harness or the user. They may run Python functions, so 
 only to trusted folders.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 from nemotron_train.config.errors import ConfigError
+from nemotron_train.config.json_text import json_text
 from nemotron_train.evaluate.knobs import HarnessConfig, check_harness
 from nemotron_train.generate.checkpoint import (
     ResolvedCheckpoint,
@@ -73,7 +73,7 @@ def evaluate_harness(run: str, knobs: HarnessConfig) -> dict[str, Any]:
         console.print(_table(results["results"]))
         if knobs.output and model.is_first_rank:
             about = {"checkpoint": str(model.checkpoint), "max_length": window}
-            text = json.dumps(about | dict(results), default=str)
+            text = json_text(about | dict(results), default=str)
             write_output(Path(knobs.output), text + "\n", "output")
             console.print(f"wrote {knobs.output}")
     return results["results"]

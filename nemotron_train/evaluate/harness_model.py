@@ -5,7 +5,6 @@ lm-eval's own Hugging Face model (`--model hf`, version 0.4.13) on the converted
 not own: encoding (`harness_tokens`), tasks and metrics (the harness), decoding (`generate.engine`).
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,6 +18,7 @@ from lm_eval.models.utils import (
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from nemotron_train.config.errors import ConfigError
+from nemotron_train.config.json_text import json_text
 from nemotron_train.evaluate.harness_tokens import HarnessTokens
 from nemotron_train.evaluate.knobs import HarnessConfig
 from nemotron_train.generate.engine import Continuation, Engine
@@ -123,7 +123,7 @@ class HarnessModel(TemplateLM):
         """
         groups: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
-            key = json.dumps(request.args[1], sort_keys=True, default=str)
+            key = json_text(request.args[1], sort_keys=True, default=str)
             groups.setdefault(key, []).append(number)
         texts = [""] * len(requests)
         for place, numbers in enumerate(groups.values()):

@@ -7,7 +7,6 @@ The forward pass is the same as in training, including one NVFP4 scale for all t
 micro-batch, so the losses are comparable with the run's validation losses.
 """
 
-import json
 import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 from rich.table import Table
 
+from nemotron_train.config.json_text import json_text
 from nemotron_train.config.schema import BlendSource, DataPhase
 from nemotron_train.data.batches import Batch, BatchSource
 from nemotron_train.data.tokenize import load_tokenizer
@@ -150,4 +150,4 @@ def _table(losses: list[FolderLoss]) -> Table:
 def _write(path: Path, checkpoint: str, split: str, losses: list[FolderLoss]) -> None:
     folders = [asdict(loss) | {"bits_a_byte": loss.bits_a_byte} for loss in losses]
     content = {"checkpoint": checkpoint, "split": split, "folders": folders}
-    write_output(path, json.dumps(content, indent=1) + "\n", "output")
+    write_output(path, json_text(content, indent=1) + "\n", "output")

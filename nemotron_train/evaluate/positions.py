@@ -11,7 +11,6 @@ octave, which does not include earlier tokens.
 """
 
 import contextlib
-import json
 import math
 import statistics
 from collections.abc import Sequence
@@ -25,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nemotron_train.config.errors import ConfigError
+from nemotron_train.config.json_text import json_text
 from nemotron_train.data.indexed import ShardReader
 from nemotron_train.data.manifest import FILE_NAME, load_manifest
 from nemotron_train.evaluate.acceptance import validation_folders
@@ -230,7 +230,7 @@ def _paths(output: Path) -> tuple[Path, Path]:
 def write(curves: Sequence[Curve], output: Path) -> list[Path]:
     """Write OUTPUT.json and OUTPUT.png; returns both paths."""
     data, picture = _paths(output)
-    text = json.dumps([asdict(curve) for curve in curves], indent=1) + "\n"
+    text = json_text([asdict(curve) for curve in curves], indent=1) + "\n"
     write_output(data, text, "output")
     _draw(curves, picture)
     return [data, picture]

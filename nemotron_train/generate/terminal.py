@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nemotron_train.config.errors import ConfigError
+from nemotron_train.config.json_text import json_text
 from nemotron_train.config.visible import visible
 from nemotron_train.data.tokenize import LoadedTokenizer
 from nemotron_train.generate.checkpoint import LoadedCheckpoint, open_checkpoint, open_tokenizer
@@ -161,7 +162,7 @@ def _write(
             "tokens": sequence.new,
             "log_probabilities": sequence.log_probabilities,
         }
-        lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+        lines.append(json_text(record, ensure_ascii=False) + "\n")
     write_output(path, "".join(lines), "output")
 
 

@@ -7,6 +7,8 @@ import socket
 import time
 from pathlib import Path
 
+from nemotron_train.config.json_text import json_text
+
 # torchrun's name. Its report at the end of a launch repeats the message of the first failed rank.
 ERROR_FILE_VARIABLE = "TORCHELASTIC_ERROR_FILE"
 
@@ -34,7 +36,7 @@ def leave_refusal(line: str) -> bool:
         return False
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(json.dumps({"message": {"message": line, "extraInfo": extra}}))
+        Path(path).write_text(json_text({"message": {"message": line, "extraInfo": extra}}))
     except OSError:
         return False
     return True

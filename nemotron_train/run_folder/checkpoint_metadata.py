@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from nemotron_train.config.errors import ConfigError
+from nemotron_train.config.json_text import json_text
 from nemotron_train.config.knobs import to_plain
 from nemotron_train.config.schema import Config, ModelConfig
 from nemotron_train.data.batches import DataState
@@ -52,7 +53,7 @@ def texts_of(
         "config": to_plain(config),
     }
     contents = {PROGRESS: state, PRECISION: plan, DATA: data, ABOUT: about}
-    return {name: json.dumps(content, indent=1) for name, content in contents.items()}
+    return {name: json_text(content, indent=1) for name, content in contents.items()}
 
 
 def has_optimizer(path: Path) -> bool:
@@ -66,7 +67,7 @@ def random_text(states: Sequence[Any]) -> str:
     for state in states:
         if state not in distinct:
             distinct.append(state)
-    return json.dumps({"states": distinct, "ranks": [distinct.index(state) for state in states]})
+    return json_text({"states": distinct, "ranks": [distinct.index(state) for state in states]})
 
 
 def random_state_of(path: Path, rank: int, num_ranks: int) -> Any | None:
@@ -139,6 +140,8 @@ def changed_model(path: Path, model: ModelConfig) -> str:
         saved_value = saved_model.get(name)
         if name == "pattern" and isinstance(saved_value, str):
             saved_value, value = saved_value.replace("|", ""), value.replace("|", "")
-        if name != "name" and saved_value != json.loads(json.dumps(value)):
+        # Through text: null there is infinity here, and older versions wrote it as Infinity.
+        texts = [json_text(one, sort_keys=True) for one in (saved_value, value)]
+        if name != "name" and texts[0] != texts[1]:
             return f"model.{name} is {saved_value!s:.200} there and {value!s:.200}"
     return ""

@@ -29,6 +29,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemotron_train.config.errors import ConfigError
+from nemotron_train.config.json_text import json_text
 from nemotron_train.config.knobs import PHASES, adds_phases, differences, is_free, to_plain
 from nemotron_train.config.schema import Config, DataPhase, PrecisionConfig
 from nemotron_train.config.secrets import without_secrets
@@ -367,4 +368,4 @@ def _to_yaml(value: Any) -> str:
 
 
 def _to_json(value: Any) -> str:
-    return json.dumps(to_plain(value), indent=2, ensure_ascii=False) + "\n"
+    return json_text(to_plain(value), indent=2, ensure_ascii=False) + "\n"

@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from nemotron_train.config.errors import ConfigError
+from nemotron_train.config.json_text import json_text
 from nemotron_train.platform.files import append_line, file_sha256, flush_to_disk, write_durably
 from nemotron_train.run_folder import checkpoint_index, checkpoint_json
 from nemotron_train.run_folder.checkpoint_index import METADATA, SHARD, first_line
@@ -288,13 +289,13 @@ def commit(final: Path, sums: Mapping[str, str], check_held: Callable[[], None])
         },
         "bytes": {name: (partial / name).stat().st_size for name in names},
     }
-    text = json.dumps(manifest, indent=1)
+    text = json_text(manifest, indent=1)
     write_durably(partial / MANIFEST, text)
     flush_to_disk(partial)
     check_held()
     record = {"step": step, "manifest": hashlib.sha256(text.encode()).hexdigest()}
     record["time"] = round(time.time(), 3)
-    append_line(final.parent.parent / RECORD, json.dumps(record))
+    append_line(final.parent.parent / RECORD, json_text(record))
     flush_to_disk(final.parent.parent)
     dropped = final.with_name(f".{final.name}.dropped")
     if final.exists():  # damaged, or left by a process that was killed after this step

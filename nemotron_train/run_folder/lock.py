@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from nemotron_train.config.errors import ConfigError
+from nemotron_train.config.json_text import json_text
 
 LOCK = ".lock"
 MAX_BYTES = 4096  # of the record; a longer one is not valid
@@ -165,7 +166,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _write(path: Path, record: Mapping[str, Any]) -> None:
     """Write the record in place. After a rename, the flock would be on the old, unlinked file."""
-    text = json.dumps(record) + "\n"
+    text = json_text(record) + "\n"
     with contextlib.suppress(FileNotFoundError):
         descriptor = os.open(path, os.O_WRONLY | os.O_NOFOLLOW)
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self
 
+from nemotron_train.config.json_text import json_text
 from nemotron_train.config.schema import LoggingConfig
 from nemotron_train.platform.files import heal_last_line, write_atomically
 from nemotron_train.run_folder.metric_groups import grouped
@@ -56,7 +57,7 @@ class MetricsWriter:
         for a value that is not plain.
         """
         step = metrics["step"]
-        line = json.dumps(_plain(metrics), ensure_ascii=False, allow_nan=False)
+        line = json_text(_plain(metrics), ensure_ascii=False)
         self._file.write(line + "\n")
         self._file.flush()
         numbers = {

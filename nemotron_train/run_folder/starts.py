@@ -5,7 +5,6 @@ start without `ended` was killed. Does not own: the other fields (`run_folder.fo
 of a run (by a person, Slurm or a shell loop).
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nemotron_train.config.errors import ConfigError
+from nemotron_train.config.json_text import json_text
 from nemotron_train.platform.files import write_atomically
 from nemotron_train.run_folder.folder import read_json
 from nemotron_train.run_folder.integrity import steps_in
@@ -93,5 +93,5 @@ def _now() -> str:
 
 
 def _write(folder: Path, record: Mapping[str, Any]) -> None:
-    text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+    text = json_text(record, indent=2, ensure_ascii=False) + "\n"
     write_atomically(folder / ENVIRONMENT, text)

@@ -4,6 +4,7 @@ The parts have their own tests. Here the command runs as a user types it, in thi
 may be left where the run folder would be. Not covered: errors on one rank of several.
 """
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -127,6 +128,13 @@ def test_shard_that_changes_under_the_run(
     refuse(words, (shard.name,), capsys)
     shard.write_bytes(before)
     assert main(["pretrain", *words]) == 0
+    written = [path for path in Path("runs/x").rglob("*.json*") if path.is_file()]
+    assert len(written) > 9
+    for path in written:  # strict: the model's own configuration has an infinity
+        for text in (
+            path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
+        ):
+            json.loads(text, parse_constant=pytest.fail)
 
 
 def test_tokenizer_larger_than_the_model(

@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from nemotron_train.config.errors import ConfigError
+from nemotron_train.config.json_text import json_text
 from nemotron_train.config.knobs import differences, to_plain
 from nemotron_train.config.quantities import exact, format_count
 from nemotron_train.config.schema import (
@@ -125,7 +126,7 @@ class _Reader:
         self.path, self.fields = path, fields
 
     def fail(self, field: str, why: str) -> None:
-        value = json.dumps(self.fields.get(field))
+        value = json_text(self.fields.get(field))
         shown = value if len(value) <= 80 else f"{value[:77]}..."
         raise ConfigError(f"{self.path}: {field}={shown}: {why}")
 
@@ -137,7 +138,7 @@ class _Reader:
                 continue
             required = FIXED.get(field, ABSENT.get(field))
             if (field in FIXED or field in ABSENT) and not _same(value, required):
-                only = "nothing" if required is None else json.dumps(required)
+                only = "nothing" if required is None else json_text(required)
                 self.fail(field, f"cannot be represented; our model has {only} there")
         if self.fields.get("use_conv_bias", True) is None:
             self.fail("use_conv_bias", "cannot be represented; our model has true there")

@@ -164,8 +164,8 @@ def config_fields(config: Config, dtype: str, end_of_document_id: int) -> dict[s
         "use_cache": True,
         OURS: {knob: attrgetter(knob)(model) for knob in TRAINING},
     }
-    if limit[0]:  # the default is no limit, and JSON has no infinity
-        fields["time_step_limit"] = list(limit)
+    if limit[0]:  # JSON has no infinity: this is how transformers 5 writes it
+        fields["time_step_limit"] = [limit[0], {"__float__": "Infinity"}]
     if model.moe.latent_size:
         fields["moe_latent_size"] = model.moe.latent_size
     if model.mtp.depths:

@@ -22,6 +22,7 @@ from rich.console import Console
 
 from nemotron_train import __version__
 from nemotron_train.config.errors import ConfigError
+from nemotron_train.config.json_text import json_text
 from nemotron_train.config.knobs import to_plain
 from nemotron_train.config.quantities import format_bytes
 from nemotron_train.config.schema import Config, DataKind, ModelConfig
@@ -310,10 +311,10 @@ def _texts(config: Config) -> dict[str, str]:
     del texts[checkpoint_metadata.DATA]
     about = json.loads(texts[checkpoint_metadata.ABOUT])
     about |= {"optimizer": False, "imported": True}
-    texts[checkpoint_metadata.ABOUT] = json.dumps(about, indent=1)
+    texts[checkpoint_metadata.ABOUT] = json_text(about, indent=1)
     # Megatron-Core's identifier of the tensor format.
     tensors_format = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
-    texts["metadata.json"] = json.dumps(tensors_format)
+    texts["metadata.json"] = json_text(tensors_format)
     return texts
 
 
@@ -339,7 +340,7 @@ def _run_files(folder: Path, config: Config, theirs: _Theirs) -> dict[str, bytes
         contents = tokenizer_contents(folder)
         generation = _generation(folder)
         if generation:
-            contents[GENERATION] = (json.dumps(generation, indent=2) + "\n").encode()
+            contents[GENERATION] = (json_text(generation, indent=2) + "\n").encode()
         files |= {f"tokenizer/{name}": content for name, content in contents.items()}
     content = (folder / "config.json").read_bytes()
     digest = hashlib.sha256(content).hexdigest()
@@ -348,7 +349,7 @@ def _run_files(folder: Path, config: Config, theirs: _Theirs) -> dict[str, bytes
     if isinstance(longest, int):
         imported["max_position_embeddings"] = longest
     lineage = {"imported_from": imported}
-    return files | {LINEAGE: (json.dumps(lineage, indent=2) + "\n").encode()}
+    return files | {LINEAGE: (json_text(lineage, indent=2) + "\n").encode()}
 
 
 def _generation(folder: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from nemotron_train.config.errors import ConfigError
+from nemotron_train.config.json_text import json_text
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -92,7 +93,7 @@ def _content(tensors: Tensors, parts: Parts) -> Iterator[bytes | memoryview]:
         begin, end = end, end + prod(shape) * dtype.itemsize
         entry = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
         header[name] = entry
-    text = json.dumps(header, separators=(",", ":")).encode()
+    text = json_text(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     yield struct.pack("<Q", len(text))
     yield text

@@ -7,7 +7,6 @@ of rows as stored in the checkpoint and a small copy are in memory, for any mode
 """
 
 import hashlib
-import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from rich.console import Console
 
 from nemotron_train import __version__
 from nemotron_train.config.errors import ConfigError
+from nemotron_train.config.json_text import json_text
 from nemotron_train.config.quantities import format_bytes
 from nemotron_train.config.schema import Config, Dtype
 from nemotron_train.convert.checkpoint_tensors import CheckpointReader
@@ -82,7 +82,7 @@ def to_hf(
     texts: dict[str, Any] = {CONFIG: fields, GENERATION: ids | files.generation}
     texts[INDEX] = _index(shards, TORCH_DTYPES[kind])
     small = files.contents() | {
-        name: (json.dumps(content, indent=2) + "\n").encode() for name, content in texts.items()
+        name: (json_text(content, indent=2) + "\n").encode() for name, content in texts.items()
     }
 
     def is_complete() -> bool:

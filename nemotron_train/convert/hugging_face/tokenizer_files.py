@@ -4,11 +4,11 @@ Owns: tokenizer_config.json, the choice of the end-of-document token. Does not o
 copying (`data.tokenize`).
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 from nemotron_train.config.errors import ConfigError
+from nemotron_train.config.json_text import json_text
 from nemotron_train.data.manifest import FILE_NAME as DATA_MANIFEST
 from nemotron_train.data.manifest import load_manifest
 from nemotron_train.data.tokenize import (
@@ -68,7 +68,7 @@ class TokenizerFiles:
         }
         settings |= {name: value for name, value in self._settings.items() if name != "auto_map"}
         contents = tokenizer_contents(self._folder)
-        return contents | {SETTINGS: (json.dumps(settings, indent=2) + "\n").encode()}
+        return contents | {SETTINGS: (json_text(settings, indent=2) + "\n").encode()}
 
     def _end_of_document(self, loaded: LoadedTokenizer) -> int:
         """Id of the end-of-document token: from the prepared data next to the tokenizer, from its

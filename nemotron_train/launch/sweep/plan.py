@@ -31,6 +31,7 @@ from typing import Any
 from nemotron_train.compose.compose import compose_config, nearest, recipes_folder
 from nemotron_train.compose.overrides import parse_overrides, value_texts
 from nemotron_train.config.errors import ConfigError
+from nemotron_train.config.json_text import json_text
 from nemotron_train.config.schema import Config, TrainConfig
 from nemotron_train.launch.slurm.job import JobConfig, is_job_knob, refuse_unsafe
 from nemotron_train.plan.derive import derive
@@ -80,7 +81,7 @@ class Sweep:
         for cell in cells:
             del cell["config"]
         self.folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"folder": str(self.folder), "cells": cells}, indent=1)
+        text = json_text({"folder": str(self.folder), "cells": cells}, indent=1)
         write_atomically(self.folder / DESCRIPTION, text + "\n")
 
 

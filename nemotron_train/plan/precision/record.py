@@ -5,10 +5,10 @@ resolved (`resolve`), or what a run does if digests differ (`run_folder.lineage`
 """
 
 import hashlib
-import json
 from collections.abc import Mapping
 from typing import Any
 
+from nemotron_train.config.json_text import json_text
 from nemotron_train.plan.precision.resolve import LinearFormats, PrecisionPlan
 from nemotron_train.plan.precision.rules import NVFP4_OPTIONS, ROLES
 
@@ -32,7 +32,7 @@ def plan_record(plan: PrecisionPlan) -> dict[str, Any]:
             for phase in plan.phases
         ],
     }
-    canonical = json.dumps(resolved, sort_keys=True, separators=(",", ":"))
+    canonical = json_text(resolved, sort_keys=True, separators=(",", ":"))
     digest = hashlib.sha256(canonical.encode()).hexdigest()
     return {"name": plan.name, "digest": digest, **resolved}
 

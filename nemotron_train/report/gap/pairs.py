@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from nemotron_train.config.errors import ConfigError
+from nemotron_train.config.json_text import json_text
 from nemotron_train.config.knobs import is_free, to_plain
 from nemotron_train.config.schema import Config, Dtype
 from nemotron_train.plan.precision.resolve import resolve_plan
@@ -158,7 +159,7 @@ def _shared_knobs(config: Config) -> str:
         for knob, value in knobs.items()
         if not (is_free(knob) or knob.startswith((*varying, *SUMS_ONLY)))
     }
-    return json.dumps(shared, sort_keys=True, default=str)
+    return json_text(shared, sort_keys=True, default=str)
 
 
 def _grouped(

@@ -6,11 +6,12 @@ it knows by its hash. So even a name or a value that was not escaped could do no
 
 import base64
 import hashlib
-import json
 from collections.abc import Container, Iterable, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
+
+from nemotron_train.config.json_text import json_text
 
 _ASSETS = Path(__file__).parent / "assets"
 # All scripts share one closure, in this order. page.js comes last: it starts the rest.
@@ -87,7 +88,7 @@ def frame(title: str, body: str, data: Any) -> str:
         f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; "
         "img-src data:; base-uri 'none'; form-action 'none'"
     )
-    text = json.dumps(data, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
+    text = json_text(data, ensure_ascii=True, separators=(",", ":"))
     # Only `</script` and `<!--` have a meaning in a script element. Without `<` there is neither.
     text = text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
     return (
