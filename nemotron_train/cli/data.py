@@ -13,10 +13,12 @@ from nemotron_train.data import prepare
 from nemotron_train.data.indexed import ShardEntry, ShardReader
 from nemotron_train.data.manifest import Manifest, load_manifest
 from nemotron_train.data.tokenize import load_tokenizer
+from nemotron_train.platform.files import text_lines
 from nemotron_train.platform.terminal import open_console, text_column
 
 _PLAIN_SECONDS = 10.0  # between two progress lines without a terminal
 _SAMPLE_TOKENS = 80
+_SHOWN_LEFT_OUT = 10
 
 
 def run_prepare(config: prepare.PrepareConfig) -> None:
@@ -84,6 +86,14 @@ def _summary(
     for split in ("train", "validation"):
         if split not in manifest.splits:
             console.print(f"no document fell to the {split} split")
+    left_out = output / prepare.LEFT_OUT
+    if left_out.is_file():
+        lines = text_lines(left_out)
+        console.print(f"files and folders not read or without a document: {len(lines):,}")
+        for line in lines[:_SHOWN_LEFT_OUT]:
+            console.print(f"  {line}", soft_wrap=True)
+        if len(lines) > _SHOWN_LEFT_OUT:
+            console.print(f"  the others: {left_out}", soft_wrap=True)
     console.print(f"took {seconds:.1f} s")
 
 

@@ -28,6 +28,10 @@ def json_text(
     Raises TypeError for a value that JSON does not have and `default` does not convert.
     """
 
+    def convert(other: Any) -> Any:
+        assert default is not None
+        return _clean(default(other))
+
     def write(clean: Any) -> str:
         return json.dumps(
             clean,
@@ -36,7 +40,7 @@ def json_text(
             sort_keys=sort_keys,
             ensure_ascii=ensure_ascii,
             allow_nan=False,
-            default=default and (lambda other: _clean(default(other))),
+            default=convert if default else None,
         )
 
     try:

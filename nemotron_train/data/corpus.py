@@ -26,7 +26,7 @@ from nemotron_train.data.manifest import (
 )
 from nemotron_train.data.rolling import SplitWriter, remove_working_files
 from nemotron_train.data.tokenize import END_OF_DOCUMENT, end_of_document_id, train_tokenizer
-from nemotron_train.platform.files import flush_to_disk
+from nemotron_train.platform.files import flush_to_disk, writing
 from nemotron_train.platform.lock import exclusive
 
 _KIND = "python_stdlib"
@@ -108,7 +108,7 @@ def build_embedded(
         "requested_vocab_size": vocab_size,
         "corpus_fingerprint": corpus_fingerprint(texts),
     }
-    with exclusive(folder, wait=True):
+    with writing(folder, "data.embedded_folder"), exclusive(folder, wait=True):
         if folder.exists():
             manifest = _load_embedded_manifest(folder)
             if manifest.source == source:

@@ -11,6 +11,7 @@ a document, so the boundaries are 0..n.
 
 import os
 import struct
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,6 +73,12 @@ class ShardWriter:
                 os.replace(self._bin_path, self._bin_partial)
             lengths = np.fromfile(self.lengths_path, dtype="<i4", count=documents)
             self.tokens = int(lengths.sum(dtype=np.int64))
+            is_short = self._bin_partial.stat().st_size < self.tokens * dtype.itemsize
+            if len(lengths) < documents or is_short:
+                raise ConfigError(
+                    f"{self._bin_partial}: is shorter than when it was last saved; delete {folder} "
+                    "and prepare again"
+                )
             os.truncate(self.lengths_path, documents * 4)
             os.truncate(self._bin_partial, self.tokens * dtype.itemsize)
         else:
@@ -96,8 +103,9 @@ class ShardWriter:
 
     def abandon(self) -> None:
         """Close the files without finishing the shard."""
-        self._bin.close()
-        self._lengths.close()
+        for stream in (self._bin, self._lengths):
+            with suppress(OSError):  # what it holds is not needed; the disk may be full
+                stream.close()
 
     def finish(self, vocab_size: int) -> tuple[ShardEntry, np.ndarray]:
         """Write the index, give both files their final names, and read the tokens back once.
@@ -107,7 +115,7 @@ class ShardWriter:
         `lengths_path` after the next journal commit.
         """
         self.sync()
-        self.abandon()
+        self.abandon()  # nothing is left in the buffers
         lengths = np.fromfile(self.lengths_path, dtype="<i4")
         os.replace(self._bin_partial, self._bin_path)
         write_index(self._idx_path, lengths, self.dtype)

@@ -5,7 +5,6 @@ do not depend on the number of workers. They do not depend on interruptions eith
 input positions is kept in `OUTPUT.partial`, which is renamed to OUTPUT at the end.
 """
 
-import hashlib
 import json
 import multiprocessing
 import os
@@ -13,18 +12,18 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
-from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from omegaconf import MISSING
 
 from nemotron_train.config.errors import ConfigError
-from nemotron_train.config.json_text import json_text
+from nemotron_train.config.visible import one_line
 from nemotron_train.data import encode
 from nemotron_train.data.indexed import token_dtype
+from nemotron_train.data.inputs import Found, InputFormat, find_inputs
 from nemotron_train.data.manifest import (
     FILE_NAME,
     SPLITS,
@@ -35,61 +34,24 @@ from nemotron_train.data.manifest import (
     write_json,
     write_manifest,
 )
-from nemotron_train.data.readers import (
-    InputFile,
-    InputFormat,
-    Position,
-    RawBatch,
-    TextDocuments,
-    list_inputs,
-    read_dataset,
-    read_files,
-)
+from nemotron_train.data.prepare_settings import OnBad, PrepareConfig, check_settings, source_of
+from nemotron_train.data.readers import Position, RawBatch, read_dataset, read_files
 from nemotron_train.data.rolling import SplitWriter, remove_working_files
 from nemotron_train.data.tokenize import (
-    END_OF_DOCUMENT,
     LoadedTokenizer,
     copy_tokenizer,
     end_of_document_id,
     load_tokenizer,
     train_tokenizer,
 )
-from nemotron_train.platform.files import flush_to_disk
+from nemotron_train.platform.files import flush_to_disk, write_atomically, writing
 from nemotron_train.platform.lock import exclusive
 
 _JOURNAL = "journal.json"
 _COMMIT_TOKENS = 1 << 22  # tokens between commits: the work a kill loses, seconds on one worker
 _SHOWN_BAD_RECORDS = 5
-
-
-class OnBad(StrEnum):
-    """What to do at a bad record."""
-
-    stop = "stop"
-    skip = "skip"
-
-
-@dataclass
-class PrepareConfig:
-    """The knobs of `data prepare`. Exactly one of `tokenizer` and `train_tokenizer_vocab_size` must
-    be given."""
-
-    input: str = MISSING  # file, folder, glob pattern, or with format=dataset a name or folder
-    output: str = MISSING  # folder to create
-    format: InputFormat = InputFormat.by_name
-    text_field: str = "text"  # JSONL field, or Parquet or data set column
-    text_documents: TextDocuments = TextDocuments.file  # what one document is, in text files
-    dataset_config: str = ""
-    dataset_split: str = "train"
-    tokenizer: str = ""  # folder that holds tokenizer.json
-    train_tokenizer_vocab_size: int = 0  # 0: use `tokenizer`
-    train_tokenizer_bytes: int = 256 * 1024 * 1024  # bytes of training text, from the input's start
-    end_of_document_token: str = END_OF_DOCUMENT
-    validation_fraction: float = 0.01  # of the documents, chosen by a hash of their content
-    shard_tokens: int = 100_000_000
-    max_documents: int = 0  # 0: all
-    workers: int = 2  # processes that tokenize; 1: tokenize in this process
-    on_bad: OnBad = OnBad.stop  # at a record that is not UTF-8, not JSON or has no text
+_NAMED_FILES = 10_000  # without a document; more are only counted
+LEFT_OUT = "left_out.txt"
 
 
 @dataclass
@@ -104,6 +66,21 @@ class Progress:
     bad_examples: list[str] = field(default_factory=list)
     bytes_read: int = 0
     bytes_total: int = 0  # 0: unknown
+    last_file: int = -1  # number of the last input file that gave a document
+    without_documents: int = 0  # input files
+    without_names: list[str] = field(default_factory=list)
+    token_bytes: int = 2
+
+    def bytes_needed(self) -> int:
+        """Bytes still to be written, from the share of the input that is read; 0 if unknown."""
+        if not self.bytes_read:
+            return 0
+        return (
+            self.tokens
+            * self.token_bytes
+            * (self.bytes_total - self.bytes_read)
+            // (self.bytes_read)
+        )
 
 
 Report = Callable[[Progress], None]
@@ -116,13 +93,18 @@ def prepare(config: PrepareConfig, report: Report = lambda progress: None) -> Ma
     Raises ConfigError for wrong settings, unreadable input, a bad record with on_bad=stop, an
     output folder with other content, or an unfinished output with other settings.
     """
-    _check(config)
+    check_settings(config)
     output = Path(config.output)
-    inputs = (
-        [] if config.format == InputFormat.dataset else list_inputs(config.input, config.format)
-    )
-    source = _source(config, inputs)
-    with exclusive(output, wait=False):
+    found = Found([], [])
+    if config.format != InputFormat.dataset:
+        found = find_inputs(config.input, config.format)
+    source = source_of(config, found.files)
+    progress = Progress(bytes_total=sum(entry.size for entry in found.files))
+    resumes = "; make room, and the same command continues"
+    with (
+        writing(output, "output", progress.bytes_needed, resumes),
+        exclusive(output, wait=False),
+    ):
         if (output / FILE_NAME).is_file():
             manifest = load_manifest(output)
             if dict(manifest.source) != source:
@@ -136,7 +118,7 @@ def prepare(config: PrepareConfig, report: Report = lambda progress: None) -> Ma
         work = output.with_name(output.name + ".partial")
         # The manifest already exists if an earlier process was killed in the lines after this `if`.
         if not (work / FILE_NAME).is_file():
-            _Preparation(config, inputs, source, work).run(report)
+            _Preparation(config, found, source, work, progress).run(report)
         manifest = load_manifest(work)
         remove_working_files(work)
         (work / _JOURNAL).unlink(missing_ok=True)
@@ -145,54 +127,19 @@ def prepare(config: PrepareConfig, report: Report = lambda progress: None) -> Ma
     return manifest
 
 
-def _check(config: PrepareConfig) -> None:
-    if bool(config.tokenizer) == bool(config.train_tokenizer_vocab_size):
-        raise ConfigError(
-            f"tokenizer={config.tokenizer!r} and train_tokenizer_vocab_size="
-            f"{config.train_tokenizer_vocab_size}: give exactly one of the two"
-        )
-    if config.train_tokenizer_vocab_size and config.end_of_document_token != END_OF_DOCUMENT:
-        raise ConfigError(
-            f"end_of_document_token={config.end_of_document_token!r}: a trained tokenizer ends "
-            f"documents with {END_OF_DOCUMENT!r}"
-        )
-    if not 0 <= config.validation_fraction < 1:
-        raise ConfigError(
-            f"validation_fraction={config.validation_fraction}: must be at least 0 and below 1"
-        )
-    for knob in ("workers", "shard_tokens", "train_tokenizer_bytes"):
-        if getattr(config, knob) < 1:
-            raise ConfigError(f"{knob}={getattr(config, knob)}: must be at least 1")
-    for knob in ("max_documents", "train_tokenizer_vocab_size"):
-        if getattr(config, knob) < 0:
-            raise ConfigError(f"{knob}={getattr(config, knob)}: must be 0 or more")
-
-
-def _source(config: PrepareConfig, inputs: list[InputFile]) -> dict[str, Any]:
-    """Everything the output depends on. `workers` and `on_bad` are not included: they may change
-    when an unfinished preparation continues."""
-    settings = {
-        name: str(value) if isinstance(value, StrEnum) else value
-        for name, value in asdict(config).items()
-        if name not in ("output", "workers", "on_bad")
-    }
-    if config.tokenizer:
-        settings["tokenizer_sha256"] = load_tokenizer(Path(config.tokenizer)).sha256
-    listing = json_text([(str(entry.path), entry.size, entry.modified) for entry in inputs])
-    settings["input_files"] = len(inputs)
-    settings["input_fingerprint"] = hashlib.sha256(listing.encode()).hexdigest()
-    # As it is read back: a name that is not UTF-8 is stored in a form of its own.
-    return json.loads(json_text({"kind": "prepared", **settings}))
-
-
 class _Preparation:
     """One run over the input, from the start or from the position in the journal."""
 
     def __init__(
-        self, config: PrepareConfig, inputs: list[InputFile], source: dict[str, Any], work: Path
+        self,
+        config: PrepareConfig,
+        found: Found,
+        source: dict[str, Any],
+        work: Path,
+        progress: Progress,
     ) -> None:
         self._config = config
-        self._inputs = inputs
+        self._inputs, self._left_out = found
         self._source = source
         self._work = work
         journal = self._open_journal()
@@ -203,8 +150,10 @@ class _Preparation:
         )
         self._dtype = token_dtype(self._tokenizer.vocab_size)
         self._position = Position(**journal["position"]) if journal else Position()
-        self._progress = Progress(**journal["progress"]) if journal else Progress()
-        self._progress.bytes_total = sum(entry.size for entry in inputs)
+        self._progress = progress
+        if journal:
+            vars(progress).update(journal["progress"])
+        progress.token_bytes = self._dtype.itemsize
         self._writers = {
             split: SplitWriter(
                 work,
@@ -223,8 +172,12 @@ class _Preparation:
         Raises ConfigError if the earlier attempt had other settings.
         """
         path = self._work / _JOURNAL
-        journal = json.loads(path.read_text()) if path.is_file() else None
-        if journal is None or not journal["progress"]["documents"]:  # nothing to continue
+        try:
+            journal = json.loads(path.read_text()) if path.is_file() else None
+            is_begun = journal is not None and bool(journal["progress"]["documents"])
+        except (ValueError, KeyError, TypeError):
+            raise ConfigError(f"{path}: damaged; delete {self._work} and prepare again") from None
+        if journal is None or not is_begun:
             if self._work.exists():
                 shutil.rmtree(self._work)
             self._work.mkdir(parents=True)
@@ -334,6 +287,11 @@ class _Preparation:
             while in_flight:
                 first, future = in_flight.popleft()
                 yield first, future.result()
+        except BrokenProcessPool:
+            raise ConfigError(
+                f"workers={config.workers}: one was killed, perhaps because memory ran out; the "
+                "same command continues, also with fewer workers"
+            ) from None
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -358,7 +316,27 @@ class _Preparation:
             self._writers["validation" if held_out else "train"].add(piece)
             progress.documents += 1
             progress.tokens += piece.size
+        if len(encoded.lengths):
+            self._note_files_without_documents(batch.files[0])
+            progress.last_file = batch.files[1] - 1
         self._position = batch.after
+
+    def _note_files_without_documents(self, end: int) -> None:
+        """Files between the last one that gave a document and number `end` gave none."""
+        for index in range(self._progress.last_file + 1, end):
+            self._progress.without_documents += 1
+            if len(self._progress.without_names) < _NAMED_FILES:
+                self._progress.without_names.append(str(self._inputs[index].path))
+
+    def _write_left_out(self) -> None:
+        """Write `left_out.txt`, one line for each file that was not read or gave no document."""
+        lines = [f"{path}: {reason}" for path, reason in self._left_out]
+        lines += [f"{name}: holds no document" for name in self._progress.without_names]
+        if hidden := self._progress.without_documents - len(self._progress.without_names):
+            lines.append(f"{hidden} more files hold no document")
+        if lines:
+            text = "".join(one_line(line) + "\n" for line in lines)
+            write_atomically(self._work / LEFT_OUT, text)
 
     def _commit(self) -> None:
         """Make the position, and everything written up to it, durable together."""
@@ -375,6 +353,9 @@ class _Preparation:
     def _finish(self) -> None:
         if not self._progress.documents:
             raise ConfigError(f"input={self._config.input}: holds no document with text in it")
+        if not self._reached_limit():
+            self._note_files_without_documents(len(self._inputs))
+        self._write_left_out()
         counts = {split: writer.close() for split, writer in self._writers.items()}
         tokenizer = TokenizerEntry(self._tokenizer.sha256, self._tokenizer.vocab_size, self._end_id)
         shards = {split: writer.finished for split, writer in self._writers.items()}

@@ -5,7 +5,6 @@ encode.py turns it into documents in a worker. A position is enough to continue 
 """
 
 import codecs
-import glob
 import gzip
 import os
 import zlib
@@ -16,21 +15,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from nemotron_train.config.errors import ConfigError
+from nemotron_train.data.inputs import InputFile, InputFormat
 
 _BATCH_BYTES = 1 << 20
 _BATCH_ROWS = 512
-_JSON_LINES = (".jsonl", ".ndjson", ".json")
-_COMPRESSED = (".gz", ".zst")
-
-
-class InputFormat(StrEnum):
-    """The format of the input."""
-
-    by_name = "by_name"  # .jsonl .ndjson .json, .parquet; any other file is text
-    text = "text"
-    jsonl = "jsonl"
-    parquet = "parquet"
-    dataset = "dataset"  # a Hugging Face `datasets` name or local path, streamed
 
 
 class TextDocuments(StrEnum):
@@ -39,16 +27,6 @@ class TextDocuments(StrEnum):
     file = "file"  # a text file is one document
     package = "package"  # all text files under one entry of the input folder are one document
     line = "line"  # a line is one document
-
-
-@dataclass(frozen=True)
-class InputFile:
-    """An input file and its state when it was listed."""
-
-    path: Path
-    format: InputFormat  # text, jsonl or parquet
-    size: int  # bytes
-    modified: int  # ns; a preparation must not continue if it changed
 
 
 @dataclass(frozen=True)
@@ -71,7 +49,7 @@ class RawBatch:
     payload: the bytes of whole lines (jsonl, text lines), the bytes of a whole file or package
     (text), or a list of values (parquet, dataset). name: of the file, for messages. first_line:
     line or row number of the first record, from 1; 0 for a whole file. after: the position after
-    this batch.
+    this batch. files: the range of input files that the batch is from, [first, end).
     """
 
     format: InputFormat
@@ -80,43 +58,7 @@ class RawBatch:
     first_line: int
     after: Position
     bytes_read: int  # of all input files so far; 0 if their size is unknown
-
-
-def list_inputs(where: str, input_format: InputFormat) -> list[InputFile]:
-    """The files of a path, folder or glob pattern, sorted by path. In a folder, hidden files are
-    left out.
-
-    Raises ConfigError if there are no files.
-    """
-    root = Path(where)
-    if root.is_dir():
-        paths = [
-            path
-            for path in root.rglob("*")
-            if not any(part.startswith(".") for part in path.relative_to(root).parts)
-        ]
-    else:
-        paths = [root] if root.is_file() else [Path(p) for p in glob.glob(where, recursive=True)]
-    files = sorted((path for path in paths if path.is_file()), key=lambda path: path.as_posix())
-    if not files:
-        raise ConfigError(
-            f"input={where}: no file, folder or pattern with files; for a Hugging Face data set "
-            "set format=dataset"
-        )
-    inputs = []
-    for path in files:
-        status = path.stat()
-        file_format = _format_of(path) if input_format == InputFormat.by_name else input_format
-        inputs.append(InputFile(path, file_format, status.st_size, status.st_mtime_ns))
-    return inputs
-
-
-def _format_of(path: Path) -> InputFormat:
-    suffixes = [suffix for suffix in path.suffixes if suffix not in _COMPRESSED]
-    last = suffixes[-1].lower() if suffixes else ""
-    if last in _JSON_LINES:
-        return InputFormat.jsonl
-    return InputFormat.parquet if last == ".parquet" else InputFormat.text
+    files: tuple[int, int] = (0, 0)
 
 
 def read_files(
@@ -138,7 +80,8 @@ def read_files(
             with raw, stream:
                 payload = _read(stream, str(entry.path), -1)
             after, bytes_read = Position(index + 1), bytes_before + entry.size
-            yield RawBatch(InputFormat.text, payload, str(entry.path), 0, after, bytes_read)
+            name, batch_files = str(entry.path), (index, index + 1)
+            yield RawBatch(InputFormat.text, payload, name, 0, after, bytes_read, batch_files)
         else:
             yield from _read_lines(entry, begin, bytes_before)
         bytes_before += entry.size
@@ -168,9 +111,8 @@ def _read_packages(files: list[InputFile], first: int, bytes_before: int) -> Ite
             bytes_before += files[last].size
             last += 1
         after = Position(last)
-        yield RawBatch(
-            InputFormat.text, b"".join(parts), str(root / package), 0, after, bytes_before
-        )
+        payload, name = b"".join(parts), str(root / package)
+        yield RawBatch(InputFormat.text, payload, name, 0, after, bytes_before, (first, last))
         first = last
 
 
@@ -182,11 +124,16 @@ class Undecodable:
 
 
 def _open(path: Path) -> tuple[IO[bytes], IO[bytes]]:
-    """(the raw file, its decompressed stream); the same object if the file is not compressed."""
-    raw = path.open("rb")
-    if path.suffix == ".gz":
+    """(the raw file, its decompressed stream); the same object if the file is not compressed.
+    Raises ConfigError if it cannot be opened."""
+    try:
+        raw = path.open("rb")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be opened ({error.strerror})") from None
+    suffix = path.suffix.lower()
+    if suffix == ".gz":
         return raw, gzip.GzipFile(fileobj=raw)  # pyright: ignore[reportReturnType]
-    if path.suffix == ".zst":
+    if suffix == ".zst":
         import pyarrow
 
         return raw, pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode="r"), "zstd")
@@ -199,7 +146,7 @@ def _read_lines(entry: InputFile, begin: Position, bytes_before: int) -> Iterato
     name = str(entry.path)
     offset = begin.offset
     line = begin.line
-    partial_line = b""
+    partial_line: list[bytes] = []
     with raw, stream:
         if stream is raw:
             raw.seek(offset)
@@ -207,22 +154,25 @@ def _read_lines(entry: InputFile, begin: Position, bytes_before: int) -> Iterato
             skip = offset
             while skip:
                 skipped = len(_read(stream, name, min(skip, _BATCH_BYTES)))
-                assert skipped, f"{name} ends before the position it was read to"
+                if not skipped:
+                    raise ConfigError(f"{name}: ends before the place it was read to; it changed")
                 skip -= skipped
         while True:
             chunk = _read(stream, name, _BATCH_BYTES)
-            payload, newline, tail = (partial_line + chunk).rpartition(b"\n")
+            whole, newline, tail = chunk.rpartition(b"\n")
             if chunk and not newline:  # the line is longer than a batch
-                partial_line = tail
+                partial_line.append(tail)
                 continue
             # At the end of the file, a last line without a newline counts as a line.
-            payload, partial_line = (payload + newline, tail) if chunk else (partial_line, b"")
+            payload = b"".join([*partial_line, whole, newline])
+            partial_line = [tail] if tail else []
             if payload:
                 num_lines = payload.count(b"\n")
                 offset += len(payload)
                 after = Position(begin.file, offset, line + num_lines)
                 bytes_read = bytes_before + min(raw.tell(), entry.size)
-                yield RawBatch(entry.format, payload, name, line + 1, after, bytes_read)
+                files = (begin.file, begin.file + 1)
+                yield RawBatch(entry.format, payload, name, line + 1, after, bytes_read, files)
                 line += num_lines
             if not chunk:
                 return
@@ -269,7 +219,8 @@ def _read_parquet(
                 if values:
                     bytes_read = bytes_before + entry.size * row // table.metadata.num_rows
                     after = Position(begin.file, row)
-                    yield RawBatch(entry.format, values, name, first + 1, after, bytes_read)
+                    files = (begin.file, begin.file + 1)
+                    yield RawBatch(entry.format, values, name, first + 1, after, bytes_read, files)
 
 
 def _undamaged(batches: Iterator[Any], name: str) -> Iterator[Any]:

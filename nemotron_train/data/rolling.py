@@ -103,6 +103,6 @@ class SplitWriter:
 
 def remove_working_files(folder: Path) -> None:
     """Delete the files that only a continuation needs. Call it when the manifest is written."""
-    for pattern in (f"*{_COUNTS}", "*.lengths.partial", ".*.idx", ".*.json"):
+    for pattern in (f"*{_COUNTS}", "*.lengths.partial", ".*.idx", ".*.json", ".*.txt"):
         for path in folder.glob(pattern):
             path.unlink()

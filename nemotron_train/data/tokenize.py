@@ -190,7 +190,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> Load
         ),
     )
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / FILE_NAME))
+    try:
+        tokenizer.save(str(folder / FILE_NAME))
+    except Exception as error:  # the library raises plain Exception
+        raise OSError(0, str(error), str(folder / FILE_NAME)) from None
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END_OF_DOCUMENT}
     (folder / "tokenizer_config.json").write_text(json_text(config, indent=2) + "\n")
     return load_tokenizer(folder)

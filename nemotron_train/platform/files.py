@@ -5,7 +5,8 @@ A reader, or a crash, sees the old content of a file or the new one, never a par
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+import shutil
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -94,6 +95,34 @@ def write_output(path: Path, text: str, knob: str) -> None:
         write_atomically(path, text)
     except OSError as error:
         raise ConfigError(f"{knob}={path}: cannot be written ({error.strerror})") from None
+
+
+@contextmanager
+def writing(
+    folder: Path, knob: str, needed: Callable[[], int] = lambda: 0, then: str = ""
+) -> Iterator[None]:
+    """Raises ConfigError, one line with the free space, where writing in `folder` fails in the
+    block: disk full, quota, file size limit, read-only, broken disk.
+
+    needed: bytes that were still to be written, estimated; 0 if unknown. then: what helps.
+    """
+    try:
+        yield
+    except BrokenPipeError:  # of standard output
+        raise
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        reason = f"{error.strerror or error}{where}"
+        raise ConfigError(
+            f"{knob}={folder}: cannot be written: {reason}; {_room(folder, needed())}{then}"
+        ) from error
+
+
+def _room(folder: Path, needed: int) -> str:
+    """How much is free on the disk of a folder, which may not exist, and how much is needed."""
+    existing = next((path for path in (folder, *folder.parents) if path.exists()), Path("/"))
+    text = f"{shutil.disk_usage(existing).free:,} bytes are free there"
+    return text + (f", about {needed:,} more are needed" if needed else "")
 
 
 def text_lines(path: Path) -> list[str]:

@@ -19,13 +19,13 @@ from nemotron_train.data import prepare as prepare_module
 from nemotron_train.data import readers
 from nemotron_train.data.encode import is_held_out
 from nemotron_train.data.indexed import ShardReader
+from nemotron_train.data.inputs import find_inputs
 from nemotron_train.data.manifest import Manifest, load_manifest
 from nemotron_train.data.prepare import OnBad, PrepareConfig, Progress, prepare
 from nemotron_train.data.readers import (
     InputFormat,
     Position,
     TextDocuments,
-    list_inputs,
     read_files,
 )
 from nemotron_train.data.tokenize import load_tokenizer, train_tokenizer
@@ -172,7 +172,7 @@ def test_packages_are_documents_by_a_knob(tmp_path: Path, tokenizer_folder: Path
     assert read_back(tmp_path / "python")["train"] == expected_texts
     # Reading that stops after any package continues with the same documents.
     for count in (1, 2):
-        files = list_inputs(config.input, config.format)
+        files = find_inputs(config.input, config.format).files
         partly = list(read_files(files, Position(), "", TextDocuments.package))
         rest = read_files(files, partly[count - 1].after, "", TextDocuments.package)
         assert list(rest) == partly[count:]
