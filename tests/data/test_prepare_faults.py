@@ -63,7 +63,7 @@ def check_rerun(config: PrepareConfig, expected: dict[str, bytes]) -> None:
     prepare(config)
     output = Path(config.output)
     assert contents(output) == expected
-    assert sorted(path.name for path in output.parent.iterdir()) == [".out.lock", "out"]
+    assert sorted(path.name for path in output.parent.iterdir()) == ["out"]
 
 
 def in_a_child(config: PrepareConfig, before: Callable[[], None]) -> tuple[int, str]:
