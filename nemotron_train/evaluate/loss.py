@@ -26,8 +26,7 @@ from nemotron_train.evaluate.text_bytes import TokenBytes
 from nemotron_train.generate.checkpoint import LoadedCheckpoint, open_checkpoint
 from nemotron_train.platform.files import check_output, write_output
 from nemotron_train.platform.terminal import open_console
-from nemotron_train.train.global_batch import count_targets
-from nemotron_train.train.train_step import micro_batches
+from nemotron_train.train.global_batch import count_targets, micro_batches
 
 ROWS_A_PASS = 4  # rows per forward pass
 

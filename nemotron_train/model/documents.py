@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
+from nemotron_train.platform.device import to_device
+
 
 @dataclass
 class PackedDocuments(PackedSeqParams):
@@ -22,15 +24,24 @@ class PackedDocuments(PackedSeqParams):
     Megatron passes this object to every layer unchanged. `qkv_format` stays "sbhd" so that none
     of Megatron's own layers flattens the rows.
 
-    document_ids_BS: int64, non-decreasing along each row.
+    document_ids_BS: int64, non-decreasing along each row. host_ids_BS: the same in host memory,
+    from which everything that decides shapes is derived; without it the ids are copied back from
+    the device (SYNC).
     """
 
     document_ids_BS: torch.Tensor | None = None
+    host_ids_BS: torch.Tensor | None = None
 
     @classmethod
-    def of(cls, document_ids_BS: torch.Tensor) -> "PackedDocuments":
+    def of(
+        cls, document_ids_BS: torch.Tensor, host_ids_BS: torch.Tensor | None = None
+    ) -> "PackedDocuments":
         """Build it from document ids, int64 [B,S]."""
-        return cls(qkv_format="sbhd", document_ids_BS=document_ids_BS)
+        return cls(qkv_format="sbhd", document_ids_BS=document_ids_BS, host_ids_BS=host_ids_BS)
+
+    @functools.cached_property
+    def _host_ids(self) -> torch.Tensor:
+        return self.ids_BS.cpu() if self.host_ids_BS is None else self.host_ids_BS
 
     @functools.cached_property
     def ids_BS(self) -> torch.Tensor:
@@ -40,8 +51,8 @@ class PackedDocuments(PackedSeqParams):
 
     @functools.cached_property
     def boundaries(self) -> bool:
-        """Whether any row holds more than one document. SYNC on a GPU, once a micro-batch."""
-        return bool((self.ids_BS[:, :1] != self.ids_BS[:, -1:]).any())
+        """Whether any row holds more than one document."""
+        return bool((self._host_ids[:, :1] != self._host_ids[:, -1:]).any())
 
     @functools.cached_property
     def ids_or_none(self) -> torch.Tensor | None:
@@ -50,9 +61,9 @@ class PackedDocuments(PackedSeqParams):
 
     @functools.cached_property
     def segments(self) -> list[list[tuple[int, int]]]:
-        """The (start, end) of each document, for each row. SYNC on a GPU, once a micro-batch."""
+        """The (start, end) of each document, for each row."""
         rows = []
-        for ids in self.ids_BS.cpu().numpy():
+        for ids in self._host_ids.numpy():
             cuts = [0, *((ids[1:] != ids[:-1]).nonzero()[0] + 1).tolist(), len(ids)]
             rows.append(list(itertools.pairwise(cuts)))
         return rows
@@ -65,7 +76,7 @@ class PackedDocuments(PackedSeqParams):
         ends = [0] + [
             row * length + end for row, parts in enumerate(self.segments) for _, end in parts
         ]
-        return torch.tensor(ends, dtype=torch.int32, device=self.ids_BS.device)
+        return to_device(torch.tensor(ends, dtype=torch.int32), self.ids_BS.device)
 
     @functools.cached_property
     def longest(self) -> int:

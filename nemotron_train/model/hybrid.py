@@ -113,9 +113,12 @@ class NemotronModel(HybridModel):
         tokens_BS: torch.Tensor,
         labels_BS: torch.Tensor | None = None,
         loss_mask_BS: torch.Tensor | None = None,
-        document_ids_BS: torch.Tensor | None = None,
+        document_ids_BS: torch.Tensor | PackedDocuments | None = None,
     ) -> torch.Tensor:
         """Losses of one micro-batch, or logits.
+
+        document_ids_BS: the ids, or the documents with the ids in host memory too, which spares a
+        GPU's host a wait.
 
         On the last pipeline stage it returns, with labels, the loss sums over the targets that
         count, FP32 [1 + depths] (main head first); without labels, logits [B,S,V]. On other stages
@@ -123,7 +126,10 @@ class NemotronModel(HybridModel):
         results cover this rank's piece of the sequence.
         """
         cp_group = self.pg_collection.cp
-        documents = PackedDocuments.of(document_ids_BS) if document_ids_BS is not None else None
+        documents = document_ids_BS
+        if isinstance(document_ids_BS, torch.Tensor):
+            documents = PackedDocuments.of(document_ids_BS)
+        assert documents is None or isinstance(documents, PackedDocuments)
         hidden = self.embedding(piece(tokens_BS, cp_group), None) if self.pre_process else None
         hidden = self.decoder(hidden, attention_mask=None, packed_seq_params=documents)
         if not self.post_process:

@@ -20,6 +20,7 @@ from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from nemotron_train.config.schema import Config
+from nemotron_train.optim.sharded_state import stream_state
 from nemotron_train.platform.device import TORCH_DTYPES, Platform
 
 # Suffixes of the names of parameters without weight decay.
@@ -85,6 +86,7 @@ def build_optimizer(
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         if isinstance(part.optimizer, torch.optim.AdamW):
             _make_loadable(part, part.optimizer)
+    stream_state(optimizer)
     return optimizer
 
 

@@ -101,6 +101,14 @@ def parameter_device(on_cpu: bool) -> int | None:
     return None if on_cpu else torch.cuda.current_device()
 
 
+def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """`tensor`, which is on the CPU, on `device`, without waiting for the copy: it is pinned first,
+    because a copy from pageable memory makes the host wait for all queued work."""
+    if torch.device(device).type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def wait_for_device() -> None:
     """SYNC: wait until the GPU has finished all queued work. Does nothing on a CPU."""
     if torch.cuda.is_available():

@@ -1,10 +1,13 @@
 """The next rows of every rank and the number of targets of all of them together.
 
-Owns: reading together, so that a fault of the data on one rank ends every rank with the same line.
-Does not own: which rows (`data.batches`), or how they are cut into micro-batches (`train_step`).
+Owns: reading together, so that a fault of the data on one rank ends every rank with the same line;
+the micro-batches on the device. Does not own: which rows (`data.batches`).
 
 Shapes: B rows, S tokens per row, K heads (the main head and one per MTP depth).
 """
+
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,8 +15,12 @@ import torch.distributed as dist
 
 from nemotron_train.config.errors import ConfigError
 from nemotron_train.data.batches import Batch, BatchSource, DataState
+from nemotron_train.model.documents import PackedDocuments
 from nemotron_train.model.mtp import depth_mask
+from nemotron_train.platform.device import to_device
 from nemotron_train.platform.groups import sum_over
+
+Tensors = dict[str, Any]  # arguments of the model's forward pass
 
 
 def count_targets(batch: Batch, num_heads: int) -> np.ndarray:
@@ -64,3 +71,23 @@ def take_together(
         raise ConfigError(next(filter(None, problems)))
     assert batch is not None
     return batch, after, summed[:-1]
+
+
+def micro_batches(batch: Batch, rows: int, device: str) -> Iterator[Tensors]:
+    """Split the rows of this data-parallel replica into micro-batches of `rows` rows on `device`.
+
+    Rows are not cut along S: every context-parallel rank gets whole rows.
+    """
+    for start in range(0, len(batch.tokens_BS), rows):
+        micro_rows = slice(start, start + rows)
+        tensors: dict[str, Any] = {
+            name: to_device(torch.from_numpy(array[micro_rows]), device)
+            for name, array in (
+                ("tokens_BS", batch.tokens_BS),
+                ("labels_BS", batch.labels_BS),
+                ("loss_mask_BS", batch.loss_mask_BS),
+            )
+        }
+        host_ids_BS = torch.from_numpy(batch.document_ids_BS[micro_rows])
+        tensors["document_ids_BS"] = PackedDocuments.of(to_device(host_ids_BS, device), host_ids_BS)
+        yield tensors

@@ -104,8 +104,7 @@ class Log:
     def _log(self, progress: Progress, result: StepResult) -> None:
         numbers: dict[str, Any] = {"step": progress.step, "tokens": progress.tokens}
         numbers["time"] = round(time.time(), 3)
-        for name, value in result.metrics.items():  # SYNC: copies the metrics from the device
-            numbers[name] = value.tolist() if isinstance(value, torch.Tensor) else value
+        numbers |= _on_host(result.metrics)
         for name, seconds in self._clock.take().items():
             numbers[f"step_time/{name}"] = seconds / self._steps
         seconds = self._seconds / self._steps
@@ -203,3 +202,17 @@ class Save:
         path = self._checkpoints.poll(wait=wait)
         if path is not None:
             self._say(f"saved {path}")
+
+
+def _on_host(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The metrics as numbers and lists. SYNC: one copy from the device for all of them."""
+    tensors = {name: v for name, v in metrics.items() if isinstance(v, torch.Tensor)}
+    if not tensors:
+        return dict(metrics)
+    flat = torch.cat([value.reshape(-1).double() for value in tensors.values()]).cpu()
+    numbers = dict(metrics)
+    for (name, value), part in zip(
+        tensors.items(), flat.split([value.numel() for value in tensors.values()]), strict=True
+    ):
+        numbers[name] = part.view(value.shape).to(value.dtype).tolist()
+    return numbers

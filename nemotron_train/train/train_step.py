@@ -36,32 +36,12 @@ from nemotron_train.platform.groups import sum_over
 from nemotron_train.precision.attach import PrecisionControl
 from nemotron_train.precision.native import NativePrecision
 from nemotron_train.run_folder.progress import Progress, StepResult
-from nemotron_train.train.global_batch import take_together
+from nemotron_train.train.global_batch import Tensors, micro_batches, take_together
 from nemotron_train.train.guard.diagnose import gradients_are_finite, non_finite
 from nemotron_train.train.guard.guard import Action, Findings, Guard, RollBack
 from nemotron_train.train.guard.health import Health
 from nemotron_train.train.guard.stragglers import Stragglers
 from nemotron_train.train.step_clock import StepClock
-
-Tensors = dict[str, torch.Tensor]
-
-
-def micro_batches(batch: Batch, rows: int, device: str) -> Iterator[Tensors]:
-    """Split the rows of this data-parallel replica into micro-batches of `rows` rows on `device`.
-
-    Rows are not cut along S: every context-parallel rank gets whole rows.
-    """
-    for start in range(0, len(batch.tokens_BS), rows):
-        micro_rows = slice(start, start + rows)
-        yield {
-            name: torch.from_numpy(array[micro_rows]).to(device, non_blocking=True)
-            for name, array in (
-                ("tokens_BS", batch.tokens_BS),
-                ("labels_BS", batch.labels_BS),
-                ("loss_mask_BS", batch.loss_mask_BS),
-                ("document_ids_BS", batch.document_ids_BS),
-            )
-        }
 
 
 def head_weights(config: Config) -> np.ndarray:
@@ -87,9 +67,9 @@ def forward_step(
         """Return what Megatron expects: loss to differentiate, number of tokens, report."""
         # Megatron sums the token counts over context-parallel ranks too, and these share the rows.
         local_tokens = batch["tokens_BS"].numel() // model.config.context_parallel_size
-        num_tokens = torch.tensor(local_tokens, dtype=torch.int)
+        num_tokens = torch.full((), local_tokens, dtype=torch.int, device=sums_K.device)
         total = sums_K.sum() if weights_K is None else (sums_K * weights_K).sum()
-        return total, num_tokens.to(sums_K.device), sums_K.detach()
+        return total, num_tokens, sums_K.detach()
 
     return output, loss
 
@@ -241,14 +221,14 @@ class TrainStep:
         if self.routers:
             loads = torch.stack([router.local_tokens_per_expert for router in self.routers])
             sum_over(loads, self.groups.tp_dp_cp)
-            losses = torch.stack([router.load_balance_loss_sum.float() for router in self.routers])
+            losses = torch.stack([r.load_balance_loss_sum.float().to(loads) for r in self.routers])
             sum_over(losses, self.groups.tp_dp_cp)
             local_layers = [self.moe_layers.index(moe_layer_name(r)) for r in self.routers]
             stats_2L[0, local_layers] = loads.amax(1) / loads.mean(1).clamp(min=1e-9)
             stats_2L[1, local_layers] = losses / self.derived.tokens_per_step
             shares_LE[local_layers] = loads.to(stats_2L) / loads.sum(1, keepdim=True).clamp(min=1)
             for router in self.routers:
-                router.load_balance_loss_sum = torch.zeros(())
+                router.load_balance_loss_sum = torch.zeros((), device=loads.device)
         sum_over(stats_2L, self.groups.pp)  # each stage fills in its own layers
         metrics = {
             f"max_vio/{name}": value

@@ -8,6 +8,7 @@ Shape suffixes: B batch, S tokens, C channels, K kernel taps, R young tokens (se
 """
 
 import importlib.util
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -17,6 +18,8 @@ from torch.nn import functional as F
 
 from nemotron_train.kernels import training as training_kernels
 from nemotron_train.kernels.library import limit, supports
+
+_VECTOR = 8  # channels that the kernel of `causal_conv1d` loads at once
 
 
 def causal_conv(
@@ -36,8 +39,8 @@ def causal_conv(
     y_BSC in x's dtype and memory order (batch- or sequence-first). x, weight, bias and the initial
     inputs receive gradients.
 
-    On CUDA the `causal_conv1d` package computes it if it is installed, K is 2 to 4 and x is not
-    FP64, unless `force_torch`.
+    On CUDA the `causal_conv1d` package computes it if it is installed, K is 2 to 4, C a multiple of
+    8 and x is not FP64, unless `force_torch`.
     """
     if initial_BKC is not None:
         history = initial_BKC.shape[1]
@@ -55,7 +58,8 @@ def causal_conv(
             force_torch=force_torch,
         )
         return y_BSC[:, history:]
-    fits = x_BSC.dtype != torch.float64 and 2 <= weight_CK.shape[1] <= 4
+    num_channels, num_taps = weight_CK.shape
+    fits = x_BSC.dtype != torch.float64 and 2 <= num_taps <= 4 and num_channels % _VECTOR == 0
     if x_BSC.is_cuda and not force_torch and fits and _has_causal_conv1d():
         return _causal_conv1d(x_BSC, weight_CK, bias_C, document_ids_BS)
     if weight_CK.shape[1] <= limit("convolution_max_taps") and supports(x_BSC):
@@ -74,12 +78,34 @@ def _causal_conv1d(
     from causal_conv1d import causal_conv1d_fn  # pyright: ignore[reportMissingImports]
 
     seq_idx = None
-    if document_ids_BS is not None:  # the kernel needs channels last and int32 indices
+    if document_ids_BS is not None:  # the kernel needs int32 indices
         seq_idx = (document_ids_BS - document_ids_BS[:, :1]).to(torch.int32).contiguous()
-        x_BSC = x_BSC.contiguous()
+    x_BSC = _in_kernel_layout(x_BSC)
     weight_CK, bias_C = weight_CK.to(x_BSC.dtype), bias_C.to(x_BSC.dtype)
     y = causal_conv1d_fn(x_BSC.mT, weight_CK, bias_C, seq_idx=seq_idx, activation="silu")
-    return y.mT
+    return _GradientInKernelLayout.apply(y.mT)  # pyright: ignore[reportReturnType]
+
+
+def _in_kernel_layout(x_BSC: Tensor) -> Tensor:
+    """x or a copy such that the kernel of `causal_conv1d` takes it with channels last: it loads
+    eight channels at once, so both other strides and the offset are multiples of eight. x is often
+    a view of an input projection whose width is no such multiple."""
+    strides = x_BSC.stride()
+    aligned = all(n % _VECTOR == 0 for n in (strides[0], strides[1], x_BSC.storage_offset()))
+    return x_BSC if strides[2] == 1 and aligned else x_BSC.contiguous()
+
+
+class _GradientInKernelLayout(torch.autograd.Function):
+    """The identity. The gradient, whose layout its producer chooses, becomes one that the kernel
+    takes."""
+
+    @staticmethod
+    def forward(ctx: Any, y_BSC: Tensor) -> Tensor:
+        return y_BSC.view_as(y_BSC)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return _in_kernel_layout(gradients[0])
 
 
 class _CompiledCausalConv(torch.autograd.Function):
@@ -117,7 +143,8 @@ class _CausalConv(torch.autograd.Function):
 
     A token is young if one of its taps reaches into another document. There are few (at most K - 1
     per document). The full-width operations therefore ignore documents, and the young tokens are
-    computed separately and overwrite the result: exact, and without a mask over all tokens.
+    computed separately and overwrite the result: exact, and without a mask over all tokens. On a
+    GPU the host would wait for the number of young tokens, so there every tap is masked.
     """
 
     @staticmethod
@@ -138,8 +165,9 @@ class _CausalConv(torch.autograd.Function):
         for rows in blocks:
             x = _widened(x_BSC[rows], x_wide)
             torch.addcmul(bias, x, taps_KC[0], out=total)
+            inside = _inside(document_ids_BS, rows)
             for j in _shifts(x, taps_KC):
-                total[:, j:].addcmul_(x[:, :-j], taps_KC[j])  # tokens before j read zero
+                total[:, j:].addcmul_(inside(x[:, :-j], j), taps_KC[j])  # before j: zero
             # Young tokens: the same sum, with taps outside the document set to zero.
             young = _young(document_ids_BS, rows, len(taps_KC))
             if young is not None:
@@ -184,10 +212,12 @@ class _CausalConv(torch.autograd.Function):
             # Tap 0 reads the token itself.
             torch.mul(dsum, taps_KC[0], out=dx)
             dtaps_KC[0] += torch.mul(dsum, x, out=product).sum((0, 1))
+            inside = _inside(document_ids_BS, rows)
             for j in _shifts(x, taps_KC):
                 # x_t reached the output at t + j through tap j.
-                dx[:, :-j].addcmul_(dsum[:, j:], taps_KC[j])
-                torch.mul(dsum[:, j:], x[:, :-j], out=product[:, j:])
+                from_j = inside(dsum[:, j:], j)
+                dx[:, :-j].addcmul_(from_j, taps_KC[j])
+                torch.mul(from_j, x[:, :-j], out=product[:, j:])
                 # Sum whole rows, zeros included: ten times faster than over a sliced view.
                 product[:, :j] = 0
                 dtaps_KC[j] += product.sum((0, 1))
@@ -229,20 +259,30 @@ def _shifts(x_BSC: Tensor, taps_KC: Tensor) -> range:
     return range(1, min(len(taps_KC), x_BSC.shape[1]))
 
 
+def _inside(document_ids_BS: Tensor | None, rows: slice) -> Callable[[Tensor, int], Tensor]:
+    """A function that sets to zero, in a tensor of all tokens but j, those pairs of tokens t and
+    t - j that lie in two documents. The identity on a CPU, where `_young` takes care of them."""
+    if document_ids_BS is None or not document_ids_BS.is_cuda:
+        return lambda values, j: values
+    ids = document_ids_BS[rows]
+    return lambda values, j: values * (ids[:, j:] == ids[:, :-j]).unsqueeze(-1)
+
+
 def _young(document_ids_BS: Tensor | None, rows: slice, num_taps: int) -> tuple[Tensor, ...] | None:
-    """(b, t, inside_1, inside_2, ...) of the R young tokens, each [R]; None if there are none.
+    """(b, t, inside_1, inside_2, ...) of the R young tokens, each [R]; None if there are none, and
+    on a GPU (`_inside`).
 
     b counts from the first row of `rows`, t is the position, inside_j is True if tap j (j >= 1, up
     to the row's length) stays in the document. A tap before the row's start is outside.
     """
-    if document_ids_BS is None:
+    if document_ids_BS is None or document_ids_BS.is_cuda:
         return None
     ids = document_ids_BS[rows]
     length = ids.shape[1]
     reach = min(num_taps - 1, length - 1)
     # Ids do not decrease, so a token is young if its oldest tap lies in another document.
     oldest = torch.cat([ids[:, :1].expand(-1, reach), ids[:, : length - reach]], dim=1)
-    b, t = (ids != oldest).nonzero(as_tuple=True)  # SYNC: the number of young tokens is data
+    b, t = (ids != oldest).nonzero(as_tuple=True)
     if b.numel() == 0:
         return None
     # t - j may be negative and wrap around to the row's end. That value is masked here, and its

@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from nemotron_train.model.activation import activate, activate_backward
 from nemotron_train.model.moe.permutation import (
+    Blocks,
     affordable_padding,
     block_rows,
     permute,
@@ -33,45 +34,44 @@ from nemotron_train.model.moe.permutation import (
 from nemotron_train.platform.bfloat16_products import product_dtype
 
 
-def _product(x_TA: Tensor, weight_EAB: Tensor, rows_per_expert: list[int]) -> Tensor:
+def _has_grouped_product(x_TD: Tensor) -> bool:
+    """Whether torch's grouped product takes these rows: BF16 on a GPU."""
+    return x_TD.is_cuda and x_TD.dtype == torch.bfloat16
+
+
+def _product(x_TA: Tensor, weight_EAB: Tensor, blocks: Blocks) -> Tensor:
     """x W for each expert's block of rows: [T, A], [E, A, B] → [T, B].
 
-    One batched product if all blocks have equal length, torch's grouped product for BF16 on a GPU,
-    else one product per expert.
+    torch's grouped product where the host does not know the blocks, one batched product if all
+    have equal length, else one product per expert.
     """
     num_experts, num_inputs, num_outputs = weight_EAB.shape
-    if min(rows_per_expert) == max(rows_per_expert):
-        x_EtA = x_TA.view(num_experts, rows_per_expert[0], num_inputs)
+    lengths = blocks.lengths
+    if lengths is None:
+        return F.grouped_mm(x_TA, weight_EAB, offs=blocks.ends_E)
+    if min(lengths) == max(lengths):
+        x_EtA = x_TA.view(num_experts, lengths[0], num_inputs)
         return torch.bmm(x_EtA, weight_EAB).view(x_TA.shape[0], num_outputs)
-    if x_TA.is_cuda and x_TA.dtype == torch.bfloat16:
-        return F.grouped_mm(x_TA, weight_EAB, offs=_block_ends(rows_per_expert, x_TA.device))
     y_TB = x_TA.new_empty(x_TA.shape[0], num_outputs)
-    blocks = zip(x_TA.split(rows_per_expert), weight_EAB, y_TB.split(rows_per_expert), strict=True)
-    for x, weight, y in blocks:
+    for x, weight, y in zip(x_TA.split(lengths), weight_EAB, y_TB.split(lengths), strict=True):
         torch.mm(x, weight, out=y)
     return y_TB
 
 
-def _outer_product(x_TA: Tensor, y_TB: Tensor, rows_per_expert: list[int]) -> Tensor:
+def _outer_product(x_TA: Tensor, y_TB: Tensor, blocks: Blocks) -> Tensor:
     """xᵀ y for each expert's block of rows: [T, A], [T, B] → [E, A, B]; zero for an empty block.
     The three forms of `_product`."""
-    num_experts, num_rows = len(rows_per_expert), rows_per_expert[0]
+    num_experts, lengths = blocks.num_experts, blocks.lengths
     num_left, num_right = x_TA.shape[1], y_TB.shape[1]
-    if min(rows_per_expert) == max(rows_per_expert):
-        x_EAt = x_TA.view(num_experts, num_rows, num_left).transpose(1, 2)
-        return torch.bmm(x_EAt, y_TB.view(num_experts, num_rows, num_right))
-    if x_TA.is_cuda and x_TA.dtype == torch.bfloat16:
-        return F.grouped_mm(x_TA.t(), y_TB, offs=_block_ends(rows_per_expert, x_TA.device))
+    if lengths is None:
+        return F.grouped_mm(x_TA.t(), y_TB, offs=blocks.ends_E)
+    if min(lengths) == max(lengths):
+        x_EAt = x_TA.view(num_experts, lengths[0], num_left).transpose(1, 2)
+        return torch.bmm(x_EAt, y_TB.view(num_experts, lengths[0], num_right))
     out_EAB = x_TA.new_empty(num_experts, num_left, num_right)
-    blocks = zip(x_TA.split(rows_per_expert), y_TB.split(rows_per_expert), out_EAB, strict=True)
-    for x, y, out in blocks:
+    for x, y, out in zip(x_TA.split(lengths), y_TB.split(lengths), out_EAB, strict=True):
         torch.mm(x.t(), y, out=out)
     return out_EAB
-
-
-def _block_ends(rows_per_expert: list[int], device: torch.device) -> Tensor:
-    """The end of each expert's block, int32 [E], as `grouped_mm` takes it."""
-    return torch.tensor(rows_per_expert, device=device).cumsum(0, dtype=torch.int32)
 
 
 class _GroupedMlp(torch.autograd.Function):
@@ -89,16 +89,16 @@ class _GroupedMlp(torch.autograd.Function):
         weight1_EFD: Tensor,
         weight2_EDF: Tensor,
         probabilities_T: Tensor | None,
-        rows_per_expert: list[int],
+        blocks: Blocks,
     ) -> Tensor:
-        hidden_TF = _product(x_TD, weight1_EFD.transpose(1, 2), rows_per_expert)
+        hidden_TF = _product(x_TD, weight1_EFD.transpose(1, 2), blocks)
         # relu_TF is relu(h), in h's memory, or h itself (C kernel); `activate_backward` takes both.
         relu_TF, activation_TF = activate(hidden_TF, probabilities_T)
         ctx.save_for_backward(
             x_TD, weight1_EFD, weight2_EDF, probabilities_T, relu_TF, activation_TF
         )
-        ctx.rows_per_expert = rows_per_expert
-        return _product(activation_TF, weight2_EDF.transpose(1, 2), rows_per_expert)
+        ctx.blocks = blocks
+        return _product(activation_TF, weight2_EDF.transpose(1, 2), blocks)
 
     @staticmethod
     @once_differentiable
@@ -107,22 +107,22 @@ class _GroupedMlp(torch.autograd.Function):
         ∂x = ∂h W1, for each expert's block of rows. Padding rows have x = 0 and p = 0, so they add
         nothing to the weight gradients."""
         x_TD, weight1_EFD, weight2_EDF, probabilities_T, relu_TF, activation_TF = ctx.saved_tensors
-        rows_per_expert = ctx.rows_per_expert
+        blocks = ctx.blocks
         grad_y_TD = grads[0].contiguous()
         grad_weight2_EDF = None
         if ctx.needs_input_grad[2]:
-            grad_weight2_EDF = _outer_product(grad_y_TD, activation_TF, rows_per_expert)
-        grad_activation_TF = _product(grad_y_TD, weight2_EDF, rows_per_expert)
+            grad_weight2_EDF = _outer_product(grad_y_TD, activation_TF, blocks)
+        grad_activation_TF = _product(grad_y_TD, weight2_EDF, blocks)
         # grad_hidden_TF overwrites grad_activation_TF.
         grad_hidden_TF, grad_probabilities_T = activate_backward(
             grad_activation_TF, relu_TF, probabilities_T, ctx.needs_input_grad[3]
         )
         grad_weight1_EFD = None
         if ctx.needs_input_grad[1]:
-            grad_weight1_EFD = _outer_product(grad_hidden_TF, x_TD, rows_per_expert)
+            grad_weight1_EFD = _outer_product(grad_hidden_TF, x_TD, blocks)
         grad_x_TD = None
         if ctx.needs_input_grad[0]:
-            grad_x_TD = _product(grad_hidden_TF, weight1_EFD, rows_per_expert)
+            grad_x_TD = _product(grad_hidden_TF, weight1_EFD, blocks)
         return grad_x_TD, grad_weight1_EFD, grad_weight2_EDF, grad_probabilities_T, None
 
 
@@ -142,33 +142,33 @@ def grouped_mlp(
     """y = (p relu(x W1ᵀ)²) W2ᵀ with W1, W2 of each row's expert (Nemotron 3's ungated experts).
 
     `x_TD` [T, D] is sorted by expert. `tokens_per_expert_E` counts the rows of each expert (a list,
-    or an int64 tensor; SYNC if that is on a GPU) and may contain zeros. `probabilities_T` [T] is
-    the routing weight, FP32 or x's dtype; None means 1. Products take x's dtype and accumulate in
-    FP32. → y [T, D] in x's dtype.
+    or an int64 tensor; SYNC if that and x are on a GPU and x is not BF16) and may contain zeros.
+    `probabilities_T` [T] is the routing weight, FP32 or x's dtype; None means 1. Products take x's
+    dtype and accumulate in FP32. → y [T, D] in x's dtype.
     """
-    if isinstance(tokens_per_expert_E, Tensor):
-        tokens_per_expert_E = tokens_per_expert_E.tolist()
-    rows_per_expert: list[int] = tokens_per_expert_E
-    assert len(rows_per_expert) == weight1_EFD.shape[0], (len(rows_per_expert), weight1_EFD.shape)
-    assert sum(rows_per_expert) == x_TD.shape[0], (sum(rows_per_expert), x_TD.shape)
     dtype = x_TD.dtype
     x_TD, weight1_EFD, weight2_EDF = _as_multiplied(x_TD, weight1_EFD, weight2_EDF)
-    num_experts, fullest = len(rows_per_expert), block_rows(rows_per_expert)
-    num_padding = fullest * num_experts - x_TD.shape[0]
+    blocks = Blocks.of(tokens_per_expert_E, _has_grouped_product(x_TD))
+    num_experts, rows_per_expert = blocks.num_experts, blocks.lengths
+    assert num_experts == weight1_EFD.shape[0], (num_experts, weight1_EFD.shape)
+    num_padding = 0
+    if rows_per_expert is not None:
+        assert sum(rows_per_expert) == x_TD.shape[0], (sum(rows_per_expert), x_TD.shape)
+        num_padding = block_rows(rows_per_expert) * num_experts - x_TD.shape[0]
     if 0 < num_padding <= affordable_padding(weight1_EFD) * num_experts:
         # Rows are sorted already: this permutation only inserts the padding rows.
-        counts_E = torch.tensor(rows_per_expert)
+        counts_E = torch.tensor(blocks.lengths)
         experts_T1 = torch.arange(num_experts).repeat_interleave(counts_E).unsqueeze(1)
         permutation = plan_permutation(experts_T1, num_experts, max_padding=num_padding)
         rows_x_TD = permute(x_TD, permutation)
         if probabilities_T is not None:
             probabilities_T = permute_probabilities(probabilities_T.unsqueeze(1), permutation)
         rows_y_TD = _GroupedMlp.apply(
-            rows_x_TD, weight1_EFD, weight2_EDF, probabilities_T, permutation.rows_per_expert
+            rows_x_TD, weight1_EFD, weight2_EDF, probabilities_T, permutation.blocks
         )
         return unpermute(rows_y_TD, permutation).to(dtype)  # pyright: ignore[reportArgumentType]
     y_TD: Tensor = _GroupedMlp.apply(  # pyright: ignore
-        x_TD.contiguous(), weight1_EFD, weight2_EDF, probabilities_T, rows_per_expert
+        x_TD.contiguous(), weight1_EFD, weight2_EDF, probabilities_T, blocks
     )
     return y_TD.to(dtype)
 
@@ -183,18 +183,23 @@ def routed_mlp(
     """y_s = Σ_k p_sk expert_{e_sk}(x_s), with every expert on this rank.
 
     `experts_SK` are the router's choices (any integer dtype), `probabilities_SK` their weights.
-    → y [S, D] in x's dtype, and the number of tokens of each expert, int64 [E]. SYNC: the host
-    reads the counts.
+    → y [S, D] in x's dtype, and the number of tokens of each expert, int64 [E]. SYNC on a GPU
+    unless x is BF16: the host reads the counts.
     """
     num_experts, dtype = weight1_EFD.shape[0], x_SD.dtype
     x_SD, weight1_EFD, weight2_EDF = _as_multiplied(x_SD, weight1_EFD, weight2_EDF)
-    permutation = plan_permutation(experts_SK, num_experts, affordable_padding(weight1_EFD))
+    permutation = plan_permutation(
+        experts_SK,
+        num_experts,
+        affordable_padding(weight1_EFD),
+        is_grouped=_has_grouped_product(x_SD),
+    )
     rows_y_TD = _GroupedMlp.apply(
         permute(x_SD, permutation),
         weight1_EFD,
         weight2_EDF,
         permute_probabilities(probabilities_SK, permutation),
-        permutation.rows_per_expert,
+        permutation.blocks,
     )
     y_SD = unpermute(rows_y_TD, permutation)  # pyright: ignore[reportArgumentType]
     return y_SD.to(dtype), permutation.tokens_per_expert_E

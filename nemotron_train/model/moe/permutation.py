@@ -16,11 +16,49 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from nemotron_train.platform.device import to_device
+
 # FLOPs that padding may waste, for each expert and product: about the cost of starting one more
 # product on two Zen 4 cores (benchmarks/moe.py; oneDNN's BF16 products start slower than FP32's).
 _PADDING_FLOPS = {torch.float32: 2_000_000, torch.bfloat16: 12_000_000}
 
 _BLOCK_MULTIPLE = 32  # rows of a padded block are a multiple of this; see `block_rows`
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The block of rows of each expert.
+
+    `lengths`: rows of each block, in host memory; None where the host does not know them: on a GPU
+    the grouped product reads `ends_E`, int32 [E], the end of each block, so nobody waits.
+    """
+
+    num_experts: int
+    lengths: list[int] | None = None
+    ends_E: Tensor | None = None
+
+    @classmethod
+    def of(cls, counts_E: Tensor | list[int], is_grouped: bool) -> "Blocks":
+        """Blocks of `counts_E` rows. is_grouped: for a grouped product; otherwise the counts are
+        brought to the host (SYNC if they are on a GPU)."""
+        num_experts = len(counts_E)
+        if not is_grouped:
+            lengths = counts_E.tolist() if isinstance(counts_E, Tensor) else counts_E
+            return cls(num_experts, lengths)
+        counts_E = torch.as_tensor(counts_E)
+        if not counts_E.is_cuda:
+            counts_E = to_device(counts_E, "cuda")
+        return cls(num_experts, ends_E=counts_E.cumsum(0, dtype=torch.int32))
+
+
+def count_values(values: Tensor, num_values: int) -> Tensor:
+    """How often each of 0 … num_values - 1 occurs in the integers `values`: int64 [num_values].
+    Unlike `torch.bincount`, which reads the largest value, the host does not wait for a GPU."""
+    flat = values.reshape(-1)
+    if not flat.is_cuda:
+        return torch.bincount(flat, minlength=num_values)
+    counts = torch.zeros(num_values, dtype=torch.int64, device=flat.device)
+    return counts.scatter_add_(0, flat.long(), torch.ones_like(flat, dtype=torch.int64))
 
 
 @dataclass(frozen=True)
@@ -30,14 +68,20 @@ class Permutation:
 
     `token_of_row_T`: token of each row; `num_tokens` (one past the last) for padding rows.
     `row_of_choice_SK`: int32 row of each token's choice.
-    `rows_per_expert`: rows in each expert's block; all equal if the blocks are padded.
+    `blocks`: the block of rows of each expert; all of one length if they are padded.
     `tokens_per_expert_E`: tokens in each expert's block, int64, on the tokens' device.
     """
 
     token_of_row_T: Tensor
     row_of_choice_SK: Tensor
-    rows_per_expert: list[int]
+    blocks: Blocks
     tokens_per_expert_E: Tensor
+
+    @property
+    def rows_per_expert(self) -> list[int]:
+        """Rows in each expert's block, where the host knows them."""
+        assert self.blocks.lengths is not None
+        return self.blocks.lengths
 
     @property
     def padded(self) -> bool:
@@ -63,29 +107,34 @@ def block_rows(rows_per_expert: list[int]) -> int:
 
 
 @torch.no_grad()
-def plan_permutation(experts_SK: Tensor, num_experts: int, max_padding: int = 0) -> Permutation:
+def plan_permutation(
+    experts_SK: Tensor, num_experts: int, max_padding: int = 0, *, is_grouped: bool = False
+) -> Permutation:
     """Sort the choices by expert, ties in token order, so the result is deterministic.
 
     Blocks are padded to the length of the fullest one if that adds at most `max_padding` rows per
-    expert on average; otherwise there is no padding. SYNC: the host reads the counts.
+    expert on average; otherwise there is no padding. is_grouped: for a GPU's grouped product,
+    which needs no padding and no counts on the host. Otherwise SYNC on a GPU: the host reads the
+    counts.
     """
     num_tokens, num_choices = experts_SK.shape
     device = experts_SK.device
     # A radix sort of small integers: three times as fast as one of int64.
     key_dtype = torch.uint8 if num_experts <= 256 else torch.int32
     sorted_T, order_T = torch.sort(experts_SK.reshape(-1).to(key_dtype), stable=True)
-    tokens_per_expert_E = torch.bincount(sorted_T, minlength=num_experts)
-    rows_per_expert: list[int] = tokens_per_expert_E.tolist()
-    num_rows, fullest = sum(rows_per_expert), block_rows(rows_per_expert)
+    tokens_per_expert_E = count_values(sorted_T, num_experts)
+    blocks = Blocks.of(tokens_per_expert_E, is_grouped)
+    num_rows = sorted_T.numel()
+    fullest = block_rows(blocks.lengths) if blocks.lengths else 0
 
     row_T = torch.arange(num_rows, device=device, dtype=torch.int32)
     token_T = order_T // num_choices
-    if fullest * num_experts - num_rows <= max_padding * num_experts:
+    if blocks.lengths and fullest * num_experts - num_rows <= max_padding * num_experts:
         # Move each row by the distance between its expert's padded and packed block.
         block_E = torch.arange(num_experts, device=device) * fullest
         start_E = tokens_per_expert_E.cumsum(0) - tokens_per_expert_E
         row_T += (block_E - start_E).to(torch.int32).index_select(0, sorted_T.to(torch.int32))
-        rows_per_expert = [fullest] * num_experts
+        blocks = Blocks(num_experts, [fullest] * num_experts)
         token_of_row_T = token_T.new_full((fullest * num_experts,), num_tokens)
         token_of_row_T[row_T] = token_T
     else:
@@ -94,7 +143,7 @@ def plan_permutation(experts_SK: Tensor, num_experts: int, max_padding: int = 0)
     return Permutation(
         token_of_row_T=token_of_row_T,
         row_of_choice_SK=row_of_choice_SK.view(num_tokens, num_choices),
-        rows_per_expert=rows_per_expert,
+        blocks=blocks,
         tokens_per_expert_E=tokens_per_expert_E,
     )
 

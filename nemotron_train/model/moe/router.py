@@ -12,6 +12,8 @@ import torch
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
 
+from nemotron_train.model.moe.permutation import count_values
+
 
 class SigmoidRouter(TopKRouter):
     """Megatron's router with its measurements stored on the module.
@@ -69,7 +71,7 @@ class SigmoidRouter(TopKRouter):
         scale = self.config.moe_router_topk_scaling_factor or 1.0
         probabilities_TK = chosen_TK * (scale / (chosen_TK.sum(-1, keepdim=True) + 1e-20))
         if self.training and torch.is_grad_enabled():
-            counts_E = torch.bincount(experts_TK.flatten(), minlength=scores_TE.shape[1])
+            counts_E = count_values(experts_TK, scores_TE.shape[1])
             self.local_tokens_per_expert += counts_E
             probabilities_TK = self._with_sequence_loss(probabilities_TK, scores_TE, num_rows)
         return experts_TK, probabilities_TK
@@ -93,7 +95,7 @@ class SigmoidRouter(TopKRouter):
             rows_T1 = torch.arange(num_rows, device=top_TK.device).repeat(len(top_TK) // num_rows)
             # One histogram over (row, expert) pairs.
             cells = (rows_T1.unsqueeze(1) * num_experts + top_TK).flatten()
-            counts_BE = torch.bincount(cells, minlength=shares_BE.numel()).view_as(shares_BE)
+            counts_BE = count_values(cells, shares_BE.numel()).view_as(shares_BE)
         length = scores_TE.shape[0] // num_rows
         scale = coefficient * num_experts / (self.topk * length * length * num_rows)
         return self.attach_and_log_load_balancing_loss(

@@ -369,10 +369,15 @@ def _copied(buckets: Sequence[Bucket], copies: Buffers) -> list[Bucket]:
 def _write_shards(
     writer: Any, buckets: Sequence[Bucket], partial: Path
 ) -> tuple[list[Any], dict[str, str]]:
-    """Write this rank's shards; return the place of each tensor and the digests of the files."""
+    """Write this rank's shards; return the place of each tensor and the digests of the files.
+
+    Tensors of a GPU come to the host one at a time: Megatron's writer takes no others.
+    """
     transforms = [writer.transforms] if hasattr(writer, "transforms") else []
     places: list[Any] = []
-    for number, bucket in enumerate(buckets):
+    for number, (path, name, (objects, tensors)) in enumerate(buckets):
+        on_host = ((item, tensor.cpu()) for item, tensor in tensors)
+        bucket: Any = (path, name, (objects, on_host))
         _, outcome = filesystem_async.FileSystemWriterAsync.write_preloaded_data(  # type: ignore
             transforms, number, bucket, None, None, True
         )

@@ -30,6 +30,7 @@ def capture() -> dict[str, Any]:
         "numpy": [name, _to_text(keys.tobytes()), position, has_gauss, cached],
         "torch": _from_tensor(torch.get_rng_state()),
         "device": _from_tensor(device_random_state()),
+        "device_kind": _device_kind(),
         "megatron": {
             name: _from_tensor(state)
             for name, state in tracker.get_states().items()
@@ -39,17 +40,32 @@ def capture() -> dict[str, Any]:
 
 
 def restore(states: dict[str, Any]) -> None:
-    """Set all generators to the states that `capture` returned."""
+    """Set all generators to the states that `capture` returned. Those of the device, and Megatron's
+    named ones, only if they were captured on the same kind of device (CPU or CUDA)."""
     version, words, gauss = states["python"]
     random.setstate((version, tuple(words), gauss))
     name, keys, position, has_gauss, cached = states["numpy"]
     key_words = np.frombuffer(base64.b64decode(keys), dtype=np.uint32)
     np.random.set_state((name, key_words, position, has_gauss, cached))
     torch.set_rng_state(_to_tensor(states["torch"]))
-    set_device_random_state(_to_tensor(states["device"]))
+    device_state = _to_tensor(states["device"])
+    kind = states.get("device_kind") or _kind_of(device_state)  # older checkpoints do not say
+    if kind != _device_kind():
+        return  # the generators of another device kind cannot be restored here
+    set_device_random_state(device_state)
     tracker: Any = get_cuda_rng_tracker()
     saved_states = {name: _to_tensor(text) for name, text in states["megatron"].items()}
     tracker.set_states({**tracker.get_states(), **saved_states})
+
+
+def _device_kind() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _kind_of(state: torch.Tensor) -> str:
+    """The kind of device of a generator's state: a CUDA generator has 16 bytes (seed and offset), a
+    CPU's Mersenne Twister thousands."""
+    return "cuda" if state.numel() <= 64 else "cpu"
 
 
 def _to_text(content: bytes) -> str:
