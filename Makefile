@@ -1,6 +1,7 @@
 # Targets: env, demo, test, test-layouts, test-faults, test-slurm, test-browser, check, benchmark. They
 # work from any folder (make -C, make -f) and set up .venv first. Choices: EXTRAS=dev,gpu (installed
-# beside the library), TEST_PROCESSES=2, ARGS="..." (for nemotron-train, pytest or the benchmark).
+# beside the library), TEST_PROCESSES=2, ARGS="..." (for nemotron-train, pytest or the benchmark);
+# with gpu: GPU_ARCH=90, MAX_JOBS=8, GPU_STRICT=1, GPU_PACKAGES="..." (docs/gpu.md).
 
 root := $(patsubst %/,%,$(dir $(abspath $(lastword $(MAKEFILE_LIST)))))
 venv := $(root)/.venv
@@ -8,6 +9,13 @@ python := $(venv)/bin/python
 stamp := $(venv)/.installed
 
 EXTRAS ?= dev
+# What pip installs by itself. The GPU packages need torch first (launch/gpu_packages.sh).
+comma := ,
+empty :=
+space := $(empty) $(empty)
+extras_list := $(subst $(comma),$(space),$(EXTRAS))
+bracketed = $(if $(strip $(1)),[$(subst $(space),$(comma),$(strip $(1)))])
+pip_extras := $(filter-out gpu,$(extras_list))
 TEST_PROCESSES ?= 2
 ARGS ?=
 
@@ -18,12 +26,17 @@ clean_env := env -u PYTHONPATH -u PYTHONHOME -u PIP_CONSTRAINT -u PIP_BUILD_CONS
 	-u PIP_REQUIRE_HASHES -u PIP_IGNORE_INSTALLED
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-layouts test-faults test-slurm test-browser check benchmark
+.PHONY: help env env-gpu demo test test-layouts test-faults test-slurm test-browser check benchmark
 
 help:
-	@sed -n 's/^# //;1,3p' '$(lastword $(MAKEFILE_LIST))'
+	@sed -n 's/^# //;1,4p' '$(lastword $(MAKEFILE_LIST))'
 
-env: $(stamp)
+env: $(stamp) $(if $(filter gpu,$(extras_list)),env-gpu)
+
+# A package that cannot be installed is named in one line, and the others are installed. The choices
+# reach the script because make exports variables of its command line.
+env-gpu: $(stamp)
+	@$(clean_env) '$(root)/launch/gpu_packages.sh' '$(python)'
 
 # Looks for a Python 3.12 that really runs: a pyenv shim exists even where its version is not
 # selected, and Debian's python3.12 may lack venv. The existing .venv is kept if it is a 3.12.
@@ -49,7 +62,7 @@ $(stamp): $(root)/pyproject.toml $(root)/constraints.txt
 	fi
 	@echo 'Installing into $(venv): a few minutes and about 5 GB the first time.'
 	@cd '$(root)' && $(clean_env) '$(python)' -m pip install --quiet --disable-pip-version-check \
-		--constraint constraints.txt --editable '.[$(EXTRAS)]'
+		--constraint constraints.txt --editable '.$(call bracketed,$(pip_extras))'
 	@touch '$@'
 
 demo: $(stamp)
@@ -80,5 +93,5 @@ check: $(stamp)
 
 benchmark: $(stamp)
 	cd '$(root)' && $(clean_env) '$(python)' -m pip install --quiet --disable-pip-version-check \
-		--constraint constraints.txt --editable '.[$(EXTRAS),benchmark]'
+		--constraint constraints.txt --editable '.$(call bracketed,$(pip_extras) benchmark)'
 	cd '$(root)' && '$(python)' benchmarks/cpu_step.py $(ARGS)
