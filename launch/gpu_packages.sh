@@ -102,11 +102,12 @@ set_build_environment() {
     NVTE_CUDA_ARCHS=$(IFS=';' && echo "${architectures[*]}")
     export TORCH_CUDA_ARCH_LIST NVTE_CUDA_ARCHS MAX_JOBS
     [[ -z ${CUDA_HOME-} ]] || export CUDA_HOME
-    # The toolkit has no cuDNN and often no NCCL; torch's own wheels have all headers.
+    # The toolkit's headers come first. cuDNN's, often NCCL's and, in a small toolkit, cuBLAS's are
+    # missing there and come from torch's own wheels, which in turn lack those of the compiler.
     nvidia=$("$python" -c 'import nvidia; print(list(nvidia.__path__)[0])' 2>/dev/null) || nvidia=
     if [[ -n $nvidia ]]; then
-        export CPATH=$nvidia/cu13/include:$nvidia/cudnn/include:$nvidia/nccl/include${CPATH:+:$CPATH}
-        export NVTE_BUILD_USE_NVIDIA_WHEELS=1
+        export CPATH=${CPATH:+$CPATH:}${CUDA_HOME:+$CUDA_HOME/include:}$nvidia/cu13/include
+        CPATH+=:$nvidia/cudnn/include:$nvidia/nccl/include
     fi
     # causal_conv1d's setup names nine architectures itself: this nvcc leaves out the others.
     export PYTORCH_NVCC=$here/launch/nvcc_selected.sh
@@ -167,9 +168,13 @@ install_package() {
         missing "$package" "$obstacle"
         return
     fi
-    # A part that pip already has at the pinned version stays; one that does not import is rebuilt.
-    local force=()
-    imports "$package" >/dev/null 2>&1 || force=(--force-reinstall)
+    # A part that pip already has at the pinned version stays, unless it does not import or was built
+    # here for another torch or GPU.
+    local force=() built=$logs/$package.built what="torch $torch"
+    [[ $package != causal-conv1d ]] || what+=", architectures ${architectures[*]}"
+    if ! imports "$package" >/dev/null 2>&1 || [[ -e $built && $(<"$built") != "$what" ]]; then
+        force=(--force-reinstall)
+    fi
     say "$package ... (log: $log)"
     if ! pip_install "${force[@]}" "${parts[@]}" >"$log" 2>&1; then
         missing "$package" "$(reason_in "$log"); whole log: $log"
@@ -178,6 +183,7 @@ install_package() {
         "$python" -m pip uninstall --yes "${parts[@]}" >/dev/null 2>&1 || true
         missing "$package" "built, but it does not import: $(reason_in "$log"); removed; log: $log"
     else
+        echo "$what" >"$built"
         say "$package is installed"
     fi
 }
@@ -188,7 +194,8 @@ for package in "${packages[@]}"; do
     [[ -n $(fallback "$package") ]] || refuse "GPU_PACKAGES: $package is none of mamba-ssm," \
         "transformer-engine, causal-conv1d"
 done
-"$python" -c 'import torch' 2>/dev/null || refuse "$python has no torch: run make env first"
+torch=$("$python" -c 'import torch; print(torch.__version__)' 2>/dev/null) ||
+    refuse "$python has no torch: run make env first"
 choose_architectures
 choose_jobs
 look_for_compilers

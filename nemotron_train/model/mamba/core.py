@@ -7,7 +7,10 @@ of dt, the gate (all in `layer`).
 Shape suffixes: B batch, S tokens, H heads, P channels a head, G groups, N state size.
 """
 
+import importlib
 import importlib.util
+import sys
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -82,6 +85,27 @@ def _has_mamba_ssm() -> bool:
     return importlib.util.find_spec("mamba_ssm") is not None
 
 
+@lru_cache(maxsize=1)
+def mamba_scan() -> Callable[..., Any]:
+    """mamba_ssm's Triton scan, `mamba_chunk_scan_combined`.
+
+    UPSTREAM(mamba-ssm 2.3): mamba_ssm/__init__.py imports compiled kernels of Mamba-1, which
+    launch/gpu_packages.sh leaves out. If they are missing, the scan is imported without that file.
+    Raises ImportError if the scan itself cannot be imported.
+    """
+    scan = "mamba_ssm.ops.triton.ssd_combined"
+    try:
+        module = importlib.import_module(scan)
+    except ImportError:
+        spec = importlib.util.find_spec("mamba_ssm")
+        if spec is None:
+            raise
+        # The package stays known in this form: the scan imports more of it when it is called.
+        sys.modules["mamba_ssm"] = importlib.util.module_from_spec(spec)
+        module = importlib.import_module(scan)
+    return module.mamba_chunk_scan_combined
+
+
 def check_offsets(x_BSHP: Tensor, B_BSGN: Tensor, C_BSGN: Tensor, chunk_size: int) -> None:
     """Raises ConfigError if an element offset inside mamba_ssm's kernels would reach 2^31.
 
@@ -115,15 +139,11 @@ def _mamba_ssm(
     return_final_state: bool,
 ) -> Any:
     """`ssd` by mamba_ssm's Triton kernels."""
-    from mamba_ssm.ops.triton.ssd_combined import (  # pyright: ignore[reportMissingImports]
-        mamba_chunk_scan_combined,
-    )
-
     check_offsets(x_BSHP, B_BSGN, C_BSGN, chunk_size)
     seq_idx = None
     if document_ids_BS is not None:  # the kernel applies the initial state to index 0 only
         seq_idx = (document_ids_BS - document_ids_BS[:, :1]).to(torch.int32).contiguous()
-    return mamba_chunk_scan_combined(
+    return mamba_scan()(
         x_BSHP,
         dt_BSH,
         A_H,
