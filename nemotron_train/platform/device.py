@@ -133,6 +133,11 @@ def seconds_between(start: Any, end: Any) -> float:
     return start.elapsed_time(end) / 1000
 
 
+def device_kind() -> str:
+    """ "cuda" if this process computes on a GPU, else "cpu"."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def device_random_state() -> torch.Tensor:
     """State of the GPU's random generator, or of the CPU's if there is no GPU."""
     return torch.cuda.get_rng_state() if torch.cuda.is_available() else torch.get_rng_state()

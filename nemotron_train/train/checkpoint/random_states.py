@@ -14,7 +14,11 @@ import numpy as np
 import torch
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
-from nemotron_train.platform.device import device_random_state, set_device_random_state
+from nemotron_train.platform.device import (
+    device_kind,
+    device_random_state,
+    set_device_random_state,
+)
 
 
 def capture() -> dict[str, Any]:
@@ -30,7 +34,7 @@ def capture() -> dict[str, Any]:
         "numpy": [name, _to_text(keys.tobytes()), position, has_gauss, cached],
         "torch": _from_tensor(torch.get_rng_state()),
         "device": _from_tensor(device_random_state()),
-        "device_kind": _device_kind(),
+        "device_kind": device_kind(),
         "megatron": {
             name: _from_tensor(state)
             for name, state in tracker.get_states().items()
@@ -50,16 +54,12 @@ def restore(states: dict[str, Any]) -> None:
     torch.set_rng_state(_to_tensor(states["torch"]))
     device_state = _to_tensor(states["device"])
     kind = states.get("device_kind") or _kind_of(device_state)  # older checkpoints do not say
-    if kind != _device_kind():
+    if kind != device_kind():
         return  # the generators of another device kind cannot be restored here
     set_device_random_state(device_state)
     tracker: Any = get_cuda_rng_tracker()
     saved_states = {name: _to_tensor(text) for name, text in states["megatron"].items()}
     tracker.set_states({**tracker.get_states(), **saved_states})
-
-
-def _device_kind() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _kind_of(state: torch.Tensor) -> str:
