@@ -1,8 +1,8 @@
 """MXFP8 in plain torch: 8-bit E4M3 codes and a power-of-two (E8M0) scale per block of 32.
 
 Owns: quantization of either orientation, dequantization. Does not own: products (gemm.py), which
-products use the format (plan/precision/resolve.py), the same arithmetic as a fused CPU kernel
-(kernels/quantize.py). Never imports Transformer Engine.
+products use the format (plan/precision/resolve.py), the same arithmetic in fused kernels
+(compiled.py chooses them). Never imports Transformer Engine.
 
 The arithmetic is that of Transformer Engine's MXFP8BlockScaling (2.17.1): E4M3 for activations,
 weights and gradients, and the scale `amax · fp32(1/448)` rounded UP to a power of two, so that no
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nemotron_train.kernels import quantize as quantize_kernels
+from nemotron_train.precision import compiled
 from nemotron_train.precision.gemm import Operand
 from nemotron_train.precision.rounding import round_to_nearest_, rows_per_chunk
 
@@ -90,11 +91,12 @@ def mxfp8_operand(x: Tensor, *, dim: Literal[-1, 0] = -1) -> Operand:
     tensor's maximum is far below the precision of an FP32 sum of the two).
     Source: Transformer Engine 2.17.1, quantize_mxfp8.cuh and float_to_e8m0 in ptx.cuh.
     """
-    if x.device.type == "cpu" and quantize_kernels.can_quantize():
+    kernels = compiled.kernels_for(x)
+    if kernels is not None:
         matrix = quantize_kernels.operand_matrix(x)
-        amax = quantize_kernels.strip_amax(matrix, BLOCK)
+        amax = kernels.strip_amax(matrix, BLOCK)
         amax = amax.amax() if amax.numel() else amax.new_zeros(())
-        values = quantize_kernels.mxfp8_operand(matrix, 1 + dim, amax)
+        values = kernels.mxfp8_operand(matrix, 1 + dim, amax)
         return Operand(values.view(x.shape), _power_of_two(_exponents_of(amax)), 1.0)
     matrix = x.reshape(-1, x.shape[-1])
     blocks = _blocks(matrix, dim)

@@ -1,8 +1,8 @@
 """NVFP4 in plain torch: 4-bit E2M1 codes, an E4M3 scale per block of 16, an FP32 scale per tensor.
 
 Owns: quantization (nearest-even and stochastic), packing, dequantization. Does not own: products
-(gemm.py), random words (rounding.py), the Hadamard transform (hadamard.py), the same arithmetic as
-a fused CPU kernel (kernels/quantize.py), the rounding of each tensor of a linear
+(gemm.py), random words (rounding.py), the Hadamard transform (hadamard.py), the same arithmetic in
+fused kernels (compiled.py chooses them), the rounding of each tensor of a linear
 (precision/linear.py). Never imports Transformer Engine.
 
 The arithmetic equals Transformer Engine's reference NVFP4 quantizer since 2.14 (pinned: 2.17.1)
@@ -15,13 +15,14 @@ Shape legend: R rows, C columns of the matrix; B blocks along a dimension.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from nemotron_train.kernels import quantize as quantize_kernels
+from nemotron_train.precision import compiled
 from nemotron_train.precision.gemm import Operand
 from nemotron_train.precision.rounding import RandomWords, round_to_nearest_, rows_per_chunk
 
@@ -160,11 +161,10 @@ def nvfp4_operand(
     Source: Transformer Engine 2.17.1's quantization_ref_nvfp4.py; for stochastic rounding see
     `round_e2m1`.
     """
-    can_fuse = block == "1d" or random_words is None
-    can_fuse = can_fuse and x.device.type == "cpu" and quantize_kernels.can_quantize()
-    if can_fuse and not isinstance(random_words, Tensor):
-        layout = 2 if block == "2d" else 1 + dim
-        return _fused_operand(x, layout, random_words, amax, reduce_amax, rows_per_tensor)
+    layout = 2 if block == "2d" else 1 + dim
+    kernels = compiled.kernels_for(x, needs_2d_words=layout == 2 and random_words is not None)
+    if kernels is not None and not isinstance(random_words, Tensor):
+        return _fused_operand(kernels, x, layout, random_words, amax, reduce_amax, rows_per_tensor)
     if isinstance(random_words, RandomWords):
         random_words = random_words.draw(x.shape, x.device)
     blocks = _Blocks(x, block, dim, rows_per_tensor)
@@ -190,6 +190,7 @@ def nvfp4_operand(
 
 
 def _fused_operand(
+    kernels: Any,
     x: Tensor,
     layout: int,
     random_words: RandomWords | None,
@@ -197,15 +198,19 @@ def _fused_operand(
     reduce_amax: ReduceAmax | None,
     rows_per_tensor: Tensor | None,
 ) -> Operand:
-    """`nvfp4_operand` through the C kernel. layout: as in quantize.c."""
+    """`nvfp4_operand` through the compiled kernels. layout: as in quantize.c."""
     matrix = quantize_kernels.operand_matrix(x)
     height = 1 if layout == 0 and rows_per_tensor is not None else BLOCK
-    lengths = None if rows_per_tensor is None else rows_per_tensor // height
+    lengths = None if rows_per_tensor is None else rows_per_tensor.to(x.device) // height
     if amax is None:
-        amax = _segment_amax(quantize_kernels.strip_amax(matrix, height), lengths)
+        amax = _segment_amax(kernels.strip_amax(matrix, height), lengths)
     amax = amax.float() if reduce_amax is None else reduce_amax(amax.float())
-    per_strip = amax if lengths is None else amax.repeat_interleave(lengths)
-    values = quantize_kernels.nvfp4_operand(matrix, layout, per_strip, random_words)
+    per_strip = amax
+    if lengths is not None:
+        # Without the size, a GPU would have to be asked for it.
+        strips = -(-matrix.shape[0] // (1 if layout == 0 else BLOCK))
+        per_strip = amax.repeat_interleave(lengths, output_size=strips)
+    values = kernels.nvfp4_operand(matrix, layout, per_strip, random_words)
     return Operand(values.view(x.shape), amax, GLOBAL_DIVISOR)
 
 

@@ -1,8 +1,8 @@
 """Short depthwise causal convolution followed by SiLU, as in Mamba-2, with document resets.
 
-Owns: the function, its hand-derived backward, and the choice between the `causal_conv1d` package
-on CUDA, one C kernel on a CPU, and PyTorch. Does not own: the weights, the window of past inputs
-that generation keeps (`decode_state`).
+Owns: the function, its hand-derived backward, and the choice between a Triton kernel or the
+`causal_conv1d` package on CUDA, one C kernel on a CPU, and PyTorch. Does not own: the weights, the
+window of past inputs that generation keeps (`decode_state`).
 
 Shape suffixes: B batch, S tokens, C channels, K kernel taps, R young tokens (see `_CausalConv`).
 """
@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from nemotron_train.kernels import training as training_kernels
 from nemotron_train.kernels.library import limit, supports
+from nemotron_train.kernels.triton import available
 
 _VECTOR = 8  # channels that the kernel of `causal_conv1d` loads at once
 
@@ -39,8 +40,9 @@ def causal_conv(
     y_BSC in x's dtype and memory order (batch- or sequence-first). x, weight, bias and the initial
     inputs receive gradients.
 
-    On CUDA the `causal_conv1d` package computes it if it is installed, K is 2 to 4, C a multiple of
-    8 and x is not FP64, unless `force_torch`.
+    On CUDA a Triton kernel computes it if K is 2 to 4 and x is not FP64, unless `force_torch`. If
+    Triton cannot be used, the `causal_conv1d` package does, if it is installed and C is a multiple
+    of 8.
     """
     if initial_BKC is not None:
         history = initial_BKC.shape[1]
@@ -59,11 +61,17 @@ def causal_conv(
         )
         return y_BSC[:, history:]
     num_channels, num_taps = weight_CK.shape
-    fits = x_BSC.dtype != torch.float64 and 2 <= num_taps <= 4 and num_channels % _VECTOR == 0
-    if x_BSC.is_cuda and not force_torch and fits and _has_causal_conv1d():
+    fits = not force_torch and x_BSC.dtype != torch.float64 and 2 <= num_taps <= 4
+    if fits and available.can_use(x_BSC):
+        from nemotron_train.kernels.triton import convolution as triton_kernels
+
+        arguments = (triton_kernels, x_BSC, weight_CK, bias_C, document_ids_BS)
+        return _CompiledCausalConv.apply(*arguments)  # pyright: ignore[reportReturnType]
+    if x_BSC.is_cuda and fits and num_channels % _VECTOR == 0 and _has_causal_conv1d():
         return _causal_conv1d(x_BSC, weight_CK, bias_C, document_ids_BS)
     if weight_CK.shape[1] <= limit("convolution_max_taps") and supports(x_BSC):
-        return _CompiledCausalConv.apply(x_BSC, weight_CK, bias_C, document_ids_BS)  # pyright: ignore
+        arguments = (training_kernels, x_BSC, weight_CK, bias_C, document_ids_BS)
+        return _CompiledCausalConv.apply(*arguments)  # pyright: ignore[reportReturnType]
     return _CausalConv.apply(x_BSC, weight_CK, bias_C, document_ids_BS)
 
 
@@ -109,12 +117,13 @@ class _GradientInKernelLayout(torch.autograd.Function):
 
 
 class _CompiledCausalConv(torch.autograd.Function):
-    """One C kernel forward and one backward (csrc/convolution.c). Saves only the inputs: the kernel
-    recomputes the sums before the SiLU."""
+    """One kernel forward and one backward, of `kernels.training` (C) or `kernels.triton`. Saves
+    only the inputs: the kernel recomputes the sums before the SiLU."""
 
     @staticmethod
     def forward(
         ctx: Any,
+        kernels: Any,
         x_BSC: Tensor,
         weight_CK: Tensor,
         bias_C: Tensor,
@@ -125,15 +134,16 @@ class _CompiledCausalConv(torch.autograd.Function):
             document_ids_BS = document_ids_BS.long().contiguous()
         ctx.save_for_backward(x_BSC, taps_KC, bias_C.float().contiguous(), document_ids_BS)
         ctx.dtypes = weight_CK.dtype, bias_C.dtype
-        return training_kernels.causal_conv(*ctx.to_save)  # the four tensors of the line above
+        ctx.kernels = kernels
+        return kernels.causal_conv(*ctx.to_save)  # the four tensors of `save_for_backward`
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        dx_BSC, dtaps_KC, dbias_C = training_kernels.causal_conv_backward(
+        dx_BSC, dtaps_KC, dbias_C = ctx.kernels.causal_conv_backward(
             gradients[0], *ctx.saved_tensors
         )
         weight_dtype, bias_dtype = ctx.dtypes
-        return dx_BSC, dtaps_KC.flip(0).mT.to(weight_dtype), dbias_C.to(bias_dtype), None
+        return None, dx_BSC, dtaps_KC.flip(0).mT.to(weight_dtype), dbias_C.to(bias_dtype), None
 
 
 class _CausalConv(torch.autograd.Function):

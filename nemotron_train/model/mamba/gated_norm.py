@@ -6,6 +6,7 @@ the residual stream (`model.norm`).
 Shape suffixes: B batch, S tokens, D channels, G groups, W channels a group (D = G x W).
 """
 
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -14,41 +15,55 @@ from torch.nn import functional as F
 
 from nemotron_train.kernels import training as training_kernels
 from nemotron_train.kernels.library import limit, supports
+from nemotron_train.kernels.triton import available
 
 
 def gated_rms_norm(
-    y_BSD: Tensor, gate_BSD: Tensor, weight_D: Tensor, *, group_size: int, epsilon: float
+    y_BSD: Tensor,
+    gate_BSD: Tensor,
+    weight_D: Tensor,
+    *,
+    group_size: int,
+    epsilon: float,
+    force_torch: bool = False,
 ) -> Tensor:
     """weight u / sqrt(mean of u^2 over each `group_size` channels + epsilon), u = y SiLU(gate).
 
     Groups are contiguous. Mamba-2 uses `group_size` = inner width / B-C groups, so that a
     tensor-parallel split by groups needs no communication (arXiv 2405.21060, section 8.2).
     Computed in FP32 (FP64 with FP64 inputs), returned in y's dtype. y, gate and weight receive
-    gradients. A C kernel computes BF16 and FP32 on a CPU.
+    gradients. One kernel computes BF16 and FP32: in C on a CPU, in Triton on CUDA (if it can be
+    used, and not with `force_torch`).
     """
     assert y_BSD.shape[-1] % group_size == 0, "groups must divide the channels"
-    if group_size <= limit("max_width") and supports(y_BSD, gate_BSD, weight_D):
-        if not torch.is_grad_enabled():
-            return training_kernels.rms_norm(y_BSD, gate_BSD, weight_D, group_size, epsilon)[0]
+    kernels = None if force_torch else _kernels(group_size, y_BSD, gate_BSD, weight_D)
+    if kernels is None and group_size <= limit("max_width") and supports(y_BSD, gate_BSD, weight_D):
+        kernels = training_kernels
+    if kernels is not None and not torch.is_grad_enabled():
+        return kernels.rms_norm(y_BSD, gate_BSD, weight_D, group_size, epsilon)[0]
+    if kernels is not None:
         return _CompiledGatedRmsNorm.apply(  # pyright: ignore[reportReturnType]
-            y_BSD, gate_BSD, weight_D, group_size, epsilon
+            kernels, y_BSD, gate_BSD, weight_D, group_size, epsilon
         )
     return _GatedRmsNorm.apply(y_BSD, gate_BSD, weight_D, group_size, epsilon)
 
 
 class _CompiledGatedRmsNorm(torch.autograd.Function):
-    """One C kernel forward and one backward (csrc/norms.c); saves what `_GatedRmsNorm` saves."""
+    """One kernel forward and one backward, of `kernels.training` (C) or `kernels.triton`; saves
+    what `_GatedRmsNorm` saves."""
 
     @staticmethod
     def forward(
         ctx: Any,
+        kernels: Any,
         y_BSD: Tensor,
         gate_BSD: Tensor,
         weight_D: Tensor,
         group_size: int,
         epsilon: float,
     ) -> Tensor:
-        out_BSD, scale = training_kernels.rms_norm(y_BSD, gate_BSD, weight_D, group_size, epsilon)
+        out_BSD, scale = kernels.rms_norm(y_BSD, gate_BSD, weight_D, group_size, epsilon)
+        ctx.kernels = kernels
         ctx.save_for_backward(y_BSD, gate_BSD, weight_D, scale)
         return out_BSD
 
@@ -56,10 +71,19 @@ class _CompiledGatedRmsNorm(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> Any:
         # Unpack `saved_tensors` once: under recomputation it can be read only once.
         y_BSD, gate_BSD, weight_D, scale = ctx.saved_tensors
-        dy_BSD, dgate_BSD, dweight_D = training_kernels.rms_norm_backward(
+        dy_BSD, dgate_BSD, dweight_D = ctx.kernels.rms_norm_backward(
             gradients[0], y_BSD, gate_BSD, weight_D, scale
         )
-        return dy_BSD, dgate_BSD, dweight_D.to(weight_D.dtype), None, None
+        return None, dy_BSD, dgate_BSD, dweight_D.to(weight_D.dtype), None, None
+
+
+def _kernels(group_size: int, *tensors: Tensor) -> ModuleType | None:
+    """The Triton kernels, if they can be used and take these tensors."""
+    if group_size <= available.MAX_NORM_WIDTH and available.can_use(*tensors):
+        from nemotron_train.kernels.triton import gated_norm as triton_kernels
+
+        return triton_kernels
+    return None
 
 
 class _GatedRmsNorm(torch.autograd.Function):

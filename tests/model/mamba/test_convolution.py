@@ -1,6 +1,7 @@
 """The causal convolution against its definition, tap by tap in float64, and against conv1d.
 
-Not covered: the `causal_conv1d` package, unless a GPU and the package are present (last test).
+Not covered: the `causal_conv1d` package, unless a GPU and the package are present (last test). The
+Triton form: tests/kernels/triton.
 """
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from nemotron_train.kernels.triton import available
 from nemotron_train.model.mamba.convolution import causal_conv
 
 
@@ -106,9 +108,10 @@ def test_documents_do_not_leak() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_equals_causal_conv1d() -> None:
+def test_equals_causal_conv1d(monkeypatch: pytest.MonkeyPatch) -> None:
     """The two kernels against each other in BF16, documents included."""
     pytest.importorskip("causal_conv1d")
+    monkeypatch.setattr(available, "can_use", lambda *tensors: False)  # else Triton computes
     inputs = [t.cuda().to(torch.bfloat16) for t in make_inputs(300, channels=64)[:3]]
     ids = (torch.arange(300, device="cuda") // 77).expand(2, -1)
     results = []
