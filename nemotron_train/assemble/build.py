@@ -14,6 +14,7 @@ from megatron.core.optimizer.param_layout import PerBufferParamLayout
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from nemotron_train.assemble.fused import start_user_buffers
 from nemotron_train.assemble.initialize import initialize
 from nemotron_train.assemble.specs import Parts, parts, stack_submodules
 from nemotron_train.assemble.transformer_config import transformer_config
@@ -63,7 +64,10 @@ def build_chunks(
     fields = transformer_fields(config, plan) if native else {}
     model_config = transformer_config(config, platform, fields)
     emulated = emulates(config, plan) and not native
-    part = parts(platform.transformer_engine, emulated=emulated, native=native)
+    switches = platform.switches
+    part = parts(platform.transformer_engine, emulated, native, switches)
+    if switches.tensor_parallel_overlap:
+        start_user_buffers(config, quantized=native)
     return [
         _build_chunk(config, model_config, part, groups, native, chunk)
         for chunk in range(config.parallel.virtual_pipeline)

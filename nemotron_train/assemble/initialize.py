@@ -48,7 +48,7 @@ def draw(
     """The whole (unsharded) initial tensor with this global name, FP32."""
     last = name.rsplit(".", 1)[-1]
     mamba: MambaConfig = model.mamba
-    if name.endswith(("norm.weight", "layernorm.weight")):
+    if name.endswith(("norm.weight", "layernorm.weight", "layer_norm_weight")):
         return torch.ones(shape)
     if last == "D":
         return torch.ones(shape)

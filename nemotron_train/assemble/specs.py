@@ -15,6 +15,7 @@ from megatron.core.models.hybrid.hybrid_block import HybridStackSubmodules
 from megatron.core.ssm.mamba_layer import MambaLayerSubmodules
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.multi_token_prediction import (
     MultiTokenPredictionBlock,
@@ -24,10 +25,15 @@ from megatron.core.transformer.multi_token_prediction import (
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
+from nemotron_train.assemble.fused import ATTENTION_NAMES, MAMBA_NAMES, adding_gradients
 from nemotron_train.assemble.recompute import recomputing
 from nemotron_train.config.schema import Config, RecomputeMode
 from nemotron_train.model.attention.block import AttentionBlock
-from nemotron_train.model.attention.layer import CoreAttention, TransformerEngineAttention
+from nemotron_train.model.attention.layer import (
+    CoreAttention,
+    TransformerEngineAttention,
+    VariableLengthAttention,
+)
 from nemotron_train.model.linears import ColumnLinear, ReplicatedLinear, RowLinear
 from nemotron_train.model.mamba.block import MambaBlock
 from nemotron_train.model.mamba.layer import Mamba2Mixer, Mamba2MixerSubmodules
@@ -42,6 +48,7 @@ from nemotron_train.model.moe.native import NativeExperts
 from nemotron_train.model.moe.router import SigmoidRouter
 from nemotron_train.model.mtp import MtpLayer
 from nemotron_train.model.norm import RMSNorm
+from nemotron_train.plan.switches import ALL_OFF, Switches
 from nemotron_train.precision.experts import EmulatedExperts
 from nemotron_train.precision.linear import (
     EmulatedColumnParallelLinear,
@@ -52,7 +59,12 @@ from nemotron_train.precision.linear import (
 
 @dataclass(frozen=True)
 class Parts:
-    """The classes that depend on Transformer Engine and on the precision plan."""
+    """The classes that depend on Transformer Engine, its switches and the precision plan.
+
+    norm_column_parallel: a norm and a column-parallel linear in one module, for in_proj and
+    linear_qkv; None if the norm is a module of its own. The norm before a mixture of experts always
+    is: the router and the latent projection read it, too.
+    """
 
     column_parallel: type
     row_parallel: type
@@ -60,19 +72,26 @@ class Parts:
     norm: type
     core_attention: type
     experts: type
+    norm_column_parallel: type | None = None
 
 
-def parts(transformer_engine: bool, emulated: bool = False, native: bool = False) -> Parts:
+def parts(
+    transformer_engine: bool,
+    emulated: bool = False,
+    native: bool = False,
+    switches: Switches = ALL_OFF,
+) -> Parts:
     """The classes for this machine and plan: emulating ones if `emulated`, else Transformer
     Engine's if it is installed (written, not run on a GPU), else the plain ones. With `native`,
     Transformer Engine computes the block-scaled formats and the experts use its grouped linears."""
+    attention = VariableLengthAttention if switches.variable_length_attention else CoreAttention
     if emulated:
         return Parts(
             EmulatedColumnParallelLinear,
             EmulatedRowParallelLinear,
             EmulatedReplicatedLinear,
             RMSNorm,
-            CoreAttention,
+            attention,
             EmulatedExperts,
         )
     if not transformer_engine:
@@ -81,24 +100,32 @@ def parts(transformer_engine: bool, emulated: bool = False, native: bool = False
             RowLinear,
             ReplicatedLinear,
             RMSNorm,
-            CoreAttention,
+            attention,
             GroupedExperts,
         )
     from megatron.core.extensions.transformer_engine import (
         TEColumnParallelLinear,
+        TELayerNormColumnParallelLinear,
         TELinear,
         TENorm,
         TERowParallelLinear,
     )
 
+    maybe_adding = adding_gradients if switches.transformer_engine_gradients else _unchanged
+    norm_linear = maybe_adding(TELayerNormColumnParallelLinear)
     return Parts(
-        TEColumnParallelLinear,
-        TERowParallelLinear,
-        TELinear,
+        maybe_adding(TEColumnParallelLinear),
+        maybe_adding(TERowParallelLinear),
+        maybe_adding(TELinear),
         TENorm,
         TransformerEngineAttention,
-        NativeExperts if native else GroupedExperts,
+        maybe_adding(NativeExperts) if native else GroupedExperts,
+        norm_linear if switches.fused_norm_linear else None,
     )
+
+
+def _unchanged(owner: type) -> type:
+    return owner
 
 
 def stack_submodules(config: Config, part: Parts, native: bool = False) -> HybridStackSubmodules:
@@ -111,27 +138,32 @@ def stack_submodules(config: Config, part: Parts, native: bool = False) -> Hybri
     mixer_class = maybe_recomputing(
         recompute.mamba == selective, Mamba2Mixer, ["mix"], native=False
     )
+    # A norm inside the linear behind it leaves its own slot empty.
+    norm = part.norm if part.norm_column_parallel is None else IdentityOp
+    after_norm = part.norm_column_parallel or part.column_parallel
+    is_fused = part.norm_column_parallel is not None
     mamba_layer = ModuleSpec(
         module=maybe_recomputing(recompute.mamba == full, MambaBlock),
         submodules=MambaLayerSubmodules(
-            norm=part.norm,
+            norm=norm,
             mixer=ModuleSpec(
                 module=mixer_class,
                 params={"mamba": model.mamba},
-                submodules=Mamba2MixerSubmodules(part.column_parallel, part.row_parallel),
+                submodules=Mamba2MixerSubmodules(after_norm, part.row_parallel),
             ),
             mamba_bda=get_bias_dropout_add,  # pyright: ignore[reportArgumentType]
+            sharded_state_dict_keys_map=dict(MAMBA_NAMES) if is_fused else {},
         ),
     )
     attention_layer = ModuleSpec(
         module=maybe_recomputing(recompute.attention == full, AttentionBlock),
         submodules=TransformerLayerSubmodules(
-            input_layernorm=part.norm,
+            input_layernorm=norm,
             self_attention=ModuleSpec(
                 module=SelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=part.column_parallel,
+                    linear_qkv=after_norm,
                     core_attention=maybe_recomputing(
                         recompute.attention == selective, part.core_attention
                     ),
@@ -139,6 +171,7 @@ def stack_submodules(config: Config, part: Parts, native: bool = False) -> Hybri
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,  # pyright: ignore[reportArgumentType]
+            sharded_state_dict_keys_map=dict(ATTENTION_NAMES) if is_fused else {},
         ),
     )
     mtp_layer = ModuleSpec(

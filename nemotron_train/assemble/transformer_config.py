@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from nemotron_train.config.gpu import Dispatcher
 from nemotron_train.config.schema import Config
 from nemotron_train.model.activation import squared_relu
+from nemotron_train.plan.switches import Switches
 from nemotron_train.platform.device import TORCH_DTYPES, Platform
 
 
@@ -53,7 +55,6 @@ def transformer_config(
         moe_ffn_hidden_size=model.moe.expert_hidden_size,
         moe_latent_size=model.moe.latent_size or None,
         moe_shared_expert_intermediate_size=model.moe.shared_expert_hidden_size or None,
-        moe_shared_expert_overlap=False,
         moe_router_topk=model.moe.experts_per_token,
         moe_router_score_function="sigmoid",
         moe_router_pre_softmax=False,
@@ -63,9 +64,7 @@ def transformer_config(
         moe_router_load_balancing_type="seq_aux_loss",
         moe_aux_loss_coeff=model.moe.load_balance_loss_coefficient,
         moe_router_dtype="fp32",
-        moe_token_dispatcher_type="alltoall",
         moe_grouped_gemm=False,
-        moe_permute_fusion=False,
         mtp_num_layers=mtp_depths,
         mtp_use_repeated_layer=True,
         mtp_loss_scaling_factor=model.mtp.loss_scale,
@@ -85,9 +84,25 @@ def transformer_config(
         # We initialize the weights (assemble.initialize): the same values under every layout.
         perform_initialization=False,
         use_cpu_initialization=platform.device == "cpu",
-        gradient_accumulation_fusion=False,
+        **_switch_fields(platform.switches),
         cuda_graph_modules=[],
         batch_p2p_comm=platform.device != "cpu" and not parallel.overlap_pipeline,
         overlap_p2p_comm=parallel.overlap_pipeline,
         **(precision_fields or {}),
     )
+
+
+def _switch_fields(switches: Switches) -> dict[str, Any]:
+    """The fields of the performance switches. Megatron's own linears are the only ones that read
+    `gradient_accumulation_fusion` from here: `assemble.fused` sets it for Transformer Engine's,
+    because the output layer is Megatron's and would ask for apex."""
+    uses_alltoall = switches.dispatcher == Dispatcher.alltoall
+    backend = {} if uses_alltoall else {"moe_flex_dispatcher_backend": str(switches.dispatcher)}
+    return {
+        "gradient_accumulation_fusion": switches.apex_gradients,
+        "moe_permute_fusion": switches.permute_fusion,
+        "moe_shared_expert_overlap": switches.shared_expert_overlap,
+        "moe_token_dispatcher_type": "alltoall" if uses_alltoall else "flex",
+        "tp_comm_overlap": switches.tensor_parallel_overlap,
+        **backend,
+    }

@@ -50,12 +50,15 @@ def run_plan(arguments: argparse.Namespace) -> int:
     config = compose_config(overrides, arguments.config)
     from nemotron_train.plan.backend import check_planned
     from nemotron_train.plan.derive import derive
+    from nemotron_train.plan.switches import planned_switches
     from nemotron_train.report.plan.table import print_plan
 
     num_ranks = _parse_ranks(ranks_words[-1]) if ranks_words else _smallest_num_ranks(config)
     console, derived = open_console(), derive(config, num_ranks)
     warnings = check_planned(config, derived.plan)
+    switches = planned_switches(config, derived.plan)
     print_plan(config, derived, console, layers=arguments.layers)
+    console.print(switches, soft_wrap=True)
     for warning in warnings:
         console.print(warning, soft_wrap=True)
     return EXIT_DONE

@@ -12,7 +12,8 @@ from typing import Any
 from nemotron_train.config.schema import Config
 
 # Knobs that may differ between the processes of one run: its location, when it saves, validates and
-# reports, the number of threads. A change of any other knob would change the training trajectory.
+# reports, the number of threads, and what computes the same numbers on a GPU up to rounding. A
+# change of any other knob would change the training trajectory.
 FREE_KNOBS = (
     "name",
     "folder",
@@ -20,6 +21,7 @@ FREE_KNOBS = (
     "switch_precision",
     "logging",
     "guard",
+    "gpu",
     "train.threads",
     "train.rendezvous_seconds",
     "train.log_every_steps",

@@ -11,6 +11,8 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from nemotron_train.config.gpu import GpuConfig
+
 
 class Dtype(StrEnum):
     """Data type of parameters and activations."""
@@ -390,4 +392,5 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
+    gpu: GpuConfig = field(default_factory=GpuConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)

@@ -95,7 +95,7 @@ def open_checkpoint(
     if the model cannot be sharded over these ranks.
     """
     resolved = resolve_checkpoint(run, knobs)
-    runtime = start_runtime(resolved.config, resolved.plan, knobs.threads, say)
+    runtime = start_runtime(resolved.config, resolved.plan, knobs.threads, say, trains=False)
     groups = runtime.start_ranks(resolved.config.parallel)
     try:
         yield _load(resolved, runtime, groups, say)

@@ -103,7 +103,10 @@ class NemotronModel(HybridModel):
         """Logits [S,B,V]."""
         weight = self.output_layer.weight
         assert weight is not None
-        if weight.dtype != torch.float32 and hasattr(weight, "main_grad"):
+        # With apex the layer adds to `main_grad` itself, at the end of the product.
+        adds_gradients = self.output_layer.gradient_accumulation_fusion
+        is_summed = weight.dtype != torch.float32 and hasattr(weight, "main_grad")
+        if is_summed and not adds_gradients:
             weight = _AccumulateInMainGrad.apply(weight)
         logits_SBV, _ = self.output_layer(hidden_SBD, weight=weight)
         return logits_SBV

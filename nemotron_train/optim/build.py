@@ -78,13 +78,14 @@ def build_optimizer(
         use_gloo_process_groups=False,
         pg_collection=groups,
     )
-    if platform.device == "cpu":
-        # On a CPU torch's AdamW loops over tensors unless its fused kernel is requested.
-        for group in optimizer.param_groups:
-            group["fused"] = True
-            group["foreach"] = False
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         if isinstance(part.optimizer, torch.optim.AdamW):
+            # Without fused=True torch's AdamW loops over tensors on a CPU, and on a GPU it runs a
+            # dozen kernels over lists of tensors.
+            if platform.device == "cpu" or platform.switches.fused_adamw:
+                for group in part.optimizer.param_groups:
+                    group["fused"] = True
+                    group["foreach"] = False
             _make_loadable(part, part.optimizer)
     stream_state(optimizer)
     return optimizer
@@ -100,8 +101,10 @@ def _make_loadable(part: MegatronOptimizer, inner: torch.optim.AdamW) -> None:
     if len(inner.state) == 0:
         for group in inner.param_groups:
             for parameter in group["params"]:
+                # The fused kernel counts steps on the parameter's device.
+                device = parameter.device if inner.param_groups[0].get("fused") else None
                 inner.state[parameter] = {
-                    "step": torch.zeros((), dtype=torch.float32),
+                    "step": torch.zeros((), dtype=torch.float32, device=device),
                     "exp_avg": torch.zeros_like(parameter),
                     "exp_avg_sq": torch.zeros_like(parameter),
                 }
@@ -148,8 +151,10 @@ def load_optimizer_state(optimizer: MegatronOptimizer, state: dict) -> None:
     optimizer.load_state_dict(state)
     for part in parts:
         if isinstance(part.optimizer, torch.optim.AdamW):
-            for parameter_state in part.optimizer.state.values():
-                parameter_state["step"] = parameter_state["step"].clone()
+            is_fused = bool(part.optimizer.param_groups[0].get("fused"))
+            for parameter, parameter_state in part.optimizer.state.items():
+                device = parameter.device if is_fused else "cpu"
+                parameter_state["step"] = parameter_state["step"].to(device, copy=True)
 
 
 def set_learning_rate(optimizer: MegatronOptimizer, rate: float, weight_decay: float) -> None:

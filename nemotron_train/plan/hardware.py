@@ -42,6 +42,31 @@ class Hardware:
         return f"{self.device_name}, {device}, {engine}"
 
 
+# Dense BF16 peak in FLOP/s (vendors' data sheets) of a device whose name has all of these words.
+# The first match counts, so that a board precedes the chip that it is named after.
+PEAK_BF16_FLOPS: tuple[tuple[tuple[str, ...], float], ...] = (
+    (("GB300",), 2.5e15),
+    (("B300",), 2.25e15),
+    (("GB200",), 2.5e15),
+    (("B200",), 2.25e15),
+    (("GH200",), 990e12),
+    (("H200", "NVL"), 835.5e12),
+    (("H200",), 989.5e12),
+    (("H100", "NVL"), 835.5e12),
+    (("H100", "PCIe"), 756e12),
+    (("H100",), 989.5e12),
+    (("A100",), 312e12),
+)
+
+
+def peak_bf16_flops(device_name: str) -> float:
+    """Dense BF16 peak of the device in FLOP/s; 0.0 if unknown. device_name: as CUDA reports it."""
+    for words, rate in PEAK_BF16_FLOPS:
+        if all(word in device_name for word in words):
+            return rate
+    return 0.0
+
+
 def installed_versions() -> Mapping[str, str]:
     """Versions of the installed packages that `plan.guards` checks, from package metadata. Does not
     import the packages."""

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from nemotron_train.config.errors import ConfigError
+from nemotron_train.config.gpu import GpuConfig
 from nemotron_train.config.schema import (
     BlendSource,
     Config,
@@ -77,7 +78,7 @@ def shrink(
     small.resume, small.branch = "", ""
     small.switch_precision = False
     small.fresh_data = False
-    small.logging, small.guard = LoggingConfig(), GuardConfig()
+    small.logging, small.guard, small.gpu = LoggingConfig(), GuardConfig(), GpuConfig()
     ranks = _shrink_parallel(small.parallel, max_ranks)
     _shrink_model(small.model, small.parallel, config.parallel.tensor * config.parallel.context)
     _shrink_training(small, ranks, steps)

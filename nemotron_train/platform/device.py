@@ -4,19 +4,22 @@ Owns: every use of `torch.cuda` outside `megatron_cpu`. `prepare()` must run bef
 `megatron.core`: without a GPU it first installs the CPU adaptations of `megatron_cpu`.
 """
 
+import dataclasses
 import functools
-import importlib.util
 import logging
 import os
 import time
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from nemotron_train.config.schema import Dtype
-from nemotron_train.plan.hardware import Hardware, installed_versions
+from nemotron_train.plan.hardware import Hardware, installed_versions, peak_bf16_flops
+from nemotron_train.plan.switches import ALL_OFF, MAMBA_SSM, TRANSFORMER_ENGINE, Switches
+from nemotron_train.platform import packages
 from nemotron_train.platform.cores import usable_cores
 
 TORCH_DTYPES = {Dtype.float32: torch.float32, Dtype.bfloat16: torch.bfloat16}
@@ -31,6 +34,7 @@ class Platform:
     backend: str  # torch.distributed backend: "nccl" or "gloo"
     transformer_engine: bool  # layer specs use Transformer Engine's modules
     mamba_kernels: bool  # use mamba_ssm's fused scan
+    switches: Switches = ALL_OFF
 
     def describe(self) -> str:
         """One line with the device, the backend and the implementations of linears and Mamba-2."""
@@ -44,15 +48,15 @@ def prepare(num_threads: int = 0) -> Platform:
     """Choose the device and make Megatron-Core importable on it.
 
     num_threads: CPU threads for torch; 0 gives each rank of this machine an equal share of the
-    cores. Later calls with the same argument return the same object.
+    cores. Later calls with the same argument return the same object. On a GPU it names no optional
+    package: `with_packages` adds those that can be used.
     """
     _quiet_libraries()
     if torch.cuda.is_available():
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         torch.cuda.set_device(local_rank)
-        has_te = importlib.util.find_spec("transformer_engine") is not None
-        has_mamba = importlib.util.find_spec("mamba_ssm") is not None
-        return Platform("cuda", torch.cuda.get_device_name(), "nccl", has_te, has_mamba)
+        _state_product_precision()
+        return Platform("cuda", torch.cuda.get_device_name(), "nccl", False, False)
     warnings.filterwarnings("ignore", message=".*CUDA_DEVICE_MAX_CONNECTIONS")
     from nemotron_train.platform import allocator, bfloat16_products, megatron_cpu
 
@@ -66,10 +70,32 @@ def prepare(num_threads: int = 0) -> Platform:
     return Platform("cpu", f"CPU, {num_threads} threads a rank", "gloo", False, False)
 
 
+def with_packages(platform: Platform, problems: Mapping[str, str]) -> Platform:
+    """`platform` with the optional packages that can be used. problems: of those that cannot
+    (`packages.problems`). No effect on a CPU."""
+    if platform.device == "cpu":
+        return platform
+    return dataclasses.replace(
+        platform,
+        transformer_engine=TRANSFORMER_ENGINE not in problems,
+        mamba_kernels=MAMBA_SSM not in problems,
+    )
+
+
+def _state_product_precision() -> None:
+    """State torch's flags, whose defaults have changed between releases. FP32 products use no TF32,
+    since FP32 is the reference here. BF16 products are summed in FP32 and rounded once, as
+    emulation and its tests assume; by default cuBLAS may sum parts of a long product in BF16."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+
+
 def hardware(platform: Platform) -> Hardware:
-    """Facts about this process's device, for `plan.guards` and `plan.backend`."""
-    has_engine = importlib.util.find_spec("transformer_engine") is not None
-    version = installed_versions().get("transformer-engine", "0") if has_engine else None
+    """Facts about this process's device, for `plan.guards` and `plan.backend`. Transformer Engine
+    counts if it is found; `packages` says later whether it can be used."""
+    version = None
+    if packages.is_installed("transformer_engine"):
+        version = installed_versions().get("transformer-engine", "0")
     if platform.device == "cpu":
         return Hardware(platform.device_name, None, version)
     return Hardware(platform.device_name, torch.cuda.get_device_capability(), version)
@@ -161,14 +187,13 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-# Dense BF16 peak of one device in FLOP/s, by a word of its name (vendor data sheets).
-PEAK_FLOPS = {"GB300": 2.5e15, "GB200": 2.5e15, "B200": 2.25e15, "H200": 989e12, "H100": 989e12}
-PEAK_FLOPS |= {"A100": 312e12}
-
-
 def peak_flops() -> float:
     """Dense BF16 peak of this process's device in FLOP/s; 0.0 if unknown, as for a CPU."""
+    return peak_bf16_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else 0.0
+
+
+def own_device() -> torch.device | None:
+    """This process's GPU, with its number; None on a CPU."""
     if not torch.cuda.is_available():
-        return 0.0
-    name = torch.cuda.get_device_name()
-    return next((rate for word, rate in PEAK_FLOPS.items() if word in name), 0.0)
+        return None
+    return torch.device("cuda", torch.cuda.current_device())

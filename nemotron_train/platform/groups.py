@@ -16,6 +16,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from nemotron_train.config.errors import ConfigError, RendezvousFailed
 from nemotron_train.config.schema import ParallelConfig
+from nemotron_train.platform.device import own_device
 from nemotron_train.platform.local_ranks import free_port
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
@@ -63,7 +64,15 @@ def start(
                 "127.0.0.1", free_port(), 1, is_master=True
             )
             rank, ranks = 0, 1
-        dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=timeout)
+        dist.init_process_group(
+            backend,
+            store=store,
+            rank=rank,
+            world_size=ranks,
+            timeout=timeout,
+            # NCCL then connects here, not in the first step, and barriers need not guess a device.
+            device_id=own_device() if backend == "nccl" else None,
+        )
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor,

@@ -2,7 +2,8 @@
 
 This module fills the `core_attention` slot of Megatron's `SelfAttention`, which owns the
 projections. Forms: batched products on a CPU (`causal_attention`), `scaled_dot_product_attention`
-on a GPU, Transformer Engine's kernel if it is installed.
+or, for packed documents, torch's variable-length kernel on a GPU, Transformer Engine's kernel if it
+can be used.
 
 Under context parallelism every form gets the whole sequence of some of the heads
 (`model.context`). Causal work is then equal on all ranks, without interleaving pieces of the
@@ -42,6 +43,50 @@ def _causal(q_BSHD: torch.Tensor, k_BSGD: torch.Tensor, v_BSGD: torch.Tensor) ->
         enable_gqa=q_BSHD.shape[2] != k_BSGD.shape[2],
     )
     return output_BHSD.transpose(1, 2)
+
+
+def _by_document(
+    q_BSHD: torch.Tensor, k_BSGD: torch.Tensor, v_BSGD: torch.Tensor, documents: PackedDocuments
+) -> torch.Tensor:
+    """`_causal` of each document, separately: one call a document."""
+    rows = [
+        torch.cat(
+            [
+                _causal(
+                    q_BSHD[row : row + 1, start:end],
+                    k_BSGD[row : row + 1, start:end],
+                    v_BSGD[row : row + 1, start:end],
+                )
+                for start, end in parts
+            ],
+            dim=1,
+        )
+        for row, parts in enumerate(documents.segments)
+    ]
+    return torch.cat(rows)
+
+
+def _in_one_kernel(
+    q_BSHD: torch.Tensor, k_BSGD: torch.Tensor, v_BSGD: torch.Tensor, documents: PackedDocuments
+) -> torch.Tensor:
+    """The same by torch's variable-length kernel, for all documents of all rows. The tests compare
+    it over a stand-in for the kernel; it has not run on a GPU."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    lengths, longest = documents.cumulative_lengths, documents.longest
+    output_THD = varlen_attn(
+        q_BSHD.flatten(0, 1),
+        k_BSGD.flatten(0, 1),
+        v_BSGD.flatten(0, 1),
+        lengths,
+        lengths,
+        longest,
+        longest,
+        window_size=(-1, 0),  # causal
+        enable_gqa=q_BSHD.shape[2] != k_BSGD.shape[2],
+    )
+    assert isinstance(output_THD, torch.Tensor)
+    return output_THD.view_as(q_BSHD)
 
 
 def _head_exchange(
@@ -97,6 +142,8 @@ class CoreAttention(MegatronModule):
     would not fit for a long context.
     """
 
+    _attend_documents = staticmethod(_by_document)
+
     def __init__(
         self,
         config: TransformerConfig,
@@ -134,25 +181,17 @@ class CoreAttention(MegatronModule):
         whole = _to_heads(self.exchange, query, key, value)
         q_BSHD, k_BSGD, v_BSGD = (x.transpose(0, 1) for x in whole)
         if isinstance(packed_seq_params, PackedDocuments) and packed_seq_params.boundaries:
-            rows = [
-                torch.cat(
-                    [
-                        _causal(
-                            q_BSHD[row : row + 1, start:end],
-                            k_BSGD[row : row + 1, start:end],
-                            v_BSGD[row : row + 1, start:end],
-                        )
-                        for start, end in parts
-                    ],
-                    dim=1,
-                )
-                for row, parts in enumerate(packed_seq_params.segments)
-            ]
-            output_BSHD = torch.cat(rows)
+            output_BSHD = self._attend_documents(q_BSHD, k_BSGD, v_BSGD, packed_seq_params)
         else:
             output_BSHD = _causal(q_BSHD, k_BSGD, v_BSGD)
         output_SBI = output_BSHD.transpose(0, 1).flatten(2)
         return self.exchange.to_tokens(output_SBI) if self.exchange.num_ranks > 1 else output_SBI
+
+
+class VariableLengthAttention(CoreAttention):
+    """The same with one kernel for all packed documents (`plan.switches` says where it exists)."""
+
+    _attend_documents = staticmethod(_in_one_kernel)
 
 
 class TransformerEngineAttention(MegatronModule):

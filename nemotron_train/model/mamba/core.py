@@ -7,11 +7,6 @@ of dt, the gate (all in `layer`).
 Shape suffixes: B batch, S tokens, H heads, P channels a head, G groups, N state size.
 """
 
-import importlib
-import importlib.util
-import sys
-from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -21,6 +16,8 @@ from torch.nn import functional as F
 from nemotron_train.config.errors import ConfigError
 from nemotron_train.model.mamba.chunked_scan import chunked_ssd
 from nemotron_train.model.mamba.scan_operands import SPLIT_RANGE
+from nemotron_train.plan.switches import MAMBA_SSM
+from nemotron_train.platform.packages import is_usable
 
 # Chunk lengths on a CPU, in tokens (upper limits). Measured on two cores, forward and backward
 # (docs/log.md): 64 costs 5 to 15 % less than 32 and two thirds of 128. But more heads are steep in
@@ -53,11 +50,12 @@ def ssd(
     Returns y_BSHP in x's dtype, or (y_BSHP, final state BHPN in dt's dtype) with
     `return_final_state`. All floating inputs and the initial state receive gradients.
 
-    On CUDA `mamba_ssm` computes it if it is installed and x is not FP64, unless `force_torch`.
+    On CUDA `mamba_ssm` computes it if it can be used and x is not FP64, unless `force_torch`.
     Raises ConfigError if its 32-bit offsets would overflow (state-spaces/mamba#1015).
     """
     arguments = (x_BSHP, dt_BSH, A_H, B_BSGN, C_BSGN, D_H)
-    if x_BSHP.is_cuda and not force_torch and x_BSHP.dtype != torch.float64 and _has_mamba_ssm():
+    fits = x_BSHP.is_cuda and not force_torch and x_BSHP.dtype != torch.float64
+    if fits and is_usable(MAMBA_SSM):
         return _mamba_ssm(
             *arguments, chunk_size, document_ids_BS, initial_state_BHPN, return_final_state
         )
@@ -78,32 +76,6 @@ def _cpu_chunk(dt_BSH: Tensor, A_H: Tensor) -> int:
     windows = F.pad(dt_BSH, (0, 0, 0, padding)).unflatten(1, (-1, longest)).sum(2)
     steep_H = (windows.amax((0, 1)) * A_H) < -SPLIT_RANGE
     return longest if 16 * int(steep_H.sum()) <= len(A_H) else shorter
-
-
-@lru_cache(maxsize=1)
-def _has_mamba_ssm() -> bool:
-    return importlib.util.find_spec("mamba_ssm") is not None
-
-
-@lru_cache(maxsize=1)
-def mamba_scan() -> Callable[..., Any]:
-    """mamba_ssm's Triton scan, `mamba_chunk_scan_combined`.
-
-    UPSTREAM(mamba-ssm 2.3): mamba_ssm/__init__.py imports compiled kernels of Mamba-1, which
-    launch/gpu_packages.sh leaves out. If they are missing, the scan is imported without that file.
-    Raises ImportError if the scan itself cannot be imported.
-    """
-    scan = "mamba_ssm.ops.triton.ssd_combined"
-    try:
-        module = importlib.import_module(scan)
-    except ImportError:
-        spec = importlib.util.find_spec("mamba_ssm")
-        if spec is None:
-            raise
-        # The package stays known in this form: the scan imports more of it when it is called.
-        sys.modules["mamba_ssm"] = importlib.util.module_from_spec(spec)
-        module = importlib.import_module(scan)
-    return module.mamba_chunk_scan_combined
 
 
 def check_offsets(x_BSHP: Tensor, B_BSGN: Tensor, C_BSGN: Tensor, chunk_size: int) -> None:
@@ -139,11 +111,15 @@ def _mamba_ssm(
     return_final_state: bool,
 ) -> Any:
     """`ssd` by mamba_ssm's Triton kernels."""
+    from mamba_ssm.ops.triton.ssd_combined import (  # pyright: ignore[reportMissingImports]
+        mamba_chunk_scan_combined,
+    )
+
     check_offsets(x_BSHP, B_BSGN, C_BSGN, chunk_size)
     seq_idx = None
     if document_ids_BS is not None:  # the kernel applies the initial state to index 0 only
         seq_idx = (document_ids_BS - document_ids_BS[:, :1]).to(torch.int32).contiguous()
-    return mamba_scan()(
+    return mamba_chunk_scan_combined(
         x_BSHP,
         dt_BSH,
         A_H,

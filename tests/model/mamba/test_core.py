@@ -4,13 +4,8 @@ Not covered: `mamba_ssm` itself, unless a GPU and the package are present (the l
 (benchmarks/ssd.py).
 """
 
-import importlib
-import importlib.util
-import sys
 from itertools import pairwise
-from pathlib import Path
 from typing import NamedTuple
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -22,6 +17,8 @@ from nemotron_train.config.errors import ConfigError
 from nemotron_train.model.mamba import core as ssd_module
 from nemotron_train.model.mamba import scan_operands
 from nemotron_train.model.mamba.core import check_offsets, ssd
+from nemotron_train.plan.switches import MAMBA_SSM
+from nemotron_train.platform.packages import is_usable
 
 NAMES = ("x", "dt", "A", "B", "C", "D", "initial")
 
@@ -343,37 +340,10 @@ def test_offsets_are_refused() -> None:
         check_offsets(*views(131072), 128)
 
 
-@pytest.mark.parametrize(
-    "begin", ["", "import selective_scan_cuda_is_not_built"], ids=["whole", "without_compiled_half"]
-)
-def test_the_scan_needs_no_compiled_half(
-    begin: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A made-up package in the shape of mamba_ssm. Not covered: the real one, which
-    launch/gpu_packages.sh imports in the same way after it has built it."""
-    folder = tmp_path / "mamba_ssm" / "ops" / "triton"
-    folder.mkdir(parents=True)
-    (tmp_path / "mamba_ssm" / "__init__.py").write_text(f"{begin}\n")
-    (tmp_path / "mamba_ssm" / "helper.py").write_text("answer = 42\n")
-    (folder / "ssd_combined.py").write_text(
-        "from mamba_ssm.helper import answer\ndef mamba_chunk_scan_combined():\n    return answer\n"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    with patch.dict(sys.modules):
-        for name in [name for name in sys.modules if name.split(".")[0] == "mamba_ssm"]:
-            del sys.modules[name]
-        assert ssd_module.mamba_scan.__wrapped__()() == 42
-        (folder / "ssd_combined.py").write_text("import no_such_kernel\n")
-        del sys.modules["mamba_ssm.ops.triton.ssd_combined"]
-        importlib.invalidate_caches()
-        with pytest.raises(ImportError, match="no_such_kernel"):
-            ssd_module.mamba_scan.__wrapped__()
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_equals_mamba_ssm() -> None:
     """The two kernels against each other in BF16, documents included."""
-    if importlib.util.find_spec("mamba_ssm") is None:  # it need not import as a whole (mamba_scan)
+    if not is_usable(MAMBA_SSM):
         pytest.skip("needs mamba_ssm")
     inputs = make_inputs(Shape(length=300, heads=8, head_dim=64, groups=2, state=64), 0.05)
     narrow = [t.to("cuda", torch.bfloat16 if name in "xBC" else torch.float32)

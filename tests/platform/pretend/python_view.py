@@ -3,12 +3,14 @@ the whole process and is never undone.
 """
 
 import contextlib
+import itertools
 import os
 import types
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.attention.varlen
 from torch.utils._python_dispatch import _disable_current_modes
 
 from tests.platform.pretend.device import (
@@ -171,6 +173,34 @@ class _Generator:
         pass
 
 
+def _varlen_attn(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seq_q: torch.Tensor,
+    cu_seq_k: torch.Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    window_size: tuple[int, int],
+    enable_gqa: bool,
+) -> torch.Tensor:
+    """torch's variable-length kernel, [tokens, heads, width]: one causal product a document."""
+    assert window_size == (-1, 0) and cu_seq_q.dtype == torch.int32 and on_cuda(cu_seq_q)
+    with _disable_current_modes():
+        cuts = _plain_tolist(cu_seq_q)
+    rows = []
+    for start, end in itertools.pairwise(cuts):
+        q, k, v = (t[start:end].transpose(0, 1) for t in (query, key, value))
+        if enable_gqa:
+            k, v = (t.repeat_interleave(len(q) // len(t), dim=0) for t in (k, v))
+        scores = (q @ k.mT).float() / q.shape[-1] ** 0.5
+        later = torch.ones_like(scores, dtype=torch.bool).triu(1)
+        weights = scores.masked_fill(later, float("-inf")).softmax(-1).to(v.dtype)
+        rows.append((weights @ v).transpose(0, 1))
+    return torch.cat(rows)
+
+
 def install(name: str = "NVIDIA H200", capability: tuple[int, int] = (9, 0)) -> None:
     """Pretend one device of this name and compute capability, before the first CUDA tensor."""
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
@@ -194,6 +224,7 @@ def install(name: str = "NVIDIA H200", capability: tuple[int, int] = (9, 0)) -> 
     tensor.record_stream = lambda self, stream: None  # type: ignore[assignment]
     torch.tensor = _made_on_host(torch.tensor)
     torch.as_tensor = _made_on_host(torch.as_tensor)
+    torch.nn.attention.varlen.varlen_attn = _varlen_attn  # type: ignore[assignment]
     PretendCuda().__enter__()
 
 

@@ -35,6 +35,28 @@ def _weight(out_size: int, in_size: int, device: Any, dtype: torch.dtype) -> nn.
     return nn.Parameter(torch.empty(out_size, in_size, device=device, dtype=dtype))
 
 
+class _AddingProduct(torch.autograd.Function):
+    """x W^T whose backward pass adds the weight gradient to `weight.main_grad`, as the real one
+    does under `fuse_wgrad_accumulation`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.weight = weight
+        return F.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        (dy,), (x, weight) = gradients, ctx.saved_tensors
+        ctx.weight.main_grad += dy.flatten(0, -2).float().T @ x.flatten(0, -2).float()
+        ctx.weight.grad_added_to_main_grad = True
+        return dy @ weight, torch.empty_like(weight)  # the gradient has no meaning
+
+
+def _product(x: Tensor, weight: Tensor, fuses: bool) -> Tensor:
+    return _AddingProduct.apply(x, weight) if fuses else F.linear(x, weight)  # type: ignore[return-value]
+
+
 class Linear(_Module):
     def __init__(
         self,
@@ -46,21 +68,47 @@ class Linear(_Module):
         parallel_mode: str | None,
         bias: bool,
         tp_size: int,
+        fuse_wgrad_accumulation: bool = False,
         **unused: Any,
     ) -> None:
         super().__init__()
         assert tp_size == 1 and not bias
+        self.fuse_wgrad_accumulation = fuse_wgrad_accumulation
         self.parallel_mode, self.use_bias = parallel_mode, bias
         self.in_features, self.out_features = in_features, out_features
         self.weight = _weight(out_features, in_features, device, params_dtype)
 
     def forward(self, x: Tensor, is_first_microbatch: bool | None = None) -> Tensor:
         self.init_fp8_metadata()
-        return F.linear(x, self.weight)
+        return _product(x, self.weight, self.fuse_wgrad_accumulation)
 
 
-class LayerNormLinear(_Module):
-    """Megatron refers to it when it defines its wrapper."""
+class LayerNormLinear(Linear):
+    """An RMS norm and a linear in one module."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        eps: float,
+        normalization: str,
+        params_dtype: torch.dtype,
+        device: Any,
+        sequence_parallel: bool,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            in_features, out_features, params_dtype=params_dtype, device=device, **options
+        )
+        assert normalization == "RMSNorm"
+        self.eps = eps
+        scale = torch.empty(in_features, dtype=params_dtype, device=device)
+        self.layer_norm_weight = nn.Parameter(scale)
+        self.layer_norm_weight.sequence_parallel = sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor, is_first_microbatch: bool | None = None) -> Tensor:
+        return super().forward(F.rms_norm(x, x.shape[-1:], self.layer_norm_weight, self.eps))
 
 
 class LayerNorm(nn.Module):
