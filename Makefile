@@ -1,6 +1,7 @@
-# Targets: env, demo, test, test-layouts, test-faults, test-slurm, test-browser, check, benchmark. They
-# work from any folder (make -C, make -f) and set up .venv first. Choices: EXTRAS=dev,gpu (installed
-# beside the library), TEST_PROCESSES=2, ARGS="..." (for nemotron-train, pytest or the benchmark);
+# Targets: env, demo, test, test-layouts, test-faults, test-slurm, test-browser, mutants (does each
+# wrong line turn a test red?), check, benchmark. They work from any folder (make -C, make -f) and set
+# up .venv first. Choices: EXTRAS=dev,gpu (installed beside the library), TEST_PROCESSES=2 (also of
+# mutants), ARGS="..." (for nemotron-train, pytest, mutants, such as "-k data", or the benchmark);
 # with gpu: GPU_ARCH=90, MAX_JOBS=8, GPU_STRICT=1, GPU_PACKAGES="..." (docs/gpu.md).
 
 root := $(patsubst %/,%,$(dir $(abspath $(lastword $(MAKEFILE_LIST)))))
@@ -26,10 +27,11 @@ clean_env := env -u PYTHONPATH -u PYTHONHOME -u PIP_CONSTRAINT -u PIP_BUILD_CONS
 	-u PIP_REQUIRE_HASHES -u PIP_IGNORE_INSTALLED
 
 .DEFAULT_GOAL := help
-.PHONY: help env env-gpu demo test test-layouts test-faults test-slurm test-browser check benchmark
+.PHONY: help env env-gpu demo test test-layouts test-faults test-slurm test-browser mutants check \
+	benchmark
 
 help:
-	@sed -n 's/^# //;1,4p' '$(lastword $(MAKEFILE_LIST))'
+	@sed -n 's/^# //;1,5p' '$(lastword $(MAKEFILE_LIST))'
 
 env: $(stamp) $(if $(filter gpu,$(extras_list)),env-gpu)
 
@@ -84,6 +86,10 @@ test-slurm: $(stamp)
 # Needs Chromium (Debian: chromium) and is skipped without it.
 test-browser: $(stamp)
 	cd '$(root)' && '$(python)' -m pytest --quiet -m browser $(ARGS) tests/report/html/test_browser.py
+
+# Half an hour: applies each entry of tests/mutants/list to a copy and runs the tests it names.
+mutants: $(stamp)
+	cd '$(root)' && '$(python)' tests/mutants/run.py --jobs $(TEST_PROCESSES) $(ARGS)
 
 check: $(stamp)
 	cd '$(root)' && '$(python)' -m ruff check .

@@ -231,7 +231,7 @@ def _first_output(reference: Any, records: list[Any], tolerance: float) -> str:
         square_sum = expected[0]
         squares = abs(ours[0] - square_sum) / max(square_sum, 1e-30)
         projection = abs(ours[1] - expected[1]) / max(abs(expected[1]), np.sqrt(square_sum), 1e-30)
-        if not max(squares, projection) <= tolerance:
+        if not (squares <= tolerance and projection <= tolerance):  # also if one is NaN
             return path
     return ""
 

@@ -7,12 +7,14 @@ parallelism and of virtual stages.
 """
 
 import io
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from nemotron_train.check import parallel
 from nemotron_train.check.compare import Difference, ModuleDifference
 from nemotron_train.check.parallel import (
     LIMITS,
@@ -118,6 +120,19 @@ def test_what_counts_as_a_difference(kind: str, relative: float, fp32: bool, own
         assert outcome.culprit == ("" if equal else "layer")
         assert not replace(outcome, losses={"loss": 0.1}).equal
         assert not replace(outcome, failed="a rank ended").equal
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_an_output_that_is_no_number_differs(number: float) -> None:
+    """A comparison with NaN is false, whichever way it is asked."""
+    reference = {"trace": {"embedding": [4.0, 1.0], "decoder.layers.0": [9.0, 2.0]}}
+    same = [{"trace": {"embedding": [4.0, 1.0], "decoder.layers.0": [9.0, 2.0]}}]
+    assert parallel._first_output(reference, same, 1e-4) == ""
+    for place in range(2):
+        sums = [9.0, 2.0]
+        sums[place] = number
+        other = [{"trace": {"embedding": [4.0, 1.0], "decoder.layers.0": sums}}]
+        assert parallel._first_output(reference, other, 1e-4) == "decoder.layers.0"
 
 
 def test_a_rank_that_fails_is_told_with_its_last_words(tmp_path: Path) -> None:

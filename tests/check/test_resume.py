@@ -107,5 +107,9 @@ def test_one_bit_in_one_field_is_named(name: str) -> None:
 def test_a_missing_step_and_nothing_at_all_differ() -> None:
     fields = compare([RECORD], [NOTHING], [NOTHING])
     assert "losses" in [field.name for field in fields if not field.equal]
+    longer = {**RECORD, "metrics": [*RECORD["metrics"], *RECORD["metrics"]]}
+    for whole, first in ((longer, RECORD), (RECORD, longer)):
+        fields = compare([whole], [first], [NOTHING])
+        assert "losses" in [field.name for field in fields if not field.equal]
     assert not Field("losses", 0, 0).equal
     assert not dataclasses.replace(Resharded(1, 0.0, 1e-4, True), same_samples=False).equal

@@ -4,10 +4,12 @@ codes, and the modules that `--help` and `plan` load.
 Not covered: the work of the verbs (their own tests), and a real terminal.
 """
 
+import re
 import subprocess
 import sys
 import time
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -141,6 +143,16 @@ def test_resume_folder_without_a_good_config(tmp_path: Path, content: str, part:
         compose_config([f"resume={tmp_path}"])
 
 
+def test_a_branch_does_not_inherit_what_its_parent_was_asked_once(tmp_path: Path) -> None:
+    """The parent was itself a branch with data of its own, and stopped early."""
+    asked = ["name=a", "train.stop_after_steps=3", f"folder={tmp_path}"]
+    parent = replace(compose_config(asked), branch=f"{tmp_path}/older@1", fresh_data=True)
+    open_run_folder(parent, derive(compose_config(asked)), "").close()
+    branch = compose_config([f"branch={tmp_path}/a@2", "name=b"])
+    assert branch.branch == f"{tmp_path}/a@2" and branch.name == "b"
+    assert not branch.fresh_data and branch.train.stop_after_steps == 0
+
+
 def test_resume_with_a_recipe_is_refused(tmp_path: Path) -> None:
     config = compose_config(["name=a", f"folder={tmp_path}"])
     open_run_folder(config, derive(config), "").close()
@@ -191,6 +203,33 @@ def test_each_verb_has_help_with_an_example(name: str, capsys: pytest.CaptureFix
 def test_unknown_verb(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words) == 2
     assert "did you mean" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "ranks"),
+    [
+        (["parallel.tensor=2", "parallel.sequence=true"], 2),
+        # Expert and tensor ranks are the same processes, seen in two ways.
+        (["parallel.tensor=2", "parallel.sequence=true", "parallel.expert=2"], 2),
+        (["parallel.tensor=2", "parallel.sequence=true", "parallel.expert=4"], 4),
+        (["parallel.pipeline=2", "parallel.expert=2", "model.pattern=MEM*|EME"], 4),
+    ],
+)
+def test_plan_is_for_the_fewest_ranks(
+    words: list[str], ranks: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", "train.micro_batch_sequences=2", *words]) == 0
+    assert re.search(rf"^Ranks\n.* {ranks} = ", capsys.readouterr().out, re.MULTILINE)
+
+
+@pytest.mark.parametrize(("is_equal", "code"), [(True, 0), (False, 1)])
+@pytest.mark.parametrize("name", ["parallel", "resume", "precision"])
+def test_a_check_that_finds_a_difference_exits_with_1(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, is_equal: bool, code: int
+) -> None:
+    """A job script goes by it. What the checks find is in tests/check."""
+    monkeypatch.setattr(f"nemotron_train.check.{name}.check_{name}", lambda *arguments: is_equal)
+    assert main(["check", name, f"folder={tmp_path}"]) == code
 
 
 def test_pretrain_returns_what_the_run_returns(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -377,3 +377,19 @@ def test_more_shards_than_may_be_open(
         reader = source(config(folder / "tokenizer", {folder: 1}), split="validation")
         batches.append(reader.take(reader.state_at_start(), 20)[0])
     assert_same(*batches)
+
+
+def test_documents_lie_in_another_order_in_each_epoch(tmp_path: Path, write_folder) -> None:
+    """All in one block of documents, read in the order of the windows: another order of the windows
+    alone would always put the same documents side by side."""
+    folder = write_folder(tmp_path / "x", unique_documents([4] * 50))
+    orders = set()
+    for seed in (0, 1):
+        data = source(config(folder / "tokenizer", {folder: 1}), 4, seed=seed)
+        count = data.num_samples
+        batch, _ = data.take(data.state_at_start(), 3 * count)
+        for epoch in range(3):
+            mine = rows(batch, epoch * count, (epoch + 1) * count)
+            place = np.argsort(mine.origins_B3[:, 2])
+            orders.add(tuple(mine.tokens_BS[place].ravel().tolist()))
+    assert len(orders) == 6

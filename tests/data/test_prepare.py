@@ -395,10 +395,13 @@ def test_tokenizer_sees_training_documents_only(tmp_path: Path) -> None:
     """Second truth: training on exactly those texts. Validation documents must not shape the
     vocabulary."""
     write_inputs(tmp_path / "in", "jsonl")
-    config = settings(tmp_path, tmp_path, tokenizer="", train_tokenizer_vocab_size=290)
+    config = settings(tmp_path, tmp_path, tokenizer="", train_tokenizer_vocab_size=400)
     manifest: Manifest = prepare(config)
-    ours = train_tokenizer(expected(TEXTS)["train"], 290, tmp_path / "mine")
+    split = expected(TEXTS)
+    ours = train_tokenizer(split["train"], 400, tmp_path / "mine")
     assert manifest.tokenizer.sha256 == ours.sha256
+    everything = train_tokenizer([*split["train"], *split["validation"]], 400, tmp_path / "all")
+    assert everything.sha256 != ours.sha256, "these texts would show it"
 
 
 @pytest.mark.parametrize("seed", range(12))

@@ -42,6 +42,18 @@ def test_all_rows_of_another_length_and_split(run: Path) -> None:
     assert train.loss != short.loss
 
 
+def test_the_standard_error_is_the_bootstraps(run: Path) -> None:
+    """Second truth: the spread of the loss when the passes of four rows are drawn again with
+    replacement. Their sums are the differences of the losses of 1, 2, ... passes. Over n passes the
+    bootstrap is a few percent off."""
+    passes = [evaluate_loss(str(run), LossConfig(max_tokens=256 * n))[0] for n in range(1, 11)]
+    sums = np.diff([0.0, *(found.loss * found.tokens for found in passes)])
+    counts = np.diff([0, *(found.tokens for found in passes)])
+    drawn = np.random.default_rng(0).integers(len(passes), size=(4000, len(passes)))
+    losses = sums[drawn].sum(1) / counts[drawn].sum(1)
+    assert passes[-1].standard_error == pytest.approx(losses.std(), rel=0.1)
+
+
 def test_bytes_are_those_of_the_targets() -> None:
     """Labels after the end of a document are not targets, and the end is not text. 漢 is cut at a
     row's end."""

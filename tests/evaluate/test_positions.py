@@ -34,6 +34,15 @@ def test_a_power_law_is_found_again() -> None:
     assert curve.cumulative[-1] == [4999, pytest.approx(3 * 4999**-0.1)]
 
 
+def test_the_error_of_an_octave_is_that_of_its_mean_over_documents() -> None:
+    """By hand: documents at 1, 2, 3 and 6 nats have a variance of 14 / 3, and the mean of four a
+    standard error of sqrt(14 / 3 / 4)."""
+    levels = np.array([1.0, 2.0, 3.0, 6.0])
+    curve = fit_curve("x", 64, levels[:, None] * np.ones(100), first_position=1)
+    for _, _, mean, error in curve.octaves:
+        assert (mean, error) == pytest.approx((3, (14 / 3 / 4) ** 0.5))
+
+
 def test_a_rise_is_told() -> None:
     nll_DT = np.array([[4.0] + [3.0] * 2 + [2.0] * 4 + [2.5] * 8 + [1.0] * 16])
     curve = fit_curve("x", 64, nll_DT, first_position=1)

@@ -62,8 +62,15 @@ pytestmark = pytest.mark.skipif(not library.supports(torch.zeros(1)), reason="no
 
 
 def build(groups: Any, *overrides: str) -> Any:
+    """An untrained model with the uneven router biases of a trained one: they take part in the
+    choice of experts, not in their weights."""
     config = compose_config([*SMALL, "model.init_std=0.1", *overrides])
-    return build_model(config, resolve_plan(config), device.prepare(), groups).eval()
+    model = build_model(config, resolve_plan(config), device.prepare(), groups).eval()
+    for module in model.modules():
+        if getattr(module, "expert_bias", None) is not None:
+            biases: Any = module.expert_bias
+            biases.copy_(torch.linspace(-0.2, 0.2, len(biases)))
+    return model
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from nemotron_train.assemble.transformer_config import squared_relu
 from nemotron_train.kernels import library
+from nemotron_train.kernels import training as training_kernels
 from nemotron_train.model.cross_entropy import vocab_parallel_cross_entropy
 from nemotron_train.model.mamba.convolution import causal_conv
 from nemotron_train.model.mamba.core import ssd
@@ -206,6 +207,19 @@ def test_extreme_numbers() -> None:
     torch.testing.assert_close(ours[1], theirs[1], rtol=2e-6, atol=1e-6, equal_nan=True)
 
 
+def test_results_are_rounded_to_bfloat16_as_torch_does() -> None:
+    """Ties to even, in every binade, also next to a change of it; halves of the smallest numbers,
+    infinity and NaN. The activation of 1 with weight w is w, so this is the rounding alone."""
+    exact = torch.arange(-(2**15), 2**15).short().view(torch.bfloat16)
+    halves = exact.float().view(torch.int32).add(1 << 15).view(torch.float32)
+    weights = torch.cat([exact.float(), halves, torch.nextafter(halves, torch.zeros(()))])
+    rounded = training_kernels.squared_relu(torch.ones(len(weights), 1).bfloat16(), weights)[:, 0]
+    expected = weights.bfloat16()
+    assert torch.equal(rounded.isnan(), expected.isnan())
+    numbers = ~expected.isnan()
+    assert torch.equal(rounded[numbers].view(torch.int16), expected[numbers].view(torch.int16))
+
+
 def test_a_shared_cache_is_not_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled libraries are stored where only this user can write, and loaded from nowhere
     else."""
@@ -227,7 +241,12 @@ def test_a_shared_cache_is_not_trusted(tmp_path: Path, monkeypatch: pytest.Monke
     assert one() == 1 and kept.stat().st_mtime_ns == stamp, "kept for the next process"
     source.write_text("int one(void) { return 2; }\n")
     assert one() == 2, "another source is another library"
+    source.write_text('#include "number.h"\nint one(void) { return NUMBER; }\n')
+    for number in (3, 4):
+        (source.parent / "number.h").write_text(f"#define NUMBER {number}\n")
+        assert one() == number, "another header is another library"
     source.write_text("int one(void) { return 1; }\n")
+    (source.parent / "number.h").unlink()
     kept.unlink()
     kept.write_bytes(b"not a library")
     kept.parent.chmod(0o777)

@@ -11,10 +11,12 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
 from nemotron_train.assemble.build import build_model, count_parameters, wrap_data_parallel
 from nemotron_train.compose.compose import compose_config
 from nemotron_train.config.schema import Config
+from nemotron_train.model.decode_state import DecodeStates
 from nemotron_train.model.hybrid import NemotronModel
 from nemotron_train.model.mtp import depth_mask
 from nemotron_train.optim.build import decays
@@ -130,6 +132,26 @@ def test_mtp_depths_share_one_block_and_learn_from_masked_targets_only(groups: o
         other = torch.where(pointed > 0, labels, (labels + 1) % 128)
         assert not torch.equal(other, labels)
         assert model(row, other, mask, ids)[depth] == sums[depth]
+
+
+@torch.inference_mode()
+def test_each_depth_goes_on_from_the_one_before(groups: object) -> None:
+    """Depth k reads the hidden states of depth k - 1 and token i + k, and predicts labels[i + k]
+    (Super report, section 2.1.2). Second truth: the steps of generation, called here one depth
+    after the other, and torch's cross entropy."""
+    _, model = build(groups)
+    row, labels = tokens(8, rows=1), tokens(9, rows=1)
+    sums = model(row, labels, torch.ones(1, LENGTH), torch.zeros_like(row))
+    hidden = model.decode(row[0], DecodeStates(1).next_batch([LENGTH], row.device))
+    expected = []
+    for depth in range(3):
+        if depth > 0:
+            new = DecodeStates(1).next_batch([LENGTH - depth], row.device)
+            hidden = model.decode_depth(hidden[:-1], row[0, depth:], new)
+        logits = model.logits(hidden).double()
+        expected.append(F.cross_entropy(logits, labels[0, depth:], reduction="sum"))
+    assert len({round(float(loss), 2) for loss in expected}) == 3
+    torch.testing.assert_close(sums.double(), torch.stack(expected), rtol=1e-5, atol=0)
 
 
 def test_repeated_block_counts_its_load_balance_loss_once(groups: object) -> None:

@@ -1,4 +1,5 @@
-"""The optimizer step in two halves against Megatron's own `step()`, bit for bit.
+"""The optimizer step in two halves against Megatron's own `step()`, bit for bit, and several steps
+against AdamW's definition.
 
 One rank, with and without the distributed optimizer, FP32 and BF16, clipped and not. Not covered:
 several ranks (tests/distributed trains with the halves), Transformer Engine's fused clipping.
@@ -11,7 +12,7 @@ import torch
 
 from nemotron_train.assemble.build import build_model, wrap_data_parallel
 from nemotron_train.compose.compose import compose_config
-from nemotron_train.optim.build import build_optimizer
+from nemotron_train.optim.build import build_optimizer, set_learning_rate
 from nemotron_train.optim.update import apply_update, gradient_norm
 from nemotron_train.plan.precision.resolve import resolve_plan
 from nemotron_train.platform import device
@@ -76,3 +77,32 @@ def test_the_first_half_changes_no_weight_and_keeps_what_is_not_finite(groups: A
     for parameter, old in zip(parameters, before, strict=True):
         assert torch.equal(parameter, old)
         assert bool(parameter.main_grad.isfinite().all()) == (parameter is not parameters[5])
+
+
+@pytest.mark.parametrize("sharded", ["true", "false"])
+def test_steps_are_adamw_by_its_definition(groups: Any, sharded: str) -> None:
+    """Decoupled weight decay (Loshchilov and Hutter, arXiv 1711.05101, algorithm 2) in float64,
+    from the knobs: rate, betas, epsilon, decay. Matrices decay; vectors (norms, biases, Mamba-2's
+    own) do not. The rate changes with every step."""
+    knobs = ("optim.beta1=0.7", "optim.beta2=0.9", "optim.epsilon=0.01", "optim.weight_decay=0.5")
+    model, optimizer = build(
+        groups, (*knobs, "optim.clip_grad_norm=1e9", f"parallel.distributed_optimizer={sharded}")
+    )
+    names, parameters = zip(*model.module.named_parameters(), strict=True)
+    values = [parameter.detach().double() for parameter in parameters]
+    moments = [(torch.zeros_like(value), torch.zeros_like(value)) for value in values]
+    for step, rate in enumerate((0.1, 0.02, 0.05), start=1):
+        fill_gradients(model, step, 1.0)
+        gradients = [parameter.main_grad.double().clone() for parameter in parameters]
+        set_learning_rate(optimizer, rate, 0.5)
+        apply_update(optimizer, gradient_norm(optimizer))
+        for i, gradient in enumerate(gradients):
+            first = 0.7 * moments[i][0] + 0.3 * gradient
+            second = 0.9 * moments[i][1] + 0.1 * gradient.square()
+            moments[i] = first, second
+            root = (second / (1 - 0.9**step)).sqrt()
+            decay = 0.5 * values[i] if values[i].dim() > 1 else 0.0
+            values[i] = values[i] - rate * (first / (1 - 0.7**step) / (root + 0.01) + decay)
+    for name, parameter, expected in zip(names, parameters, values, strict=True):
+        difference = (parameter.detach().double() - expected).abs().max()
+        assert float(difference) < 2e-6 * max(1.0, float(expected.abs().max())), name

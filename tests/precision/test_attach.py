@@ -6,6 +6,7 @@ between shards, any GPU.
 """
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -19,9 +20,10 @@ from nemotron_train.precision.attach import PrecisionControl, global_modules
 from nemotron_train.precision.experts import EmulatedExperts
 from nemotron_train.precision.gemm import block_scaled_matmul
 from nemotron_train.precision.hadamard import hadamard
-from nemotron_train.precision.linear import EmulatedColumnParallelLinear
+from nemotron_train.precision.linear import Attached, EmulatedColumnParallelLinear
 from nemotron_train.precision.mxfp8 import mxfp8_operand
 from nemotron_train.precision.nvfp4 import quantize_nvfp4
+from nemotron_train.precision.rounding import RandomWords
 
 PLANS = ["nvfp4_nemotron3", "nvfp4_all", "mxfp8", "nvfp4_bf16_forward"]
 
@@ -135,6 +137,37 @@ def test_dgrad_and_wgrad_round_by_words_of_their_own(groups) -> None:
         patch.setattr(type(linear.attached), "random_words", recorded)
         products(linear, x, torch.randn(40, 1, linear.weight.shape[0]).bfloat16())
     assert sorted(seen) == ["dgrad", "wgrad"]
+
+
+def test_no_two_roundings_of_a_step_share_words(groups) -> None:
+    """Linears and experts, both gradient products of each, every prediction depth, two
+    micro-batches. Words that two tensors share would correlate their rounding errors, and the sum
+    of a gradient over micro-batches would not average them out. One rank; the positions of shards
+    are in tests/distributed."""
+    _, model, control = build(groups, "precision=nvfp4_all", "model.mtp.depths=2")
+    control.clock.step = 4
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, 512, (1, 32), generator=generator)
+    batch = {"labels_BS": tokens, "loss_mask_BS": torch.ones(1, 32)}
+    batch["document_ids_BS"] = torch.zeros(1, 32, dtype=torch.int64)
+    drawn: list[RandomWords] = []
+    draw = Attached.random_words
+
+    def recorded(attached: Attached, *arguments: Any) -> RandomWords:
+        drawn.append(draw(attached, *arguments))
+        return drawn[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Attached, "random_words", recorded)
+        for _ in range(2):
+            model(tokens, **batch).sum().backward()
+    linears = control.attached()
+    assert any(path.endswith("experts.linear_fc1") for path in linears)
+    inside = sum(path.startswith("mtp.") for path in linears)
+    # Two products of each linear and micro-batch; the prediction block runs once a depth.
+    assert len(drawn) == 2 * 2 * (len(linears) + inside)
+    assert {words.step for words in drawn} == {4}
+    assert len({words.stream for words in drawn}) == len(drawn)
 
 
 def test_weights_are_quantized_again_when_they_change(groups) -> None:

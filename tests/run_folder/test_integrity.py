@@ -321,6 +321,14 @@ def test_a_cut_record_line_vouches_for_nothing(folder: Path) -> None:
     with open(folder.parent / "checkpoints.jsonl", "a") as file:
         file.write('{"step": 15, "mani')
     assert latest(folder, nothing) == step_folder(folder, 10)
+    # A folder of that step, in order by its own manifest, has no line that vouches for it.
+    made_up = step_folder(folder, 15)
+    shutil.copytree(step_folder(folder, 10), made_up)
+    manifest = json.loads((made_up / "manifest.json").read_text()) | {"step": 15}
+    (made_up / "manifest.json").write_text(json.dumps(manifest))
+    said: list[str] = []
+    assert latest(folder, said.append) == step_folder(folder, 10)
+    assert len(said) == 1 and "not the one that checkpoints.jsonl" in said[0]
 
 
 def test_a_copy_without_a_run_folder_is_judged_by_its_manifest(folder: Path) -> None:

@@ -89,6 +89,8 @@ def test_release_leaves_a_later_holder_alone(tmp_path: Path) -> None:
     second = acquire(tmp_path)
     first.release()
     second.check_held()
+    record = json.loads((tmp_path / LOCK).read_text())
+    assert record["released"] is False, "where there are no locks, the record says who holds it"
     with pytest.raises(LostRunFolder):
         first.check_held()
 

@@ -40,6 +40,7 @@ KILLED, FAILED = start(50), start(50, "failed", "RuntimeError: lost a rank")
         ([start(40), KILLED, KILLED], 50, False),
         ([KILLED, start(50, "stopped"), KILLED, KILLED], 50, False),  # a person, or a time limit
         ([KILLED, start(50, "refused"), KILLED, start(50, "refused"), KILLED], 50, True),
+        ([KILLED, start(50, "refused"), start(50, "refused"), KILLED], 50, False),  # two crashes
         ([{"time": "an earlier version"}] * 5, 0, False),
         ([], 0, False),
     ],

@@ -85,7 +85,9 @@ def derive_operands(
 
     # cum_l = sum of dt_s A over s <= l in l's document, as a product with the 0/1 matrix `pairs`.
     # FP64: differences of running sums must not cancel after one very fast decay, and TF32 must
-    # not touch them. It is J numbers a token.
+    # not touch them. It is J numbers a token. Sums over the whole chunk would give the same but for
+    # rounding, since only differences inside a document are used; but then the other documents
+    # would change a document's bits and could make its heads steep.
     cum_KGBLJ = pairs @ (dt_KGBLJ.double() * A_H.double().view(num_groups, 1, 1, -1))
     steep_GJ = cum_KGBLJ.amin((0, 2, 3)) < -SPLIT_RANGE
     # SYNC: which heads are steep decides shapes; free on a CPU, and CUDA has its own kernel.

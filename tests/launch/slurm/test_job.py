@@ -178,6 +178,16 @@ def test_a_secret_of_the_surroundings_stays_there(monkeypatch: pytest.MonkeyPatc
     assert SECRET not in render(plan_job(BASE))
 
 
+def test_tensor_and_expert_ranks_are_the_same_processes(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Two tensor-parallel and two expert-parallel ranks are two processes, not four."""
+    layout = ["parallel.tensor=2", "parallel.sequence=true", "cluster.ranks_per_node=2"]
+    assert main(["slurm", "--dry-run", *BASE, *layout, "parallel.expert=2"]) == 0
+    assert main(["slurm", "--dry-run", *BASE, *layout, "parallel.expert=4"]) == 2
+    assert "parallel.* = 4 ranks do not divide: nodes=2 would do" in capsys.readouterr().err
+
+
 def test_memory_that_does_not_fit_names_nodes_that_would(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -190,6 +200,10 @@ def test_memory_that_does_not_fit_names_nodes_that_would(
     assert nodes > 1
     assert main(["slurm", *job, f"nodes={nodes}"]) == 0
     assert main(["slurm", *job, f"nodes={nodes // 2}"]) == 2
+    tighter = ["cluster.gpu_memory_gib=45", "nodes=2"]
+    assert main(["slurm", *job, *tighter]) == 2
+    nodes = int(capsys.readouterr().err.split("nodes=")[-1].split()[0])
+    assert nodes > 2 and main(["slurm", *job, *tighter[:1], f"nodes={nodes}"]) == 0
     small = ["cluster.gpu_memory_gib=10", "nodes=1"]
     assert main(["slurm", *job, *small]) == 2
     assert "no number of nodes holds it" in capsys.readouterr().err

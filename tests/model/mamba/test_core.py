@@ -270,6 +270,66 @@ def test_state_carries_over(cut) -> None:
     assert_same([y, state, *gradients], whole, 1e-12)
 
 
+# Where documents start, with chunks of 16 tokens: only inside chunks; only on their edges; one
+# token before and after an edge; documents of one token, also at both ends of the row; several that
+# end in one chunk; one that covers several chunks.
+PLACES = [
+    [5, 23, 41],
+    [16, 32, 48],
+    [15, 17, 33, 47],
+    [1, 2, 16, 17, 18, 63],
+    [3, 6, 9, 12, 50],
+    [4, 60],
+]
+
+
+@pytest.mark.parametrize("split_range", [79.0, -1.0], ids=["split", "explicit"])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-5)], ids=["torch", "kernel"]
+)
+@pytest.mark.parametrize("starts", PLACES, ids=str)
+def test_each_document_is_a_recurrence_of_its_own(
+    monkeypatch, starts, dtype, tolerance, split_range
+) -> None:
+    """A state that a chunk carries over must stop where a document ends, also inside the chunk.
+
+    Second truth: the recurrence in float64, run on each document alone from zero, so no document
+    id takes part in it. Outputs, final state and gradients; a gradient that leaks into another
+    document shows as well. In FP32 the C kernels compute the carry, in FP64 torch's operators. Not
+    seen here: decays summed on over a document's end, which differ by rounding only
+    (`test_documents_do_not_leak`).
+    """
+    monkeypatch.setattr(scan_operands, "SPLIT_RANGE", split_range)
+    length, weights = 64, torch.Generator().manual_seed(7)
+    inputs = [t.to(dtype) for t in make_inputs(Shape(batch=1, length=length), 0.05)[:6]]
+    dy = torch.randn(inputs[0].shape, generator=weights, dtype=torch.float64)
+    ours = [t.clone().requires_grad_() for t in inputs]
+    y, final = ssd(
+        *ours,
+        chunk_size=16,
+        document_ids_BS=documents([starts], length),
+        return_final_state=True,
+    )
+    gradients = torch.autograd.grad(y, ours, dy.to(y.dtype))
+    truth = [t.double().requires_grad_() for t in inputs]
+    x, dt, A, B, C, D = truth
+    parts = []
+    for begin, end in pairwise([0, *starts, length]):
+        part = slice(begin, end)
+        alone, last = recurrence(x[:, part], dt[:, part], A, B[:, part], C[:, part], D, None, None)
+        parts.append(alone)
+    expected = torch.cat(parts, 1)
+    names = ("y", "final", *NAMES)
+    pairs = zip(
+        (y, final, *gradients),
+        (expected, last, *torch.autograd.grad(expected, truth, dy)),
+        strict=True,
+    )
+    for name, (a, b) in zip(names, pairs, strict=False):
+        scale = max(float(b.detach().abs().max()), 1.0)
+        assert float((a.double() - b).detach().abs().max()) < tolerance * scale, name
+
+
 def test_packed_equals_separate() -> None:
     inputs = make_inputs(Shape(batch=1, length=90))
     starts = [0, 13, 32, 64, 65, 90]
