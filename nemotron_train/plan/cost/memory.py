@@ -51,6 +51,7 @@ class RankMemory:
     in_flight: int  # maximum number of forward passes (of one stage) with saved activations
     activation_bytes: int  # peak of activations and their gradients in a step
     collective_bytes: int  # peak of the gradient reduction, which follows the backward passes
+    saved_bytes: int  # written by the first replica: its weights, and its part of the FP32 state
 
     @property
     def state_bytes(self) -> int:
@@ -159,6 +160,8 @@ def _rank(
         in_flight=in_flight(*place),
         activation_bytes=activation,
         collective_bytes=collective,
+        saved_bytes=(dense + experts) * (2 if is_bfloat16 else 4)
+        + optimized * (_MOMENT_BYTES + _MASTER_BYTES),
     )
 
 

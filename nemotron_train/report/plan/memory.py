@@ -59,6 +59,11 @@ def memory_lines(config: Config, derived: Derived) -> Iterator[str]:
     yield f"kept: activations of one micro-batch, with {_recomputation(config)}"
     yield "peaks: live tensors; a CPU's within 10 % of measured ones (benchmarks/memory.py)"
     yield "peak, GPU: the same without what a CPU copies for products and exchanges, not measured"
+    saved = max(memory.saved_bytes for memory in rank_memory(config, derived, GPU))
+    how = "one tensor at a time in host memory; train.async_save=true copies all of it there"
+    if config.train.async_save:
+        how = "copied to host memory, which is kept for the next save (train.async_save=true)"
+    yield f"a save writes up to {format_bytes(saved)} a rank, {how}"
 
 
 def _recomputation(config: Config) -> str:

@@ -13,6 +13,9 @@ from typing import Any
 import pytest
 
 from nemotron_train.cli.main import main
+from nemotron_train.compose.compose import compose_config
+from nemotron_train.plan.cost.memory import rank_memory
+from nemotron_train.plan.derive import derive
 from nemotron_train.run_folder.integrity import damage, steps_in
 from nemotron_train.train.checkpoint import checkpoints as checkpoints_module
 
@@ -33,9 +36,12 @@ def test_what_is_written_is_the_state_of_its_step(
     assert main(["pretrain", *words, "name=in_line"]) == 3
     write = checkpoints_module._write_shards
     began: list[float] = []
+    written: list[int] = []
 
     def slow(*arguments: Any) -> Any:
         began.append(time.monotonic())
+        tensors = [tensor for *_, (_, pairs) in arguments[1] for _, tensor in pairs]
+        written.append(sum(tensor.nbytes for tensor in tensors))
         time.sleep(0.5)
         return write(*arguments)
 
@@ -43,6 +49,10 @@ def test_what_is_written_is_the_state_of_its_step(
     assert main(["pretrain", *words, "name=beside", "train.async_save=true"]) == 3
     checkpoints = Path("runs/beside/checkpoints")
     assert steps_in(checkpoints) == [2, 4, 5] and len(began) == 3
+    # What `plan` says of the copies, but for the router biases and other small buffers.
+    config = compose_config([*words, "name=beside"])
+    (memory,) = rank_memory(config, derive(config, 1))
+    assert written[0] == pytest.approx(memory.saved_bytes, rel=2e-3)
     for step in (2, 4, 5):
         assert damage(checkpoints / f"step_{step:08d}") is None
         assert weights(Path("runs/beside"), step) == weights(Path("runs/in_line"), step)
