@@ -50,7 +50,7 @@ def pretend(*verbs: list[str], ranks: int = 1, **environment: str) -> list[dict[
                 text=True,
             )
         )
-    outputs = [process.communicate(timeout=200)[0] for process in processes]
+    outputs = [process.communicate(timeout=900)[0] for process in processes]
     assert Path("report.json").exists(), "\n".join(outputs)
     records = json.loads(Path("report.json").read_text())
     Path("report.json").unlink()
