@@ -50,7 +50,11 @@ def pretend(*verbs: list[str], ranks: int = 1, **environment: str) -> list[dict[
                 text=True,
             )
         )
-    outputs = [process.communicate(timeout=900)[0] for process in processes]
+    try:
+        outputs = [process.communicate(timeout=900)[0] for process in processes]
+    finally:
+        for process in processes:  # a rank waits for ever for one that ended
+            process.kill()
     assert Path("report.json").exists(), "\n".join(outputs)
     records = json.loads(Path("report.json").read_text())
     Path("report.json").unlink()
