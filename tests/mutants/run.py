@@ -160,8 +160,10 @@ class _Trial:
 
 def _failure_without_mutant(root: Path, chosen: Sequence[Mutant], num_processes: int) -> str:
     """The end of the output of all named tests on the unchanged copy, or "" if they pass."""
-    tests = list(dict.fromkeys(test for mutant in chosen for test in mutant.tests))
-    tests = ["--numprocesses", str(num_processes), *tests]
+    named = {test for mutant in chosen for test in mutant.tests}
+    # Sorted, so that the tests of a file, which share fixtures, come one after the other.
+    tests = sorted(t for t in named if t.partition("::")[0] not in named or "::" not in t)
+    tests = ["--numprocesses", str(num_processes), "--dist", "loadfile", *tests]
     with open(root / "first_run.log", "w+", encoding="utf-8") as log:
         process = _start_pytest(root, tests, log)
         try:
