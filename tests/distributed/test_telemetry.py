@@ -71,7 +71,13 @@ def first_record(small_run: Small, name: str, overrides: list[str], ranks: int =
     return records[0]["precision_telemetry"]
 
 
-@pytest.mark.parametrize(("plan", "probe"), [("nvfp4_nemotron3", "nvfp4"), ("bf16", "nvfp4")])
+@pytest.mark.parametrize(
+    ("plan", "probe"),
+    [
+        ("nvfp4_nemotron3", "nvfp4"),
+        pytest.param("bf16", "nvfp4", marks=pytest.mark.layouts),
+    ],
+)
 def test_training_does_not_notice(plan: str, probe: str, small_run: Small) -> None:
     """Measured steps are not the first ones. Other steps come before and after them."""
     knobs = ["precision.telemetry.every=2", f"precision.telemetry.probe={probe}"]
