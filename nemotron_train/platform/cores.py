@@ -10,18 +10,22 @@ from pathlib import Path
 
 _STAT = Path("/proc/stat")
 _CGROUPS = Path("/sys/fs/cgroup")
+_SPINS = "3000"  # iterations, about ten microseconds; libgomp's default is 300,000
 _BUSY = (0, 1, 2, 5, 6, 7)  # columns of /proc/stat: user, nice, system, irq, softirq, steal
 
 
 def wait_without_spinning() -> None:
-    """Let waiting OpenMP threads sleep. Call before torch is imported; a user's own setting stays.
+    """Let waiting OpenMP threads sleep after a moment. Call before torch is imported; a user's own
+    setting stays.
 
     A thread of libgomp that has no work spins for milliseconds by default. On cores that several
-    processes share, the spinning threads take the time of the working ones: docs/reliability.md has
-    the figures. Waking a sleeping thread costs microseconds.
+    processes share, the spinning threads take the time of the working ones. Threads that sleep at
+    once (OMP_WAIT_POLICY=PASSIVE) cost a sixth of the speed on a machine of one's own, because
+    waking one takes microseconds and a step has thousands of parallel loops. This count costs 7 %
+    there and nothing on shared cores: docs/reliability.md has the figures.
     """
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
-        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        os.environ["GOMP_SPINCOUNT"] = _SPINS
 
 
 def usable_cores(cgroups: Path = _CGROUPS) -> int:
