@@ -60,9 +60,9 @@ def memory_lines(config: Config, derived: Derived) -> Iterator[str]:
     yield "peaks: live tensors; a CPU's within 10 % of measured ones (benchmarks/memory.py)"
     yield "peak, GPU: the same without what a CPU copies for products and exchanges, not measured"
     saved = max(memory.saved_bytes for memory in rank_memory(config, derived, GPU))
-    how = "one tensor at a time in host memory; train.async_save=true copies all of it there"
+    how = "one tensor at a time (train.async_save=true copies all to the host)"
     if config.train.async_save:
-        how = "copied to host memory, which is kept for the next save (train.async_save=true)"
+        how = "copied to the host and kept there (train.async_save=true)"
     yield f"a save writes up to {format_bytes(saved)} a rank, {how}"
 
 
