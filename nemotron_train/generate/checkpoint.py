@@ -141,8 +141,7 @@ def _check_finite(model: Any, checkpoint: Path) -> None:
     import torch
 
     for name, weight in model.named_parameters():
-        smallest, largest = torch.aminmax(weight.detach())
-        if not bool(torch.isfinite(largest - smallest)):
+        if weight.numel() and not bool(torch.stack(weight.detach().aminmax()).isfinite().all()):
             raise ConfigError(
                 f"{checkpoint}: {name} is not finite; the checkpoint is damaged or training had "
                 "diverged: take an earlier checkpoint (RUN_FOLDER@STEP)"

@@ -46,7 +46,7 @@ class LocalRanks:
         for rank in range(num_ranks):
             environment = rank_environment(rank, num_ranks, port)
             environment[ERROR_FILE_VARIABLE] = str(self._error_file(rank))
-            environment.setdefault("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "1"))
+            environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
             self._processes.append(
                 subprocess.Popen(command, env=os.environ | environment, process_group=0)
             )

@@ -157,3 +157,14 @@ def test_weights_that_are_not_finite_are_named(
     assert main(["generate", run, "prompt=a", "max_new_tokens=1", "threads=1"]) == 2
     (line,) = capsys.readouterr().err.strip().split("\n")
     assert f"{names[0]} is not finite" in line and "step_00000004" in line
+
+
+def test_the_largest_numbers_are_finite(tmp_path: Path) -> None:
+    """Their difference is not."""
+    import torch
+
+    from nemotron_train.generate.checkpoint import _check_finite
+
+    largest = torch.finfo(torch.float32).max
+    weights = torch.nn.ParameterList([torch.tensor([largest, -largest]), torch.empty(0)])
+    _check_finite(weights, tmp_path)
