@@ -1,1 +1,1 @@
-"""The command line, one file per verb group: parses arguments and calls the implementation."""
+"""The command line, one file per verb group: arguments, help, exit codes."""

@@ -1,1 +1,1 @@
-"""C kernels for CPUs and the typed functions that call them. README.md lists all forms."""
+"""C kernels for CPUs, Triton kernels for GPUs, and the functions that call them. README.md lists all forms."""

@@ -1,1 +1,1 @@
-"""Launches runs: sweeps (local or as a job array) and multi-node Slurm jobs. No torch."""
+"""Launches runs: ranks of one machine, sweeps, multi-node Slurm jobs. No torch."""
