@@ -1,1 +1,1 @@
-"""C kernels for CPUs, Triton kernels for GPUs, and the functions that call them. README.md lists all forms."""
+"""C kernels for CPUs, Triton kernels for GPUs, their typed callers. README.md lists all forms."""
