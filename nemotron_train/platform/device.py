@@ -43,14 +43,26 @@ class Platform:
         return f"{self.device_name} · {self.backend} · linears: {linears} · Mamba-2: {scan}"
 
 
-@functools.cache
 def prepare(num_threads: int = 0) -> Platform:
-    """Choose the device and make Megatron-Core importable on it.
+    """Choose the device, make Megatron-Core importable on it, and set torch's threads.
 
     num_threads: CPU threads for torch; 0 gives each rank of this machine an equal share of the
-    cores. Later calls with the same argument return the same object. On a GPU it names no optional
-    package: `with_packages` adds those that can be used.
+    cores. Every call sets them anew: the order of sums depends on them, so a run must not inherit
+    those of whatever ran in this process before. On a GPU it names no optional package:
+    `with_packages` adds those that can be used.
     """
+    platform = _chosen_device()
+    if platform.device != "cpu":
+        return platform
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    num_threads = num_threads or max(1, usable_cores() // local_ranks)
+    torch.set_num_threads(num_threads)
+    return dataclasses.replace(platform, device_name=f"CPU, {num_threads} threads a rank")
+
+
+@functools.cache
+def _chosen_device() -> Platform:
+    """The device, chosen and prepared once a process."""
     _quiet_libraries()
     if torch.cuda.is_available():
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -64,10 +76,7 @@ def prepare(num_threads: int = 0) -> Platform:
     if bfloat16_products.needed():
         bfloat16_products.install()
     allocator.keep_freed_memory()
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    num_threads = num_threads or max(1, usable_cores() // local_ranks)
-    torch.set_num_threads(num_threads)
-    return Platform("cpu", f"CPU, {num_threads} threads a rank", "gloo", False, False)
+    return Platform("cpu", "CPU", "gloo", False, False)
 
 
 def with_packages(platform: Platform, problems: Mapping[str, str]) -> Platform:

@@ -8,6 +8,7 @@ import torch
 from nemotron_train.plan.hardware import PEAK_BF16_FLOPS, peak_bf16_flops
 from nemotron_train.plan.switches import MAMBA_SSM, PACKAGES, TRANSFORMER_ENGINE
 from nemotron_train.platform import device
+from nemotron_train.platform.cores import usable_cores
 
 # Names as CUDA reports them, and the vendors' data sheets: dense BF16 in TFLOP/s (half the figure
 # with sparsity).
@@ -71,3 +72,17 @@ def test_only_usable_packages_count() -> None:
 
 def test_a_cpu_has_no_device_number() -> None:
     assert device.own_device() is None
+
+
+def test_a_run_does_not_inherit_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums depend on the number of threads, so a second run in one process (a notebook, these
+    tests) would differ from the same run in a process of its own."""
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    before = torch.get_num_threads()
+    try:
+        for asked, expected in ((3, 3), (0, usable_cores()), (1, 1), (0, usable_cores())):
+            platform = device.prepare(asked)
+            assert torch.get_num_threads() == expected
+            assert platform.device_name == f"CPU, {expected} threads a rank"
+    finally:
+        torch.set_num_threads(before)
