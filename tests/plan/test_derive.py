@@ -55,7 +55,7 @@ def tiny(*overrides: str) -> Config:
             "model.attention.heads=7 is not a multiple of model.attention.key_value_heads=2; "
             "6 or 8 would be",
         ),
-        (["model.mamba.groups=5"], 1, "model.mamba.heads=12 is not a multiple of"),
+        (["model.mamba.groups=5"], 1, "model.mamba.heads=32 is not a multiple of"),
         (["model.mamba.dt_min=0.5"], 1, "model.mamba.dt_min=0.5 must not exceed"),
         (["model.mamba.A_init_min=17"], 1, "model.mamba.A_init_min=17.0 must not exceed"),
         (["model.mamba.dt_limit_max=0.0"], 1, "model.mamba.dt_limit_min=0.0 must be below"),
@@ -121,7 +121,12 @@ def tiny(*overrides: str) -> Config:
             "4 or 8 would be",
         ),
         (
-            ["parallel.context=4", "model.attention.heads=12", "model.mamba.groups=3"],
+            [
+                "parallel.context=4",
+                "model.attention.heads=12",
+                "model.mamba.heads=12",
+                "model.mamba.groups=3",
+            ],
             4,
             "model.mamba.groups=3 is 3 a tensor-parallel rank, which must be a multiple or a "
             "divisor of parallel.context=4",

@@ -390,9 +390,13 @@ def test_shards_make_up_the_whole(model: str) -> None:
         assert bool(part.out_cut_by) == (not ends and not whole)
 
 
+HEADS_12 = ["model.mamba.heads=12", "model.mamba.head_dim=32"]  # no whole blocks
+
+
 def test_uncut_sums_are_padded_and_said() -> None:
-    """tiny's in_proj has 2 x 384 + 2 x 2 x 32 + 12 = 908 rows; 7 x 9 = 63 tokens."""
+    """in_proj has 2 x 384 + 2 x 2 x 32 + 12 = 908 rows; 7 x 9 = 63 tokens."""
     overrides = [
+        *HEADS_12,
         "train.sequence_length=9",
         "train.micro_batch_sequences=7",
         "train.global_batch_tokens=63",
@@ -425,7 +429,7 @@ def test_uncut_sums_are_padded_and_said() -> None:
 def test_ranks_do_not_cut_through_blocks(overrides: str, words: str) -> None:
     layout = ["parallel.tensor=2", "parallel.sequence=true"]
     with pytest.raises(ConfigError) as error:
-        config_of(*overrides.split(), *layout, ranks=2)
+        config_of(*HEADS_12, *overrides.split(), *layout, ranks=2)
     assert words in str(error.value)
 
 

@@ -25,8 +25,6 @@ device.prepare()
 from megatron.core.quantization.quant_config import MatchContext, RecipeConfig  # noqa: E402
 
 RUNS = ("tiny", "nano_30b_a3b", "super_120b_a12b", "ultra_550b_a55b")
-# Tiny's Mamba input projection has 908 outputs. With 32 heads of 12 it has 928: whole blocks.
-WHOLE_BLOCKS = ["model.mamba.heads=32", "model.mamba.head_dim=12"]
 # Layers in BF16 at the end: the published 14 and 16 (arXiv 2604.12374, Table 3; arXiv 2606.15007,
 # section 2.2), 8 of 52 of arXiv 2509.25149, and one pair of tiny's seven layers.
 LAST_LAYERS = {"tiny": 2, "nano_30b_a3b": 8, "super_120b_a12b": 14, "ultra_550b_a55b": 16}
@@ -157,8 +155,7 @@ def second_reading(plan: str, run: str) -> dict[str, str]:
 @cache
 def native_config(plan: str, run: str) -> Config:
     """The composed configuration. Tests must not change it."""
-    sizes = WHOLE_BLOCKS if run == "tiny" else []
-    return compose_config([f"run={run}", f"precision={plan}", *sizes])
+    return compose_config([f"run={run}", f"precision={plan}"])
 
 
 @pytest.mark.parametrize("plan", PLANS)
@@ -210,11 +207,11 @@ def test_super_is_the_published_table() -> None:
 
 
 def test_what_can_be_native_as_the_documentation_says() -> None:
-    for run in ("proxy_100m", "nano_30b_a3b", "super_120b_a12b", "ultra_550b_a55b"):
-        config = compose_config([f"run={run}", "precision=nvfp4_nemotron3"])
-        to_transformer_engine(config, resolve_plan(config))
-    config = compose_config(["run=proxy_10m", "precision=nvfp4_nemotron3"])
-    with pytest.raises(ConfigError, match="1296 output features"):
+    """Every included run. The extensions, which start from another run, with their usual model."""
+    usual = {"context_extension": "model=proxy_10m", "super_long_context": "model=super_120b_a12b"}
+    for path in (recipes_folder() / "run").glob("*.yaml"):
+        words = [f"run={path.stem}", "precision=nvfp4_nemotron3"]
+        config = compose_config([*words, usual.get(path.stem, f"model={path.stem}")])
         to_transformer_engine(config, resolve_plan(config))
 
 
@@ -226,8 +223,10 @@ def test_padding_of_experts_is_what_the_plan_says() -> None:
     assert all(experts.ROW_MULTIPLE % block == 0 for block in blocking.BLOCK.values())
 
 
-def test_tiny_itself_has_no_whole_blocks() -> None:
-    config = compose_config(["run=tiny", "precision=nvfp4_nemotron3"])
+def test_rows_that_are_no_whole_blocks_are_refused() -> None:
+    """2 x 12 x 32 + 2 x 2 x 32 + 12 = 908 rows of the Mamba input projection."""
+    shape = ["model.mamba.heads=12", "model.mamba.head_dim=32"]
+    config = compose_config(["run=tiny", "precision=nvfp4_nemotron3", *shape])
     with pytest.raises(ConfigError, match=r"mixer\.in_proj in nvfp4: 908 output features"):
         to_transformer_engine(config, resolve_plan(config))
 
