@@ -29,7 +29,19 @@ _SIDE_FILES = (
     "chat_template.jinja",
     GENERATION,
 )
-_SMALLEST_VOCABULARY = 257  # 256 bytes and the end-of-document token
+# Reserved for post-training in every tokenizer that is trained here: the names of Nemotron 3's chat
+# format. No text is ever encoded as one of them.
+CHAT_TOKENS = (
+    "<|im_start|>",
+    "<|im_end|>",
+    "<think>",
+    "</think>",
+    "<tool_call>",
+    "</tool_call>",
+    "<tool_response>",
+    "</tool_response>",
+)
+_SMALLEST_VOCABULARY = 256 + 1 + len(CHAT_TOKENS)  # bytes, end of document, chat
 
 
 @dataclass(frozen=True)
@@ -47,6 +59,15 @@ class LoadedTokenizer:
         if not self.control_tokens.keys().isdisjoint(ids):
             ids = self._encode_apart(text)
         return np.array(ids, dtype=np.int64)
+
+    def encode_with_special_tokens(self, text: str) -> list[int]:
+        """The ids of a text in which the special tokens written in it are read as such. Never for
+        a text that somebody else wrote."""
+        self.tokenizer.encode_special_tokens = False
+        try:
+            return self._encode(text)
+        finally:
+            self.tokenizer.encode_special_tokens = True
 
     @cached_property
     def control_tokens(self) -> Mapping[int, str]:
@@ -170,8 +191,8 @@ def read_json_object(path: Path) -> dict[str, Any]:
 def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> LoadedTokenizer:
     """Train a byte-level BPE on `texts` and write `folder/tokenizer.json`. Deterministic.
 
-    The vocabulary is smaller than `vocab_size` if the texts have too few pairs. Raises ConfigError
-    if `vocab_size` is below 257.
+    Id 0 ends a document; CHAT_TOKENS follow. The vocabulary is smaller than `vocab_size` if the
+    texts have too few pairs. Raises ConfigError if `vocab_size` is below 265.
     """
     if vocab_size < _SMALLEST_VOCABULARY:
         raise ConfigError(
@@ -184,7 +205,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> Load
         texts,
         trainers.BpeTrainer(
             vocab_size=vocab_size,
-            special_tokens=[END_OF_DOCUMENT],
+            special_tokens=[END_OF_DOCUMENT, *CHAT_TOKENS],
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
         ),

@@ -362,7 +362,7 @@ def test_wrong_settings_are_named(tmp_path: Path, tokenizer_folder: Path) -> Non
     refused("input=.*nowhere: no file", input=str(tmp_path / "nowhere"))
     refused(r"tokenizer\.json: missing", tokenizer=str(tmp_path))
     refused(r"end_of_document_token='</s>': .*<\|endoftext\|>", end_of_document_token="</s>")
-    refused("at least 257", tokenizer="", train_tokenizer_vocab_size=256)
+    refused("at least 265", tokenizer="", train_tokenizer_vocab_size=256)
     (tmp_path / "tokenizer.json").write_text("{}")
     refused(r"tokenizer\.json: not a tokenizer", tokenizer=str(tmp_path))
     (tmp_path / "in" / "a.txt").write_text("")
