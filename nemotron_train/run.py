@@ -188,9 +188,12 @@ def record_start(
         before = parent["precision"]["before"]
         changed_knobs = [f"; {k} {old!r} -> {new!r}" for k, (old, new) in parent["changed"].items()]
         plans = {"precision_before": before, "precision_after": brief(plan)}
+        origin = f"at step {parent['step']} of {parent['run']}"
+        if config.weights_only:
+            origin = f"anew with the weights of step {parent['step']} of {parent['run']}"
         writer.write({"kind": "branch", **event, "branched_from": config.branch, **plans})
         console.print(
-            f"{folder.path} begins at step {progress.step} of {parent['run']}; precision plan "
+            f"{folder.path} begins {origin}; precision plan "
             f"{change(before, plan)}{''.join(changed_knobs)}",
             soft_wrap=True,
         )

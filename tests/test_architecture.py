@@ -28,6 +28,7 @@ LAYERS = (
     "check",
     "launch",
     "convert",
+    "posttrain",
     "evaluate",
     "generate",
     "run",

@@ -45,6 +45,19 @@ def run_convert_to_hf(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def run_add_chat_tokens(arguments: argparse.Namespace) -> int:
+    """Run `convert add-chat-tokens`."""
+    from nemotron_train.convert.chat_tokens import add_chat_tokens
+
+    add_chat_tokens(arguments.checkpoint, arguments.out, open_console())
+    return 0
+
+
+def _add_chat_tokens_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", metavar="RUN@STEP", help="a run folder and a step")
+    parser.add_argument("--out", type=Path, required=True, metavar="RUN", help="the run to make")
+
+
 def _to_hf_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="RUN@STEP", help="a run folder and a step")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to make")
@@ -195,6 +208,19 @@ settings, the tokenizer. The same command again goes on where it was cut off.
 Examples:
   nemotron-train convert to-hf runs/tiny@128 --out exported
   nemotron-train convert to-hf runs/big@40000 --out exported --dtype float32 --shard-gib 10
+""",
+    ),
+    "convert add-chat-tokens": Verb(
+        "a checkpoint whose tokenizer and model have the special tokens of conversations",
+        run_add_chat_tokens,
+        _add_chat_tokens_arguments,
+        """\
+For runs with a tokenizer of their own, such as imports; tokenizers that `data prepare` and the
+embedded corpus train have the tokens. The optimizer is dropped.
+
+Example:
+  nemotron-train convert add-chat-tokens runs/imported@0 --out runs/chat
+  nemotron-train posttrain sft branch=runs/chat@0 rows=mine.jsonl name=tuned
 """,
     ),
     "convert from-hf": Verb(

@@ -85,6 +85,7 @@ RUN is a run folder (its newest checkpoint) or RUN_FOLDER@STEP. The knobs are th
 GenerateConfig in nemotron_train/generate/knobs.py:
   prompt=TEXT                    as typed; more than once for several prompts
   prompts=FILE                   one a line, or .jsonl with "prompt"
+  chat=true thinking=false       a prompt is what a user says; the answer begins without reasoning
   samples=N                      continuations of each prompt (default 1)
   max_new_tokens=N               (default 256)
   temperature=T top_k=K top_p=P  in this order; temperature=0 is greedy

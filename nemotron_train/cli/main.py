@@ -18,6 +18,7 @@ from nemotron_train.cli.check import CHECK_VERBS
 from nemotron_train.cli.convert import CONVERT_VERBS
 from nemotron_train.cli.evaluate import EVALUATE_VERBS
 from nemotron_train.cli.generate import GENERATE_VERBS
+from nemotron_train.cli.posttrain import POSTTRAIN_VERBS
 from nemotron_train.cli.report import REPORT_VERBS
 from nemotron_train.cli.slurm import SLURM_VERBS
 from nemotron_train.cli.sweep import SWEEP_VERBS
@@ -196,7 +197,7 @@ Examples:
 
 
 VERBS |= SWEEP_VERBS | REPORT_VERBS | CHECK_VERBS | CONVERT_VERBS | EVALUATE_VERBS
-VERBS |= GENERATE_VERBS | SLURM_VERBS
+VERBS |= GENERATE_VERBS | SLURM_VERBS | POSTTRAIN_VERBS
 
 
 class _Parser(argparse.ArgumentParser):

@@ -270,7 +270,7 @@ def _load_parent_config(branch: str) -> Any:
     base = _load_from_run(folder, f"branch={branch}", step)
     name = f"{folder.resolve().name}_at_{step}_${{precision.name}}"
     base.update({"name": name, "folder": str(folder.parent), "branch": f"{folder}@{step}"})
-    base.update({"fresh_data": False})  # not inherited from the parent
+    base.update({"fresh_data": False, "weights_only": False})  # not inherited from the parent
     return base
 
 

@@ -384,6 +384,8 @@ class Config:
     resume: str = ""  # run folder to resume, with its own config.yaml
     branch: str = ""  # RUN_FOLDER@STEP: start a new run from the checkpoint of that step
     fresh_data: bool = False  # with branch: read data from the start; sequence_length may differ
+    # With branch: take the weights alone. Tokens, data, learning rate and optimizer begin anew.
+    weights_only: bool = False
     switch_precision: bool = False  # allow a resumed run to continue with another precision plan
     model: ModelConfig = field(default_factory=ModelConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)

@@ -23,9 +23,13 @@ from nemotron_train.data.blend import (
     schedule,
 )
 from nemotron_train.data.fingerprint import describe
+from nemotron_train.data.manifest import MASK_OF, load_manifest
+from nemotron_train.data.packed import PackedSource
 from nemotron_train.data.tokenize import FILE_NAME as TOKENIZER_FILE
 from nemotron_train.data.windows import WindowedSource
 from nemotron_train.platform.files import file_sha256
+
+Source = WindowedSource | PackedSource
 
 
 @dataclass(frozen=True)
@@ -33,8 +37,9 @@ class Batch:
     """Some rows of the global sample order. B sequences, S sequence length.
 
     The label of a position is the next token. If that is the first token of another document, the
-    loss mask is 0, because the model cannot predict it. `document_ids_BS` numbers the documents of
-    a row 0, 1, 2, …, for attention masks and state resets. `sample_ids_B` numbers the samples of
+    loss mask is 0, because the model cannot predict it. It is also 0 for a token of a conversation
+    that the assistant did not say. `document_ids_BS` numbers the documents of a row 0, 1, 2, …, for
+    attention masks and state resets. `sample_ids_B` numbers the samples of
     the whole run. `origins_B3` is (source, epoch, window) of each sample.
     """
 
@@ -94,15 +99,16 @@ class BatchSource:
         else:
             self._knob, phases = "data.validation", [DataPhase(0, config.validation)]
         _check_phases(phases, self._knob)
-        self._sources: dict[str, WindowedSource] = {}
-        by_path: dict[str, WindowedSource] = {}
+        self._sources: dict[str, Source] = {}
+        by_path: dict[str, Source] = {}
         self._phases = []
         for number, phase in enumerate(phases):
             knob = f"data.phases[{number}].blend" if split == "train" else "data.validation"
             for entry in phase.blend:
                 if entry.path not in by_path:
-                    by_path[entry.path] = WindowedSource(
-                        Path(entry.path),
+                    folder = Path(entry.path)
+                    by_path[entry.path] = _kind(folder)(
+                        folder,
                         split,
                         sequence_length=sequence_length,
                         seed=seed,
@@ -185,11 +191,14 @@ class BatchSource:
         num_rows, length = stop - start, self._sequence_length
         tokens_BT = np.empty((num_rows, length + 1), dtype=np.int64)
         documents_BT = np.empty_like(tokens_BT)
+        trained_BT = np.ones_like(tokens_BT, dtype=bool)
         origins_B3 = np.empty((num_rows, 3), dtype=np.int64)
         for row, draw in enumerate(draws[start:stop]):
             source = self._sources[draw.source]
             epoch, window = source.window_at(draw.drawn)
-            tokens_BT[row], documents_BT[row] = source.read(epoch, window)
+            tokens_BT[row], documents_BT[row], *trained = source.read(epoch, window)
+            if trained:
+                trained_BT[row] = trained[0]
             origins_B3[row] = self._keys.index(draw.source), epoch, window
         for key in {draw.source for draw in draws[start:stop]}:
             self._sources[key].check_unchanged()  # after the rows: nothing else is trained on
@@ -197,12 +206,18 @@ class BatchSource:
         batch = Batch(
             tokens_BS=tokens_BT[:, :-1].copy(),
             labels_BS=tokens_BT[:, 1:].copy(),
-            loss_mask_BS=same_document_BS.astype(np.float32),
+            loss_mask_BS=(same_document_BS & trained_BT[:, 1:]).astype(np.float32),
             document_ids_BS=documents_BT[:, :-1].copy(),
             sample_ids_B=np.arange(state.samples + start, state.samples + stop),
             origins_B3=origins_B3,
         )
         return batch, after
+
+
+def _kind(folder: Path) -> type[WindowedSource] | type[PackedSource]:
+    """How the rows of this folder are made: conversations are kept whole."""
+    splits = load_manifest(folder).splits
+    return PackedSource if any(mask in splits for mask in MASK_OF.values()) else WindowedSource
 
 
 def _check_phases(phases: Sequence[DataPhase], knob: str) -> None:
@@ -221,7 +236,7 @@ def _check_phases(phases: Sequence[DataPhase], knob: str) -> None:
             raise ConfigError(f"{knob}[{number}].blend: empty; name at least one folder")
 
 
-def _phase(phase: DataPhase, by_path: dict[str, WindowedSource], knob: str) -> Phase:
+def _phase(phase: DataPhase, by_path: dict[str, Source], knob: str) -> Phase:
     """The phase with its folders replaced by the keys of their data. Raises ConfigError if two
     folders hold the same data or a weight is invalid."""
     entries: list[BlendSource] = list(phase.blend)
@@ -236,7 +251,7 @@ def _phase(phase: DataPhase, by_path: dict[str, WindowedSource], knob: str) -> P
     return Phase(phase.from_tokens, tuple(zip(keys, weights, strict=True)))
 
 
-def _check_tokenizers(folder: str, sources: Sequence[WindowedSource]) -> None:
+def _check_tokenizers(folder: str, sources: Sequence[Source]) -> None:
     """Raises ConfigError unless all sources were encoded with the tokenizer in `folder`, which the
     run uses for decoding."""
     path = Path(folder) / TOKENIZER_FILE

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nemotron_train.config.schema import DataConfig, DataPhase
+from nemotron_train.data.packed import PackedSource
 from nemotron_train.data.tokenize import FILE_NAME as TOKENIZER_FILE
 from nemotron_train.data.windows import WindowedSource
 from nemotron_train.platform.files import file_sha256
@@ -26,7 +27,7 @@ REMEDY = (
 def describe(
     config: DataConfig,
     phases: Sequence[DataPhase],
-    sources: Mapping[str, WindowedSource],
+    sources: Mapping[str, WindowedSource | PackedSource],
     sequence_length: int,
     seed: int,
 ) -> dict[str, Any]:

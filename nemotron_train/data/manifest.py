@@ -6,6 +6,9 @@ A folder of prepared data contains
     tokenizer/tokenizer.json      the tokenizer of its ids
     train_00000.bin/.idx …        the shards (indexed.py)
     validation_00000.bin/.idx …   whole documents held out for validation
+
+A folder of conversations (`data chat`) also contains, for each document of a split, a document of
+the same length in the split's mask (train_mask_00000.bin/.idx …): 1 for each token that is trained.
 """
 
 import hashlib
@@ -25,6 +28,8 @@ from nemotron_train.platform.files import flush_to_disk, write_atomically
 FORMAT_VERSION = 1
 FILE_NAME = "manifest.json"
 SPLITS = ("train", "validation")
+MASK_OF = {"train": "train_mask", "validation": "validation_mask"}
+ALL_SPLITS = (*SPLITS, *MASK_OF.values())
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,7 @@ class TokenizerEntry:
 
 @dataclass(frozen=True)
 class SplitEntry:
-    """The shards of `train` or of `validation`, in order, and their totals.
+    """The shards of `train`, of `validation` or of a mask, in order, and their totals.
 
     `unigram_entropy` (nats per token) is the loss of a model that knows only the frequency of each
     token in this split. A language model must do better.
@@ -76,7 +81,7 @@ def split_fingerprint(split: SplitEntry) -> str:
 
 def data_fingerprint(splits: Mapping[str, SplitEntry]) -> str:
     """SHA-256 over all shard hashes of a folder, by split."""
-    parts = [(name, split_fingerprint(splits[name])) for name in SPLITS if name in splits]
+    parts = [(name, split_fingerprint(splits[name])) for name in ALL_SPLITS if name in splits]
     return hashlib.sha256(json_text(parts).encode()).hexdigest()
 
 
@@ -149,7 +154,7 @@ def _parse(raw: dict[str, Any]) -> Manifest:
     """A Manifest from untrusted JSON. Raises KeyError, TypeError or ValueError if it is invalid."""
     splits = {}
     for name, split in raw["splits"].items():
-        if name not in SPLITS:
+        if name not in ALL_SPLITS:
             raise ValueError(f"unknown split {name!r}")
         shards = tuple(_typed(ShardEntry, shard) for shard in split["shards"])
         for shard in shards:

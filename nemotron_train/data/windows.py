@@ -61,7 +61,7 @@ class WindowedSource:
                 f"{folder / FILE_NAME}: has no {split} split; it has "
                 f"{', '.join(self.manifest.splits) or 'none'}"
             )
-        _check_vocabulary(folder, self.manifest, split, vocab_size)
+        check_vocabulary(folder, self.manifest, split, vocab_size)
         self.key = split_fingerprint(entry)[:16]
         self.num_tokens = entry.tokens
         self.num_windows = (entry.tokens - 1) // sequence_length
@@ -208,7 +208,7 @@ def _reader_of(
     return lambda begin, count: block[begin - first : begin - first + count]
 
 
-def _check_vocabulary(folder: Path, manifest: Manifest, split: str, vocab_size: int) -> None:
+def check_vocabulary(folder: Path, manifest: Manifest, split: str, vocab_size: int) -> None:
     """Raises ConfigError if the tokenizer or a shard has ids outside `vocab_size`."""
     if manifest.tokenizer.vocab_size > vocab_size:
         raise ConfigError(

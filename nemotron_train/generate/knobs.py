@@ -46,6 +46,8 @@ class GenerateConfig(Sampling, ModelKnobs, DecodingKnobs):
     prompt: list[str] = field(default_factory=list)
     prompts: str = ""  # a file: .jsonl with a "prompt" in each line, else one prompt a line
     samples: int = 1  # continuations per prompt
+    chat: bool = False  # a prompt is what a user says; the model answers in the chat format
+    thinking: bool = True  # with chat: the answer begins with reasoning
     stop: list[str] = field(
         default_factory=list
     )  # stop strings; the output ends before the first one

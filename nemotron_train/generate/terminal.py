@@ -6,12 +6,14 @@ which characters are ready to print (`text`).
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from nemotron_train.config.errors import ConfigError
 from nemotron_train.config.json_text import json_text
 from nemotron_train.config.visible import visible
+from nemotron_train.data.chat.messages import Message
+from nemotron_train.data.chat.render import ChatFormat
 from nemotron_train.data.tokenize import LoadedTokenizer
 from nemotron_train.generate.checkpoint import LoadedCheckpoint, open_checkpoint, open_tokenizer
 from nemotron_train.generate.engine import Continuation, Costs, Engine
@@ -37,7 +39,8 @@ def generate(run: str, knobs: GenerateConfig) -> None:
             console.quiet = True
         check_speculative(knobs.speculative, model)
         tokenizer, end_tokens = open_tokenizer(model, knobs)
-        ids = [_encode(text, tokenizer) for text in prompts for _ in range(knobs.samples)]
+        encode = _encoder(tokenizer, knobs)
+        ids = [encode(text) for text in prompts for _ in range(knobs.samples)]
         texts = [GrowingText(tokenizer, knobs.stop, prompt) for prompt in ids]
         console.print(f"{model.checkpoint} · {model.platform.describe()}")
         printer = _Printer(prompts, knobs.samples, len(ids) == 1 and model.is_first_rank)
@@ -106,6 +109,15 @@ def _read_prompts(path: Path) -> list[str]:
         if not isinstance(prompts[-1], str):
             raise ConfigError(f"prompts={path}: line {number}: the prompt is no text")
     return prompts
+
+
+def _encoder(tokenizer: LoadedTokenizer, knobs: GenerateConfig) -> Callable[[str], list[int]]:
+    """A function from a prompt's text to its ids. Raises ConfigError if chat is asked for and the
+    tokenizer lacks its tokens."""
+    if not knobs.chat:
+        return lambda text: _encode(text, tokenizer)
+    chat = ChatFormat(tokenizer, "chat=true: the run's tokenizer")
+    return lambda text: chat.prompt([Message("user", text)], thinking=knobs.thinking)
 
 
 def _encode(text: str, tokenizer: LoadedTokenizer) -> list[int]:

@@ -204,6 +204,11 @@ def _check_data(config: Config) -> None:
             "fresh_data=true: is for a branch, which else goes on where its parent's data stood; "
             "give branch=RUN_FOLDER@STEP"
         )
+    if config.weights_only and not config.branch:
+        raise ConfigError(
+            "weights_only=true: is for a branch, which else goes on with its parent's optimizer "
+            "and token count; give branch=RUN_FOLDER@STEP"
+        )
     if data.kind == DataKind.prepared and not (data.phases and data.validation):
         empty = "data.validation" if data.phases else "data.phases"
         raise ConfigError(f"{empty} is empty: name the folders `data prepare` wrote")

@@ -77,7 +77,7 @@ def shrink(
     small = deepcopy(config)
     small.resume, small.branch = "", ""
     small.switch_precision = False
-    small.fresh_data = False
+    small.fresh_data = small.weights_only = False
     small.logging, small.guard, small.gpu = LoggingConfig(), GuardConfig(), GpuConfig()
     ranks = _shrink_parallel(small.parallel, max_ranks)
     _shrink_model(small.model, small.parallel, config.parallel.tensor * config.parallel.context)

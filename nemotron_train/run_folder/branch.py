@@ -60,7 +60,7 @@ def check_branch(
     run, step = parse_branch(config.branch)
     parent = read_config(run, step)
     progress = progress_of(checkpoint)
-    if has_data(checkpoint) and not config.fresh_data:
+    if has_data(checkpoint) and not (config.fresh_data or config.weights_only):
         check_data(checkpoint, train_data.description)
         train_data.take(progress.data, 0)  # raises ConfigError if the cursor does not fit
     return {
@@ -90,13 +90,13 @@ def check_parent(config: Config, *, contents: bool = True) -> Path | None:
     parent = read_config(run, step)
     sharded, was_sharded = (c.parallel.distributed_optimizer for c in (config, parent))
     # The optimizer state has another checkpoint format if it is sharded over ranks.
-    if sharded != was_sharded and has_optimizer(checkpoint):
+    if sharded != was_sharded and has_optimizer(checkpoint) and not config.weights_only:
         raise ConfigError(
             f"parallel.distributed_optimizer={sharded}: the optimizer's state in {checkpoint} was "
             f"saved with {was_sharded} and cannot be loaded otherwise; leave it"
         )
     progress = progress_of(checkpoint)
-    if progress.tokens >= config.train.total_tokens:
+    if progress.tokens >= config.train.total_tokens and not config.weights_only:
         raise ConfigError(
             f"branch={config.branch}: the checkpoint stands at {progress.tokens} tokens and "
             f"train.total_tokens={config.train.total_tokens}, so nothing is left to train; branch "

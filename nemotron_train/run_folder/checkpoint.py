@@ -117,7 +117,7 @@ def derive_for_inference(
         micro_batch_sequences=1,
     )
     config = replace(config, model=model, parallel=parallel, train=train)
-    config = replace(config, resume="", branch="", fresh_data=False)
+    config = replace(config, resume="", branch="", fresh_data=False, weights_only=False)
     # Embedded data skips the data checks: no data is read here, and an imported run has none yet.
     checked = replace(config, data=replace(config.data, kind=DataKind.embedded))
     return config, derive(checked, num_ranks)

@@ -131,7 +131,8 @@ class Trainer:
             path, is_branch = branch_checkpoint(self.config.branch), True
         if path is None:
             return Progress(0, 0, self.train_data.state_at_start())
-        starts_fresh_data = is_branch and self.config.fresh_data
+        weights_only = is_branch and self.config.weights_only
+        starts_fresh_data = is_branch and (self.config.fresh_data or weights_only)
         if not starts_fresh_data:
             check_data(path, self.train_data.description)
         before = plan_of(path)
@@ -143,9 +144,11 @@ class Trainer:
             if not (is_branch or allowed):
                 raise ConfigError(refusal(path, before, self.plan_record, self.run_folder))
             self.plan_before = before
-        progress = self._load(path)
+        progress = self._load(path, weights_only)
         if starts_fresh_data:
             progress = replace(progress, data=self.train_data.state_at_start())
+        if weights_only:
+            progress = replace(progress, step=0, tokens=0)
         self.console.print(f"{'branched' if is_branch else 'resumed'} from {path}")
         if is_branch:
             # The parent may later delete its checkpoint. With a copy, this run no longer needs it.
@@ -162,8 +165,8 @@ class Trainer:
             return None
         return path, self._load(path)
 
-    def _load(self, path: Path) -> Progress:
-        progress = self.checkpoints.load(path)
+    def _load(self, path: Path, weights_only: bool = False) -> Progress:
+        progress = self.checkpoints.load(path, weights_only)
         self.precision.weights_changed()
         if not has_data(path):
             progress = replace(progress, data=self.train_data.state_at_start())

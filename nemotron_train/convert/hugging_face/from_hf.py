@@ -330,7 +330,8 @@ def _with_own_data(config: Config, output: Path) -> Config:
 def _run_files(folder: Path, config: Config, theirs: _Theirs) -> dict[str, bytes]:
     """File name -> content of the configuration, the tokenizer and the lineage, so that runs can
     branch from the folder."""
-    start_knobs = {"resume": "", "branch": "", "fresh_data": False, "switch_precision": False}
+    start_knobs = {"resume": "", "branch": "", "fresh_data": False, "weights_only": False}
+    start_knobs["switch_precision"] = False
     plain = to_plain(replace(config, **start_knobs))
     text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=100)
     files = {"config.yaml": text.encode()}

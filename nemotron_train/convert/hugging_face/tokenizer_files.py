@@ -9,6 +9,8 @@ from typing import Any
 
 from nemotron_train.config.errors import ConfigError
 from nemotron_train.config.json_text import json_text
+from nemotron_train.data.chat.render import missing_tokens
+from nemotron_train.data.chat.template import CHAT_TEMPLATE
 from nemotron_train.data.manifest import FILE_NAME as DATA_MANIFEST
 from nemotron_train.data.manifest import load_manifest
 from nemotron_train.data.tokenize import (
@@ -24,6 +26,7 @@ from nemotron_train.data.tokenize import (
 from nemotron_train.run_folder.folder import read_json
 
 SETTINGS = "tokenizer_config.json"
+TEMPLATE = "chat_template.jinja"
 
 
 class TokenizerFiles:
@@ -48,7 +51,7 @@ class TokenizerFiles:
                 f"{folder / FILE_NAME} has {loaded.vocab_size} tokens and model.vocab_size is "
                 f"{vocab_size}; give --tokenizer FOLDER"
             )
-        self._folder = folder
+        self._folder, self._loaded = folder, loaded
         self._settings = read_json(folder / SETTINGS)
         self.end_of_document_id = self._end_of_document(loaded)
 
@@ -59,7 +62,8 @@ class TokenizerFiles:
 
     def contents(self) -> dict[str, bytes]:
         """File name -> content of the tokenizer's files with the settings that `AutoTokenizer`
-        needs, but without any code (`auto_map`). Raises ConfigError if one cannot be read."""
+        needs, but without any code (`auto_map`); the chat template, if the tokenizer has the
+        tokens for it and none of its own. Raises ConfigError if one cannot be read."""
         settings: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,  # decoding must return exactly the encoded text
@@ -68,6 +72,9 @@ class TokenizerFiles:
         }
         settings |= {name: value for name, value in self._settings.items() if name != "auto_map"}
         contents = tokenizer_contents(self._folder)
+        has_template = TEMPLATE in contents or "chat_template" in settings
+        if not has_template and not missing_tokens(self._loaded):
+            contents[TEMPLATE] = CHAT_TEMPLATE.encode()
         return contents | {SETTINGS: (json_text(settings, indent=2) + "\n").encode()}
 
     def _end_of_document(self, loaded: LoadedTokenizer) -> int:

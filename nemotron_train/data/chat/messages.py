@@ -28,7 +28,8 @@ class Message:
     """One message.
 
     thinking: the assistant's reasoning; "" if the message has none. trained: whether the tokens of
-    an assistant's message count in the loss.
+    an assistant's message count in the loss. thinking_limit: the reasoning is cut after so many
+    tokens, as a budget does; 0: it is whole.
     """
 
     role: str
@@ -36,6 +37,7 @@ class Message:
     thinking: str = ""
     tool_calls: tuple[ToolCall, ...] = field(default=())
     trained: bool = True
+    thinking_limit: int = 0
 
 
 def read_messages(raw: Any, where: str) -> list[Message]:

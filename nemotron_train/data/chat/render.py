@@ -51,6 +51,7 @@ class _Piece:
     text: str
     is_special: bool
     trained: bool
+    limit: int = 0  # tokens that are kept of a text; 0: all
 
 
 class ChatFormat:
@@ -90,19 +91,24 @@ class ChatFormat:
         pieces = [_text("\n"), *_pieces(messages, ()), *_opening(thinking)]
         return self._encode(pieces).ids.tolist()
 
+    def thinking_tokens(self, message: Message) -> int:
+        """The number of tokens of the message's reasoning, with the line breaks around it."""
+        return self.tokenizer.encode(_thought(message)).size
+
     def _encode(self, pieces: Sequence[_Piece]) -> Rendered:
         ids: list[int] = []
         trained: list[bool] = []
-        text = ""
+        text, last = "", _text("")
         for piece in [*pieces, _special(END)]:  # the last one only ends the last text
             if not piece.is_special:
                 text += piece.text
-                text_is_trained = piece.trained
+                last = piece
                 continue
             if text:
                 encoded = self.tokenizer.encode(text).tolist()
+                encoded = encoded[: last.limit] if last.limit else encoded
                 ids += encoded
-                trained += [text_is_trained] * len(encoded)  # pyright: ignore[reportPossiblyUnbound]
+                trained += [last.trained] * len(encoded)
             text = ""
             ids.append(self.special_ids[piece.text])
             trained.append(piece.trained)
@@ -152,6 +158,10 @@ def _pieces(messages: Sequence[Message], tools: Sequence[Any]) -> list[_Piece]:
     return pieces
 
 
+def _thought(message: Message) -> str:
+    return f"\n{message.thinking}\n"
+
+
 def _opening(thinking: bool) -> list[_Piece]:
     pieces = [_special(START), _text("assistant\n"), _special(THINK)]
     return pieces if thinking else [*pieces, _special(THINK_END)]
@@ -161,7 +171,10 @@ def _assistant(message: Message) -> list[_Piece]:
     trained = message.trained
     pieces = _opening(bool(message.thinking))
     if message.thinking:
-        pieces += [_text(f"\n{message.thinking}\n", trained), _special(THINK_END, trained)]
+        limit = message.thinking_limit
+        pieces.append(_Piece(_thought(message), False, trained, limit))
+        # A budget forces the end of the reasoning; the model did not choose it.
+        pieces.append(_special(THINK_END, trained and not limit))
     if message.content:
         pieces.append(_text(f"\n{message.content}", trained))
     for call in message.tool_calls:

@@ -281,16 +281,16 @@ class Checkpoints:
         self._verified.add(int(final.name.removeprefix("step_")))
         integrity.drop_old(self._folder, self._keep, self._verified)
 
-    def load(self, path: Path) -> Progress:
+    def load(self, path: Path, weights_only: bool = False) -> Progress:
         """Load the checkpoint in `path` into the model and the optimizer; return its progress.
 
         Restores the random states if the number of ranks is the same. If the checkpoint has no
-        optimizer state (`convert merge`), the masters are copied from the weights, and moments and
-        step count stay those of a new optimizer. Raises ConfigError if the checkpoint belongs to
-        another model or lacks something that this model needs.
+        optimizer state (`convert merge`), or with `weights_only`, the masters are copied from the
+        weights, and moments and step count stay those of a new optimizer. Raises ConfigError if the
+        checkpoint belongs to another model or lacks something that this model needs.
         """
         checkpoint_metadata.check_model(path, self._config.model)
-        has_optimizer = checkpoint_metadata.has_optimizer(path)
+        has_optimizer = checkpoint_metadata.has_optimizer(path) and not weights_only
         state = self._sharded_state(is_loading=True, has_optimizer=has_optimizer)
         loaded = _load(path, state)
         for number, chunk in enumerate(self._chunks):

@@ -1,0 +1,72 @@
+"""The `posttrain` verbs and `data chat`: arguments and help. Imports the implementation on use."""
+
+import argparse
+
+from nemotron_train.cli.verbs import Verb, open_console
+from nemotron_train.compose.compose import to_typed
+from nemotron_train.compose.overrides import parse_overrides
+
+
+def run_sft(arguments: argparse.Namespace) -> int:
+    """Run `posttrain sft`."""
+    from nemotron_train.posttrain.sft import sft
+
+    return sft(arguments.overrides)
+
+
+def run_data_chat(arguments: argparse.Namespace) -> int:
+    """Run `data chat` and print what was made."""
+    from nemotron_train.data.chat.prepare import ChatDataConfig, prepare_chat
+
+    config = to_typed(ChatDataConfig, {}, parse_overrides(arguments.overrides, ChatDataConfig))
+    console = open_console()
+    made = prepare_chat(config, console.print)
+    splits = made.manifest.splits
+    tokens = sum(splits[name].tokens for name in ("train", "validation"))
+    counts = ", ".join(f"{splits[name].documents:,} {name}" for name in ("train", "validation"))
+    console.print(
+        f"{config.output}: {counts}; {tokens:,} tokens, {made.trained_tokens / tokens:.1%} trained",
+        soft_wrap=True,
+    )
+    if made.dropped:
+        console.print(f"left out as longer than a row: {made.dropped:,} conversations")
+    return 0
+
+
+def _overrides(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("overrides", nargs="+", metavar="KNOB=VALUE")
+
+
+POSTTRAIN_VERBS: dict[str, Verb] = {
+    "data chat": Verb(
+        "conversations in JSONL -> token ids with a mask of what the assistant said",
+        run_data_chat,
+        _overrides,
+        """\
+A row is {"messages": [{"role": "user", "content": "..."}, ...]}, or {"prompt": "...",
+"answer": "..."} with "thinking" or without.
+
+The knobs: rows=FILE.jsonl, output=FOLDER and tokenizer=FOLDER (required), sequence_length=N,
+too_long=refuse|drop, validation_fraction=0.02, empty_thinking_share=0.1, cut_thinking_share=0.03,
+seed=1234.
+
+Example:
+  nemotron-train data chat rows=mine.jsonl tokenizer=data/mine/tokenizer output=data/chat
+""",
+    ),
+    "posttrain sft": Verb(
+        "fine-tune a checkpoint on conversations, with the loss on the answers only",
+        run_sft,
+        _overrides,
+        """\
+The knobs: branch=RUN_FOLDER@STEP, rows=FILE.jsonl and name=NAME (required), epochs=2, those of
+`data chat` except output (here conversations=FOLDER), tokenizer and seed, and those of `pretrain`.
+
+Examples:
+  nemotron-train posttrain sft branch=runs/tiny@128 rows=mine.jsonl name=tuned
+  nemotron-train posttrain sft branch=runs/imported@0 rows=mine.jsonl name=tuned \\
+      optim.peak_learning_rate=5e-5 precision=bf16
+  nemotron-train posttrain sft resume=runs/tuned
+""",
+    ),
+}
