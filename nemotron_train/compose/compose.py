@@ -10,7 +10,9 @@ Hydra composes `recipes/pretrain.yaml` with the selected recipes (`model=tiny`; 
 resolved last, so they use overridden values. Hydra is imported only when needed.
 """
 
+import copy
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -174,21 +176,29 @@ def _is_group(override: Any) -> bool:
 
 
 def _compose_recipes(groups: Sequence[Any]) -> Any:
-    from hydra import compose, initialize_config_dir
-    from hydra.errors import HydraException
     from omegaconf import open_dict
-    from omegaconf.errors import OmegaConfBaseException
 
     chosen, files = _chosen(groups)
-    try:
-        with initialize_config_dir(str(recipes_folder()), version_base="1.3"):
-            composed = compose("pretrain", overrides=chosen)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(f"the recipes do not compose: {str(error).splitlines()[0]}") from error
+    composed = copy.deepcopy(_compose_built_in(tuple(chosen)))
     with open_dict(composed):
         for group, path in files.items():
             composed[group] = load_recipe_file(group, path)
     return composed
+
+
+@functools.lru_cache(64)
+def _compose_built_in(chosen: tuple[str, ...]) -> Any:
+    """The built-in recipes of these selections. Kept: the cells of a sweep ask again and again, and
+    Hydra takes two thirds of the time of a cell. Copy the result before changing it."""
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        with initialize_config_dir(str(recipes_folder()), version_base="1.3"):
+            return compose("pretrain", overrides=list(chosen))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(f"the recipes do not compose: {str(error).splitlines()[0]}") from error
 
 
 def _chosen(groups: Sequence[Any]) -> tuple[list[str], dict[str, Path]]:

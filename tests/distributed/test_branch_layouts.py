@@ -14,6 +14,7 @@ import pytest
 TWO = ["parallel.tensor=2", "parallel.sequence=true", "parallel.expert=2"]
 
 
+@pytest.mark.layouts
 def test_one_rank_then_two_then_one(
     small_run: tuple[Path, list[str]], run_ranks: Callable[[list[str], Path, int], None]
 ) -> None:

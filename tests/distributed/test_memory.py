@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.memory import CASES, on_ranks
 
-QUICK = ("FP32, two MTP depths", "FP32, full recomputation", "tensor 2 + sequence, MTP")
+QUICK = ("FP32, two MTP depths", "tensor 2 + sequence, MTP")
 
 
 @pytest.mark.parametrize(

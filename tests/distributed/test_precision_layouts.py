@@ -182,6 +182,7 @@ def differences(ours: list[dict], theirs: list[dict], name: str) -> list[float]:
 RECIPE = ("precision=nvfp4_nemotron3", "optim.clip_grad_norm=1000")
 
 
+@pytest.mark.layouts
 def test_two_data_parallel_ranks_compute_the_same_numbers(train) -> None:
     """Each rank's micro-batch is one of the two of the single rank, rounded with the same words. A
     sum of two has one order. Clipping would bring in the gradient's norm, whose sum has many
@@ -232,7 +233,13 @@ def test_expert_parallel_rounds_whole_experts(train) -> None:
     assert max(differences(two, one, "grad_norm")[:3]) < 1e-6
 
 
-@pytest.mark.parametrize("layout", [TENSOR, ["parallel.expert=2"]], ids=["tensor", "expert"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(TENSOR, id="tensor", marks=pytest.mark.layouts),
+        pytest.param(["parallel.expert=2"], id="expert"),
+    ],
+)
 def test_recipe_agrees_within_its_noise(train, layout: list[str]) -> None:
     """BF16 parameters, everything rounded as in training. One rank with micro-batches of four rows
     instead of two (other amax, other words) differs from itself by up to 1.6e-3 in these five

@@ -22,10 +22,8 @@ FULL = [f"train.recompute.{kind}=full" for kind in ("mamba", "attention", "moe")
 SELECTIVE = [knob.replace("full", "selective") for knob in FULL]
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [pytest.param(name, marks=[pytest.mark.layouts] * (name != "tensor")) for name in LAYOUTS],
-)
+@pytest.mark.layouts
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_same_metrics(layout: str, small_run: Small) -> None:
     knobs = LAYOUTS[layout]
     kept = train(small_run, f"{layout}_kept", knobs, ranks=2)

@@ -130,6 +130,7 @@ def test_data_parallel_ranks_count_together(small_run: Small, one_rank: dict) ->
         assert zeros == pytest.approx(module["zero_weight_gradients"], abs=0.02), path
 
 
+@pytest.mark.layouts
 def test_tensor_parallel_ranks_count_together(small_run: Small, one_rank: dict) -> None:
     """Shards of one tensor, with the largest magnitude of the whole. Their blocks are those of the
     whole tensor, each counted once. Tensors that both ranks hold whole are counted twice."""
@@ -144,6 +145,7 @@ def test_tensor_parallel_ranks_count_together(small_run: Small, one_rank: dict) 
         assert sum(seen[operand]["scale_histogram"]) == times * blocks, operand
 
 
+@pytest.mark.layouts
 def test_context_parallel_ranks_count_together(small_run: Small, one_rank: dict) -> None:
     """Pieces of one sequence. Operands along the tokens are counted once, block by block as on one
     rank. A weight, whole on both ranks, is counted twice."""

@@ -126,6 +126,7 @@ def test_a_linked_checkpoint_is_refused(run: Path, newest: Newest, tmp_path: Pat
     assert found == run / "checkpoints" / "step_00000005"
 
 
+@pytest.mark.faults
 def test_retention_follows_no_link(job, small_run, tmp_path: Path) -> None:
     """Old checkpoints are dropped while one of them is a link to a folder elsewhere."""
     outside = tmp_path / "outside"
@@ -152,7 +153,10 @@ class _Runs:
         return os.mkdir, (str(self.marker),)
 
 
-@pytest.mark.parametrize("name", ["shard", ".metadata", "progress.json"])
+@pytest.mark.parametrize(
+    "name",
+    [".metadata", *(pytest.param(n, marks=pytest.mark.faults) for n in ("shard", "progress.json"))],
+)
 def test_a_forged_pickle_never_runs(
     job, run: Path, small_run, forge, tmp_path: Path, name: str
 ) -> None:

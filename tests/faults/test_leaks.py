@@ -11,7 +11,8 @@ import pytest
 CYCLE = Path(__file__).with_name("cycle.py")
 
 
-@pytest.mark.parametrize("cycles", [75, pytest.param(500, marks=pytest.mark.faults)])
+@pytest.mark.faults
+@pytest.mark.parametrize("cycles", [75, 500])
 def test_cycles_leave_nothing_behind(small_run, cycles: int) -> None:
     """The first 50 cycles warm up the allocator and caches. After them descriptors, threads,
     children and files stay constant, and the bytes in use on the heap grow by at most 16 KiB per
