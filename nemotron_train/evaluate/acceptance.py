@@ -16,7 +16,8 @@ from nemotron_train.config.schema import Config, DataKind
 from nemotron_train.data.indexed import ShardReader
 from nemotron_train.data.manifest import FILE_NAME, load_manifest
 from nemotron_train.generate.checkpoint import open_checkpoint
-from nemotron_train.generate.engine import Costs, Engine
+from nemotron_train.generate.continuation import Costs
+from nemotron_train.generate.engine import Engine
 from nemotron_train.generate.knobs import AcceptanceConfig, check_decoding, check_sampling
 from nemotron_train.generate.speculative import Acceptance
 from nemotron_train.generate.terminal import check_speculative

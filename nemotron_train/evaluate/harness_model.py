@@ -21,7 +21,8 @@ from nemotron_train.config.errors import ConfigError
 from nemotron_train.config.json_text import json_text
 from nemotron_train.evaluate.harness_tokens import HarnessTokens
 from nemotron_train.evaluate.knobs import HarnessConfig
-from nemotron_train.generate.engine import Continuation, Engine
+from nemotron_train.generate.continuation import Continuation
+from nemotron_train.generate.engine import Engine
 from nemotron_train.generate.knobs import DecodingKnobs, Sampling, check_sampling
 
 MAX_NEW_TOKENS = 256  # if the task sets no limit

@@ -142,7 +142,7 @@ class Drafter:
         `prefill` and `keep` must have received the hidden states of all tokens but the last one.
         """
         extended = [list(tokens) for tokens in tokens_so_far]
-        hidden = self._round_hidden or [rows[:0] for rows in self._depths[0].waiting]
+        hidden = self._hidden_of_round()
         previous_confirmed = [len(tokens) - 1 for tokens in tokens_so_far]  # decoder positions
         tokens, logits = [], []
         for depth in self._depths:
@@ -192,6 +192,20 @@ class Drafter:
         """
         rows = hidden_T1D[:, 0].unflatten(0, (len(num_kept), -1))
         self._round_hidden = [row[:count] for row, count in zip(rows, num_kept, strict=True)]
+
+    def append(self, other: "Drafter") -> None:
+        """Add the sequences of another drafter, between rounds."""
+        self._round_hidden = [*self._hidden_of_round(), *other._hidden_of_round()]
+        for mine, theirs in zip(self._depths, other._depths, strict=True):
+            mine.states.append(theirs.states)
+            mine.waiting = [*mine.waiting, *theirs.waiting]
+
+    def _hidden_of_round(self) -> list[Tensor]:
+        """The decoder's hidden states of the last round; before the first one, none of each
+        sequence."""
+        if self._round_hidden is not None:
+            return self._round_hidden
+        return [rows[:0] for rows in self._depths[0].waiting]
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep only the sequences `rows`, in this order."""

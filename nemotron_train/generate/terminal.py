@@ -16,7 +16,8 @@ from nemotron_train.data.chat.messages import Message
 from nemotron_train.data.chat.render import ChatFormat
 from nemotron_train.data.tokenize import LoadedTokenizer
 from nemotron_train.generate.checkpoint import LoadedCheckpoint, open_checkpoint, open_tokenizer
-from nemotron_train.generate.engine import Continuation, Costs, Engine
+from nemotron_train.generate.continuation import Continuation, Costs
+from nemotron_train.generate.engine import Engine
 from nemotron_train.generate.knobs import GenerateConfig, check_decoding, check_sampling
 from nemotron_train.generate.speculative import Acceptance
 from nemotron_train.generate.text import GrowingText

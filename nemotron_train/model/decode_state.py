@@ -62,6 +62,18 @@ class MambaState:
         self.ssm_BHPN = self.ssm_BHPN.index_select(0, rows_B)
         self.window_BKC = self.window_BKC.index_select(0, rows_B)
 
+    def blank(self, num_rows: int) -> "MambaState":
+        """States of sequences without a token."""
+        shapes = [(num_rows, *t.shape[1:]) for t in self.tensors]
+        ssm, window = (t.new_zeros(s) for t, s in zip(self.tensors, shapes, strict=True))
+        return MambaState(ssm, window)
+
+    def append(self, other: "MambaState") -> None:
+        """Add the sequences of another state. Not between a speculative batch and its `rewind`."""
+        assert not self.steps and not other.steps
+        self.ssm_BHPN = torch.cat([self.ssm_BHPN, other.ssm_BHPN])
+        self.window_BKC = torch.cat([self.window_BKC, other.window_BKC])
+
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """The tensors that decoding keeps, without those of a speculative batch."""
@@ -100,6 +112,23 @@ class KVCache:
         """Keep only these sequences, in this order."""
         self.keys_BGLD = self.keys_BGLD.index_select(0, rows_B)
         self.values_BGLD = self.values_BGLD.index_select(0, rows_B)
+
+    def blank(self, num_rows: int) -> "KVCache":
+        """Caches of sequences without a token."""
+        _, heads, _, width = self.keys_BGLD.shape
+        return KVCache(num_rows, heads, width, self.keys_BGLD)
+
+    def append(self, other: "KVCache") -> None:
+        """Add the sequences of another cache."""
+        capacity = max(cache.keys_BGLD.shape[2] for cache in (self, other))
+        self.reserve(capacity)
+        self.keys_BGLD, self.values_BGLD = (
+            torch.cat([mine, _of_capacity(theirs, mine.shape[2])])
+            for mine, theirs in (
+                (self.keys_BGLD, other.keys_BGLD),
+                (self.values_BGLD, other.values_BGLD),
+            )
+        )
 
     @property
     def bytes_per_token(self) -> int:
@@ -142,6 +171,14 @@ class DecodeStates:
         self.lengths = [self.lengths[row] for row in rows]
         for state in (*self.mamba.values(), *self.attention.values()):
             state.select(rows_B)
+
+    def append(self, other: "DecodeStates") -> None:
+        """Add the sequences of another state of the same stack, after the own ones. A layer that
+        one of the two has not run yet begins there without a token."""
+        sizes = len(self.lengths), len(other.lengths)
+        _append_layers(self.mamba, other.mamba, *sizes)
+        _append_layers(self.attention, other.attention, *sizes)
+        self.lengths = [*self.lengths, *other.lengths]
 
     @property
     def constant_bytes(self) -> int:
@@ -224,6 +261,22 @@ class DecodeBatch(PackedSeqParams):
         counts_B = torch.tensor(self.counts, device=self.row_T.device)
         numbers_n = torch.arange(self.max_new, device=counts_B.device)
         return (numbers_n < counts_B[:, None]).unsqueeze(-1)
+
+
+def _append_layers[State: (MambaState, KVCache)](
+    mine: dict[int, State], theirs: dict[int, State], num_mine: int, num_theirs: int
+) -> None:
+    """Add the sequences in `theirs` to `mine`, layer by layer."""
+    for layer in mine.keys() | theirs.keys():
+        if layer not in mine:
+            mine[layer] = theirs[layer].blank(num_mine)
+        mine[layer].append(theirs[layer] if layer in theirs else mine[layer].blank(num_theirs))
+
+
+def _of_capacity(cached_BGLD: Tensor, capacity: int) -> Tensor:
+    """The cache, zeros after its last token, with room for at least `capacity` tokens."""
+    missing = capacity - cached_BGLD.shape[2]
+    return torch.nn.functional.pad(cached_BGLD, (0, 0, 0, missing))
 
 
 def _last(inputs_BWC: Tensor, counts: Sequence[int], width: int) -> Tensor:

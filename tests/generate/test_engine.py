@@ -228,3 +228,71 @@ def test_logits_that_are_not_finite_end_it(
         Engine(model).generate(prompts, GREEDY, replace(PLAIN, speculative=speculative))
     with pytest.raises(ConfigError, match="logits are not finite"):
         Engine(model).log_probabilities(prompts[2:4])
+
+
+@pytest.mark.parametrize("speculative", [False, True])
+@pytest.mark.parametrize("places", [1, 2, 4, 16])
+def test_places_are_given_to_waiting_sequences(
+    model: Any, prompts: Any, places: int, speculative: bool
+) -> None:
+    """Sequences of different lengths through few places equal each alone. A place is taken again
+    while the others are in the middle of theirs."""
+    many = [prompts[number % 5] for number in range(11)]
+    lengths = [1 + (5 * number) % 12 for number in range(11)]
+
+    def on_token(sequence: Any, token: int) -> str:
+        return "enough" if len(sequence.new) == lengths[sequence.number] else ""
+
+    knobs = replace(PLAIN, max_new_tokens=12, batch=places)
+    if speculative:
+        knobs = replace(knobs, speculative=True, draft_tokens=2)
+    engine = Engine(model)
+    found = engine.generate(many, GREEDY, knobs, on_token)
+    assert [s.number for s in found] == list(range(11))
+    for one in found:
+        (alone,) = Engine(model).generate([one.prompt], GREEDY, replace(PLAIN, max_new_tokens=12))
+        length = lengths[one.number]
+        assert one.new == alone.new[:length] and one.ended_by in ("enough", "length")
+        assert one.log_probabilities == pytest.approx(alone.log_probabilities[:length], abs=BOUND)
+    if places == 4 and not speculative:
+        # 61 tokens in four places that are never empty for long: far fewer rounds than the 36 of
+        # three batches of four, each as long as its longest sequence.
+        assert engine.costs.passes < 36
+
+
+@pytest.mark.parametrize("speculative", [False, True])
+def test_equal_prompts_are_prefilled_once(model: Any, prompts: Any, speculative: bool) -> None:
+    """Four samples of two prompts, with the draws that each has alone."""
+    many = [prompts[3]] * 4 + [prompts[2]] * 4
+    knobs = replace(PLAIN, batch=8, prefill_chunk=64)
+    engine = Engine(model)
+    drafting = replace(knobs, speculative=True, draft_tokens=2) if speculative else knobs
+    found = engine.generate(many, GREEDY if speculative else Sampling(seed=9), drafting)
+    assert engine.costs.prefill_tokens == len(prompts[3]) + len(prompts[2])
+    apart = Engine(model)
+    sampling = GREEDY if speculative else Sampling(seed=9)
+    alone = apart.generate(many, sampling, replace(knobs, batch=1))
+    assert apart.costs.prefill_tokens == 4 * (len(prompts[3]) + len(prompts[2]))
+    assert [s.new for s in found] == [s.new for s in alone]
+    if not speculative:
+        assert len({tuple(s.new) for s in found[:4]}) == 4
+
+
+@pytest.mark.parametrize("pattern", ["*E", "M*E"])
+def test_a_layer_that_one_batch_has_not_run(
+    groups: Any, build: Any, prompts: Any, pattern: str
+) -> None:
+    """A prompt of one token gives the depths nothing to run. It joins sequences whose depths have
+    states, and they join it."""
+    model = build(groups, f"model.mtp.pattern={pattern}")
+    for order in ([0, 3, 3, 0], [3, 0, 0, 3]):
+        many = [prompts[number] for number in order]
+        knobs = replace(PLAIN, batch=1, speculative=True, draft_tokens=2)
+        apart = Engine(model).generate(many, GREEDY, knobs)
+
+        def on_token(sequence: Any, token: int) -> str:
+            return "short" if sequence.number == 0 and len(sequence.new) == 3 else ""
+
+        together = Engine(model).generate(many, GREEDY, replace(knobs, batch=2), on_token)
+        assert [s.new for s in together[1:]] == [s.new for s in apart[1:]]
+        assert together[0].new == apart[0].new[:3]
