@@ -199,7 +199,7 @@ def test_rolling_is_hflm(both: Both, max_length: int) -> None:
 def test_answers_are_hflm(both: Both, max_length: int) -> None:
     """Also answers of one token that greedy decoding gives, so that the flag has both values."""
     ours, theirs = both.ours(max_length, 4), both.theirs(max_length, 4)
-    contexts = [*PROMPTS, *TEXTS[1:], "import json", "return x"]
+    contexts = [*PROMPTS, *TEXTS[1:], *(f"return {number}" for number in range(24))]
     asked = [Request(context, {"until": [], "max_gen_toks": 1}) for context in contexts]
     best = ours.generate_until(asked)
     requests = [Request(*pair) for pair in PAIRS]
