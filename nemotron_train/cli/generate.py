@@ -91,6 +91,7 @@ GenerateConfig in nemotron_train/generate/knobs.py:
   temperature=T top_k=K top_p=P  in this order; temperature=0 is greedy
   seed=N                         a sequence's draws depend on it and the sequence's number alone
   stop=TEXT                      end before this text; more than once for several
+  coupled=true                   with the same seed, drafts do not change the text
   speculative=true draft_tokens=N   draft, verify in one pass (default: the trained depths)
   output=FILE                    every sequence with tokens and log-probabilities, JSON lines
   tensor=N expert=N expert_tensor=N   share the model among the ranks of torchrun

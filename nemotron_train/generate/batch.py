@@ -193,6 +193,7 @@ class Batch:
     def _append(self, row: Continuation, token: int, value: float) -> None:
         row.new.append(token)
         row.log_probabilities.append(value)
+        row.draws.position = len(row.new)
         row.ended_by = self.on_token(row, token)
         if self.knobs.end_of_document and token in self.engine.end_tokens:
             row.ended_by = row.ended_by or "end"

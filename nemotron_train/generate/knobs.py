@@ -14,6 +14,7 @@ class Sampling:
     top_k: int = 0  # 0: all
     top_p: float = 1.0
     seed: int = 1234  # a sequence's draws depend only on the seed and the sequence's number
+    coupled: bool = False  # drafts do not change the text: with the same seed it is that without
 
 
 @dataclass

@@ -4,6 +4,13 @@ Owns: the order of temperature, top-k and top-p, and the acceptance rule of spec
 (arXiv 2211.17192, algorithm 1; arXiv 2302.01318, algorithm 2). Does not own: computing logits, when
 a sequence ends.
 
+Coupled sampling draws a token as the argmax of log p + g, where g is Gumbel noise that belongs to
+the token's position in its sequence. A draft and the token that verifies it use the same noise, and
+the draft is accepted if they are the same token. So the text is that of decoding without drafts,
+whatever the drafts are. A draft from q is accepted with probability (1 - TV) / (1 + TV) at least,
+where TV is the total variation distance of p and q (arXiv 2408.07978). The rule above accepts with
+probability 1 - TV.
+
 Shapes: B sequences, V vocabulary, k drafted tokens.
 """
 
@@ -18,12 +25,23 @@ from nemotron_train.generate.knobs import Sampling
 
 
 class Draws:
-    """Uniform random numbers in [0, 1) for one sequence. Philox is keyed by the seed and the
-    sequence's number, so the draws depend neither on the batch nor on other sequences."""
+    """Random numbers for one sequence. Philox is keyed by the seed and the sequence's number, so
+    the draws depend neither on the batch nor on other sequences.
+
+    position: number of tokens that the sequence has got so far, which `gumbel` counts from.
+    """
 
     def __init__(self, seed: int, sequence: int) -> None:
-        key = np.array([seed, sequence], dtype=np.uint64)
-        self._generator = np.random.Generator(np.random.Philox(key=key))
+        self._key = np.array([seed, sequence], dtype=np.uint64)
+        self._generator = np.random.Generator(np.random.Philox(key=self._key))
+        self.position = 0
+
+    def gumbel(self, offset: int, count: int) -> np.ndarray:
+        """Standard Gumbel noise of the token `offset` places after `position`, FP64 [count]."""
+        # A counter far from those that `next` uses.
+        counter = np.array([0, 0, self.position + offset, 1], dtype=np.uint64)
+        generator = np.random.Generator(np.random.Philox(key=self._key, counter=counter))
+        return -np.log(generator.standard_exponential(count))
 
     def next(self) -> float:
         """The next number."""
@@ -67,10 +85,25 @@ def draw(probabilities_BV: Tensor, uniform_B: Sequence[float]) -> Tensor:
     return tokens_B.clamp_(max=probabilities_BV.shape[1] - 1)
 
 
-def choose(logits_BV: Tensor, sampling: Sampling, draws: Sequence[Draws]) -> Tensor:
-    """One token per row, int64 [B]: drawn from `distribution`, or the argmax if greedy."""
+def perturbed(
+    logits_BV: Tensor, sampling: Sampling, draws: Sequence[Draws], offset: int = 0
+) -> Tensor:
+    """log p + Gumbel noise, FP64 [B,V]. Its argmax is a draw from p = `distribution`."""
+    noise = np.stack([row.gumbel(offset, logits_BV.shape[-1]) for row in draws])
+    return distribution(logits_BV, sampling).log() + torch.from_numpy(noise).to(logits_BV.device)
+
+
+def choose(
+    logits_BV: Tensor, sampling: Sampling, draws: Sequence[Draws], offset: int = 0
+) -> Tensor:
+    """One token per row, int64 [B]: drawn from `distribution`, or the argmax if greedy.
+
+    offset: of the token's position from the sequence's next one, for drafts.
+    """
     if sampling.temperature == 0:
         return logits_BV.argmax(-1)
+    if sampling.coupled:
+        return perturbed(logits_BV, sampling, draws, offset).argmax(-1)
     return draw(distribution(logits_BV, sampling), [row_draws.next() for row_draws in draws])
 
 

@@ -29,6 +29,7 @@ from nemotron_train.generate.sampling import (
     distribution,
     judge,
     judge_greedily,
+    perturbed,
 )
 from nemotron_train.model.decode_state import DecodeStates
 from nemotron_train.model.hybrid import NemotronModel
@@ -145,7 +146,7 @@ class Drafter:
         hidden = self._hidden_of_round()
         previous_confirmed = [len(tokens) - 1 for tokens in tokens_so_far]  # decoder positions
         tokens, logits = [], []
-        for depth in self._depths:
+        for offset, depth in enumerate(self._depths):
             inputs, first = depth.inputs(hidden)
             depth_tokens = [
                 extended[row][start + depth.number : start + depth.number + len(rows)]
@@ -160,7 +161,7 @@ class Drafter:
             previous_confirmed = confirmed
             last_BD = torch.stack([rows[-1] for rows in hidden])
             logits_BV = self._drawable(self._model.logits(last_BD.unsqueeze(1)))
-            drawn_B = from_first_rank(choose(logits_BV, self._sampling, draws))
+            drawn_B = from_first_rank(choose(logits_BV, self._sampling, draws, offset))
             for row, token in zip(extended, drawn_B.tolist(), strict=True):
                 row.append(token)
             tokens.append(drawn_B)
@@ -175,6 +176,12 @@ class Drafter:
         """
         if self._sampling.temperature == 0:
             verdict = judge_greedily(logits_BnV, drafted.tokens_Bk)
+        elif self._sampling.coupled:
+            noisy = [
+                perturbed(logits_BV, self._sampling, draws, offset)
+                for offset, logits_BV in enumerate(logits_BnV.unbind(1))
+            ]
+            verdict = judge_greedily(torch.stack(noisy, dim=1), drafted.tokens_Bk)
         else:
             p, q = (
                 distribution(logits, self._sampling) for logits in (logits_BnV, drafted.logits_BkV)

@@ -7,6 +7,8 @@ would exceed their thresholds once in ten thousand seeds.
 """
 
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -67,7 +69,7 @@ def test_draws_are_uniform_and_apart() -> None:
     assert chi_squared(histogram.tolist(), [400.0] * 10) < critical(9)
 
 
-def chi_squared(found: list[float], expected: list[float]) -> float:
+def chi_squared(found: Sequence[float], expected: list[float]) -> float:
     return sum((f - e) ** 2 / e for f, e in zip(found, expected, strict=True))
 
 
@@ -194,3 +196,51 @@ def test_greedy_short_ways_are_the_rule() -> None:
     verdict = judge_greedily(logits_BnV, tokens_Bk)
     assert verdict == judge(p_BnV, q_BkV, tokens_Bk, draws)
     assert set(verdict.accepted) == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_coupled_draws_have_the_distribution(seed: int) -> None:
+    """At two positions of the same sequences, which are independent of each other."""
+    rounds, vocabulary = 20_000, 4
+    p = random_distributions(seed, vocabulary)
+    draws = [Draws(seed, number) for number in range(rounds)]
+    logits = p.log().float().expand(rounds, -1)
+    coupled = Sampling(coupled=True)
+    first, second = (choose(logits, coupled, draws, offset) for offset in (0, 1))
+    pairs = Counter(zip(first.tolist(), second.tolist(), strict=True))
+    expected = torch.outer(p, p).flatten() * rounds
+    found = [pairs[a, b] for a in range(vocabulary) for b in range(vocabulary)]
+    assert chi_squared(found, expected.tolist()) < critical(vocabulary**2 - 1)
+    assert choose(logits, coupled, draws, 1).tolist() == second.tolist()
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_coupled_drafts_agree_as_often_as_the_theorem_says(seed: int) -> None:
+    """arXiv 2408.07978: at least (1 - TV) / (1 + TV); and no coupling agrees more than 1 - TV."""
+    rounds = 20_000
+    p, q = random_distributions(seed, 2, 6)
+    draws = [Draws(seed, number) for number in range(rounds)]
+    ours, drafted = (
+        choose(d.log().float().expand(rounds, -1), Sampling(coupled=True), draws) for d in (p, q)
+    )
+    agreed = (ours == drafted).double().mean().item()
+    distance = (p - q).abs().sum().item() / 2
+    assert (1 - distance) / (1 + distance) - 0.01 < agreed < 1 - distance + 0.01
+
+
+@pytest.mark.parametrize("drafts", [1, 3])
+@pytest.mark.parametrize("knobs", [{}, {"temperature": 0.7, "top_k": 9, "top_p": 0.9}])
+def test_coupled_drafts_do_not_change_the_text(
+    small_vocabulary: Any, knobs: dict[str, float], drafts: int
+) -> None:
+    """Token for token, also when sequences come to free places."""
+    prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9], [1, 2, 3], [3, 3]]
+    sampling = Sampling(seed=3, coupled=True, **knobs)  # pyright: ignore[reportArgumentType]
+    plain = DecodingKnobs(max_new_tokens=24, batch=3)
+    drafting = replace(plain, speculative=True, draft_tokens=drafts)
+    expected = Engine(small_vocabulary).generate(prompts, sampling, plain)
+    engine = Engine(small_vocabulary)
+    found = engine.generate(prompts, sampling, drafting)
+    assert [s.new for s in found] == [s.new for s in expected]
+    assert len({tuple(s.new) for s in found}) == 5
+    assert engine.acceptance.rates[0] > 0.02
