@@ -9,6 +9,7 @@ admitted together, such as the samples of one prompt, are prefilled once and the
 Shapes: B sequences, U different prompts, T tokens of a forward call, V vocabulary.
 """
 
+import math
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -140,13 +141,27 @@ class Batch:
 
     def _step(self) -> None:
         """Decode one token of every sequence."""
-        decode_batch = self.states.next_batch([1] * len(self.rows), self.engine.device)
-        tokens_T = torch.tensor([row.new[-1] for row in self.rows], device=self.engine.device)
+        hidden_T1D, counts = self._read([row.pending for row in self.rows])
+        ends = torch.tensor(counts, device=hidden_T1D.device).cumsum(0) - 1
+        self._sample(self.rows, self.model.logits(hidden_T1D[ends]))
+
+    def _read(self, counts: list[int]) -> tuple[Tensor, list[int]]:
+        """Run the first `counts` pending tokens of each sequence; the hidden states [T,1,D]."""
+        tokens: list[int] = []
+        for row, count in zip(self.rows, counts, strict=True):
+            begin = len(row.new) - row.pending
+            tokens += row.new[begin : begin + count]
+            row.pending -= count
+        decode_batch = self.states.next_batch(counts, self.engine.device)
         self.engine.costs.passes += 1
-        self._sample(self.rows, self.model.logits(self.model.decode(tokens_T, decode_batch)))
+        tokens_T = torch.tensor(tokens, device=self.engine.device)
+        return self.model.decode(tokens_T, decode_batch), counts
 
     def _speculate(self, drafter: Drafter) -> None:
         """One round: draft, verify in one forward call, keep the accepted drafts and one token."""
+        if any(row.pending > 1 for row in self.rows):  # given tokens; drafts follow the last one
+            hidden_T1D, counts = self._read([row.pending - 1 for row in self.rows])
+            drafter.add(hidden_T1D, counts)
         drafted = drafter.draft([row.tokens for row in self.rows], [r.draws for r in self.rows])
         last_B1 = torch.tensor([[row.new[-1]] for row in self.rows], device=self.engine.device)
         tokens_Bn = torch.cat([last_B1, drafted.tokens_Bk], dim=1)
@@ -161,20 +176,27 @@ class Batch:
         verdict = drafter.judge(
             self.engine.drawable(logits_BnV), drafted, [row.draws for row in self.rows]
         )
-        num_kept = [count + 1 for count in verdict.accepted]
-        self.states.rewind(num_kept)
-        drafter.keep(hidden_T1D, num_kept)
         proposed = drafted.tokens_Bk.tolist()
         outcome = [
             [*proposed[row][:count], verdict.following[row]]
             for row, count in enumerate(verdict.accepted)
         ]
-        self._append_round(logits_TV, tokens_per_row, outcome)
+        num_drawn = self._append_round(logits_TV, tokens_per_row, outcome)
+        # The last token was read in this round, and so were the drafts among the drawn ones.
+        num_kept = [
+            1 + min(drawn, count) for drawn, count in zip(num_drawn, verdict.accepted, strict=True)
+        ]
+        for row, kept in zip(self.rows, num_kept, strict=True):
+            row.pending -= kept
+        self.states.rewind(num_kept)
+        drafter.keep(hidden_T1D, num_kept)
         self._drop_finished()
 
     def _append_round(
         self, logits_TV: Tensor, tokens_per_row: int, outcome: list[list[int]]
-    ) -> None:
+    ) -> list[int]:
+        """Append the tokens of a round; return how many of each sequence's were taken. A sequence
+        may end inside the round, or get other tokens there; what follows is dropped."""
         indices = [
             row * tokens_per_row + i
             for row, tokens in enumerate(outcome)
@@ -183,22 +205,38 @@ class Batch:
         flat_tokens = [token for tokens in outcome for token in tokens]
         chosen_TV = logits_TV[torch.tensor(indices, device=logits_TV.device)]
         values = iter(self.engine.log_probabilities_of(chosen_TV, flat_tokens))
+        taken = []
         for row, tokens in zip(self.rows, outcome, strict=True):
             row_values = [next(values) for _ in tokens]
-            for token, value in zip(tokens, row_values, strict=True):
-                # The sequence may end inside the round; the tokens after its end are dropped.
-                if not row.ended_by:
-                    self._append(row, token, value)
+            count, goes_on = 0, True
+            while goes_on and count < len(tokens):
+                goes_on = self._append(row, tokens[count], row_values[count])
+                count += 1
+            taken.append(count)
+        return taken
 
-    def _append(self, row: Continuation, token: int, value: float) -> None:
-        row.new.append(token)
-        row.log_probabilities.append(value)
-        row.draws.position = len(row.new)
-        row.ended_by = self.on_token(row, token)
-        if self.knobs.end_of_document and token in self.engine.end_tokens:
-            row.ended_by = row.ended_by or "end"
+    def _append(self, row: Continuation, token: int, value: float) -> bool:
+        """Append a drawn token and what the listener gives after it. Returns whether the next token
+        may follow it directly: the sequence has not ended, and nothing was given."""
+        self._add(row, token, value, given=False)
+        answer = self.on_token(row, token)
+        if isinstance(answer, str):
+            row.ended_by = answer
+            if self.knobs.end_of_document and token in self.engine.end_tokens:
+                row.ended_by = row.ended_by or "end"
+        else:
+            for given in answer[: self.knobs.max_new_tokens - len(row.new)]:
+                self._add(row, given, math.nan, given=True)
         if len(row.new) >= self.knobs.max_new_tokens:
             row.ended_by = row.ended_by or "length"
+        return not row.ended_by and isinstance(answer, str)
+
+    def _add(self, row: Continuation, token: int, value: float, given: bool) -> None:
+        row.new.append(token)
+        row.log_probabilities.append(value)
+        row.given.append(given)
+        row.pending += 1
+        row.draws.position = len(row.new)
 
     def _drop_finished(self) -> None:
         """Remove finished sequences from the states."""

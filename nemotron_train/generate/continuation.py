@@ -1,6 +1,6 @@
 """A sequence that is being continued, the costs of continuing, and the listener's type."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from nemotron_train.generate.sampling import Draws
@@ -11,7 +11,8 @@ class Continuation:
     """A prompt and its continuation.
 
     log_probabilities: of each new token given all tokens before it, under the model's unmodified
-    distribution (temperature 1, no top-k or top-p).
+    distribution (temperature 1, no top-k or top-p); NaN for a given one. given: whether the
+    listener gave the token, or it was drawn. pending: new tokens that the model has not read yet.
     """
 
     number: int  # index of the prompt; with the seed, it determines the random draws
@@ -19,6 +20,8 @@ class Continuation:
     draws: Draws
     new: list[int] = field(default_factory=list)
     log_probabilities: list[float] = field(default_factory=list)
+    given: list[bool] = field(default_factory=list)
+    pending: int = 0
     ended_by: str = ""  # "end", "length", or the text that `on_token` returned; "": not finished
 
     @property
@@ -45,5 +48,8 @@ class Costs:
     draft_bytes_per_token: int = 0
 
 
-# Called for each new token. A non-empty result ends the sequence and becomes its `ended_by`.
-OnToken = Callable[[Continuation, int], str]
+# Called for each drawn token. A text that is not empty ends the sequence and becomes its
+# `ended_by`. Ids go on the sequence as if they had been drawn: the end of reasoning that a budget
+# forces, or what an environment answers. They come even after a token that would end the sequence,
+# up to `max_new_tokens`.
+OnToken = Callable[[Continuation, int], str | Sequence[int]]

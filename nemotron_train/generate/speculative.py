@@ -200,6 +200,12 @@ class Drafter:
         rows = hidden_T1D[:, 0].unflatten(0, (len(num_kept), -1))
         self._round_hidden = [row[:count] for row, count in zip(rows, num_kept, strict=True)]
 
+    def add(self, hidden_T1D: Tensor, counts: Sequence[int]) -> None:
+        """Add the decoder's hidden states of tokens that were read between two rounds, ragged."""
+        parts = hidden_T1D[:, 0].split(list(counts))
+        before = self._hidden_of_round()
+        self._round_hidden = [torch.cat(rows) for rows in zip(before, parts, strict=True)]
+
     def append(self, other: "Drafter") -> None:
         """Add the sequences of another drafter, between rounds."""
         self._round_hidden = [*self._hidden_of_round(), *other._hidden_of_round()]

@@ -5,6 +5,7 @@ Second truths: each sequence alone; plain decoding; the multi-token-prediction b
 runs it over the whole sequence. Not covered here: several ranks (tests/distributed), speed.
 """
 
+import math
 import random
 from dataclasses import replace
 from typing import Any
@@ -296,3 +297,48 @@ def test_a_layer_that_one_batch_has_not_run(
         together = Engine(model).generate(many, GREEDY, replace(knobs, batch=2), on_token)
         assert [s.new for s in together[1:]] == [s.new for s in apart[1:]]
         assert together[0].new == apart[0].new[:3]
+
+
+@pytest.mark.parametrize("speculative", [False, True])
+@pytest.mark.parametrize("coupled", [False, True])
+def test_given_tokens_stand_in_the_text(
+    model: Any, prompts: Any, speculative: bool, coupled: bool
+) -> None:
+    """Four tokens are given after the third and the twelfth token of each sequence, once after a
+    token that would end it. Against a prompt that already holds everything up to there; and the
+    same with drafts and without."""
+    sampling = Sampling(seed=2, coupled=True) if coupled else GREEDY
+    knobs = replace(PLAIN, max_new_tokens=20, batch=3)
+    (first, *_) = Engine(model).generate(prompts, sampling, knobs)
+    end = first.new[2]
+    texts = [[500 + number, 7, 8, 9 + number] for number in range(5)]
+
+    def on_token(sequence: Any, token: int) -> str | list[int]:
+        is_due = len(sequence.new) in (3, 12)
+        return texts[sequence.number] if is_due else ""
+
+    def run(drafts: bool) -> list[Any]:
+        chosen = replace(knobs, speculative=True, draft_tokens=3) if drafts else knobs
+        return Engine(model, end).generate(prompts, sampling, chosen, on_token)
+
+    found = run(speculative)
+    assert [s.new for s in found] == [s.new for s in run(False)]
+    assert found[0].new[2] == end and found[0].new[3:7] == texts[0]
+    for one in found:
+        places = [place for place, given in enumerate(one.given) if given]
+        assert places == [p for p in (3, 4, 5, 6, 12, 13, 14, 15) if p < len(one.new)]
+        assert all(math.isnan(one.log_probabilities[place]) for place in places)
+        scored = Engine(model).log_probabilities([one.tokens])[0][-len(one.new) :]
+        drawn = [place for place in range(len(one.new)) if place not in places]
+        for place in drawn:
+            assert one.log_probabilities[place] == pytest.approx(scored[place], abs=BOUND)
+        if not coupled and len(one.new) > 7:
+            (after,) = Engine(model).generate([one.prompt + one.new[:7]], GREEDY, PLAIN)
+            assert one.new[7:12] == after.new[: len(one.new[7:12])]
+
+
+def test_given_tokens_end_at_the_length(model: Any, prompts: Any) -> None:
+    knobs = replace(PLAIN, max_new_tokens=6)
+    found = Engine(model).generate(prompts, GREEDY, knobs, lambda s, t: [1, 2, 3])
+    assert all(len(s.new) == 6 and s.ended_by == "length" for s in found)
+    assert all(s.given == [False, True, True, True, False, True] for s in found)
