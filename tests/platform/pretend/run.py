@@ -23,11 +23,7 @@ from tests.platform.pretend import device, python_view
 
 def main(words: list[str]) -> int:
     """Run the verbs; returns the last exit code."""
-    name = os.environ.get("PRETEND_DEVICE", "NVIDIA H200")
-    major, minor = os.environ.get("PRETEND_CAPABILITY", "9.0").split(".")
-    python_view.install(name, (int(major), int(minor)))
-    _call_gloo_nccl()
-    torch.set_num_threads(1)
+    start()
     if os.environ.get("PRETEND_CONVOLUTION"):
         from tests.platform.pretend import causal_conv1d
 
@@ -46,6 +42,15 @@ def main(words: list[str]) -> int:
     if report and os.environ.get("RANK", "0") == "0":
         Path(report).write_text(json.dumps(records))
     return code
+
+
+def start() -> None:
+    """Pretend the device of the environment, for the whole process."""
+    name = os.environ.get("PRETEND_DEVICE", "NVIDIA H200")
+    major, minor = os.environ.get("PRETEND_CAPABILITY", "9.0").split(".")
+    python_view.install(name, (int(major), int(minor)))
+    _call_gloo_nccl()
+    torch.set_num_threads(1)
 
 
 def _split(words: list[str]) -> list[list[str]]:
