@@ -55,10 +55,14 @@ def words(setting: Setting, name: str) -> list[str]:
     return ["pretrain", *setting.sizes.default_run, f"name={name}"]
 
 
-def whole_run(setting: Setting) -> Path:
-    """The folder of the uninterrupted default run, which runs if it is not finished."""
-    setting.run(*words(setting, WHOLE))
-    return setting.work / "runs" / WHOLE
+def whole_run(setting: Setting) -> tuple[str, int]:
+    """The uninterrupted default run, which runs unless it is there: its folder, relative to `work`,
+    and its last step."""
+    folder = setting.work / "runs" / WHOLE
+    if not (folder / "summary.json").exists():
+        setting.run(*words(setting, WHOLE))
+    summary = json.loads((folder / "summary.json").read_text("utf-8"))
+    return f"runs/{WHOLE}", summary["step"]
 
 
 def kill_in_the_middle(setting: Setting, name: str) -> int:

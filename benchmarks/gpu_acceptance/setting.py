@@ -37,7 +37,7 @@ _SMALL_BATCH = (
     "train.threads=1",
 )
 _PROXY = ("model=proxy_100m", "optim=proxy_100m", "train=proxy_100m", "precision=bf16")
-# 1.0B parameters, 0.4B active: the proxy three times as wide, with Nano's Mamba state.
+# 1.0B parameters, 0.45B active: the proxy three times as wide, with Nano's Mamba state.
 _BILLION = (
     "model.name=shape_1b",
     "model.hidden_size=1536",
@@ -49,7 +49,7 @@ _BILLION = (
     "model.mamba.head_dim=64",
     "model.mamba.groups=8",
     "model.mamba.state_size=128",
-    "model.moe.expert_hidden_size=864",
+    "model.moe.expert_hidden_size=1024",
     "model.moe.shared_expert_hidden_size=2048",
     "model.moe.latent_size=384",
 )
@@ -93,8 +93,8 @@ FULL = Sizes(
     steps=(3, 6),
     tokens=16384,
     width=8192,
-    code_rows=2048,
-    code_columns=4096,
+    code_rows=1000,  # no multiple of a block, like the columns
+    code_columns=2040,
     scan=(4, 4096, 64, 64, 8, 128, 128),
     compared_scan=(2, 1000, 16, 64, 4, 128, 128),
     new_tokens=32,

@@ -4,14 +4,14 @@
     python -m benchmarks.gpu_acceptance.wheels unpack dist/gpu_wheels --target /tmp/site
 
 `collect` builds or downloads a wheel of each package of CARRIED at the version of the constraints,
-for this Python (3.12) and this kind of machine, and lays them into folders piece_1, piece_2, … of
-at most 64 MiB with one SHA256SUMS; a larger wheel is cut into parts. `unpack` checks the sums, joins
-the parts and installs without an index and without dependencies. Only Python's own library is
-needed, so that `unpack` runs before anything is there.
+for this Python (3.12) and this kind of machine. It lays them into folders piece_1, piece_2, … of at
+most 64 MiB with one SHA256SUMS; a larger wheel is cut into parts. `unpack` checks the sums, joins
+the parts and installs without an index and without dependencies. Only Python's own library and pip
+are needed, so that `unpack` runs before anything is there.
 
 The target is expected to have EXPECTED, in versions of its own: torch 2.11 and Triton 3.6 are what
-was tried (on a CPU). Not carried: Transformer Engine and causal_conv1d, whose compiled halves belong
-to one torch and one GPU (docs/gpu.md).
+was tried (on a CPU). Not carried: Transformer Engine and causal_conv1d, whose compiled halves
+belong to one torch and one GPU (docs/gpu.md).
 """
 
 import argparse
@@ -93,8 +93,8 @@ def _wheel(folder: Path, what: str, *options: str, **variables: str) -> None:
 
 
 def pack(wheels: Iterable[Path], output: Path, piece_bytes: int = PIECE_BYTES) -> list[Path]:
-    """Lay the wheels, cut where necessary, into as few pieces as come one after the other; returns
-    the pieces. SHA256SUMS, in the first piece, has the sum of every file and of every whole wheel."""
+    """Lay the wheels, cut where necessary, into pieces, one after the other; returns the
+    pieces. SHA256SUMS, in the first one, has the sum of every file and of every whole wheel."""
     pieces: list[Path] = []
     sums: dict[str, str] = {}
     room = 0
