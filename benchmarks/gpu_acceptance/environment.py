@@ -5,35 +5,21 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
 import torch
 
 from benchmarks.gpu_acceptance.results import Fail, Report
-from benchmarks.gpu_acceptance.setting import ROOT, first_line
+from benchmarks.gpu_acceptance.setting import first_line
+from benchmarks.gpu_acceptance.wheels import CARRIED, EXPECTED, pins
 from nemotron_train.kernels.triton import available
 from nemotron_train.plan.hardware import peak_bf16_flops
 from nemotron_train.plan.switches import PACKAGES
 from nemotron_train.platform import packages
 
-# Packages of Python that the verbs of the other stages load.
-NEEDED = (
-    "torch",
-    "triton",
-    "megatron-core",
-    "hydra-core",
-    "omegaconf",
-    "numpy",
-    "tokenizers",
-    "safetensors",
-    "pyarrow",
-    "rich",
-    "psutil",
-    "packaging",
-    "matplotlib",
-)
-OPTIONAL = ("mamba-ssm", "transformer-engine", "causal-conv1d", "transformers")
+OPTIONAL = ("transformers", "mamba-ssm", "einops", "transformer-engine", "causal-conv1d")
 _CUDA_13_DRIVER = 580
 _LEAST_CAPABILITY = (8, 0)
 
@@ -62,7 +48,7 @@ def _machine(report: Report) -> list[str]:
         if peak_bf16_flops(name)
         else "unknown: no model FLOPs utilization",
         "host": f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, "
-        f"Python {'.'.join(map(str, os.sys.version_info[:3]))}",
+        f"Python {'.'.join(map(str, sys.version_info[:3]))}",
         "C compiler": shutil.which("gcc") or shutil.which("cc") or "none",
         "Python's headers": "there" if _headers() else "none",
     }
@@ -100,26 +86,16 @@ def _version(distribution: str) -> str:
         return ""
 
 
-def _pins() -> dict[str, str]:
-    """Distribution -> the version that the tests ran with."""
-    found = {}
-    for name in ("constraints.txt", "constraints-gpu.txt"):
-        for line in (ROOT / name).read_text("utf-8").splitlines():
-            distribution, separator, version = line.partition("==")
-            if separator and not line.startswith("#"):
-                found[distribution] = version
-    return found
-
-
 def _packages(report: Report) -> list[str]:
     """Rows about the packages. A problem for each needed one that is missing and each optional one
     that is installed and cannot be used."""
-    pins, found = _pins(), []
-    for distribution in (*NEEDED, *OPTIONAL):
+    tested, found = pins(), []
+    needed = (*EXPECTED, *CARRIED)
+    for distribution in (*needed, *OPTIONAL):
         version = _version(distribution)
-        tested = pins.get(distribution, "")
-        report.row("packages", package=distribution, installed=version or "-", tested_with=tested)
-        if not version and distribution in NEEDED:
+        pin = tested.get(distribution, "")
+        report.row("packages", package=distribution, installed=version or "-", tested_with=pin)
+        if not version and distribution in needed:
             found.append(f"{distribution} is not installed")
     for package in PACKAGES:
         problem = packages.problem(package)

@@ -3,12 +3,11 @@
 It loads nothing and has no script. The look is that of the reports (report/html).
 """
 
-from html import escape
-
 from benchmarks.gpu_acceptance.results import Acceptance, Cell, Result, Verdict
 from nemotron_train.report.html.elements import details, element, still_frame, table
 
 TITLE = "GPU acceptance"
+_NUMBERED_SHARE = 0.03  # a narrower part of the strip has no room for its number
 _STYLE = """
 .pretended { border: 3px solid var(--bad); border-radius: .5rem; padding: .9rem 1.2rem;
   margin: 1.1rem 0 0; color: var(--bad); font-size: 1.5rem; font-weight: 700; line-height: 1.3; }
@@ -24,11 +23,15 @@ _STYLE = """
 .strip .FAIL { background: var(--bad); }
 .strip .SKIP { background: var(--unsure); }
 .strip .left { background: var(--line); }
-td:first-child { min-width: 2rem; }
-.stages td { padding-right: 1.2rem; }
+td:first-child { min-width: 1.4rem; }
+table.stages { width: 100%; }
+.stages td:nth-child(2) { min-width: 7rem; }
+.stages td:nth-child(4) { min-width: 10rem; max-width: none; width: 60%; }
 pre { background: var(--panel); border: 1px solid var(--line); border-radius: .4rem;
   padding: .6rem .8rem; overflow-x: auto; font-size: .76rem; line-height: 1.45; }
-.why { color: var(--bad); font-weight: 600; }
+.why { font-weight: 600; }
+.why.FAIL { color: var(--bad); }
+.why.SKIP { color: var(--unsure); }
 """
 
 
@@ -66,16 +69,20 @@ def _unfinished(acceptance: Acceptance) -> str:
 
 
 def _strip(acceptance: Acceptance) -> str:
-    """The budget as a strip: each stage as wide as its share, what is left in grey."""
-    budget = max(acceptance.budget, acceptance.seconds, 1e-9)
-    cells = [
-        f'<span class="{result.verdict}" style="width:{100 * result.seconds / budget:.2f}%" '
-        f'title="{escape(result.title)}, {result.seconds:.0f} s">{number}</span>'
-        for number, result in enumerate(acceptance.results, start=1)
-        if result.verdict != Verdict.waiting
-    ]
+    """The time as a strip: each stage as wide as its share, what is left of the budget in grey. On
+    a pretended device the whole is the time that it took."""
+    budget = 0.0 if acceptance.pretended else acceptance.budget
+    whole = max(budget, acceptance.seconds, 1e-9)
+    cells = []
+    for number, result in enumerate(acceptance.results, start=1):
+        share = result.seconds / whole
+        words = f"width:{share:.2%}"
+        if result.verdict != Verdict.waiting:
+            text = str(number) if share > _NUMBERED_SHARE else ""
+            title = f"{number} {result.title}, {result.seconds:.0f} s"
+            cells.append(element("span", text, cls=str(result.verdict), style=words, title=title))
     return (
-        f"<section>{element('h2', f'{acceptance.budget:.0f} seconds')}"
+        f"<section>{element('h2', f'{whole:.0f} seconds')}"
         f'<div class="strip">{"".join(cells)}<span class="left" style="flex:1"></span></div>'
     )
 
@@ -94,7 +101,7 @@ def _overview(results: list[Result]) -> str:
         for number, result in enumerate(results, start=1)
     ]
     marks = [str(verdict) for verdict in Verdict if verdict != Verdict.waiting]
-    return table(headings, cells, numbers=(4, 5), marks=marks, cls="stages") + "</section>"
+    return table(headings, cells, numbers=(0, 4, 5), marks=marks, cls="stages") + "</section>"
 
 
 def _stage(number: int, result: Result) -> str:
@@ -103,7 +110,9 @@ def _stage(number: int, result: Result) -> str:
         return ""
     parts = [element("p", result.checks, cls="note")]
     if result.reason:
-        parts.append(element("p", f"{result.verdict}: {result.reason}", cls="why"))
+        parts.append(
+            element("p", f"{result.verdict}: {result.reason}", cls=f"why {result.verdict}")
+        )
     for title, rows in result.tables.items():
         parts.append(details(f"{title} ({len(rows)})", _rows(rows), is_open=len(rows) <= 12))
     if result.log:

@@ -117,7 +117,7 @@ def first_difference(ours: dict[int, dict], theirs: dict[int, dict]) -> tuple[in
 
 def checkpoint(folder: Path, step: int) -> dict[str, Any]:
     """Every saved tensor (its bytes) and every other value of a checkpoint."""
-    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
 
     path = folder / "checkpoints" / f"step_{step:08d}"
     saved: dict[str, Any] = {"progress": (path / "progress.json").read_text()}

@@ -43,32 +43,29 @@ EXPECTED = (
     "rich",
     "safetensors",
     "tokenizers",
-    "transformers",
     "matplotlib",
-    "einops",
-    "tensorboard",
 )
 
 
 def collect(output: Path, also: Sequence[str]) -> None:
     """Fill `output`, which is emptied first. Raises RuntimeError if a wheel cannot be made; one of
     BUILT_WITH_TORCH is then left out with a line, because only its stage needs it."""
-    pins = _pins()
+    versions = pins()
     shutil.rmtree(output, ignore_errors=True)
     with tempfile.TemporaryDirectory() as made:
         wheels = Path(made)
         _wheel(wheels, str(ROOT))
         for name in (*CARRIED, *also):
-            _wheel(wheels, f"{name}=={pins[name]}" if name in pins else name)
+            _wheel(wheels, f"{name}=={versions[name]}" if name in versions else name)
         for name, variables in BUILT_WITH_TORCH.items():
             try:
-                _wheel(wheels, f"{name}=={pins[name]}", "--no-build-isolation", **variables)
+                _wheel(wheels, f"{name}=={versions[name]}", "--no-build-isolation", **variables)
             except RuntimeError as error:
                 print(f"gpu-wheels: left out: {error}", file=sys.stderr)
         pack(sorted(wheels.glob("*.whl")), output)
 
 
-def _pins() -> dict[str, str]:
+def pins() -> dict[str, str]:
     """Distribution -> version, from the constraints."""
     found = {}
     for name in ("constraints.txt", "constraints-gpu.txt"):
@@ -127,7 +124,10 @@ def join(folder: Path, output: Path) -> list[Path]:
     listed = next(iter(sorted(folder.rglob(_SUMS))), None)
     if listed is None:
         raise RuntimeError(f"{folder}: has no {_SUMS}; it is in piece_1")
-    sums = dict(reversed(line.split("  ", 1)) for line in listed.read_text().splitlines())
+    sums: dict[str, str] = {}
+    for line in listed.read_text().splitlines():
+        digest, _, name = line.partition("  ")
+        sums[name] = digest
     found = {path.name: path for path in folder.rglob("*") if path.name in sums}
     wheels = []
     for name, digest in sums.items():
