@@ -72,7 +72,7 @@ def kill_in_the_middle(setting: Setting, name: str) -> int:
     process = subprocess.Popen(
         setting.verb(*words(setting, name)),
         cwd=setting.work,
-        env=setting.environment() | {"TRITON_INTERPRET": "0"},
+        env=setting.environment(),
     )
     try:
         while (step := _last_step(path)) < _FIRST_SAVE + _STEPS_AFTER_SAVE:

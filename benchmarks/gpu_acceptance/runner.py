@@ -77,8 +77,9 @@ def _run(stage: Stage, result: Result, setting: Setting) -> None:
     command = [sys.executable, "-m", "benchmarks.gpu_acceptance.worker", stage.target]
     command += [str(report), str(setting.work), str(setting.pretend)]
     environment = setting.environment()
-    environment["TRITON_INTERPRET"] = str(int(setting.pretend and stage.interprets))
-    started, is_late = time.monotonic(), False
+    if setting.pretend and stage.interprets:
+        environment["TRITON_INTERPRET"] = "1"
+    started, is_late, cut = time.monotonic(), False, None
     with open(log, "wb") as file:
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=file, stderr=file, start_new_session=True
@@ -87,6 +88,8 @@ def _run(stage: Stage, result: Result, setting: Setting) -> None:
             process.wait(timeout=result.limit)
         except subprocess.TimeoutExpired:
             is_late = True
+        except (KeyboardInterrupt, SystemExit) as error:  # what the stage has so far is kept
+            cut = error
         finally:
             _kill_group(process)
             result.seconds = time.monotonic() - started
@@ -97,9 +100,13 @@ def _run(stage: Stage, result: Result, setting: Setting) -> None:
     else:
         result.verdict = Verdict.failed
         result.reason = _ending(process.returncode, result.limit if is_late else 0.0)
+        if cut is not None:
+            result.reason = "ended from outside"
     if result.verdict == Verdict.failed:
         lines = log.read_text("utf-8", errors="replace").splitlines()[-_LAST_LINES:]
         result.log = [one_line(line)[:_LINE_LENGTH] for line in lines]
+    if cut is not None:
+        raise cut
 
 
 def _ending(code: int, limit: float) -> str:

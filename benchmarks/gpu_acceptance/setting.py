@@ -154,6 +154,7 @@ class Setting:
         found.setdefault("TRITON_CACHE_DIR", str(self.work / "triton"))
         found.setdefault("MAMBA_DETERMINISTIC", "1")
         found.pop("TRITON_CACHE_AUTOTUNING", None)  # with it mamba_ssm keeps all configurations
+        found.pop("TRITON_INTERPRET", None)
         return found
 
     def run(self, *words: str) -> str:
@@ -162,7 +163,7 @@ class Setting:
         done = subprocess.run(
             self.verb(*words),
             cwd=self.work,
-            env=self.environment() | {"TRITON_INTERPRET": "0"},
+            env=self.environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

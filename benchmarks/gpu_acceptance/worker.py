@@ -20,9 +20,7 @@ def main(target: str, path: str, work: str, pretend: str) -> int:
     verdict, reason = Verdict.passed, ""
     try:
         if setting.pretend:
-            from tests.platform.pretend.run import start
-
-            start()
+            _pretend()
         os.chdir(work)
         module, _, function = target.partition(":")
         getattr(importlib.import_module(module), function)(report)
@@ -35,6 +33,17 @@ def main(target: str, path: str, work: str, pretend: str) -> int:
         verdict, reason = Verdict.failed, first_line(error)
     report.end(verdict, reason)
     return 0
+
+
+def _pretend() -> None:
+    """Pretend an H200 and NCCL, for the whole process."""
+    import torch
+
+    from tests.platform.pretend import python_view, run
+
+    python_view.install()
+    run.call_gloo_nccl()
+    torch.set_num_threads(1)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,9 @@ GPU, where the profiler's events, the allocator's peak and the timings come from
 
 import json
 import os
+import signal
+import subprocess
+import sys
 import time
 import warnings
 from collections import Counter
@@ -23,7 +26,7 @@ from benchmarks.gpu_acceptance.__main__ import main
 from benchmarks.gpu_acceptance.page import build_page
 from benchmarks.gpu_acceptance.results import Acceptance, Report, Result, Verdict
 from benchmarks.gpu_acceptance.runner import run_stages
-from benchmarks.gpu_acceptance.setting import FULL, SMALL, Setting
+from benchmarks.gpu_acceptance.setting import FULL, ROOT, SMALL, Setting
 from benchmarks.gpu_acceptance.stages import STAGES, Stage
 from nemotron_train.compose.compose import compose_config
 from nemotron_train.plan.derive import derive
@@ -94,6 +97,47 @@ def test_the_budget_is_kept(tmp_path: Path) -> None:
     limits = [result.limit for result in acceptance.results]
     assert limits[0] == pytest.approx(2, abs=0.2) and limits[1] == pytest.approx(4, abs=0.5)
     assert acceptance.results[2].verdict == Verdict.passed
+
+
+def test_ended_from_outside(tmp_path: Path) -> None:
+    """As when a session's time is over: the stage that runs is killed, and its part is written."""
+    code = f"""if True:
+        import signal, sys
+        from pathlib import Path
+        from benchmarks.gpu_acceptance import __main__ as command
+        from benchmarks.gpu_acceptance.stages import Stage
+        command.STAGES = (Stage("hangs", "h", "{FAULTY}:hangs", 9, ""),
+                          Stage("passes", "p", "{FAULTY}:passes", 9, ""))
+        command._num_gpus = lambda: 1
+        sys.exit(command.main(["--output", {str(tmp_path / "out")!r}]))
+    """
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+    results, child = tmp_path / "out" / "results.json", 0
+    deadline = time.monotonic() + 60
+    while not child and time.monotonic() < deadline:
+        time.sleep(0.1)
+        child = child_of(process.pid)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    written = json.loads(results.read_text())["results"]
+    assert [(r["verdict"], r["reason"]) for r in written] == [
+        ("FAIL", "ended from outside"),
+        ("-", ""),
+    ]
+    assert not is_alive(child)
+
+
+def child_of(pid: int) -> int:
+    """A child of a child, 0 without one: here what the stage that hangs has started."""
+    for child in children(pid):
+        for grandchild in children(child):
+            return grandchild
+    return 0
+
+
+def children(pid: int) -> list[int]:
+    path = Path(f"/proc/{pid}/task/{pid}/children")
+    return [int(word) for word in path.read_text().split()] if path.exists() else []
 
 
 def test_no_time_left_is_a_failure(tmp_path: Path) -> None:

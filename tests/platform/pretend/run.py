@@ -23,7 +23,11 @@ from tests.platform.pretend import device, python_view
 
 def main(words: list[str]) -> int:
     """Run the verbs; returns the last exit code."""
-    start()
+    name = os.environ.get("PRETEND_DEVICE", "NVIDIA H200")
+    major, minor = os.environ.get("PRETEND_CAPABILITY", "9.0").split(".")
+    python_view.install(name, (int(major), int(minor)))
+    call_gloo_nccl()
+    torch.set_num_threads(1)
     if os.environ.get("PRETEND_CONVOLUTION"):
         from tests.platform.pretend import causal_conv1d
 
@@ -44,15 +48,6 @@ def main(words: list[str]) -> int:
     return code
 
 
-def start() -> None:
-    """Pretend the device of the environment, for the whole process."""
-    name = os.environ.get("PRETEND_DEVICE", "NVIDIA H200")
-    major, minor = os.environ.get("PRETEND_CAPABILITY", "9.0").split(".")
-    python_view.install(name, (int(major), int(minor)))
-    _call_gloo_nccl()
-    torch.set_num_threads(1)
-
-
 def _split(words: list[str]) -> list[list[str]]:
     verbs: list[list[str]] = [[]]
     for word in words:
@@ -63,7 +58,7 @@ def _split(words: list[str]) -> list[list[str]]:
     return verbs
 
 
-def _call_gloo_nccl() -> None:
+def call_gloo_nccl() -> None:
     """Groups asked for as nccl run on gloo. Groups asked for as gloo are remembered, because only
     they may be given CPU tensors."""
     init_process_group, new_group = dist.init_process_group, dist.new_group
