@@ -64,7 +64,7 @@ def run(report: Report) -> None:
 
 
 def _bound(kind: str) -> float:
-    """0: none. The scan in torch's operators has none, because it is no kernel."""
+    """0: none. Only mamba_ssm's scan has one: torch's operators are no kernel."""
     if kind == "quantizers":
         return QUANTIZER_BOUND
     return SCAN_BOUND if kind == "scan" and packages.is_usable(MAMBA_SSM) else 0.0
@@ -101,7 +101,7 @@ def scan_cases(report: Report, rate: float) -> list[tuple[str, str, float, Calla
     def floor(share: float, multiple: int) -> float:
         return max(share / rate, multiple * flops / peak if peak else 0.0)
 
-    name = "mamba_ssm" if packages.is_usable(MAMBA_SSM) else "chunked torch"
+    name = MAMBA_SSM if packages.is_usable(MAMBA_SSM) else "ours"
     return [
         ("scan", f"scan forward, {name}", floor(moved, 1), forward),
         ("scan", f"scan forward and backward, {name}", floor(3 * moved, 3), both),

@@ -48,6 +48,7 @@ STAGES = (
         35,
         "Result, final state and all gradients of both scans against the chunked form in float64, "
         "with documents and an initial state.",
+        interprets=True,
     ),
     Stage(
         "resume",
