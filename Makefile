@@ -1,8 +1,9 @@
 # Targets: env, demo, test, test-layouts, test-faults, test-slurm, test-browser, mutants (does each
-# wrong line turn a test red?), check, benchmark. They work from any folder (make -C, make -f) and set
-# up .venv first. Choices: EXTRAS=dev,gpu (installed beside the library), TEST_PROCESSES=2 (also of
-# mutants), ARGS="..." (for nemotron-train, pytest, mutants, such as "-k data", or the benchmark);
-# with gpu: GPU_ARCH=90, MAX_JOBS=8, GPU_STRICT=1, GPU_PACKAGES="..." (docs/gpu.md).
+# wrong line turn a test red?), check, benchmark, gpu-acceptance, gpu-wheels. They work from any folder
+# (make -C, make -f) and set up .venv first. Choices: EXTRAS=dev,gpu (installed beside the library),
+# TEST_PROCESSES=2 (also of mutants), ARGS="..." (for nemotron-train, pytest, mutants, such as
+# "-k data", the benchmark or the acceptance); with gpu: GPU_ARCH=90, MAX_JOBS=8, GPU_STRICT=1,
+# GPU_PACKAGES="..." (docs/gpu.md).
 
 root := $(patsubst %/,%,$(dir $(abspath $(lastword $(MAKEFILE_LIST)))))
 venv := $(root)/.venv
@@ -28,10 +29,10 @@ clean_env := env -u PYTHONPATH -u PYTHONHOME -u PIP_CONSTRAINT -u PIP_BUILD_CONS
 
 .DEFAULT_GOAL := help
 .PHONY: help env env-gpu demo test test-layouts test-faults test-slurm test-browser mutants check \
-	benchmark
+	benchmark gpu-acceptance gpu-wheels
 
 help:
-	@sed -n 's/^# //;1,5p' '$(lastword $(MAKEFILE_LIST))'
+	@sed -n 's/^# //;1,6p' '$(lastword $(MAKEFILE_LIST))'
 
 env: $(stamp) $(if $(filter gpu,$(extras_list)),env-gpu)
 
@@ -101,3 +102,11 @@ benchmark: $(stamp)
 	cd '$(root)' && $(clean_env) '$(python)' -m pip install --quiet --disable-pip-version-check \
 		--constraint constraints.txt --editable '.$(call bracketed,$(pip_extras) benchmark)'
 	cd '$(root)' && '$(python)' benchmarks/cpu_step.py $(ARGS)
+
+# The first eight minutes on a GPU (docs/gpu.md). ARGS=--pretend runs it on a machine without one.
+gpu-acceptance: $(stamp)
+	cd '$(root)' && '$(python)' -m benchmarks.gpu_acceptance $(ARGS)
+
+# What a GPU machine without a network must be brought for it, in dist/gpu_wheels.
+gpu-wheels: $(stamp)
+	cd '$(root)' && '$(python)' -m benchmarks.gpu_acceptance.wheels collect $(ARGS)

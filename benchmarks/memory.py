@@ -212,10 +212,10 @@ class Run:
 
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             self.steps(num_steps, mark)
-        return _timeline(profiler)
+        return timeline_of(profiler)
 
 
-def _timeline(profiler: Any) -> Timeline:
+def timeline_of(profiler: Any) -> Timeline:
     """Builds the timeline from the profiler's event tree. The profiler records one thread only and
     misses releases by gloo's threads. So a block allocated inside an exchange counts as released
     when that exchange ends, if its address is reused or its release is never recorded."""

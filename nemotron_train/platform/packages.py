@@ -12,6 +12,7 @@ traceback.
 import importlib
 import importlib.machinery
 import importlib.util
+import inspect
 import sys
 import types
 from collections.abc import Iterable
@@ -41,6 +42,8 @@ _NEEDED = {
     HYBRID_EP: ("deep_ep", "HybridEPBuffer"),
     VARIABLE_LENGTH: ("torch.nn.attention.varlen", "varlen_attn"),
 }
+# Parameters that we pass and older releases lack: torch 2.11's kernel has no enable_gqa.
+_PARAMETERS = {VARIABLE_LENGTH: ("window_size", "enable_gqa")}
 NOT_INSTALLED = "it is not installed"
 
 
@@ -79,7 +82,10 @@ def problem(package: str) -> str:
             return _reason(error)
     if attribute and not hasattr(loaded, attribute):
         return f"{module} has no {attribute}"
-    return ""
+    parameters = _PARAMETERS.get(package, ())
+    found = inspect.signature(getattr(loaded, attribute)).parameters if parameters else {}
+    missing = [name for name in parameters if name not in found]
+    return f"{module}.{attribute} has no {missing[0]} in this release" if missing else ""
 
 
 def is_usable(package: str) -> bool:

@@ -130,6 +130,21 @@ def test_an_old_engine_has_no_permutation(write: Write) -> None:
     assert set(packages.problems()) == {PERMUTATION}
 
 
+def test_a_kernel_without_a_parameter_of_ours_is_not_used(
+    write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch 2.11's kernel has windows and no enable_gqa; called with it, it raises TypeError."""
+    write({})
+    varlen = importlib.import_module(VARIABLE_LENGTH)
+
+    def of_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size=(-1, -1)):
+        raise AssertionError
+
+    monkeypatch.setattr(varlen, "varlen_attn", of_2_11)
+    reason = packages.problem(VARIABLE_LENGTH)
+    assert reason == "torch.nn.attention.varlen.varlen_attn has no enable_gqa in this release"
+
+
 def test_the_scan_is_imported_without_the_compiled_half(write: Write) -> None:
     """`import mamba_ssm` fails without selective_scan_cuda; its Triton scan needs only torch."""
     write(WHOLE | mamba("import mamba_ssm.ops\nimport selective_scan_cuda"))

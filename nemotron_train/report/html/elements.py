@@ -81,22 +81,34 @@ def _script() -> str:
 
 def frame(title: str, body: str, data: Any) -> str:
     """The whole document. `body` is HTML; `data` are plain values for the scripts."""
-    style = (_ASSETS / "page.css").read_text(encoding="utf-8")
     script = _script()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    policy = (
-        f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; "
-        "img-src data:; base-uri 'none'; form-action 'none'"
-    )
     text = json_text(data, ensure_ascii=True, separators=(",", ":"))
     # Only `</script` and `<!--` have a meaning in a script element. Without `<` there is neither.
     text = text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+    scripts = (
+        f'<script type="application/json" id="data">{text}</script>\n<script>{script}</script>'
+    )
+    return _document(title, f"{body}\n{scripts}", f"script-src 'sha256-{digest}'; ")
+
+
+def still_frame(title: str, body: str, style: str = "") -> str:
+    """The whole document of a page without charts and scripts. `body` is HTML; `style` is CSS
+    besides the pages' own."""
+    return _document(title, body, "", style)
+
+
+def _document(title: str, body: str, script_policy: str, more_style: str = "") -> str:
+    style = (_ASSETS / "page.css").read_text(encoding="utf-8") + more_style
+    policy = (
+        f"default-src 'none'; {script_policy}style-src 'unsafe-inline'; "
+        "img-src data:; base-uri 'none'; form-action 'none'"
+    )
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
         f'<link rel="icon" href="data:,">\n{element("title", title)}\n<style>{style}</style>\n'
-        f'</head>\n<body>\n{body}\n<script type="application/json" id="data">{text}</script>\n'
-        f"<script>{script}</script>\n</body>\n</html>\n"
+        f"</head>\n<body>\n{body}\n</body>\n</html>\n"
     )

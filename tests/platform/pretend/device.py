@@ -178,6 +178,8 @@ class PretendCuda(TorchDispatchMode):
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if kwargs.get("pin_memory"):
         kwargs["pin_memory"] = False
+    if func is aten.histc.default and not args[0].is_floating_point():
+        return func(args[0].double(), *args[1:], **kwargs).to(args[0].dtype)
     if func in _WIDE_PRODUCTS:
         *operands, dtype = args
         return _WIDE_PRODUCTS[func](*(operand.to(dtype) for operand in operands))

@@ -3,6 +3,7 @@ the whole process and is never undone.
 """
 
 import contextlib
+import inspect
 import itertools
 import os
 import types
@@ -224,7 +225,8 @@ def install(name: str = "NVIDIA H200", capability: tuple[int, int] = (9, 0)) -> 
     tensor.record_stream = lambda self, stream: None  # type: ignore[assignment]
     torch.tensor = _made_on_host(torch.tensor)
     torch.as_tensor = _made_on_host(torch.as_tensor)
-    torch.nn.attention.varlen.varlen_attn = _varlen_attn  # type: ignore[assignment]
+    if "enable_gqa" in inspect.signature(torch.nn.attention.varlen.varlen_attn).parameters:
+        torch.nn.attention.varlen.varlen_attn = _varlen_attn  # type: ignore[assignment]
     PretendCuda().__enter__()
 
 

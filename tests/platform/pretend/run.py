@@ -26,7 +26,7 @@ def main(words: list[str]) -> int:
     name = os.environ.get("PRETEND_DEVICE", "NVIDIA H200")
     major, minor = os.environ.get("PRETEND_CAPABILITY", "9.0").split(".")
     python_view.install(name, (int(major), int(minor)))
-    _call_gloo_nccl()
+    call_gloo_nccl()
     torch.set_num_threads(1)
     if os.environ.get("PRETEND_CONVOLUTION"):
         from tests.platform.pretend import causal_conv1d
@@ -58,7 +58,7 @@ def _split(words: list[str]) -> list[list[str]]:
     return verbs
 
 
-def _call_gloo_nccl() -> None:
+def call_gloo_nccl() -> None:
     """Groups asked for as nccl run on gloo. Groups asked for as gloo are remembered, because only
     they may be given CPU tensors."""
     init_process_group, new_group = dist.init_process_group, dist.new_group
