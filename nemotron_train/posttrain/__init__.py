@@ -1,0 +1,1 @@
+"""Post-training of a checkpoint: environments that judge answers, and what trains on them."""
