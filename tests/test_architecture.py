@@ -28,6 +28,7 @@ LAYERS = (
     "check",
     "launch",
     "convert",
+    "posttrain",
     "evaluate",
     "generate",
     "run",
@@ -46,8 +47,9 @@ LAYERS = (
     "config",
 )
 
-# Folders whose modules load no torch, and single modules of other folders that load none.
+# Layers and folders whose modules load no torch, and single modules of others that load none.
 NO_TORCH = ("cli", "compose", "config", "data", "launch", "plan", "report", "run_folder")
+NO_TORCH_FOLDERS = ("posttrain.environments", "posttrain.sandbox")
 NO_TORCH_MODULES = [
     "check.compare",
     "check.data",
@@ -65,6 +67,7 @@ NO_TORCH_MODULES = [
     "platform.files",
     "platform.lock",
     "platform.terminal",
+    "posttrain.tasks",
     "precision.telemetry_record",
     "train.guard.spikes",
     "train.guard.watchdog",
@@ -288,6 +291,7 @@ def test_a_json_writer_is_found() -> None:
 def test_what_works_on_a_login_node_loads_no_torch() -> None:
     """Imports all of these modules in one fresh interpreter and checks what that really loads."""
     names = [name for name in MODULES if _layer(name) in NO_TORCH or name in NO_TORCH_MODULES]
+    names += [name for name in MODULES if _folder(name) in NO_TORCH_FOLDERS]
     assert set(NO_TORCH_MODULES) <= set(names)
     code = (
         "import importlib, sys\n"
