@@ -53,6 +53,7 @@ NO_TORCH_FOLDERS = ("posttrain.environments", "posttrain.sandbox")
 NO_TORCH_MODULES = [
     "check.compare",
     "check.data",
+    "check.environment",
     "check.parallel",
     "check.precision",
     "check.ranks",
@@ -67,6 +68,7 @@ NO_TORCH_MODULES = [
     "platform.files",
     "platform.lock",
     "platform.terminal",
+    "posttrain.knobs",
     "posttrain.tasks",
     "precision.telemetry_record",
     "train.guard.spikes",

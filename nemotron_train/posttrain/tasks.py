@@ -70,7 +70,7 @@ def _row(family: Family, split: Split, seed: int, index: int, level: int) -> Row
         problem = family.generate(source, level)
         if split is Split.harder or _share(family.name, problem) in _SHARES[split]:
             identity = f"{family.name}/{split}/{level}/{seed}/{index}"
-            metadata = {**problem.metadata, "level": level}
+            metadata = {**problem.metadata, "level": level, "generated": str(split)}
             messages = (Message("user", problem.prompt),)
             return Row(identity, family.name, messages, problem.answer, metadata)
     raise AssertionError(f"{family.name} level {level} has too few problems")

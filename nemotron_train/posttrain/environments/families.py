@@ -13,7 +13,7 @@ from nemotron_train.posttrain.environments.family import Family
 from nemotron_train.posttrain.environments.instructions import Instructions
 from nemotron_train.posttrain.environments.mathematics import Mathematics
 from nemotron_train.posttrain.environments.plug_in import load_plug_in
-from nemotron_train.posttrain.environments.protocol import Environment
+from nemotron_train.posttrain.environments.protocol import Environment, Message, Row
 from nemotron_train.posttrain.environments.python_code import PythonCode
 from nemotron_train.posttrain.environments.strings import Strings
 from nemotron_train.posttrain.environments.structure import Structure
@@ -62,9 +62,19 @@ def build_family(name: str, settings: Settings | None = None) -> Family:
     if name not in _FAMILIES:
         check_name(name)
         raise ConfigError(
-            f"environment {name}: makes no rows of its own; give a file with rows={'FILE.jsonl'}"
+            f"environment {name}: makes no rows of its own; give a file with rows=FILE.jsonl"
         )
     return _FAMILIES[name](settings or Settings())
+
+
+def worked_solution(row: Row) -> list[Message] | None:
+    """The turns that solve a generated row, with the thinking written out; None for other rows."""
+    if row.environment not in _FAMILIES or "generated" not in row.metadata:
+        return None
+    try:
+        return build_family(row.environment).solution(row)
+    except (AssertionError, AttributeError, LookupError, TypeError, ValueError):
+        return None  # a row of a file that only looks like a generated one
 
 
 def build_environment(name: str, settings: Settings | None = None) -> Environment:

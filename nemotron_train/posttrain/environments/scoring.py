@@ -111,6 +111,11 @@ class Scoring:
             for reply in self._map_episodes("score", episodes)
         ]
 
+    def restart(self) -> None:
+        """End all workers; the next calls start new ones, which know nothing of earlier calls."""
+        for worker in self._all:
+            worker.stop()
+
     def close(self) -> None:
         """End and reap all workers."""
         self._threads.shutdown()
