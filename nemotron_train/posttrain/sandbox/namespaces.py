@@ -23,7 +23,9 @@ _RDONLY, _NOSUID, _NODEV, _NOEXEC, _REMOUNT, _BIND, _REC = 1, 2, 4, 8, 32, 4096,
 _PRIVATE, _RELATIME, _DETACH = 1 << 18, 1 << 21, 2
 _SET_PDEATHSIG, _SET_DUMPABLE, _SET_NO_NEW_PRIVS = 1, 4, 38
 _CAPABILITY_VERSION_3 = 0x20080522
-_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
+_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}  # system calls without a function in old C libraries
+_KEYCTL = {"x86_64": 250, "aarch64": 219}
+_JOIN_SESSION_KEYRING = 1
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
@@ -141,6 +143,9 @@ def drop_rights(proc: int, as_root: bool) -> None:
         os.write(file, b"0")
         os.close(file)
     os.close(limit)
+    keyctl = _KEYCTL.get(os.uname().machine)
+    if keyctl is not None:  # the keys of the user's session are inherited; an empty ring is joined
+        _LIBC.syscall(ctypes.c_long(keyctl), _JOIN_SESSION_KEYRING, None)
     header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
     _checked(_LIBC.capset(header, (ctypes.c_uint32 * 6)()), "capset")
     _checked(_LIBC.prctl(_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")

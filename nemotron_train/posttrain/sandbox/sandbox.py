@@ -50,7 +50,7 @@ class Limits:
 
     cpu_seconds: int = 1  # of each process
     wall_seconds: float = 5.0
-    memory_bytes: int = 512 << 20  # address space of each process
+    memory_bytes: int = 256 << 20  # address space of each process
     output_bytes: int = 256 << 10  # printed, and of the values returned
     processes: int = 8  # threads count
     file_bytes: int = 8 << 20  # of one file, and of all together
