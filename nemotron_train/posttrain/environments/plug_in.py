@@ -42,6 +42,8 @@ def load_plug_in(name: str) -> Any:
     except BaseException as error:  # SystemExit, too
         raise ConfigError(f"environment {name}: its import raised {_line(error)}") from None
     target = getattr(module, attribute, None)
+    if not isinstance(target, type) and callable(getattr(target, "score", None)):
+        return _Class(name, target)  # an object of a class
     if target is None or not callable(target):
         raise ConfigError(f"environment {name}: {module_name} has no function or class {attribute}")
     if not isinstance(target, type):

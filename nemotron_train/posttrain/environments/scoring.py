@@ -4,8 +4,8 @@ Environments run in workers (`worker`), never in the process that trains: a judg
 its output, eats memory or ends its process costs the sample a verdict, and the worker is killed
 with its process group, reaped and replaced. The clock is the parent's.
 
-Not covered: a user's judge that starts processes in a session of their own and leaves them; that is
-what the sandbox is for.
+Linux 5.3 or later. Not covered: a user's judge that starts processes in a session of their own and
+leaves them; that is what the sandbox is for.
 """
 
 import contextlib
@@ -117,7 +117,10 @@ class Scoring:
             worker.stop()
 
     def close(self) -> None:
-        """End and reap all workers."""
+        """End and reap all workers, also those with a call in flight."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        for worker in self._all:
+            worker.kill()
         self._threads.shutdown()
         for worker in self._all:
             worker.stop()
@@ -193,13 +196,21 @@ class _Worker:
         except _Ended as error:
             self.stop()
             return {"verdict": str(error.verdict), "message": str(error)}
+        except OSError as error:  # no process can be started now
+            return {"verdict": str(Verdict.error), "message": str(error)}
+
+    def kill(self) -> None:
+        """Kill the process with its group. The only method for another thread than the caller's."""
+        process = self._process
+        if process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
     def stop(self) -> None:
         """Kill the process with its group and reap it."""
         if self._process is None:
             return
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+        self.kill()
         self._process.wait()
         for file in (self._requests, self._replies, self._printed, self._ended):
             os.close(file)

@@ -4,6 +4,7 @@ Not covered: judges that start processes in sessions of their own.
 """
 
 import os
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -94,7 +95,7 @@ def test_a_malformed_completion_does_not_reach_the_judge(scoring: Scoring) -> No
 
 def test_several_turns_of_a_class(scoring: Scoring) -> None:
     guess = f"{JUDGES}:Guess"
-    assert scoring.load([guess]) == {guess: 4}
+    assert scoring.load([guess, f"{JUDGES}:guess"]) == {guess: 4, f"{JUDGES}:guess": 4}
     task = row(guess, answer="5", metadata={"below": 9})
     (prompt,) = scoring.start([task])
     assert prompt == [Message("user", "guess a number below 9")]
@@ -151,13 +152,38 @@ def test_what_cannot_be_loaded_is_one_line(
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
+def test_closing_does_not_wait_for_a_call() -> None:
+    """As after Ctrl-C: the call in flight and those behind it end at once."""
+    scoring = Scoring(replace(LIMITS, workers=1, seconds=60))
+    assert scoring.score(ask(BY_ORDER, "right"))[0].reward == 1.0
+    asked = threading.Thread(target=lambda: scoring.score(ask(BY_ORDER, "hang", "hang")))
+    threading.excepthook, hook = lambda _: None, threading.excepthook  # the batch is cancelled
+    asked.start()
+    time.sleep(0.3)
+    started = time.monotonic()
+    scoring.close()
+    asked.join()
+    threading.excepthook = hook
+    assert time.monotonic() - started < 20
+
+
+def sleepers() -> set[int]:
+    """Processes that the judge `sleeper` left running."""
+    found = psutil.process_iter(["cmdline"])
+    return {process.pid for process in found if SLEEPER in (process.info["cmdline"] or [])}
+
+
 def test_everything_is_reaped() -> None:
     """Killed workers, their children and the descriptors."""
-    descriptors = len(os.listdir("/proc/self/fd"))
+    descriptors, before = len(os.listdir("/proc/self/fd")), sleepers()
+    workers = {child.pid for child in psutil.Process().children()}
     with Scoring(replace(LIMITS, workers=1)) as scoring:
-        scoring.score(ask(BY_ORDER, "sleeper", "hang", "right"))
-        assert len(psutil.Process().children()) >= 1
-    assert not [p for p in psutil.Process().children() if "scoring" in " ".join(p.cmdline())]
+        scoring.score(ask(BY_ORDER, "sleeper", "right"))
+        assert len(sleepers() - before) == 1
+        scoring.score(ask(BY_ORDER, "hang", "right"))
+        assert {child.pid for child in psutil.Process().children()} - workers
+    assert not {child.pid for child in psutil.Process().children()} - workers
     assert len(os.listdir("/proc/self/fd")) == descriptors
-    found = [p for p in psutil.process_iter(["cmdline"]) if SLEEPER in (p.info["cmdline"] or [])]
-    assert not found
+    deadline = time.monotonic() + 10
+    while sleepers() - before:  # reaped by init
+        assert time.monotonic() < deadline

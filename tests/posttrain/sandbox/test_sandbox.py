@@ -18,8 +18,7 @@ import psutil
 import pytest
 
 from nemotron_train.config.errors import ConfigError
-from nemotron_train.posttrain.sandbox import sandbox as sandbox_module
-from nemotron_train.posttrain.sandbox.sandbox import Isolation, Limits, Result, Sandbox
+from nemotron_train.posttrain.sandbox.sandbox import Limits, Result, Sandbox
 from nemotron_train.posttrain.sandbox.verdict import Verdict
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -278,19 +277,23 @@ def test_a_user_who_is_not_root_gets_the_same(sandbox: Sandbox) -> None:
     assert done.stdout.split("\n")[:2] == ["[1, 65534]", "timeout"], done.stderr
 
 
-def test_without_isolation_it_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The limit of user namespaces of a child is 0 here, as on machines that forbid them."""
-    probe = Sandbox._exchange
-
-    def forbidden(self: Sandbox, job: bytes) -> dict[str, object]:
-        report = probe(self, job)
-        isolated = b'"isolated": true' in job
-        return {"ended": "setup", "message": "no"} if isolated else report
-
-    monkeypatch.setattr(sandbox_module.Sandbox, "_exchange", forbidden)
-    with pytest.raises(ConfigError, match="none_i_accept_the_risk"):
-        Sandbox()
-    with Sandbox(Isolation.none_i_accept_the_risk, Limits(wall_seconds=2)) as accepted:
-        assert run(accepted, "return 1").outputs == [1]
-        assert run(accepted, "while True: pass").verdict is Verdict.timeout
-        assert run(accepted, "return dict(os.environ)").outputs == [{}]
+def test_without_isolation_it_does_not_start(sandbox: Sandbox) -> None:
+    """In a user namespace in which no other can be made, as on machines that forbid them."""
+    script = (
+        "from nemotron_train.posttrain.sandbox.sandbox import *\n"
+        "from nemotron_train.config.errors import ConfigError\n"
+        "try:\n    Sandbox()\nexcept ConfigError as error:\n    print(error)\n"
+        "with Sandbox(Isolation.none_i_accept_the_risk, Limits(wall_seconds=20)) as s:\n"
+        "    print(s.call('def f(): return 1', 'f', [[]]).outputs)\n"
+        "    print(s.call('def f():\\n    while True: pass', 'f', [[]]).verdict)\n"
+        "    print(s.call('import os\\ndef f(): return dict(os.environ)', 'f', [[]]).outputs)\n"
+        "    print(s.call('import os\\ndef f(): return os.listdir()', 'f', [[]]).outputs)"
+    )
+    forbid = 'echo 0 >/proc/sys/user/max_user_namespaces && exec "$@"'
+    command = ["unshare", "--user", "--map-root-user", "sh", "-c", forbid, "sh"]
+    command += [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=90)
+    refusal, *rest = done.stdout.splitlines()
+    assert "this machine cannot isolate code (" in refusal, done.stderr
+    assert refusal.endswith("with sandbox=none_i_accept_the_risk")
+    assert rest == ["[1]", "timeout", "[{}]", "[[]]"]
