@@ -58,7 +58,7 @@ def command(words: list[str]) -> Callable[[int], object]:
 
 def main() -> None:
     """Print the floors and the sandbox's rate."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("--checks", type=int, default=200)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()

@@ -69,6 +69,7 @@ NO_TORCH_MODULES = [
     "platform.lock",
     "platform.terminal",
     "posttrain.knobs",
+    "posttrain.ratios",
     "posttrain.tasks",
     "precision.telemetry_record",
     "train.guard.spikes",

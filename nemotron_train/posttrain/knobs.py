@@ -8,8 +8,8 @@ from nemotron_train.config.errors import ConfigError
 from nemotron_train.posttrain.environments.families import FAMILY_NAMES, check_name
 from nemotron_train.posttrain.environments.family import HELD_OUT_LEVEL, LEVELS
 from nemotron_train.posttrain.environments.scoring import ScoringLimits
+from nemotron_train.posttrain.ratios import check_ratios
 from nemotron_train.posttrain.sandbox.sandbox import Isolation
-from nemotron_train.posttrain.tasks import check_ratios
 
 
 @dataclass
