@@ -47,11 +47,13 @@ LAYERS = (
     "config",
 )
 
-# Folders whose modules load no torch, and single modules of other folders that load none.
+# Layers and folders whose modules load no torch, and single modules of others that load none.
 NO_TORCH = ("cli", "compose", "config", "data", "launch", "plan", "report", "run_folder")
+NO_TORCH_FOLDERS = ("posttrain.environments", "posttrain.sandbox")
 NO_TORCH_MODULES = [
     "check.compare",
     "check.data",
+    "check.environment",
     "check.parallel",
     "check.precision",
     "check.ranks",
@@ -66,6 +68,9 @@ NO_TORCH_MODULES = [
     "platform.files",
     "platform.lock",
     "platform.terminal",
+    "posttrain.knobs",
+    "posttrain.ratios",
+    "posttrain.tasks",
     "precision.telemetry_record",
     "train.guard.spikes",
     "train.guard.watchdog",
@@ -289,6 +294,7 @@ def test_a_json_writer_is_found() -> None:
 def test_what_works_on_a_login_node_loads_no_torch() -> None:
     """Imports all of these modules in one fresh interpreter and checks what that really loads."""
     names = [name for name in MODULES if _layer(name) in NO_TORCH or name in NO_TORCH_MODULES]
+    names += [name for name in MODULES if _folder(name) in NO_TORCH_FOLDERS]
     assert set(NO_TORCH_MODULES) <= set(names)
     code = (
         "import importlib, sys\n"

@@ -68,6 +68,19 @@ def run_check_precision(arguments: argparse.Namespace) -> int:
     return _exit_code("precision", arguments, check)
 
 
+def run_check_environment(arguments: argparse.Namespace) -> int:
+    """Run `check environment`."""
+    from nemotron_train.check.environment import check_environment
+    from nemotron_train.compose.compose import to_typed
+    from nemotron_train.compose.overrides import parse_overrides
+    from nemotron_train.posttrain.knobs import CheckEnvironmentConfig
+
+    overrides = parse_overrides(arguments.overrides, CheckEnvironmentConfig)
+    knobs = to_typed(CheckEnvironmentConfig, {}, overrides)
+    check_environment(arguments.environment, knobs, open_console())
+    return EQUAL
+
+
 def _whole_number(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is no whole number above 0")
@@ -101,6 +114,11 @@ def _check_parallel_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _check_environment_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("environment", metavar="ENVIRONMENT")
+    parser.add_argument("overrides", nargs="*", metavar="KNOB=VALUE")
+
+
 CHECK_VERBS: dict[str, Verb] = {
     "check parallel": Verb(
         "does your layout train as one rank does? gradient by gradient, shrunk, on this machine",
@@ -116,6 +134,22 @@ Examples:
   nemotron-train check parallel parallel.tensor=2 parallel.sequence=true
   nemotron-train check parallel run=super_120b_a12b
   nemotron-train check parallel resume=runs/mine      # the configuration of a run folder
+""",
+    ),
+    "check environment": Verb(
+        "may a policy be paid by this environment? hack canaries, determinism, time-outs",
+        run_check_environment,
+        _check_environment_arguments,
+        """\
+ENVIRONMENT is a family (arithmetic, strings, instructions, structure, tools, python_code),
+mathematics, or your own as module:name or file.py:name. Exit code 0: nothing found; 2: refused,
+with the completion that shows why. The knobs are the fields of CheckEnvironmentConfig in
+nemotron_train/posttrain/knobs.py: rows=FILE.jsonl (your own rows; default: generated), samples=N,
+level=N, most_reward=X (that a canary may get; default 0), scoring_seconds=X, sandbox=...
+
+Examples:
+  nemotron-train check environment tools level=3
+  nemotron-train check environment my_rewards:exact rows=rows.jsonl
 """,
     ),
     "check precision": Verb(

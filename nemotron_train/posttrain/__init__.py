@@ -1,1 +1,1 @@
-"""Post-training: supervised fine-tuning on conversations, through the trainer that pretrains."""
+"""Post-training: fine-tuning on conversations, and environments that judge answers."""

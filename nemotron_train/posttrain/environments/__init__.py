@@ -1,0 +1,1 @@
+"""Environments: the tasks that a policy is given, and exact judges of what it answers. No torch."""

@@ -1,0 +1,91 @@
+"""The knobs of environments and of their scoring, and their checks. No torch."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from nemotron_train.config.errors import ConfigError
+from nemotron_train.posttrain.environments.families import FAMILY_NAMES, check_name
+from nemotron_train.posttrain.environments.family import HELD_OUT_LEVEL, LEVELS
+from nemotron_train.posttrain.environments.scoring import ScoringLimits
+from nemotron_train.posttrain.ratios import check_ratios
+from nemotron_train.posttrain.sandbox.sandbox import Isolation
+
+
+@dataclass
+class EnvironmentConfig:
+    """One environment of a run: an entry of the mapping from its name to these knobs."""
+
+    ratio: float = 1.0  # share of the prompts of a step, relative to the others'; 0: none
+    level: int = 1  # of generated rows: 1, 2, 3
+    rows: str = ""  # JSONL file; empty: generated, which only the families can
+
+
+@dataclass
+class ScoringConfig:
+    """How environments run."""
+
+    scoring_workers: int = 2  # processes
+    scoring_seconds: float = 10.0  # wall clock of one call of an environment
+    scoring_load_seconds: float = 60.0  # wall clock of an environment's import
+    scoring_memory_gib: float = 8.0  # of each worker
+    sandbox: Isolation = Isolation.namespaces
+
+
+@dataclass
+class EnvironmentsConfig(ScoringConfig):
+    """What a run over several environments needs of them."""
+
+    environments: dict[str, EnvironmentConfig] = field(default_factory=dict)
+
+
+@dataclass
+class CheckEnvironmentConfig(ScoringConfig):
+    """Knobs of `check environment`."""
+
+    rows: str = ""  # JSONL file; empty: generated (for your own environment: sums)
+    samples: int = 8  # rows
+    level: int = 1
+    most_reward: float = 0.0  # that a canary may get
+
+
+def scoring_limits(knobs: ScoringConfig) -> ScoringLimits:
+    """The limits that the knobs set. Raises ConfigError for a knob outside its range."""
+    if knobs.scoring_workers < 1:
+        raise ConfigError(f"scoring_workers={knobs.scoring_workers}: give 1 or more")
+    for name in ("scoring_seconds", "scoring_load_seconds", "scoring_memory_gib"):
+        value = getattr(knobs, name)
+        if not (math.isfinite(value) and value > 0):
+            raise ConfigError(f"{name}={value}: give a number above 0")
+    return ScoringLimits(
+        knobs.scoring_workers,
+        knobs.scoring_seconds,
+        knobs.scoring_load_seconds,
+        int(knobs.scoring_memory_gib * 2**30),
+        knobs.sandbox,
+    )
+
+
+def check_environments(environments: Mapping[str, EnvironmentConfig]) -> dict[str, float]:
+    """The ratio of each environment. Raises ConfigError for an unknown environment, a level or
+    ratio outside its range, no ratio above 0, or an environment without rows."""
+    for name, knobs in environments.items():
+        check_name(name)
+        if name not in FAMILY_NAMES and not knobs.rows:
+            raise ConfigError(f"environments.{name}.rows is empty: it makes no rows of its own")
+        if knobs.level not in LEVELS:
+            raise ConfigError(f"environments.{name}.level={knobs.level}: there are 1, 2, 3")
+    ratios = {name: knobs.ratio for name, knobs in environments.items()}
+    check_ratios(ratios)
+    return ratios
+
+
+def check_check(name: str, knobs: CheckEnvironmentConfig) -> None:
+    """Raises ConfigError for a knob of `check environment` outside its range."""
+    check_name(name)
+    if not 1 <= knobs.samples <= 1000:
+        raise ConfigError(f"samples={knobs.samples}: give 1 to 1000")
+    if knobs.level not in (*LEVELS, HELD_OUT_LEVEL):
+        raise ConfigError(f"level={knobs.level}: there are 1, 2, 3 and {HELD_OUT_LEVEL}")
+    if not math.isfinite(knobs.most_reward):
+        raise ConfigError(f"most_reward={knobs.most_reward}: give a number")
