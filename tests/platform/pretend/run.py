@@ -2,7 +2,8 @@
 after the other, on a pretended device. Ends with the exit code of the last.
 
 Environment: PRETEND_DEVICE=NAME and PRETEND_CAPABILITY=9.0 choose the device (default: an H200);
-PRETEND_CONVOLUTION=1 puts the stand-in of causal_conv1d on the path; PRETEND_PORTS has a port for
+PRETEND_CONVOLUTION=1 puts the stand-in of causal_conv1d on the path; TRITON_INTERPRET=1 the real
+mamba_ssm; PRETEND_TRANSFORMER_ENGINE=1 the real Transformer Engine; PRETEND_PORTS has a port for
 each verb's ranks to meet at; PRETEND_REPORT=FILE gets a
 JSON list of {verb, exit, waits, copies, mismatches, by_line, operators} for the first rank. Process
 groups are gloo underneath and say nccl.
@@ -26,12 +27,21 @@ def main(words: list[str]) -> int:
     name = os.environ.get("PRETEND_DEVICE", "NVIDIA H200")
     major, minor = os.environ.get("PRETEND_CAPABILITY", "9.0").split(".")
     python_view.install(name, (int(major), int(minor)))
-    _call_gloo_nccl()
+    call_gloo_nccl()
     torch.set_num_threads(1)
     if os.environ.get("PRETEND_CONVOLUTION"):
         from tests.platform.pretend import causal_conv1d
 
         sys.modules["causal_conv1d"] = causal_conv1d
+    if os.environ.get("TRITON_INTERPRET"):
+        from tests.platform.pretend import interpreter, packages
+
+        interpreter.install()
+        packages.put_on_path("mamba_ssm")
+    if os.environ.get("PRETEND_TRANSFORMER_ENGINE"):
+        from tests.platform.transformer_engine import stand_in
+
+        stand_in.install()
     from nemotron_train.cli.main import main as run_verb
 
     records, code = [], 0
@@ -58,7 +68,7 @@ def _split(words: list[str]) -> list[list[str]]:
     return verbs
 
 
-def _call_gloo_nccl() -> None:
+def call_gloo_nccl() -> None:
     """Groups asked for as nccl run on gloo. Groups asked for as gloo are remembered, because only
     they may be given CPU tensors."""
     init_process_group, new_group = dist.init_process_group, dist.new_group
