@@ -12,9 +12,18 @@ from pathlib import Path
 
 import pytest
 
+from nemotron_train.platform import device
 from tests.platform.pretend import packages
 
 ROOT = Path(__file__).resolve().parents[3]
+
+
+def test_a_cpu_does_not_find_them() -> None:
+    """The folder is on no path, and a CPU's first line is what it was."""
+    assert not any("test_packages" in entry for entry in sys.path)
+    platform = device.prepare()
+    if platform.device == "cpu":
+        assert "Mamba-2: chunked torch" in device.with_packages(platform, {}).describe()
 
 
 def test_the_interpreted_kernels() -> None:

@@ -5,24 +5,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.platform.transformer_engine.quantized import ReferenceTensor
+from tests.platform.transformer_engine.quantized import Storage, decode
 from tests.platform.transformer_engine.stand_in import CALLS
 from transformer_engine.pytorch.constants import TE_DType_To_Torch
+from transformer_engine.pytorch.tensor.storage.nvfp4_tensor_storage import NVFP4TensorStorage
 
 
 def _product(A: Any, transa: bool, B: Any, transb: bool) -> Tensor:
     """FP32 from operands of one format. A block format has one copy for each direction of the sum,
     and the one that this product needs must be there."""
-    kinds = {t.kind if isinstance(t, ReferenceTensor) else str(t.dtype) for t in (A, B)}
+    kinds = {_kind(t) for t in (A, B)}
     assert len(kinds) == 1, f"a product of unlike formats: {kinds}"
     CALLS[f"product {kinds.pop()} {'NT'[transa]}{'NT'[transb]}"] += 1
     a, b = _operand(A, transa), _operand(B, not transb)
     return (b.t() if transb else b) @ (a.t() if transa else a)
 
 
+def _kind(tensor: Any) -> str:
+    if isinstance(tensor, Storage):
+        return "NVFP4" if isinstance(tensor, NVFP4TensorStorage) else "MXFP8"
+    return str(tensor.dtype).removeprefix("torch.")
+
+
 def _operand(tensor: Any, sums_along_rows: bool) -> Tensor:
-    if isinstance(tensor, ReferenceTensor):
-        return tensor.usage(sums_along_rows)
+    if isinstance(tensor, Storage):
+        return decode(tensor, "rowwise" if sums_along_rows else "columnwise")
     return tensor.reshape(-1, tensor.shape[-1]).float()
 
 

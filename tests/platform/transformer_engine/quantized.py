@@ -1,129 +1,193 @@
-"""Quantized tensors: what `quantize` returns is the dequantized numbers of both usages, by our
-emulation. Rounding is to nearest, also where a recipe asks for stochastic rounding.
+"""Quantized tensors: Transformer Engine's own storage classes, with codes and scales of our
+reference quantizers in the layouts that its Python allocates, saves and gathers.
+
+Rounding is to nearest, also where a recipe asks for stochastic rounding. Scales keep their plain
+order, also where cuBLAS would want them swizzled.
 """
 
-import copy
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from nemotron_train.precision.mxfp8 import mxfp8_operand
-from nemotron_train.precision.nvfp4 import nvfp4_operand
-from transformer_engine.pytorch.cpp_extensions import gemm
-from transformer_engine.pytorch.quantized_tensor import QuantizedTensorStorage
+from nemotron_train.precision.mxfp8 import MXFP8Tensor, quantize_mxfp8
+from nemotron_train.precision.nvfp4 import NVFP4Tensor, quantize_nvfp4
+from transformer_engine.pytorch import distributed
 from transformer_engine.pytorch.tensor.mxfp8_tensor import MXFP8Quantizer
 from transformer_engine.pytorch.tensor.nvfp4_tensor import NVFP4Quantizer
+from transformer_engine.pytorch.tensor.storage.mxfp8_tensor_storage import MXFP8TensorStorage
+from transformer_engine.pytorch.tensor.storage.nvfp4_tensor_storage import NVFP4TensorStorage
 
-_BLOCKS = {NVFP4Quantizer: 16, MXFP8Quantizer: 32}  # elements that share a scale
+Storage = NVFP4TensorStorage | MXFP8TensorStorage
 
 
-class ReferenceTensor(QuantizedTensorStorage):
-    """row, column: the numbers quantized along the rows and along the columns, [rows, columns] in
-    FP32; None where that usage was not asked for or was dropped."""
+class _Kept:
+    """A weight, kept from micro-batch to micro-batch. Upstream's is a torch.Tensor on CUDA, which
+    the pretended device cannot make; saving it for the backward pass does not empty it."""
 
-    def __init__(self, row: Tensor | None, column: Tensor | None, quantizer: Any, shape: Any):
-        self.row, self.column = row, column
-        self._quantizer = quantizer
-        self._shape = torch.Size(shape)
-        self.kind = type(quantizer).__name__
-        # Kept from micro-batch to micro-batch, as a weight is: saving must not empty it.
-        self._is_kept = not quantizer.internal
+    _quantizer: Any
 
-    def size(self, dim: int | None = None) -> Any:
-        return self._shape if dim is None else self._shape[dim]
+    def prepare_for_saving(self) -> Any:
+        saved = object.__new__(type(self))  # its class's own __new__ wants all buffers
+        saved.__dict__ |= self.__dict__
+        return super(_Kept, saved).prepare_for_saving()  # type: ignore[misc]
 
-    @property
-    def shape(self) -> torch.Size:
-        return self._shape
-
-    @property
-    def device(self) -> torch.device:
-        values = self.row if self.row is not None else self.column
-        assert values is not None
-        return values.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.bfloat16
-
-    def usage(self, is_row: bool) -> Tensor:
-        """The numbers for a product that sums along the rows, or along the columns."""
-        values = self.row if is_row else self.column
-        assert values is not None, f"{self.kind}: the {'row' if is_row else 'column'} usage is gone"
-        return values
-
-    def update_usage(
-        self, rowwise_usage: bool | None = None, columnwise_usage: bool | None = None
-    ) -> None:
-        if rowwise_usage is False:
-            self.row = None
-        if columnwise_usage is False:
-            self.column = None
-        for wanted, is_row in ((rowwise_usage, True), (columnwise_usage, False)):
-            if wanted:
-                self.usage(is_row)
-
-    def get_usages(self) -> dict[str, bool]:
-        return {"rowwise": self.row is not None, "columnwise": self.column is not None}
-
-    def quantize_(self, tensor: Tensor, noop_flag: Tensor | None = None) -> "ReferenceTensor":
+    def quantize_(self, tensor: Tensor, noop_flag: Tensor | None = None) -> Any:
         return quantize(tensor, self._quantizer, self, noop_flag)
 
-    def prepare_for_saving(self) -> tuple[list[Tensor | None], "ReferenceTensor"]:
-        saved = copy.copy(self) if self._is_kept else self
-        tensors = [self.row, self.column]
-        assert any(t is not None for t in tensors), (self.kind, self._shape)
-        saved.row = saved.column = None
-        return tensors, saved
 
-    def restore_from_saved(self, tensors: list[Tensor | None]) -> list[Tensor | None]:
-        self.row, self.column = tensors[:2]
-        return tensors[2:]
-
-    def _get_quantizer(self) -> Any:
-        return self._quantizer
-
-    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        values = self.usage(True)
-        return values if dtype is None else values.to(dtype)
+class _KeptNVFP4(_Kept, NVFP4TensorStorage):
+    pass
 
 
-gemm._NATIVE_GEMM_INPUT_STORAGES += (ReferenceTensor,)
+class _KeptMXFP8(_Kept, MXFP8TensorStorage):
+    pass
 
 
-def quantize(tensor: Tensor, quantizer: Any, output: Any, noop: Tensor | None) -> ReferenceTensor:
+_CLASSES: dict[type, tuple[Any, type]] = {
+    NVFP4Quantizer: (NVFP4TensorStorage, _KeptNVFP4),
+    MXFP8Quantizer: (MXFP8TensorStorage, _KeptMXFP8),
+}
+_BLOCKS = {NVFP4Quantizer: 16, MXFP8Quantizer: 32}  # elements that share a scale
+_HADAMARD = 16  # elements that the random Hadamard transform mixes
+
+
+def create_empty_quantized_tensor(
+    quantizer: Any, shape: list[int], dtype: torch.dtype, device: torch.device, pinned: bool
+) -> Storage:
+    """Buffers of the shapes that the quantizer's own Python names."""
+    plain, kept = _CLASSES[type(quantizer)]
+    context = quantizer.create_metadata(shape, dtype=dtype)
+    buffers = {
+        name: torch.zeros(size, dtype=kind, device=device)
+        for name, (size, kind) in quantizer.inner_tensor_specs(tuple(shape)).items()
+    }
+    context |= {"cls": plain, "is_tensor": False}
+    storage = plain.__tensor_unflatten__(buffers, context, tuple(shape), None)
+    if not quantizer.internal:
+        storage.__class__ = kept
+    return storage
+
+
+def quantize(tensor: Tensor, quantizer: Any, output: Any, noop: Tensor | None) -> Storage:
     """Raises AssertionError for a shape that the block format does not divide, as C++ would."""
     block = _BLOCKS[type(quantizer)]
     flat = tensor.reshape(-1, tensor.shape[-1])
     assert all(size % block == 0 for size in flat.shape), (type(quantizer), tuple(tensor.shape))
-    row = _values(flat, quantizer, -1) if quantizer.rowwise_usage else None
-    column = _values(flat, quantizer, 0) if quantizer.columnwise_usage else None
     if output is None:
-        return ReferenceTensor(row, column, quantizer, tensor.shape)
-    output.row, output.column = row, column
+        output = create_empty_quantized_tensor(
+            quantizer, list(tensor.shape), tensor.dtype, tensor.device, False
+        )
+    if tensor.numel():
+        fill = _fill_nvfp4 if isinstance(quantizer, NVFP4Quantizer) else _fill_mxfp8
+        if quantizer.rowwise_usage:
+            fill(output, flat, quantizer, "rowwise")
+        if quantizer.columnwise_usage:
+            fill(output, flat.t().contiguous(), quantizer, "columnwise")
     return output
 
 
-def _values(flat: Tensor, quantizer: Any, dim: int) -> Tensor:
-    if not flat.numel():
-        return flat.float()
-    if isinstance(quantizer, MXFP8Quantizer):
-        return mxfp8_operand(flat, dim=dim).dequantize().float()
-    if dim == 0 and quantizer.with_rht:  # the random Hadamard transform of 16 rows at a time
-        blocks = flat.float().unflatten(0, (-1, 16))
-        mixed = torch.einsum("bic,ij->bjc", blocks, quantizer.rht_matrix.float())
-        flat = mixed.flatten(0, 1).to(flat.dtype)
-    block = "2d" if quantizer.with_2d_quantization else "1d"
-    return nvfp4_operand(flat, block=block, dim=dim).dequantize().float()
+def _fill_nvfp4(output: Storage, matrix: Tensor, quantizer: Any, usage: str) -> None:
+    """matrix: [rows, columns], or its transpose for the usage "columnwise", which stores that."""
+    if usage == "columnwise" and quantizer.with_rht:
+        blocks = matrix.float().unflatten(1, (-1, _HADAMARD)) @ quantizer.rht_matrix.float()
+        matrix = blocks.flatten(1).to(matrix.dtype)
+    found = quantize_nvfp4(
+        matrix,
+        block="2d" if quantizer.with_2d_quantization else "1d",
+        reduce_amax=_amax_reduction(quantizer),
+    )
+    _buffer(output, usage, "data").view(found.codes.shape).copy_(found.codes)
+    scales = found.scales[: len(matrix)]
+    _buffer(output, usage, "scale_inv")[: len(scales), : scales.shape[1]] = scales
+    getattr(output, f"_amax_{usage}").copy_(found.amax.reshape(1))
+
+
+def _amax_reduction(quantizer: Any) -> Any:
+    """Ranks that hold parts of one gathered tensor share its scale."""
+    if not quantizer.with_amax_reduction:
+        return None
+
+    def reduce(amax: Tensor) -> Tensor:
+        torch.distributed.all_reduce(
+            amax, torch.distributed.ReduceOp.MAX, group=quantizer.amax_reduction_group
+        )
+        return amax
+
+    return reduce
+
+
+def _fill_mxfp8(output: Storage, matrix: Tensor, quantizer: Any, usage: str) -> None:
+    """As above, but the columns' codes and scales are stored in the order of the tensor."""
+    found = quantize_mxfp8(matrix)
+    codes, scales = found.codes, found.scales
+    if usage == "columnwise":
+        codes, scales = codes.t(), scales.t()
+    _buffer(output, usage, "data").view(codes.shape).copy_(codes)
+    _buffer(output, usage, "scale_inv")[: len(scales), : scales.shape[1]] = scales
+
+
+def _buffer(storage: Storage, usage: str, name: str) -> Tensor:
+    found = getattr(storage, f"_{usage}_{name}")
+    assert found is not None, f"{type(storage).__name__} has no {usage} {name}"
+    return found
+
+
+def decode(storage: Storage, usage: str) -> Tensor:
+    """[rows, columns] FP32 from the codes and scales of one usage."""
+    codes = _buffer(storage, usage, "data")
+    scales = _buffer(storage, usage, "scale_inv")
+    if isinstance(storage, NVFP4TensorStorage):
+        codes = codes.reshape(-1, codes.shape[-1]) if usage == "rowwise" else codes.flatten(1)
+        shape = torch.Size((len(codes), 2 * codes.shape[1]))
+        scales = scales[: shape[0], : shape[1] // _BLOCKS[NVFP4Quantizer]]
+        amax = getattr(storage, f"_amax_{usage}")[0]
+        found = NVFP4Tensor(codes, scales.contiguous(), amax, shape).dequantize()
+        return found if usage == "rowwise" else found.t()
+    codes = codes.reshape(-1, codes.shape[-1])
+    block = _BLOCKS[MXFP8Quantizer]
+    if usage == "rowwise":
+        scales = scales[: len(codes), : codes.shape[1] // block]
+        return MXFP8Tensor(codes, scales, codes.shape).dequantize()
+    scales = scales[: len(codes) // block, : codes.shape[1]]
+    transposed = codes.t()
+    return MXFP8Tensor(transposed.contiguous(), scales.t(), transposed.shape).dequantize().t()
+
+
+def dequantize(storage: Storage, dtype: int) -> Tensor:
+    """The numbers of whichever usage there is."""
+    from transformer_engine.pytorch.constants import TE_DType_To_Torch
+
+    usage = "rowwise" if storage._rowwise_data is not None else "columnwise"
+    return decode(storage, usage).view(storage.size()).to(TE_DType_To_Torch[dtype])
 
 
 def split_quantize(
     tensor: Tensor, sections: list[int], quantizers: list[Any], without_bulk: bool
-) -> list[ReferenceTensor]:
+) -> list[Storage]:
     """Each section of the rows by its own quantizer."""
     parts = tensor.split(list(sections))
     return [quantize(t.contiguous(), q, None, None) for t, q in zip(parts, quantizers, strict=True)]
 
 
-FUNCTIONS = {"quantize": quantize, "split_quantize": split_quantize}
+def swap_first_dims(tensor: Tensor, out: Tensor | None) -> Tensor:
+    """[a, b, ...] -> [b, a, ...], for parts that were gathered one behind the other."""
+    swapped = tensor.transpose(0, 1).contiguous()
+    return swapped if out is None else out.copy_(swapped)
+
+
+def pad_columnwise_scale_inv(scales: Tensor) -> Tensor:
+    """Zeros up to multiples of 128 rows and 4 columns. Upstream's is a Triton kernel."""
+    rows, columns = scales.shape
+    return F.pad(scales, (0, -columns % 4, 0, -rows % 128))
+
+
+distributed.pad_columnwise_scale_inv = pad_columnwise_scale_inv
+FUNCTIONS = {
+    "create_empty_quantized_tensor": create_empty_quantized_tensor,
+    "quantize": quantize,
+    "dequantize": dequantize,
+    "split_quantize": split_quantize,
+    "swap_first_dims": swap_first_dims,
+}

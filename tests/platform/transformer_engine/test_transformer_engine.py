@@ -7,7 +7,7 @@ layer pattern for the classes, and our emulation without Transformer Engine for 
 
 Not covered: the C++ code and CUDA kernels, their numbers, alignments and speed; stochastic rounding
 (the reference rounds to nearest); fused attention; Transformer Engine's Triton permutation, which
-is switched off; gathering of quantized tensors under sequence parallelism.
+is switched off; swizzled scales; CUDA streams and NCCL.
 """
 
 import json
@@ -56,6 +56,13 @@ ENGINE = {"PRETEND_TRANSFORMER_ENGINE": "1", **B200}
 NEAREST = "precision.default.stochastic_rounding=false"  # as the reference rounds
 
 
+UNFUSED = "gpu.moe_permute_fusion=off"
+NATIVE = ["precision.backend=native"]
+NVFP4 = ["precision=nvfp4_nemotron3", NEAREST, UNFUSED, *NATIVE]
+# Half of the input projection's rows and half of a micro-batch have whole blocks, too.
+WIDE = ["model.mamba.heads=64", "model.mamba.head_dim=4", "train.micro_batch_sequences=4"]
+
+
 def train(small_run: tuple[Path, list[str]], name: str, *words: str) -> list[str]:
     """The arguments of two steps of two micro-batches."""
     data = [word for word in small_run[1] if word.startswith("data")]
@@ -93,9 +100,9 @@ def test_every_plan_reaches_the_real_modules(plan: str, tree: dict[str, Any]) ->
     assert saw["set"] == saw["ran"] == saw["plan"] and len(saw["plan"]) == 35
     assert {name: saw["classes"].get(name) for name in CLASSES} == CLASSES
     assert saw["devices"] == ["cuda"]
-    formats = {"nvfp4": "NVFP4Quantizer", "mxfp8": "MXFP8Quantizer"}
-    for name, quantizer in formats.items():
-        calls = [saw["calls"].get(f"product {quantizer} {kind}", 0) for kind in ("TN", "NN", "NT")]
+    for name in ("nvfp4", "mxfp8"):
+        kinds = (f"product {name.upper()} {kind}" for kind in ("TN", "NN", "NT"))
+        calls = [saw["calls"].get(kind, 0) for kind in kinds]
         assert (calls[0] > 0) == (name in saw["plan"].values())
         assert calls[0] == calls[1] == calls[2], "fprop, dgrad and wgrad"
 
@@ -121,12 +128,19 @@ def test_the_stand_in_has_the_arguments_of_the_source(tree: dict[str, Any]) -> N
 @pytest.fixture(scope="module")
 def runs(small_run: tuple[Path, list[str]], in_small_run: None) -> None:
     """Two steps in each format, by Transformer Engine and by emulation without it."""
-    native = ["precision.backend=native", "gpu.moe_permute_fusion=off"]
     plans = {"bf16": [], "mxfp8": [], "nvfp4_nemotron3": [NEAREST]}
-    for plan, words in plans.items():  # a process each: the environment is read at the import
-        backend = native if plan != "bf16" else native[1:]
-        words = [f"precision={plan}", *words]
-        pretend(train(small_run, f"{plan}_native", *words, *backend), **ENGINE)
+    for plan in ("bf16", "mxfp8"):  # a process each: the environment is read at the import
+        backend = NATIVE if plan != "bf16" else []
+        pretend(
+            train(small_run, f"{plan}_native", f"precision={plan}", UNFUSED, *backend), **ENGINE
+        )
+    pretend(
+        train(small_run, "nvfp4_nemotron3_native", *NVFP4),
+        train(small_run, "resumed", *NVFP4, "train.stop_after_steps=1"),
+        train(small_run, "resumed", *NVFP4),
+        train(small_run, "wide", *NVFP4, *WIDE),
+        **ENGINE,
+    )
     pretend(
         *(
             train(small_run, f"{plan}_emulated", f"precision={plan}", *words,
@@ -162,19 +176,24 @@ def test_the_formats_differ(runs: None) -> None:
     assert min(abs(a - b) for a in found for b in found if a is not b) > 1e-4
 
 
+def test_a_resumed_run_goes_on(runs: None) -> None:
+    """Transformer Engine's optimizer, and weights whose experts are modules' separate tensors."""
+    whole, resumed = lines("nvfp4_nemotron3_native"), lines("resumed")
+    assert [line["loss"] for line in resumed] == [line["loss"] for line in whole]
+
+
 def test_two_ranks(small_run: tuple[Path, list[str]], runs: None) -> None:
-    """Tensor and sequence parallelism in BF16; experts on two ranks in native NVFP4."""
-    words = ["gpu.moe_permute_fusion=off"]
-    native = ["precision=nvfp4_nemotron3", "precision.backend=native", "parallel.expert=2"]
-    sharded = ["precision=bf16", "parallel.tensor=2", "parallel.sequence=true"]
+    """Tensor and sequence parallelism, which gathers quantized tensors, and experts on two ranks.
+    Half of an NVFP4 tensor has a scale of its own where no rank gathers it."""
+    sharded = ["parallel.tensor=2", "parallel.sequence=true"]
     pretend(
-        train(small_run, "expert", *words, *native),
-        train(small_run, "tensor", *words, *sharded),
+        train(small_run, "expert", *NVFP4, "parallel.expert=2"),
+        train(small_run, "tensor", *NVFP4, *WIDE, *sharded),
         ranks=2,
         **ENGINE,
     )
-    # In BF16 only the order of sums differs. An NVFP4 tensor of a rank has its own scale.
-    for name, plan, bound in (("tensor", "bf16", 2e-3), ("expert", "nvfp4_nemotron3", 1e-2)):
-        one, other = lines(name), lines(f"{plan}_native")
+    for name, whole in (("expert", "nvfp4_nemotron3_native"), ("tensor", "wide")):
+        one, other = lines(name), lines(whole)
         for step in range(2):
-            assert one[step]["loss"] == pytest.approx(other[step]["loss"], abs=bound)
+            assert one[step]["loss"] == pytest.approx(other[step]["loss"], abs=3e-3), name
+            assert one[step]["grad_norm"] == pytest.approx(other[step]["grad_norm"], rel=0.02), name
