@@ -14,7 +14,6 @@
 set -euo pipefail
 
 build_tools=(ninja pybind11 setuptools wheel)
-needed=(einops ml-dtypes nvdlfw-inspect nvidia-cudnn-frontend onnx onnx-ir onnxscript)
 
 refuse() {
     echo "gpu_packages: $*" >&2
@@ -139,6 +138,15 @@ import mamba_ssm.ops.triton.ssd_combined' ;;
     esac
 }
 
+# What package $1 imports, besides torch and what torch brings.
+needed_by() {
+    case $1 in
+        mamba-ssm) echo einops ;;
+        transformer-engine) echo einops ml-dtypes nvdlfw-inspect nvidia-cudnn-frontend onnx \
+            onnx-ir onnxscript ;;
+    esac
+}
+
 fallback() {
     case $1 in
         mamba-ssm) echo "Mamba-2 runs as chunked torch" ;;
@@ -203,6 +211,8 @@ set_build_environment
 logs=$("$python" -c 'import sys; print(sys.prefix)')/gpu_logs
 mkdir -p "$logs"
 say "architectures ${architectures[*]}, $MAX_JOBS compilers at once"
+mapfile -t needed < <(for package in "${packages[@]}"; do needed_by "$package"; done |
+    tr ' ' '\n' | sort -u)
 pip_install --quiet "${build_tools[@]}" "${needed[@]}" >"$logs/needed.log" 2>&1 ||
     refuse "what the packages need cannot be installed: $(reason_in "$logs/needed.log"); whole" \
         "log: $logs/needed.log"

@@ -97,10 +97,14 @@ def asked(calls: list[str]) -> set[str]:
     return {word for word in words if not word.startswith("-") and not word.endswith(".txt")}
 
 
+def copy_makefile(folder: Path) -> None:
+    for name in ("Makefile", "pyproject.toml", "constraints.txt", "constraints-gpu.txt"):
+        (folder / name).write_text((ROOT / name).read_text("utf-8"))
+
+
 def make(folder: Path, *words: str) -> str:
     """What `make` would run, in a folder without an environment."""
-    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
-        (folder / name).write_text((ROOT / name).read_text("utf-8"))
+    copy_makefile(folder)
     command = ["make", "--dry-run", "-C", f"{folder}", *words]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
@@ -257,9 +261,35 @@ def test_nvcc_gets_the_selected_architectures(given: str, passed: str, tmp_path:
 def test_make_installs_the_base_first(extras: str, bracket: str, tmp_path: Path) -> None:
     text = make(tmp_path, "env", f"EXTRAS={extras}")
     base = text.index(f"--editable '.{bracket}'")
-    assert ("gpu_packages.sh" in text) == ("gpu" in extras.split(","))
-    assert text.find("gpu_packages.sh") == -1 or text.index("gpu_packages.sh") > base
+    calls = [found.start() for found in re.finditer("gpu_packages.sh", text)]
+    for_tests = [call for call in calls if "PIP_TARGET=" in text[:call].rpartition("env -u")[2]]
+    assert len(for_tests) == ("dev" in extras.split(","))
+    assert len(calls) - len(for_tests) == ("gpu" in extras.split(","))
+    assert all(call > base for call in calls)
     assert "gpu]" not in make(tmp_path, "benchmark", f"EXTRAS={extras}")
+
+
+def test_the_kernels_for_tests_stay_out_of_the_environment(tmp_path: Path) -> None:
+    """They go to a folder of their own. A failed download is one line and no failed make, and the
+    next make tries again."""
+    copy_makefile(tmp_path)
+    (tmp_path / "launch").symlink_to(ROOT / "launch")
+    python = program(tmp_path / ".venv" / "bin" / "python", STAND_IN)
+    (tmp_path / ".venv" / ".installed").touch()
+    stamp = tmp_path / ".venv" / "test_packages" / "mamba_ssm" / ".installed"
+    environment = {"PATH": os.environ["PATH"], "TORCH": "2.13.0+cu130"}
+    for fails in ("mamba-ssm", "einops", "nothing fails"):
+        assert not stamp.exists()
+        done = subprocess.run(
+            ["make", "-C", f"{tmp_path}", "--no-print-directory", "env"],
+            env=environment | {"FAILS": fails}, capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        lines = (done.stdout + done.stderr).splitlines()
+        assert done.returncode == 0 and len(lines) == (fails != "nothing fails"), lines
+        assert all("mamba_ssm's kernels will not be tested: gpu_pack" in line for line in lines)
+    assert stamp.exists()
+    calls = Path(f"{python}.calls").read_text().splitlines()
+    assert asked(calls) == {"einops", "mamba-ssm", "ninja", "pybind11", "setuptools", "wheel"}
 
 
 def test_the_images_agree_with_the_pins() -> None:

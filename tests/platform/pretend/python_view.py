@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed._shard.sharded_tensor.api as sharded_tensor
 import torch.nn.attention.varlen
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -212,6 +213,9 @@ def install(name: str = "NVIDIA H200", capability: tuple[int, int] = (9, 0)) -> 
             CUDA if true_device(self).type == "cpu" and on_cuda(self) else true_device(self)
         )
     )
+    # ShardedTensor looks up what to do by the getter that torch.Tensor has when it is called.
+    sharded = sharded_tensor._SHARDED_OPS
+    sharded[tensor.device.__get__] = sharded[true_device]  # type: ignore[attr-defined]
     tensor.is_cuda = property(on_cuda)  # type: ignore[assignment]
     tensor.is_cpu = property(lambda self: not on_cuda(self))  # type: ignore[assignment]
     tensor.get_device = lambda self: 0 if on_cuda(self) else -1  # type: ignore[assignment]

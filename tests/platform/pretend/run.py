@@ -2,16 +2,19 @@
 after the other, on a pretended device. Ends with the exit code of the last.
 
 Environment: PRETEND_DEVICE=NAME and PRETEND_CAPABILITY=9.0 choose the device (default: an H200);
-PRETEND_CONVOLUTION=1 puts the stand-in of causal_conv1d on the path; PRETEND_PORTS has a port for
-each verb's ranks to meet at; PRETEND_REPORT=FILE gets a
-JSON list of {verb, exit, waits, copies, mismatches, by_line, operators} for the first rank. Process
-groups are gloo underneath and say nccl.
+PRETEND_CONVOLUTION=1 puts the stand-in of causal_conv1d on the path, PRETEND_TRANSFORMER_ENGINE=1
+the real Transformer Engine with a stand-in for its C++ half; PRETEND_PORTS has a port for each
+verb's ranks to meet at; PRETEND_REPORT=FILE gets a JSON list of {verb, exit, waits, copies,
+mismatches, by_line, operators} for the first rank. Process groups are gloo underneath and say nccl.
 """
 
+import contextlib
 import copy
 import json
 import os
 import sys
+import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,10 @@ def main(words: list[str]) -> int:
         from tests.platform.pretend import causal_conv1d
 
         sys.modules["causal_conv1d"] = causal_conv1d
+    if os.environ.get("PRETEND_TRANSFORMER_ENGINE"):
+        from tests.platform.transformer_engine import stand_in
+
+        stand_in.install()
     from nemotron_train.cli.main import main as run_verb
 
     records, code = [], 0
@@ -40,7 +47,11 @@ def main(words: list[str]) -> int:
         if ports:  # the store of the verb before may still hold its port
             os.environ["MASTER_PORT"] = ports.pop()
         device.STATE.clear()
+        given = set(os.environ)
         code = run_verb(verb)
+        for variable in set(os.environ) - given:
+            if variable.startswith("NVTE_"):  # the next verb would take it for the user's
+                del os.environ[variable]
         records.append({"verb": verb, "exit": code} | copy.deepcopy(vars(device.STATE)))
     report = os.environ.get("PRETEND_REPORT")
     if report and os.environ.get("RANK", "0") == "0":
@@ -81,7 +92,12 @@ def call_gloo_nccl() -> None:
     def device_of(group: Any = None) -> torch.device:
         return device.CPU if is_gloo(group) else device.CUDA
 
+    @contextlib.contextmanager
+    def one_by_one(*args: Any, **kwargs: Any) -> Iterator[Any]:
+        yield types.SimpleNamespace(wait=lambda: None)
+
     dist.init_process_group = init
+    dist._coalescing_manager = one_by_one  # gloo has no grouped collectives
     dist.new_group = make
     dist.get_backend = lambda group=None: "gloo" if is_gloo(group) else "nccl"
     groups._get_object_coll_device = lambda group=None: str(device_of(group))
