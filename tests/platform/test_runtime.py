@@ -73,7 +73,7 @@ def test_a_package_that_cannot_be_used_is_said_and_not_used(start: Any) -> None:
     lines = [line for line in said if "cannot be used" in line]
     expected = f"warning: mamba_ssm is installed but cannot be used: {BROKEN}; the run goes on"
     assert lines == [f"{expected} without it"]
-    assert "Mamba-2: chunked torch" in shown[0]
+    assert "Mamba-2: own kernels" in shown[0]
     assert shown[-1].startswith("gpu switches on: transformer_engine, gradient_")
     assert result.platform.switches.fused_adamw
 
@@ -95,15 +95,18 @@ def test_a_package_can_be_switched_off(start: Any) -> None:
 def test_faults_of_a_package_that_is_off_do_not_matter(
     start: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """mamba_ssm's 32-bit offsets refuse this shape where its scan is used."""
+    """A warning about mamba_ssm's 32-bit offsets, where its scan would be used."""
     installed = {"mamba-ssm": "2.3.0"}
     monkeypatch.setattr(runtime, "installed_versions", lambda: installed)
     long = ["run=ultra_550b_a55b", "precision=bf16", "train.micro_batch_sequences=1"]
     long += ["train.sequence_length=262144", "train.global_batch_tokens=100663296"]
-    with pytest.raises(ConfigError, match="mamba#1015"):
-        start(long, {})
-    start([*long, "gpu.mamba_ssm=off"], {})
-    start(long, {MAMBA_SSM: BROKEN})
+    for words, problems, warns in (
+        (long, {}, True),
+        ([*long, "gpu.mamba_ssm=off"], {}, False),
+        (long, {MAMBA_SSM: BROKEN}, False),
+    ):
+        _, _, said = start(words, problems)
+        assert any("mamba#1015" in line for line in said) == warns
 
 
 def test_native_formats_fall_back_where_the_engine_does_not_load(start: Any) -> None:
