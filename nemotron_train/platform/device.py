@@ -39,7 +39,8 @@ class Platform:
     def describe(self) -> str:
         """One line with the device, the backend and the implementations of linears and Mamba-2."""
         linears = "Transformer Engine" if self.transformer_engine else "Megatron-Core"
-        scan = "mamba_ssm" if self.mamba_kernels else "chunked torch"
+        own = "chunked torch" if self.device == "cpu" else "own kernels"
+        scan = "mamba_ssm" if self.mamba_kernels else own
         return f"{self.device_name} · {self.backend} · linears: {linears} · Mamba-2: {scan}"
 
 
