@@ -56,13 +56,11 @@ def ssd(
     128 channels; neither with `force_torch`.
     """
     arguments = (x_BSHP, dt_BSH, A_H, B_BSGN, C_BSGN, D_H)
-    fits = x_BSHP.is_cuda and not force_torch and x_BSHP.dtype != torch.float64
-    overflows = fits and offsets_overflow(x_BSHP, B_BSGN, C_BSGN, chunk_size)
-    if fits and not overflows and is_usable(MAMBA_SSM):
+    matrices = (x_BSHP, B_BSGN, C_BSGN)
+    if not force_torch and mamba_ssm_takes(*matrices, chunk_size):
         return _mamba_ssm(
             *arguments, chunk_size, document_ids_BS, initial_state_BHPN, return_final_state
         )
-    matrices = (x_BSHP, B_BSGN, C_BSGN)
     if not force_torch and available.can_use(*matrices) and triton_scan.takes(*matrices):
         y_BSHP, final_BHPN = triton_scan.TritonSsd.apply(  # pyright: ignore
             *arguments, initial_state_BHPN, document_ids_BS, chunk_size
@@ -85,6 +83,13 @@ def _cpu_chunk(dt_BSH: Tensor, A_H: Tensor) -> int:
     windows = F.pad(dt_BSH, (0, 0, 0, padding)).unflatten(1, (-1, longest)).sum(2)
     steep_H = (windows.amax((0, 1)) * A_H) < -SPLIT_RANGE
     return longest if 16 * int(steep_H.sum()) <= len(A_H) else shorter
+
+
+def mamba_ssm_takes(x_BSHP: Tensor, B_BSGN: Tensor, C_BSGN: Tensor, chunk_size: int) -> bool:
+    """Whether `mamba_ssm` can be used here and computes these tensors right."""
+    if not x_BSHP.is_cuda or x_BSHP.dtype == torch.float64 or not is_usable(MAMBA_SSM):
+        return False
+    return not offsets_overflow(x_BSHP, B_BSGN, C_BSGN, chunk_size)
 
 
 def offsets_overflow(x_BSHP: Tensor, B_BSGN: Tensor, C_BSGN: Tensor, chunk_size: int) -> bool:

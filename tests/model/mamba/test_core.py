@@ -5,7 +5,8 @@ Not covered: `mamba_ssm` itself, unless a GPU and the package are present (the l
 """
 
 from itertools import pairwise
-from typing import NamedTuple
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from nemotron_train.model.mamba import core as ssd_module
 from nemotron_train.model.mamba import scan_operands
-from nemotron_train.model.mamba.core import offsets_overflow, ssd
+from nemotron_train.model.mamba.core import mamba_ssm_takes, offsets_overflow, ssd
 from nemotron_train.plan.switches import MAMBA_SSM
 from nemotron_train.platform.packages import is_usable
 
@@ -386,8 +387,9 @@ def test_cpu_chunk_follows_decay() -> None:
     assert ssd_module._cpu_chunk(dt, torch.full((16,), -16.0)) == 32
 
 
-def test_offsets_that_mamba_ssm_cannot_compute() -> None:
-    """Shapes whose element offsets exceed 2^31 in mamba_ssm's kernels. Nothing is allocated."""
+def test_offsets_that_mamba_ssm_cannot_compute(monkeypatch) -> None:
+    """Shapes whose element offsets exceed 2^31 in mamba_ssm's kernels, which then do not compute
+    them. Nothing is allocated."""
 
     def views(length: int) -> tuple[Tensor, Tensor, Tensor]:
         wide = torch.empty(1, length, 16384 + 2 * 1024, device="meta")
@@ -396,6 +398,17 @@ def test_offsets_that_mamba_ssm_cannot_compute() -> None:
 
     assert not offsets_overflow(*views(32768), 128)
     assert offsets_overflow(*views(131072), 128)
+
+    def on_cuda(t: Tensor) -> Any:
+        return SimpleNamespace(is_cuda=True, dtype=t.dtype, shape=t.shape, stride=t.stride)
+
+    for usable in (True, False):
+        monkeypatch.setattr(ssd_module, "is_usable", lambda package, usable=usable: usable)
+        for length, fits in ((32768, True), (131072, False)):
+            tensors = [on_cuda(t) for t in views(length)]
+            assert mamba_ssm_takes(*tensors, 128) == (usable and fits)
+    monkeypatch.setattr(ssd_module, "is_usable", lambda package: True)
+    assert not mamba_ssm_takes(*views(32768), 128), "not on CUDA"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
