@@ -30,10 +30,10 @@ def build(words: list[str], folder: Path) -> tuple[Callable[[], object], Any, An
     from nemotron_train.compose.compose import compose_config
     from nemotron_train.data.blend import DataState
     from nemotron_train.plan.derive import derive
-    from nemotron_train.platform import device
+    from nemotron_train.platform.runtime import usable_platform
 
     config = compose_config(["+run=proxy_10m", "train.keep_checkpoints=1", *words])
-    platform = device.prepare(config.train.threads)
+    platform = usable_platform(config.train.threads)
     from rich.console import Console
 
     from nemotron_train.platform import groups as process_groups

@@ -24,7 +24,7 @@ import torch
 from benchmarks.our_step import configuration
 from nemotron_train.plan.architecture.layers import parameters
 from nemotron_train.plan.precision.resolve import resolve_plan
-from nemotron_train.platform import device
+from nemotron_train.platform.runtime import usable_platform
 
 CONTEXTS = tuple(1 << power for power in range(10, 17))
 HYBRID, ATTENTION_ONLY, PEER = "hybrid", "attention", "Hugging Face, hybrid"
@@ -157,7 +157,7 @@ def main() -> None:
     parser.add_argument("--no-peer", action="store_true", help="leave Hugging Face out")
     parser.add_argument("--plot", default="", metavar="FILE.png")
     arguments = parser.parse_args()
-    platform = device.prepare(1 if arguments.cpu_seconds else arguments.threads)
+    platform = usable_platform(1 if arguments.cpu_seconds else arguments.threads)
     from nemotron_train.config.schema import ParallelConfig
     from nemotron_train.platform import groups as process_groups
 

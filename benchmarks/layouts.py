@@ -151,9 +151,9 @@ def difference(ours: Outcome, reference: Outcome, name: str) -> float:
 
 def work(exchange: Path) -> None:
     """Main function of a rank: runs its jobs in order. COLLECTIVE."""
-    from nemotron_train.platform import device
+    from nemotron_train.platform.runtime import usable_platform
 
-    platform = device.prepare(1)
+    platform = usable_platform(1)
     import torch.distributed as dist
     from megatron.core import parallel_state
 

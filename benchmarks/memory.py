@@ -160,9 +160,9 @@ class Run:
     nothing. COLLECTIVE."""
 
     def __init__(self, config: Config) -> None:
-        from nemotron_train.platform import device
+        from nemotron_train.platform.runtime import usable_platform
 
-        self.config, self.platform, self.max_vio = config, device.prepare(1), 0.0
+        self.config, self.platform, self.max_vio = config, usable_platform(1), 0.0
         from nemotron_train.platform import groups as process_groups
         from nemotron_train.train import trainer  # noqa: F401
 

@@ -16,8 +16,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from nemotron_train.platform import device
 from nemotron_train.platform.allocator import keep_freed_memory
+from nemotron_train.platform.runtime import usable_platform
 
 # Tokens, experts per token, experts, expert input width, expert hidden width.
 SHAPES = (
@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument("--cpu-seconds", action="store_true")
     options = parser.parse_args()
     keep_freed_memory()
-    device.prepare(1 if options.cpu_seconds else options.threads)
+    usable_platform(1 if options.cpu_seconds else options.threads)
     clock = time.thread_time if options.cpu_seconds else time.perf_counter
     for shape in SHAPES:
         for dtype in (torch.float32, torch.bfloat16):

@@ -11,7 +11,7 @@ from nemotron_train.compose.compose import compose_config
 from nemotron_train.config.schema import Config
 from nemotron_train.plan.derive import derive
 from nemotron_train.plan.precision.resolve import resolve_plan
-from nemotron_train.platform import device
+from nemotron_train.platform.runtime import usable_platform
 
 DIMENSIONS = (
     "model.name=benchmark",
@@ -84,7 +84,7 @@ def our_step(
 
 def build_step(config: Config, num_threads: int = 2) -> Callable[[], float]:
     """As `our_step`, for any configuration with sequence length NUM_TOKENS."""
-    platform = device.prepare(num_threads)
+    platform = usable_platform(num_threads)
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
     from nemotron_train.assemble.build import build_model, wrap_data_parallel

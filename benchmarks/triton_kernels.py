@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from nemotron_train.model.mamba.convolution import causal_conv
+from nemotron_train.model.mamba.core import ssd
 from nemotron_train.model.mamba.gated_norm import gated_rms_norm
 from nemotron_train.model.moe import permutation
 from nemotron_train.precision.mxfp8 import mxfp8_operand
@@ -27,6 +28,7 @@ from nemotron_train.precision.nvfp4 import nvfp4_operand
 from nemotron_train.precision.rounding import RandomWords
 
 _GROUPS, _TAPS, _EXPERTS, _CHOICES, _DOCUMENT = 8, 4, 128, 6, 1000
+_HEAD, _STATE, _CHUNK = 64, 128, 128
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,12 @@ def difference(case: Case) -> tuple[str, bool]:
 def cases(tokens: int, width: int, device: str = "cuda") -> list[Case]:
     """All kernels, on noise of [tokens, width] in BF16."""
     x = torch.randn(tokens, width, device=device).bfloat16()
-    return [*_quantizer_cases(x), *_layer_cases(x.unsqueeze(0)), *_permutation_cases(x)]
+    return [
+        *_quantizer_cases(x),
+        *_layer_cases(x.unsqueeze(0)),
+        *_permutation_cases(x),
+        *_scan_cases(x.unsqueeze(0)),
+    ]
 
 
 def _in_torch(function: Callable[[], object]) -> Callable[[], object]:
@@ -180,34 +187,58 @@ def _without_gradients(function: Callable[[], object]) -> Callable[[], object]:
 
 
 def _permutation_cases(x: Tensor) -> list[Case]:
-    from nemotron_train.kernels.triton import permutation as kernels
-
     experts = torch.rand(len(x), _EXPERTS, device=x.device).topk(_CHOICES).indices
-    plan = permutation.plan_permutation(experts, _EXPERTS)
-    weights = torch.rand(len(x), _CHOICES, device=x.device)
-    rows, of_choice = permutation.permute(x, plan), plan.row_of_choice_SK
-    of_row = permutation.permute_probabilities(weights, plan)[:, None]
+    plan = permutation.plan_permutation(experts, _EXPERTS, is_grouped=x.is_cuda)
+    rows = permutation.permute(x, plan)
+    calls = {
+        "gather rows": (partial(permutation.permute, x, plan), True),
+        "sum rows": (partial(permutation.unpermute, rows, plan), False),
+    }
     both = 2 * (x.numel() + rows.numel())
     return [
-        Case(
-            "gather rows",
-            both,
-            lambda: kernels.gather_rows(x, plan.token_of_row_T),
-            lambda: permutation.permute(x, plan),
-            exact=True,
-        ),
-        Case(
-            "sum rows",
-            both,
-            lambda: kernels.sum_rows(rows, of_choice),
-            lambda: permutation.unpermute(rows, plan),
-        ),
-        Case(
-            "sum weighted rows",
-            both,
-            lambda: kernels.sum_rows(rows, of_choice, weights),
-            lambda: permutation.unpermute((rows * of_row).to(rows.dtype), plan),
-        ),
+        Case(name, both, call, _in_torch(call), is_exact)
+        for name, (call, is_exact) in calls.items()
+    ]
+
+
+def _scan_cases(x: Tensor) -> list[Case]:
+    """Our scan with Nemotron 3 Nano's head, group and state sizes; scan.py derives the bytes. The
+    other form is torch's chunked one, also where mamba_ssm is installed."""
+    num_tokens, heads = x.shape[1], x.shape[2] // _HEAD
+    values = x.unflatten(2, (heads, _HEAD))
+    groups = min(_GROUPS, heads)
+    B, C = (x.new_empty(1, num_tokens, groups, _STATE).normal_(std=1 / 8) for _ in range(2))
+    dt = torch.rand(1, num_tokens, heads, device=x.device) / 16
+    inputs = (
+        values,
+        dt,
+        -torch.rand(heads, device=x.device),
+        B,
+        C,
+        torch.ones(heads, device=x.device),
+    )
+    ids = (torch.arange(num_tokens, device=x.device) // _DOCUMENT).unsqueeze(0)
+    states, scores = 16 * x.shape[2] * _STATE // _CHUNK, 4 * groups * _CHUNK
+    forward = 4 * x.shape[2] + 4 * groups * _STATE + states + scores + 40 * heads
+    backward = 10 * x.shape[2] + 8 * groups * _STATE + 2 * states + 2 * scores + 80 * heads
+
+    def ours(*tensors: Tensor) -> Tensor:
+        from nemotron_train.model.mamba.triton_scan import TritonSsd
+
+        return TritonSsd.apply(*tensors, None, ids, _CHUNK)[0]  # pyright: ignore
+
+    def theirs(*tensors: Tensor) -> Tensor:
+        return ssd(*tensors, chunk_size=_CHUNK, document_ids_BS=ids, force_torch=True)
+
+    one, other = (_without_gradients(partial(form, *inputs)) for form in (ours, theirs))
+    leaves = [t.clone().requires_grad_() for t in inputs]
+    gradients, their_gradients = (
+        partial(torch.autograd.grad, form(*leaves), leaves, values, retain_graph=True)
+        for form in (ours, theirs)
+    )
+    return [
+        Case("scan", forward * num_tokens, one, other),
+        Case("scan, backward", backward * num_tokens, gradients, their_gradients),
     ]
 
 

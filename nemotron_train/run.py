@@ -132,8 +132,9 @@ def open_folder(
 
 
 def machine_record(runtime: Runtime, derived: Derived) -> dict[str, Any]:
-    """Device, number of ranks and kernels, for environment.json (docs/metrics.md)."""
+    """Device, number of ranks, kernels and switches, for environment.json (docs/metrics.md)."""
     platform, backend = runtime.platform, runtime.backend
+    switches = {name: value for name, value in vars(platform.switches).items() if name != "text"}
     block_formats = "native" if backend.native else "emulated" if backend.text else "none"
     return {
         "device": platform.device,
@@ -142,6 +143,8 @@ def machine_record(runtime: Runtime, derived: Derived) -> dict[str, Any]:
         "transformer_engine": platform.transformer_engine,
         "mamba_kernels": platform.mamba_kernels,
         "block_formats": block_formats,
+        "switches": switches,
+        "unusable_packages": dict(runtime.unusable),
     }
 
 

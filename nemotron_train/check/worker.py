@@ -36,6 +36,7 @@ def main(task_path: str) -> None:
     task = json.loads(Path(task_path).read_text())
     config = compose_config([], Path(task["config"]))
     derived = derive(config, int(os.environ["WORLD_SIZE"]))
+    # `check.ranks` hides the GPUs: a check runs on CPU cores, where no package or switch counts.
     platform = device.prepare(config.train.threads)
     from nemotron_train.platform import groups as process_groups
     from nemotron_train.train.trainer import Trainer

@@ -97,9 +97,11 @@ class ResidualStream:
         return _Tokens(count, width, is_bfloat16, self.epsilon, *pointers)
 
 
-def accepts_tokens(num_tokens: int, hidden_T1D: Tensor, weight: Tensor) -> bool:
+def accepts_tokens(num_tokens: int, hidden_T1D: Tensor, weight: Tensor | None) -> bool:
     """Whether the layer kernels handle these tokens: at most MAX_TOKENS, no gradients, on a CPU, in
-    the dtype of the layer's weights."""
+    the dtype of the layer's weights. weight: of the layer's norm, None if the layer has none."""
+    if weight is None:
+        return False
     is_few = num_tokens <= MAX_TOKENS and not torch.is_grad_enabled()
     return is_few and hidden_T1D.dtype == weight.dtype and supports(hidden_T1D)
 

@@ -95,7 +95,7 @@ def largest_scan_offset(config: Config) -> int:
 
     Rows of x, B and C have the width of the convolution's output. There is one state per chunk,
     head and channel. C B^T has one element per chunk, group and pair of positions.
-    `model.ssd.check_offsets` checks the same limit on the tensors.
+    `model.mamba.core.offsets_overflow` checks the same limit on the tensors.
     """
     mamba, train = config.model.mamba, config.train
     tensor = config.parallel.tensor
@@ -108,34 +108,21 @@ def largest_scan_offset(config: Config) -> int:
     return max(rows * length * width, states, squares)
 
 
-def _scan_overflows(config: Config) -> str:
+def _scan_overflows(config: Config, plan: PrecisionPlan, surroundings: Surroundings) -> str:
+    """For a run that has the kernels, and for a plan, whose machine may have them."""
+    hardware = surroundings.hardware
+    may_have_kernels = hardware is None or (hardware.cuda and "mamba-ssm" in surroundings.packages)
     has_mamba = any(layer.kind == LayerKind.mamba for layer in layers(config.model))
-    if not has_mamba or largest_scan_offset(config) < 2**31:
+    if not may_have_kernels or not has_mamba or largest_scan_offset(config) < 2**31:
         return ""
     return (
         f"train.sequence_length={config.train.sequence_length} with "
         f"train.micro_batch_sequences={config.train.micro_batch_sequences} and "
         f"parallel.tensor={config.parallel.tensor}: element offsets reach 2^31 in mamba_ssm's "
-        "kernels, which compute them in 32 bits and go on with wrong numbers; use fewer sequences "
-        "a micro-batch, more tensor-parallel ranks or a shorter sequence"
+        "kernels, which compute them in 32 bits; our own Triton scan, with 64 bits, takes their "
+        "place (it has not run on a GPU); fewer sequences a micro-batch or more tensor-parallel "
+        "ranks keep mamba_ssm's"
     )
-
-
-def _scan_overflow_here(config: Config, plan: PrecisionPlan, surroundings: Surroundings) -> str:
-    """For a run that uses the kernels: they are installed, and the device is a GPU or unknown."""
-    hardware = surroundings.hardware
-    has_kernels = "mamba-ssm" in surroundings.packages and (hardware is None or hardware.cuda)
-    return _scan_overflows(config) if has_kernels else ""
-
-
-def _scan_overflow_elsewhere(
-    config: Config, plan: PrecisionPlan, surroundings: Surroundings
-) -> str:
-    """For a plan on a machine without the kernels: the machine of the run may have them."""
-    if surroundings.hardware is not None or "mamba-ssm" in surroundings.packages:
-        return ""
-    overflows = _scan_overflows(config)
-    return f"where mamba_ssm is installed the run will be refused: {overflows}" if overflows else ""
 
 
 # Versions -----------------------------------------------------------------------------------
@@ -289,8 +276,7 @@ def _fast_math(config: Config, plan: PrecisionPlan, surroundings: Surroundings) 
 
 
 GUARDS: tuple[Guard, ...] = (
-    Guard("scan_offsets", "state-spaces/mamba#1015", Effect.refuse, _scan_overflow_here),
-    Guard("scan_offsets_planned", "state-spaces/mamba#1015", Effect.warn, _scan_overflow_elsewhere),
+    Guard("scan_offsets", "state-spaces/mamba#1015", Effect.warn, _scan_overflows),
     Guard("megatron_version", "pyproject.toml", Effect.warn, _other_megatron),
     Guard("grouped_product", "pytorch/pytorch#193633", Effect.warn, _grouped_product),
     Guard("no_engine", "megatron/core/fp4_utils.py", Effect.refuse, _native(_no_engine)),

@@ -48,7 +48,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Switches:
-    """The decision. All off: a CPU, or a process that only generates.
+    """The decision. All off: a CPU.
 
     transformer_engine_gradients, apex_gradients: who adds weight gradients in FP32 at the end of
     the product; text: one line for the user, "" on a CPU.
@@ -95,6 +95,17 @@ def choose_switches(config: Config, plan: PrecisionPlan, facts: Facts) -> Switch
         tensor_parallel_overlap=gpu.tp_comm_overlap,
     )
     return _with_text(switches, on) if facts.cuda else switches
+
+
+def for_inference(switches: Switches) -> Switches:
+    """What a process that evaluates or generates uses of a run's switches: those of its forward
+    pass. Off are the gradients, the optimizer, and the exchanges of tokens and activations, whose
+    buffers have the size of a training batch."""
+    return Switches(
+        permute_fusion=switches.permute_fusion,
+        fused_norm_linear=switches.fused_norm_linear,
+        variable_length_attention=switches.variable_length_attention,
+    )
 
 
 def planned_switches(config: Config, plan: PrecisionPlan) -> str:

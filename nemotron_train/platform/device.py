@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from nemotron_train.config.schema import Dtype
@@ -39,7 +40,8 @@ class Platform:
     def describe(self) -> str:
         """One line with the device, the backend and the implementations of linears and Mamba-2."""
         linears = "Transformer Engine" if self.transformer_engine else "Megatron-Core"
-        scan = "mamba_ssm" if self.mamba_kernels else "chunked torch"
+        own = "chunked torch" if self.device == "cpu" else "own kernels"
+        scan = "mamba_ssm" if self.mamba_kernels else own
         return f"{self.device_name} · {self.backend} · linears: {linears} · Mamba-2: {scan}"
 
 
@@ -142,6 +144,18 @@ def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     if torch.device(device).type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def pinned(array: np.ndarray) -> np.ndarray:
+    """A copy of `array` in pinned host memory: `to_device` then copies from there."""
+    return torch.from_numpy(array).pin_memory().numpy()
+
+
+def use_in_thread(own: torch.device | None) -> None:
+    """Let a new thread use this process's GPU (`own_device`). Each thread begins with the first GPU
+    of the machine, on which it would take memory."""
+    if own is not None:
+        torch.cuda.set_device(own)
 
 
 def wait_for_device() -> None:

@@ -10,24 +10,24 @@ the decisions (`plan.backend`, `plan.switches`, `plan.guards`), the device (`dev
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 
-from nemotron_train.config.gpu import Switch
+from nemotron_train.config.gpu import Dispatcher, Switch
 from nemotron_train.config.schema import Config, ParallelConfig
 from nemotron_train.plan.backend import Choice, choose_backend
 from nemotron_train.plan.guards import Surroundings, enforce
 from nemotron_train.plan.hardware import Hardware, installed_versions
 from nemotron_train.plan.precision.resolve import PrecisionPlan
 from nemotron_train.plan.switches import (
-    ALL_OFF,
     CAUSAL_CONV1D,
     MAMBA_SSM,
     PACKAGES,
     TRANSFORMER_ENGINE,
     Facts,
     choose_switches,
+    for_inference,
 )
 from nemotron_train.platform import device, packages
 from nemotron_train.platform.cores import PROCESS_START, sharing_text
@@ -36,11 +36,13 @@ from nemotron_train.platform.device import Platform
 
 @dataclass(frozen=True)
 class Runtime:
-    """The device of this process and the backend for the plan's block-scaled formats. `start_ranks`
-    connects the process to the other ranks; `stop_ranks` disconnects it."""
+    """The device of this process, the backend for the plan's block-scaled formats, and the optional
+    packages that cannot be used on this GPU, with the reason. `start_ranks` connects the process to
+    the other ranks; `stop_ranks` disconnects it."""
 
     platform: Platform
     backend: Choice
+    unusable: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def is_first_rank(self) -> bool:
@@ -80,9 +82,10 @@ def start_runtime(
 
     threads: CPU threads of torch; 0 for this rank's share of the cores. say: called with each
     warning, one line; show: called with each line that describes the device, the backend or the
-    switches. trains: False for a process that only generates, which leaves every switch off. Raises
-    ConfigError if a guard rejects the combination, if `precision.backend=native` is not available,
-    or if a knob of `gpu` asks for what cannot work here.
+    switches. trains: False for a process that evaluates or generates: it has the switches of a
+    forward pass (`switches.for_inference`), and what a run demands with `on` is `auto` for it.
+    Raises ConfigError if a guard rejects the combination, if `precision.backend=native` is not
+    available, or if a knob of `gpu` asks for what cannot work here.
     """
     os.environ.update(cuda_environment(config.parallel, os.environ))
     platform = device.prepare(threads)
@@ -106,7 +109,9 @@ def start_runtime(
     surroundings = replace(surroundings, packages=versions, native=backend.native)
     capability = hardware.capability or (0, 0)
     facts = Facts(platform.device != "cpu", problems, backend.native, capability)
-    switches = choose_switches(config, plan, facts) if trains else ALL_OFF
+    switches = choose_switches(config if trains else _without_options(config), plan, facts)
+    if not trains:
+        switches = for_inference(switches)
     platform = replace(platform, switches=switches)
     for line in packages.unusable_lines(problems) if platform.device != "cpu" else []:
         say(f"warning: {line}")
@@ -120,7 +125,26 @@ def start_runtime(
     for line in filter(None, [queue_warning(config.parallel, hardware, os.environ)]):
         say(f"warning: {line}")
     enforce(config, plan, surroundings, say)
-    return Runtime(platform, backend)
+    return Runtime(platform, backend, problems if platform.device != "cpu" else {})
+
+
+def usable_platform(threads: int) -> Platform:
+    """The platform of a process without a run's configuration, such as a benchmark: every package
+    that can be used, every switch off. Before Megatron-Core is imported."""
+    platform = device.prepare(threads)
+    if platform.device == "cpu":
+        return platform
+    return device.with_packages(platform, packages.problems())
+
+
+def _without_options(config: Config) -> Config:
+    """The configuration without the demands of training: what a run insists on may not work, and
+    is not needed, where its checkpoint is read."""
+    knobs = {name: Switch.auto for name, value in vars(config.gpu).items() if value == Switch.on}
+    gpu = replace(
+        config.gpu, **knobs, moe_token_dispatcher=Dispatcher.alltoall, tp_comm_overlap=False
+    )
+    return replace(config, gpu=gpu)
 
 
 def cuda_environment(parallel: ParallelConfig, environment: Mapping[str, str]) -> Mapping[str, str]:

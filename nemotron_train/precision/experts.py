@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nemotron_train.config.schema import GemmFormat
+from nemotron_train.kernels.triton import available
 from nemotron_train.model.moe.experts import ExpertWeights, GroupedExperts
 from nemotron_train.model.moe.permutation import (
     permute,
@@ -24,13 +25,19 @@ from nemotron_train.model.moe.permutation import (
     unpermute,
 )
 from nemotron_train.precision import nvfp4
-from nemotron_train.precision.gemm import Operand, product_factor
+from nemotron_train.precision.gemm import Operand
+from nemotron_train.precision.grouped import (
+    ROW_MULTIPLE,
+    Rows,
+    grouped_outer_product,
+    grouped_product,
+    grouped_product_per_token,
+    padded_rows,
+)
 from nemotron_train.precision.hadamard import hadamard
 from nemotron_train.precision.linear import Attached, Dim, Role
 from nemotron_train.precision.mxfp8 import mxfp8_operand
 from nemotron_train.precision.rounding import RandomWords
-
-ROW_MULTIPLE = 32  # rows of an expert are padded to a multiple of this
 
 
 def _grouped_operand(
@@ -61,65 +68,13 @@ def _grouped_operand(
     return Operand(values, torch.ones(len(rows_E), device=tensor.device), 1.0)
 
 
-def _grouped_product(
-    a: Operand, b: Operand, b_EIJ: Tensor, rows: list[int], like: Tensor
-) -> Tensor:
-    """factor_e a_e b_e of every expert -> [P, J] in like's dtype.
-
-    The rows of all a_e are stacked. b_EIJ: b's values, transposed or not.
-
-    One product per expert. A batched BF16 product would round before the factor and again after
-    it. A batched FP32 product, with padding to equal sizes, measured no faster.
-    """
-    out = like.new_empty(sum(rows), b_EIJ.shape[2])
-    factors = product_factor(a, b).tolist()
-    parts = zip(out.split(rows), a.values.split(rows), b_EIJ, factors, strict=True)
-    for part, a_PI, b_IJ, factor in parts:
-        _scaled_product(part, a_PI, b_IJ, factor)
-    return out
-
-
-def _grouped_product_per_token(x: Operand, w: Operand, rows: list[int], like: Tensor) -> Tensor:
-    """x_e w_e^T of every expert -> [P, N] in like's dtype, for x with one scale per row.
-
-    Each FP32 sum is multiplied by its row's factor and rounded once.
-    """
-    sums = torch.empty(sum(rows), w.values.shape[1], device=like.device)
-    parts = zip(sums.split(rows), x.values.split(rows), w.values, strict=True)
-    for part, x_PK, w_NK in parts:
-        if len(x_PK):
-            torch.mm(x_PK.float(), w_NK.float().t(), out=part)
-    rows_E = torch.tensor(rows, device=w.scale.device)
-    w_per_row = replace(w, scale=w.scale.repeat_interleave(rows_E))
-    return sums.mul_(product_factor(x, w_per_row)[:, None]).to(like.dtype)
-
-
-def _grouped_outer_product(a: Operand, b: Operand, rows: list[int], like: Tensor) -> Tensor:
-    """factor_e a_e^T b_e of every expert -> [E, I, J] in like's dtype; zero for an expert without
-    rows."""
-    out = torch.zeros_like(like)
-    factors = product_factor(a, b).tolist()
-    parts = zip(out, a.values.split(rows), b.values.split(rows), factors, strict=True)
-    for part, a_PI, b_PJ, factor in parts:
-        _scaled_product(part, a_PI.t(), b_PJ, factor)
-    return out
-
-
-def _scaled_product(out: Tensor, a: Tensor, b: Tensor, factor: float) -> None:
-    """out = factor * a @ b. One rounding only, if the kernel scales its FP32 accumulator."""
-    if not a.numel():
-        return
-    if a.dtype == torch.bfloat16 and out.dtype == torch.float32:
-        a, b = a.float(), b.float()
-    torch.addmm(out, a, b.to(a.dtype), beta=0, alpha=factor, out=out)
-
-
 class _GroupedProducts(torch.autograd.Function):
     """y_e = x_e W_e^T for every expert e. Each of the three products has its own format."""
 
     @staticmethod
-    def forward(ctx, x_PK, weight_ENK, attached: Attached, rows: list[int], weights):
-        x = _grouped_operand(attached, x_PK, attached.formats.fprop, "x", -1, torch.tensor(rows))
+    def forward(ctx, x_PK, weight_ENK, attached: Attached, rows: Rows, weights):
+        form = attached.formats.fprop
+        x = _grouped_operand(attached, x_PK, form, "x", -1, rows.per_expert_E)
         w = _weight_operand(weights, weight_ENK, attached, "fprop")
         ctx.save_for_backward(x_PK, weight_ENK)
         ctx.attached = attached
@@ -127,17 +82,17 @@ class _GroupedProducts(torch.autograd.Function):
         ctx.weights = weights
         ctx.call = attached.next_call()
         if attached.observer is not None:
-            attached.observer.forward(attached, x_PK, weight_ENK, rows)
-        if attached.formats.fprop == GemmFormat.nvfp4 and attached.has_per_token_scales("x", -1):
-            return _grouped_product_per_token(x, w, rows, x_PK)
-        return _grouped_product(x, w, w.values.transpose(1, 2), rows, x_PK)
+            attached.observer.forward(attached, x_PK, weight_ENK, rows.on_host())
+        if form == GemmFormat.nvfp4 and attached.has_per_token_scales("x", -1):
+            return grouped_product_per_token(x, w, rows, x_PK)
+        return grouped_product(x, w, w.values.transpose(1, 2), rows, x_PK)
 
     @staticmethod
     def backward(ctx, *grads: Tensor):
         x_PK, weight_ENK = ctx.saved_tensors
         dy_PN = grads[0].contiguous()
         if ctx.attached.observer is not None:
-            ctx.attached.observer.backward(ctx.attached, dy_PN, ctx.call, ctx.rows)
+            ctx.attached.observer.backward(ctx.attached, dy_PN, ctx.call, ctx.rows.on_host())
         dx_PK = _input_gradient(ctx, dy_PN, x_PK, weight_ENK)
         dw_ENK = _weight_gradient(ctx, dy_PN, x_PK, weight_ENK)
         return dx_PK, dw_ENK, None, None, None
@@ -148,10 +103,10 @@ def _input_gradient(ctx, dy_PN: Tensor, x_PK: Tensor, weight_ENK: Tensor) -> Ten
     formats, words = attached.formats, None
     if formats.dgrad == GemmFormat.nvfp4 and formats.stochastic_rounding:
         words = attached.random_words(dy_PN.shape, "dgrad", ctx.call)
-    rows_E = torch.tensor(ctx.rows)
+    rows_E = ctx.rows.per_expert_E
     dy = _grouped_operand(attached, dy_PN, formats.dgrad, "dy", -1, rows_E, words)
     w = _weight_operand(ctx.weights, weight_ENK, attached, "dgrad")
-    return _grouped_product(dy, w, w.values, ctx.rows, x_PK)
+    return grouped_product(dy, w, w.values, ctx.rows, x_PK)
 
 
 def _weight_gradient(ctx, dy_PN: Tensor, x_PK: Tensor, weight_ENK: Tensor) -> Tensor:
@@ -161,10 +116,10 @@ def _weight_gradient(ctx, dy_PN: Tensor, x_PK: Tensor, weight_ENK: Tensor) -> Te
         dy_PN, x_PK = hadamard(dy_PN, dim=0), hadamard(x_PK, dim=0)
     if formats.wgrad == GemmFormat.nvfp4 and formats.stochastic_rounding:
         words = attached.random_words(dy_PN.shape, "wgrad", ctx.call)
-    rows_E = torch.tensor(ctx.rows)
+    rows_E = ctx.rows.per_expert_E
     dy = _grouped_operand(attached, dy_PN, formats.wgrad, "dy", 0, rows_E, words)
     x = _grouped_operand(attached, x_PK, formats.wgrad, "x", 0, rows_E)
-    return _grouped_outer_product(dy, x, ctx.rows, weight_ENK)
+    return grouped_outer_product(dy, x, ctx.rows, weight_ENK)
 
 
 def _weight_operand(
@@ -188,7 +143,7 @@ def _weight_operand(
         padded_ENK = weight_ENK.detach()
         if num_outputs % ROW_MULTIPLE:  # a block must not span two experts
             padded_ENK = F.pad(padded_ENK, (0, 0, 0, -num_outputs % ROW_MULTIPLE))
-        rows_E = torch.full((num_experts,), padded_ENK.shape[1])
+        rows_E = torch.full((num_experts,), padded_ENK.shape[1], device=weight_ENK.device)
         stacked = _grouped_operand(attached, padded_ENK.flatten(0, 1), form, "w", dim, rows_E)
         values_ENK = stacked.values.view_as(padded_ENK)[:, :num_outputs]
         cache[key] = replace(stacked, values=values_ENK)
@@ -250,16 +205,14 @@ class EmulatedExperts(GroupedExperts):
     def _products(
         self, tokens_TD: Tensor, tokens_per_expert_E: Tensor, probabilities_T: Tensor
     ) -> Tensor:
-        counts = [int(count) for count in tokens_per_expert_E.tolist()]
-        padded = [-(-count // ROW_MULTIPLE) * ROW_MULTIPLE for count in counts]
-        rows_T = _padded_rows(counts, padded, tokens_TD.device)
-        x_PD = tokens_TD.new_zeros(sum(padded), tokens_TD.shape[1])
+        rows, rows_T = padded_rows(tokens_per_expert_E, tokens_TD)
+        x_PD = tokens_TD.new_zeros(rows.total, tokens_TD.shape[1])
         x_PD = x_PD.index_copy(0, rows_T, tokens_TD)
-        p_P = probabilities_T.new_zeros(sum(padded)).index_copy(0, rows_T, probabilities_T)
+        p_P = probabilities_T.new_zeros(rows.total).index_copy(0, rows_T, probabilities_T)
         fc1, fc2 = self.linear_fc1, self.linear_fc2
-        hidden_PF = _GroupedProducts.apply(x_PD, fc1.weight, fc1.attached, padded, fc1)
+        hidden_PF = _GroupedProducts.apply(x_PD, fc1.weight, fc1.attached, rows, fc1)
         active_PF = _SquaredRelu.apply(hidden_PF, p_P)
-        y_PD = _GroupedProducts.apply(active_PF, fc2.weight, fc2.attached, padded, fc2)
+        y_PD = _GroupedProducts.apply(active_PF, fc2.weight, fc2.attached, rows, fc2)
         return y_PD.index_select(0, rows_T)
 
     def routed(self, tokens_TD: Tensor, experts_TK: Tensor, probabilities_TK: Tensor) -> Tensor:
@@ -276,7 +229,8 @@ class EmulatedExperts(GroupedExperts):
     def _routed_products(
         self, tokens_TD: Tensor, experts_TK: Tensor, probabilities_TK: Tensor
     ) -> Tensor:
-        permutation = plan_permutation(experts_TK, self.num_local_experts)
+        is_grouped = available.can_use(tokens_TD)
+        permutation = plan_permutation(experts_TK, self.num_local_experts, is_grouped=is_grouped)
         rows = self._products(
             permute(tokens_TD, permutation),
             permutation.tokens_per_expert_E,
@@ -302,14 +256,3 @@ def _observe_unquantized(y: Tensor, products: Callable[..., Tensor], *inputs: Te
         torch.autograd.grad(observed_y, differentiable, dy)
 
     y.register_hook(observe_gradients)
-
-
-def _padded_rows(counts: list[int], padded: list[int], device: torch.device) -> Tensor:
-    """Row of each token in the padded layout: int64 [T]."""
-    shift, offsets = 0, []
-    for count, padded_count in zip(counts, padded, strict=True):
-        offsets.append(shift)
-        shift += padded_count - count
-    counts_E = torch.tensor(counts)
-    shifts_T = torch.tensor(offsets).repeat_interleave(counts_E)
-    return (torch.arange(sum(counts)) + shifts_T).to(device)

@@ -5,6 +5,7 @@ own: the quantization after it (nvfp4.py), when it is applied (precision/linear.
 2509.25149 and Transformer Engine 2.17.1's quantization_ref_nvfp4.py.
 """
 
+import functools
 from typing import Literal
 
 import torch
@@ -25,6 +26,13 @@ def hadamard_matrix(dtype: torch.dtype, device: torch.device | str = "cpu") -> T
     return (signs[:, None] * matrix / 4.0).to(device=device, dtype=dtype)
 
 
+@functools.cache
+def _matrix_on(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`hadamard_matrix`, built once: a GPU would get it by a copy that the host waits for."""
+    with torch.inference_mode(False):
+        return hadamard_matrix(dtype, device)
+
+
 def hadamard(x: Tensor, dim: Literal[-1, 0] = -1) -> Tensor:
     """Random Hadamard transform of every 16 consecutive elements, in x's dtype.
 
@@ -38,7 +46,7 @@ def hadamard(x: Tensor, dim: Literal[-1, 0] = -1) -> Tensor:
     """
     length = x.shape[-1] if dim == -1 else x.numel() // x.shape[-1]
     assert length % BLOCK == 0, f"cannot transform {length} elements: no multiple of {BLOCK}"
-    matrix = hadamard_matrix(x.dtype, x.device)
+    matrix = _matrix_on(x.dtype, x.device)
     if dim == -1:
         return (x.reshape(-1, BLOCK) @ matrix).view(x.shape)
     return (matrix.t() @ x.reshape(-1, BLOCK, x.shape[-1])).view(x.shape)

@@ -350,7 +350,8 @@ class _Blocks:
         """Repeat one number per tensor for each entry of the first dimension of `values`."""
         if self._lengths is None:
             return per_tensor
-        spread = per_tensor.repeat_interleave(self._lengths)
+        # Without the size, a GPU would have to be asked for it.
+        spread = per_tensor.repeat_interleave(self._lengths, output_size=len(self.values))
         return spread.view(-1, *[1] * (self.values.ndim - 1))
 
     def _block_amax(self) -> Tensor:
@@ -370,7 +371,9 @@ def _segment_amax(entries: Tensor, lengths: Tensor | None) -> Tensor:
     """The largest of all entries, or of each segment of `lengths`; 0 for an empty segment."""
     if lengths is None:
         return entries.amax() if entries.numel() else entries.new_zeros(())
-    return torch.segment_reduce(entries, "max", lengths=lengths, initial=0.0)
+    # unsafe: the host does not read the lengths back from a GPU to check them.
+    unsafe = entries.is_cuda
+    return torch.segment_reduce(entries, "max", lengths=lengths, initial=0.0, unsafe=unsafe)
 
 
 def _amax_of_rows(x: Tensor) -> Tensor:

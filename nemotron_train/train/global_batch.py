@@ -19,6 +19,7 @@ from nemotron_train.model.documents import PackedDocuments
 from nemotron_train.model.mtp import depth_mask
 from nemotron_train.platform.device import to_device
 from nemotron_train.platform.groups import sum_over
+from nemotron_train.train.prefetch import Prefetched
 
 Tensors = dict[str, Any]  # arguments of the model's forward pass
 
@@ -34,7 +35,7 @@ def count_targets(batch: Batch, num_heads: int) -> np.ndarray:
 
 
 def take_together(
-    batches: BatchSource,
+    batches: BatchSource | Prefetched,
     state: DataState,
     num_sequences: int,
     rank_rows: tuple[int, int],

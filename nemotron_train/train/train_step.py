@@ -41,6 +41,7 @@ from nemotron_train.train.guard.diagnose import gradients_are_finite, non_finite
 from nemotron_train.train.guard.guard import Action, Findings, Guard, RollBack
 from nemotron_train.train.guard.health import Health
 from nemotron_train.train.guard.stragglers import Stragglers
+from nemotron_train.train.prefetch import Prefetched
 from nemotron_train.train.step_clock import StepClock
 
 
@@ -147,7 +148,7 @@ class TrainStep:
         derived: Derived,
         chunks: Sequence[DistributedDataParallel],
         optimizer: MegatronOptimizer,
-        batches: BatchSource,
+        batches: BatchSource | Prefetched,
         groups: ProcessGroupCollection,
         device: str,
         precision: PrecisionControl | NativePrecision,

@@ -41,6 +41,7 @@ from nemotron_train.train.guard.roll_back import GuardedStep
 from nemotron_train.train.guard.watchdog import Watchdog
 from nemotron_train.train.hooks import Log, Save, TelemetryRecord, Validate
 from nemotron_train.train.loop import Hook, fit
+from nemotron_train.train.prefetch import Prefetched
 from nemotron_train.train.progress_bar import ProgressDisplay
 from nemotron_train.train.stop import StopOnRequest
 from nemotron_train.train.train_step import TrainStep
@@ -95,7 +96,8 @@ class Trainer:
             derived,
             self.chunks,
             self.optimizer,
-            train_data,
+            # On a CPU the thread would take a core from the computation.
+            train_data if platform.device == "cpu" else Prefetched(train_data),
             groups,
             platform.device,
             self.precision,

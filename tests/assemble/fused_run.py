@@ -136,6 +136,21 @@ def exchanged(folder: Path, source: Any, target: Any, groups: Any) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
 
 
+def decoded(model: Any) -> list[float]:
+    """Log-probabilities of two sequences, read in chunks of seven tokens and then one by one."""
+    from nemotron_train.generate.engine import Engine
+
+    tokens_BS = batch()["tokens_BS"]
+    sequences = [tokens_BS[0, :20].tolist(), tokens_BS[1, :13].tolist()]
+    engine = Engine(model)
+    return [
+        value
+        for chunk in (7, 1)
+        for scored in engine.log_probabilities(sequences, chunk)
+        for value in scored
+    ]
+
+
 def main(folder: Path) -> None:
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
@@ -158,6 +173,7 @@ def main(folder: Path) -> None:
         "losses": [plain_losses, fused_losses],
         "same_names": sorted(plain_gradients) == sorted(fused_gradients),
         "worst_gradient": difference(plain_gradients, fused_gradients),
+        "decoded": [decoded(plain), decoded(fused)],
         "apex": with_apex(groups, CALLS),
         "to_plain": exchanged(folder / "to_plain", fused, plain, groups),
         "to_fused": exchanged(folder / "to_fused", plain, fused, groups),

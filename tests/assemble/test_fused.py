@@ -59,6 +59,13 @@ def test_the_fused_model_is_the_same_model(saw: dict[str, Any]) -> None:
     assert saw["same_names"] and saw["worst_gradient"] < 1e-4
 
 
+def test_the_fused_model_decodes_the_same(saw: dict[str, Any]) -> None:
+    """Its layers have no norm of their own, which decoding must not look for."""
+    plain, fused = saw["decoded"]
+    assert len(plain) == 2 * (19 + 12)
+    assert fused == pytest.approx(plain, abs=1e-4)
+
+
 def test_apex_adds_the_gradients_of_megatrons_linears(saw: dict[str, Any]) -> None:
     """Over a stand-in for apex's extension. The first model calls it never; the second one in each
     linear of two backward passes, and in the output layer once for each of its uses. In BF16 the

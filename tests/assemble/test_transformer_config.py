@@ -15,9 +15,11 @@ Where we differ, `DIFFERENT` says so and why. Not covered: whether a field makes
 
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import pytest
 
+from nemotron_train.assemble import build
 from nemotron_train.assemble.specs import parts
 from nemotron_train.assemble.transformer_config import transformer_config
 from nemotron_train.compose.compose import compose_config
@@ -105,6 +107,25 @@ def test_shared_expert_overlap_as_published() -> None:
     assert fields(nano)["moe_shared_expert_overlap"] is True
     with_deepep = fields([*nano, "gpu.moe_token_dispatcher=deepep"])
     assert with_deepep["moe_shared_expert_overlap"] is False
+
+
+@pytest.mark.parametrize("size", ["nano_30b_a3b", "super_120b_a12b", "ultra_550b_a55b"])
+def test_gradients_and_parameters_overlap_as_published(
+    size: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`ddp.overlap_grad_reduce` and `overlap_param_gather` of Megatron-Bridge's recipes: on for
+    Nano and Ultra (recipes/nemotronh/h100), and for Super in its performance recipes
+    (perf_recipes/nemotronh/common.py; that for 16 H100 has no memory for them)."""
+    config, ddp = compose_config([f"run={size}", BF16]), mock.Mock()
+    ddp.return_value.modules.return_value = []
+    monkeypatch.setattr(build, "DistributedDataParallel", ddp)
+    monkeypatch.setattr(build, "DistributedOptimizer", mock.Mock())
+    build.DistributedOptimizer.compute_full_param_layout.return_value.layouts = {}  # type: ignore
+    model: Any = mock.Mock(parameters=lambda: [])
+    build.wrap_data_parallel(model, config, mock.Mock())
+    got = vars(ddp.call_args.kwargs["ddp_config"])
+    assert got["overlap_grad_reduce"] and got["overlap_param_gather"]
+    assert got["use_distributed_optimizer"] and got["bucket_size"] == 40_000_000
 
 
 def test_hybrid_ep() -> None:

@@ -1,4 +1,4 @@
-"""What the Triton kernels share: loading and storing BF16, sigmoid, and the number of tiles.
+"""What the Triton kernels share: loading and storing BF16, sigmoid, tiles and products.
 
 Owns: conversions by integer arithmetic. Does not own: any layer's arithmetic.
 
@@ -42,6 +42,40 @@ def stored(value, pointer):
 def sigmoid(value):
     """1 / (1 + e^-value), within a few units in the last place. 0 or 1 far from zero."""
     return 1.0 / (1.0 + tl.exp(-value))
+
+
+# The interpreter multiplies the bit patterns of BF16 operands (triton 3.7.1).
+_INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))  # pyright: ignore
+
+
+@triton.jit
+def product(a, b):
+    """a @ b with FP32 sums, for operands as they are loaded: BF16 bits as int16, or FP32 (without
+    TF32). All sizes at least 16."""
+    if a.dtype == tl.int16 and not _INTERPRETED:
+        return tl.dot(a.to(tl.bfloat16, bitcast=True), b.to(tl.bfloat16, bitcast=True))
+    else:
+        return tl.dot(loaded(a), loaded(b), input_precision="ieee")
+
+
+@triton.jit
+def narrowed(value, NARROW: tl.constexpr):
+    """FP32 as an operand of `product`: BF16 bits if NARROW, rounded to nearest even."""
+    if not NARROW:
+        return value
+    elif _INTERPRETED:
+        bits = value.to(tl.int32, bitcast=True)
+        return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.int16)
+    else:
+        return value.to(tl.bfloat16).to(tl.int16, bitcast=True)
+
+
+@triton.jit
+def tile_of(matrix, rows, columns, row_stride, column_stride, num_rows, num_columns):
+    """[R, C] of a matrix, as loaded; zero outside. The offsets have 64 bits."""
+    at = rows.to(tl.int64)[:, None] * row_stride + columns.to(tl.int64)[None, :] * column_stride
+    inside = (rows < num_rows)[:, None] & (columns < num_columns)[None, :]
+    return tl.load(matrix + at, mask=inside, other=0)
 
 
 @triton.jit

@@ -28,7 +28,8 @@ class AttentionBlock(TransformerLayer):
             return super().forward(*args, **kwargs)  # pyright: ignore[reportReturnType]
         layer, hidden = cast(Any, self), kwargs["hidden_states"]
         norm, attention = layer.input_layernorm, layer.self_attention
-        is_compiled = decoding_kernels.accepts_tokens(batch.num_tokens, hidden, norm.weight)
+        weight = getattr(norm, "weight", None)  # None: the norm is part of linear_qkv
+        is_compiled = decoding_kernels.accepts_tokens(batch.num_tokens, hidden, weight)
         if is_compiled and self._compiles:
             return compiled_attention(hidden, norm, attention, self._kernel_weights(), batch), None
         query, key, value = attention.get_query_key_value_tensors(norm(hidden))

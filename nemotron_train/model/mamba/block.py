@@ -29,7 +29,7 @@ class MambaBlock(MambaLayer):
         if not isinstance(batch, DecodeBatch):
             return super().forward(*args, **kwargs)
         layer, hidden = cast(Any, self), kwargs["hidden_states"]
-        weight = layer.norm.weight
+        weight = getattr(layer.norm, "weight", None)  # None: the norm is part of in_proj
         is_compiled = decoding_kernels.accepts_tokens(batch.num_tokens, hidden, weight)
         if is_compiled and self._compiles:
             return compiled_mamba(hidden, layer.norm, layer.mixer, self._kernel_weights(), batch)

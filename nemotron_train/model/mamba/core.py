@@ -1,8 +1,8 @@
 """The state-space core of Mamba-2 (SSD, arXiv 2405.21060): one function, two implementations.
 
-Owns: the definition of the recurrence, and the choice between `mamba_ssm` on CUDA and the chunked
-PyTorch form (`chunked_scan`). Does not own: the projections, the convolution, softplus and limits
-of dt, the gate (all in `layer`).
+Owns: the definition of the recurrence, and the choice between `mamba_ssm` and our Triton kernels
+(`triton_scan`) on CUDA and the chunked PyTorch form (`chunked_scan`). Does not own: the
+projections, the convolution, softplus and limits of dt, the gate (all in `layer`).
 
 Shape suffixes: B batch, S tokens, H heads, P channels a head, G groups, N state size.
 """
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nemotron_train.config.errors import ConfigError
+from nemotron_train.kernels.triton import available
+from nemotron_train.model.mamba import triton_scan
 from nemotron_train.model.mamba.chunked_scan import chunked_ssd
 from nemotron_train.model.mamba.scan_operands import SPLIT_RANGE
 from nemotron_train.plan.switches import MAMBA_SSM
@@ -50,15 +51,21 @@ def ssd(
     Returns y_BSHP in x's dtype, or (y_BSHP, final state BHPN in dt's dtype) with
     `return_final_state`. All floating inputs and the initial state receive gradients.
 
-    On CUDA `mamba_ssm` computes it if it can be used and x is not FP64, unless `force_torch`.
-    Raises ConfigError if its 32-bit offsets would overflow (state-spaces/mamba#1015).
+    On CUDA `mamba_ssm` computes it if it can be used, x is not FP64 and its 32-bit offsets suffice
+    (state-spaces/mamba#1015); else our Triton kernels, if Triton can be used and a head has at most
+    128 channels; neither with `force_torch`.
     """
     arguments = (x_BSHP, dt_BSH, A_H, B_BSGN, C_BSGN, D_H)
-    fits = x_BSHP.is_cuda and not force_torch and x_BSHP.dtype != torch.float64
-    if fits and is_usable(MAMBA_SSM):
+    matrices = (x_BSHP, B_BSGN, C_BSGN)
+    if not force_torch and mamba_ssm_takes(*matrices, chunk_size):
         return _mamba_ssm(
             *arguments, chunk_size, document_ids_BS, initial_state_BHPN, return_final_state
         )
+    if not force_torch and available.can_use(*matrices) and triton_scan.takes(*matrices):
+        y_BSHP, final_BHPN = triton_scan.TritonSsd.apply(  # pyright: ignore
+            *arguments, initial_state_BHPN, document_ids_BS, chunk_size
+        )
+        return (y_BSHP, final_BHPN) if return_final_state else y_BSHP
     if not x_BSHP.is_cuda:
         chunk_size = min(chunk_size, _cpu_chunk(dt_BSH, A_H))
     y_BSHP, final_BHPN = chunked_ssd(
@@ -78,8 +85,15 @@ def _cpu_chunk(dt_BSH: Tensor, A_H: Tensor) -> int:
     return longest if 16 * int(steep_H.sum()) <= len(A_H) else shorter
 
 
-def check_offsets(x_BSHP: Tensor, B_BSGN: Tensor, C_BSGN: Tensor, chunk_size: int) -> None:
-    """Raises ConfigError if an element offset inside mamba_ssm's kernels would reach 2^31.
+def mamba_ssm_takes(x_BSHP: Tensor, B_BSGN: Tensor, C_BSGN: Tensor, chunk_size: int) -> bool:
+    """Whether `mamba_ssm` can be used here and computes these tensors right."""
+    if not x_BSHP.is_cuda or x_BSHP.dtype == torch.float64 or not is_usable(MAMBA_SSM):
+        return False
+    return not offsets_overflow(x_BSHP, B_BSGN, C_BSGN, chunk_size)
+
+
+def offsets_overflow(x_BSHP: Tensor, B_BSGN: Tensor, C_BSGN: Tensor, chunk_size: int) -> bool:
+    """Whether an element offset inside mamba_ssm's kernels would reach 2^31.
 
     UPSTREAM(mamba-ssm 2.3): Triton computes them in 32 bits and wraps silently, giving finite,
     wrong output (state-spaces/mamba#1015). Strides count: x, B and C are views of wider tensors.
@@ -90,12 +104,7 @@ def check_offsets(x_BSHP: Tensor, B_BSGN: Tensor, C_BSGN: Tensor, chunk_size: in
     spans = [(batch - 1) * t.stride(0) + length * t.stride(1) for t in (x_BSHP, B_BSGN, C_BSGN)]
     spans.append(batch * num_chunks * num_heads * head_dim * state_size)  # chunk states
     spans.append(batch * num_chunks * chunk_size * chunk_size * num_groups)  # C.B^T
-    if max(spans) >= 2**31:
-        raise ConfigError(
-            f"train.sequence_length={length} with {batch} sequences a rank overflows the 32-bit "
-            "offsets of mamba_ssm (state-spaces/mamba#1015): use fewer sequences a micro-batch, "
-            "more tensor- or context-parallel ranks, or a shorter sequence"
-        )
+    return max(spans) >= 2**31
 
 
 def _mamba_ssm(
@@ -115,7 +124,6 @@ def _mamba_ssm(
         mamba_chunk_scan_combined,
     )
 
-    check_offsets(x_BSHP, B_BSGN, C_BSGN, chunk_size)
     seq_idx = None
     if document_ids_BS is not None:  # the kernel applies the initial state to index 0 only
         seq_idx = (document_ids_BS - document_ids_BS[:, :1]).to(torch.int32).contiguous()

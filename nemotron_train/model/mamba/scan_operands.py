@@ -56,7 +56,7 @@ def derive_operands(
     chunk_size: int,
 ) -> Operands:
     """Pad to whole chunks, reorder to chunk-first, and compute the operands. `x_BSHP` gives only
-    the length and the dtype of the products. SYNC: which heads are steep."""
+    the length and the dtype of the products."""
     length, num_groups = x_BSHP.shape[1], B_BSGN.shape[2]
     chunk = min(chunk_size, length)
     num_chunks = -(-length // chunk)
@@ -89,9 +89,7 @@ def derive_operands(
     # rounding, since only differences inside a document are used; but then the other documents
     # would change a document's bits and could make its heads steep.
     cum_KGBLJ = pairs @ (dt_KGBLJ.double() * A_H.double().view(num_groups, 1, 1, -1))
-    steep_GJ = cum_KGBLJ.amin((0, 2, 3)) < -SPLIT_RANGE
-    # SYNC: which heads are steep decides shapes; free on a CPU, and CUDA has its own kernel.
-    steep_I = steep_GJ.flatten().nonzero().flatten()
+    steep_GJ, steep_I = _steep(cum_KGBLJ)
     write_KGBLJ = -cum_KGBLJ  # exponents; exp follows in the return statement
     end_KGBJ = cum_KGBLJ[..., -1, :]
     carry_KGBJ = end_KGBJ.to(accumulate).exp()
@@ -126,6 +124,21 @@ def derive_operands(
         first_KGBL1,
         last_KGBL1,
     )
+
+
+def _steep(cum_KGBLJ: Tensor) -> tuple[Tensor, Tensor]:
+    """Which heads are steep, bool [G, J], and their indices.
+
+    On a GPU every head counts as steep: to ask which are would make the host wait once a layer and
+    micro-batch. It costs a decay matrix of [L, L] a head and chunk; the kernels of `core.ssd`,
+    which a GPU should have, need neither.
+    """
+    if cum_KGBLJ.is_cuda:
+        num_groups, heads = cum_KGBLJ.shape[1], cum_KGBLJ.shape[4]
+        steep_GJ = cum_KGBLJ.new_ones((num_groups, heads), dtype=torch.bool)
+        return steep_GJ, torch.arange(num_groups * heads, device=cum_KGBLJ.device)
+    steep_GJ = cum_KGBLJ.amin((0, 2, 3)) < -SPLIT_RANGE
+    return steep_GJ, steep_GJ.flatten().nonzero().flatten()
 
 
 def own_weight(op: Operands, D_H: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """The permutation that sorts tokens by expert on one rank, and its inverse.
 
 Owns: the row of each choice (`plan_permutation`), the gather and its inverse (`permute`,
-`unpermute`), and how much padding is worth one batched product. Does not own: the products
-(`core`), the exchange between expert-parallel ranks (Megatron's dispatchers).
+`unpermute`; on a GPU by Triton kernels), and how much padding is worth one batched product. Does
+not own: the products (`core`), the exchange between expert-parallel ranks (Megatron's dispatchers).
 
 Shape legend: S tokens, K choices a token, E experts, T rows sorted by expert (padding included),
 D token width, F expert hidden width.
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from nemotron_train.kernels.triton import available
 from nemotron_train.platform.device import to_device
 
 # FLOPs that padding may waste, for each expert and product: about the cost of starting one more
@@ -150,6 +151,10 @@ def plan_permutation(
 
 def _gather_rows(x_SD: Tensor, permutation: Permutation) -> Tensor:
     """Row t of the result is x[token_of_row[t]]; padding rows are zero."""
+    if available.can_use(x_SD):
+        from nemotron_train.kernels.triton import permutation as triton_kernels
+
+        return triton_kernels.gather_rows(x_SD, permutation.token_of_row_T)
     if permutation.padded:  # index `num_tokens` reads this row of zeros
         x_SD = torch.cat((x_SD, x_SD.new_zeros(1, x_SD.shape[1])))
     return x_SD.index_select(0, permutation.token_of_row_T)
@@ -157,6 +162,10 @@ def _gather_rows(x_SD: Tensor, permutation: Permutation) -> Tensor:
 
 def _sum_choices(rows_TD: Tensor, permutation: Permutation) -> Tensor:
     """Sum over each token's choices, in their order; low precision is accumulated in FP32."""
+    if available.can_use(rows_TD):
+        from nemotron_train.kernels.triton import permutation as triton_kernels
+
+        return triton_kernels.sum_rows(rows_TD, permutation.row_of_choice_SK)
     if permutation.row_of_choice_SK.shape[1] == 1:
         return rows_TD.index_select(0, permutation.row_of_choice_SK.view(-1))
     # The only CPU operator that gathers and sums in one sweep.

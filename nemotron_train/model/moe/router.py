@@ -13,6 +13,7 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
 
 from nemotron_train.model.moe.permutation import count_values
+from nemotron_train.platform.device import parameter_device
 
 
 class SigmoidRouter(TopKRouter):
@@ -25,7 +26,8 @@ class SigmoidRouter(TopKRouter):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.load_balance_loss_sum = torch.zeros(())
+        device = parameter_device(self.config.use_cpu_initialization)
+        self.load_balance_loss_sum = torch.zeros((), device=device)
 
     def attach_and_log_load_balancing_loss(
         self,

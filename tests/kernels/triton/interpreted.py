@@ -19,11 +19,13 @@ from nemotron_train.kernels import quantize as c_quantize
 from nemotron_train.kernels.triton import available, elements
 from nemotron_train.kernels.triton import convolution as triton_convolution
 from nemotron_train.kernels.triton import gated_norm as triton_norm
+from nemotron_train.kernels.triton import grouped as triton_grouped
 from nemotron_train.kernels.triton import permutation as triton_permutation
 from nemotron_train.model.mamba.convolution import causal_conv
 from nemotron_train.model.mamba.gated_norm import gated_rms_norm
 from nemotron_train.model.moe import permutation as torch_permutation
 from nemotron_train.precision.gemm import Operand
+from nemotron_train.precision.grouped import padded_rows
 from nemotron_train.precision.mxfp8 import mxfp8_operand
 from nemotron_train.precision.nvfp4 import E2M1_VALUES, nvfp4_operand
 from nemotron_train.precision.rounding import RandomWords
@@ -278,39 +280,75 @@ def _count_calls(monkeypatch: pytest.MonkeyPatch, module, *names: str) -> list[s
 # -------------------------------------------------------------------------------- permutation
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("max_padding", [0, 10**6])
-def test_permutation(dtype: torch.dtype, max_padding: int) -> None:
-    """With and without padding rows; expert 2 gets no token."""
+def test_permutation(dtype: torch.dtype, max_padding: int, on_triton, monkeypatch) -> None:
+    """Both directions with their gradients, with and without padding rows; expert 2 gets no
+    token."""
     width = 20 if max_padding else 520  # on both sides of a tile
     scores = _noise(1, 13, 5)
     scores[:, 2] = -9
     experts = scores.topk(3).indices
     plan = torch_permutation.plan_permutation(experts, 5, max_padding)
-    x, weights = _noise(2, 13, width).to(dtype), _noise(3, 13, 3).softmax(1)
     assert plan.padded == (max_padding > 0) and plan.tokens_per_expert_E[2] == 0
+    x, rows = _noise(2, 13, width).to(dtype), _noise(3, len(plan.token_of_row_T), width).to(dtype)
+    calls = _count_calls(monkeypatch, triton_permutation, "gather_rows", "sum_rows")
 
-    rows = triton_permutation.gather_rows(x, plan.token_of_row_T)
-    assert torch.equal(rows, torch_permutation.permute(x, plan))
-    ours = triton_permutation.sum_rows(rows, plan.row_of_choice_SK)
-    truth = torch_permutation.unpermute(rows.double(), plan)
-    _assert_near([ours], [truth])
-    if dtype == torch.float32:  # torch's BF16 sum rounds some ties away from the even neighbour
-        assert torch.equal(ours, torch_permutation.unpermute(rows, plan))
+    def both(x: Tensor, rows: Tensor) -> list[Tensor]:
+        return [
+            *_results(lambda t: torch_permutation.permute(t, plan), x),
+            *_results(lambda t: torch_permutation.unpermute(t, plan), rows),
+        ]
 
-    def weighted(rows: Tensor, weights: Tensor) -> Tensor:
-        of_row = torch_permutation.permute_probabilities(weights, plan)
-        return torch_permutation.unpermute(rows * of_row[:, None], plan)
-
-    rows = _noise(4, *rows.shape).to(dtype)
-    truth = _results(weighted, rows.double(), weights.double())
-    dout = _noise(1, width, 13).to(torch.bfloat16).to(dtype).mT
-    indices = plan.row_of_choice_SK
-    ours = [
-        triton_permutation.sum_rows(rows, indices, weights),
-        *triton_permutation.sum_rows_backward(dout, rows, indices, weights),
-    ]
+    on_triton(False)
+    theirs, truth = both(x, rows), both(x.double(), rows.double())
+    assert calls == []
+    on_triton(True)
+    ours = both(x, rows)
+    assert calls == ["gather_rows", "sum_rows", "sum_rows", "gather_rows"]
     _assert_near(ours, truth)
-    is_padding = plan.token_of_row_T == 13
-    assert (ours[1][is_padding] == 0).all() and is_padding.any() == (max_padding > 0)
+    assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[3], theirs[3])
+    if dtype == torch.float32:  # torch's BF16 sum rounds some ties away from the even neighbour
+        assert torch.equal(ours[1], theirs[1]) and torch.equal(ours[2], theirs[2])
+
+
+# ---------------------------------------------------------------------------- grouped products
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [[32, 0, 96], [0, 5, 0, 70, 1]])
+def test_grouped_products(dtype: torch.dtype, rows: list[int]) -> None:
+    """Both products against one product a group in float64. Groups without rows, first and inside;
+    sizes on both sides of a tile; a transposed right side."""
+    rows_E = torch.tensor(rows)
+    a, b = _noise(1, sum(rows), 40).to(dtype), _noise(2, len(rows), 130, 40).to(dtype).mT
+    factors_E = torch.rand(len(rows))
+    of_row = factors_E.repeat_interleave(rows_E)
+    ours = triton_grouped.grouped_product(a, b, of_row, rows_E, dtype)
+    groups = zip(a.split(rows), b, factors_E, strict=True)
+    truth = torch.cat([part.double() @ of.double() * factor for part, of, factor in groups])
+    _assert_near([ours], [truth])
+    other = _noise(3, sum(rows), 70).to(dtype)
+    ours = triton_grouped.grouped_outer_product(a, other, factors_E, rows_E, dtype)
+    groups = zip(a.split(rows), other.split(rows), factors_E, strict=True)
+    truth = torch.stack([p.double().T @ q.double() * factor for p, q, factor in groups])
+    _assert_near([ours], [truth])
+
+
+@pytest.mark.parametrize("counts", [[5, 0, 40], [0, 0, 33], [64, 32, 0]])
+def test_rows_that_stay_on_the_device_change_no_operand(counts: list[int], on_triton) -> None:
+    """The padded rows of experts whose numbers the host does not know: the same place for each
+    token, and the same operand, random words included. What is left over is zero."""
+    tokens = _noise(1, sum(counts), 48).bfloat16()
+    operands, places = [], []
+    for stays in (False, True):
+        on_triton(stays)
+        rows, rows_T = padded_rows(torch.tensor(counts), tokens)
+        assert (rows.lengths is None) == stays and sum(rows.on_host()) == rows.total
+        x = tokens.new_zeros(rows.total, 48).index_copy(0, rows_T, tokens)
+        places.append(rows_T)
+        operands += [nvfp4_operand(x, dim=0, random_words=WORDS, rows_per_tensor=rows.per_expert_E)]
+    assert torch.equal(*places)
+    host, device = operands
+    assert torch.equal(host.scale, device.scale)
+    assert torch.equal(host.values, device.values[: len(host.values)])
+    assert not device.values[len(host.values) :].any()
 
 
 # --------------------------------------------------------------------------------- the choice
@@ -350,11 +388,9 @@ def test_bfloat16_rounds_to_nearest_even() -> None:
         rows,
         elements.as_bits(out),
         one,
-        one,
-        *rows.shape,
+        *rows.shape,  # pyright: ignore[reportCallIssue]
         1,
         K=1,
-        HAS_WEIGHTS=False,
         ROWS=8,
         COLUMNS=8,
     )

@@ -1,10 +1,10 @@
 """The Triton kernels on a machine without a GPU, each in a process of its own.
 
-TRITON_INTERPRET must be set before Triton is imported, and the compiler needs it unset. So two
-processes run the tests of interpreted.py and compiled.py. Together they show that each kernel
-computes the right numbers and that NVIDIA's assembler accepts it. Not covered without a GPU:
-what a compiled kernel computes, and races between its threads. Where there is a GPU, the last test
-compares the numbers. Speed: benchmarks/triton_kernels.py.
+TRITON_INTERPRET must be set before Triton is imported, and the compiler needs it unset. So other
+processes run the tests of interpreted.py, interpreted_scan.py and compiled.py. Together they show
+that each kernel computes the right numbers and that NVIDIA's assembler accepts it. Not covered
+without a GPU: what a compiled kernel computes, and races between its threads. Where there is a GPU,
+the last test compares the numbers. Speed: benchmarks/triton_kernels.py.
 """
 
 import importlib.util
@@ -22,7 +22,9 @@ ROOT = HERE.parents[2]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-@pytest.mark.parametrize(("name", "interpret"), [("interpreted", "1"), ("compiled", "0")])
+@pytest.mark.parametrize(
+    ("name", "interpret"), [("interpreted", "1"), ("interpreted_scan", "1"), ("compiled", "0")]
+)
 def test_kernels(name: str, interpret: str, tmp_path: Path) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": interpret, "TRITON_CACHE_DIR": str(tmp_path)}
     environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # plugins take seconds to load

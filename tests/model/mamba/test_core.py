@@ -5,6 +5,8 @@ Not covered: `mamba_ssm` itself, unless a GPU and the package are present (the l
 """
 
 from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,10 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nemotron_train.config.errors import ConfigError
 from nemotron_train.model.mamba import core as ssd_module
 from nemotron_train.model.mamba import scan_operands
-from nemotron_train.model.mamba.core import check_offsets, ssd
+from nemotron_train.model.mamba.core import mamba_ssm_takes, offsets_overflow, ssd
 from nemotron_train.plan.switches import MAMBA_SSM
 from nemotron_train.platform.packages import is_usable
 from tests.model.mamba.recurrence import NAMES, Shape, documents, make_inputs, recurrence
@@ -323,17 +324,28 @@ def test_cpu_chunk_follows_decay() -> None:
     assert ssd_module._cpu_chunk(dt, torch.full((16,), -16.0)) == 32
 
 
-def test_offsets_are_refused() -> None:
-    """Shapes whose element offsets exceed 2^31 in mamba_ssm's kernels. Nothing is allocated."""
+def test_offsets_that_mamba_ssm_cannot_compute(monkeypatch) -> None:
+    """Shapes whose element offsets exceed 2^31 in mamba_ssm's kernels, which then do not compute
+    them. Nothing is allocated."""
 
     def views(length: int) -> tuple[Tensor, Tensor, Tensor]:
         wide = torch.empty(1, length, 16384 + 2 * 1024, device="meta")
         x, B, C = wide.split([16384, 1024, 1024], dim=-1)
         return x.unflatten(2, (256, 64)), B.unflatten(2, (8, 128)), C.unflatten(2, (8, 128))
 
-    check_offsets(*views(32768), 128)
-    with pytest.raises(ConfigError, match=r"train.sequence_length=131072.*1015"):
-        check_offsets(*views(131072), 128)
+    assert not offsets_overflow(*views(32768), 128)
+    assert offsets_overflow(*views(131072), 128)
+
+    def on_cuda(t: Tensor) -> Any:
+        return SimpleNamespace(is_cuda=True, dtype=t.dtype, shape=t.shape, stride=t.stride)
+
+    for usable in (True, False):
+        monkeypatch.setattr(ssd_module, "is_usable", lambda package, usable=usable: usable)
+        for length, fits in ((32768, True), (131072, False)):
+            tensors = [on_cuda(t) for t in views(length)]
+            assert mamba_ssm_takes(*tensors, 128) == (usable and fits)
+    monkeypatch.setattr(ssd_module, "is_usable", lambda package: True)
+    assert not mamba_ssm_takes(*views(32768), 128), "not on CUDA"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -3,9 +3,10 @@ after the other, on a pretended device. Ends with the exit code of the last.
 
 Environment: PRETEND_DEVICE=NAME and PRETEND_CAPABILITY=9.0 choose the device (default: an H200);
 PRETEND_CONVOLUTION=1 puts the stand-in of causal_conv1d on the path, PRETEND_TRANSFORMER_ENGINE=1
-the real Transformer Engine with a stand-in for its C++ half; PRETEND_PORTS has a port for each
-verb's ranks to meet at; PRETEND_REPORT=FILE gets a JSON list of {verb, exit, waits, copies,
-mismatches, by_line, operators} for the first rank. Process groups are gloo underneath and say nccl.
+the real Transformer Engine with a stand-in for its C++ half; TRITON_INTERPRET=1 lets our Triton
+kernels compute, under Triton's interpreter; PRETEND_PORTS has a port for each verb's ranks to meet
+at; PRETEND_REPORT=FILE gets a JSON list of {verb, exit, waits, copies, mismatches, by_line,
+operators, launches} for the first rank. Process groups are gloo underneath and say nccl.
 """
 
 import contextlib
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import _disable_current_modes
 
 from tests.platform.pretend import device, python_view
 
@@ -31,6 +33,8 @@ def main(words: list[str]) -> int:
     python_view.install(name, (int(major), int(minor)))
     call_gloo_nccl()
     torch.set_num_threads(1)
+    if os.environ.get("TRITON_INTERPRET"):
+        _launch_kernels_on_host()
     if os.environ.get("PRETEND_CONVOLUTION"):
         from tests.platform.pretend import causal_conv1d
 
@@ -57,6 +61,24 @@ def main(words: list[str]) -> int:
     if report and os.environ.get("RANK", "0") == "0":
         Path(report).write_text(json.dumps(records))
     return code
+
+
+def _launch_kernels_on_host() -> None:
+    """The interpreter's own copies between host and device are neither waits nor mismatches."""
+    from triton.runtime.interpreter import GridExecutor
+
+    launch = GridExecutor.__call__
+
+    def counted(executor: Any, *arguments: Any, **options: Any) -> None:
+        device.STATE.launches[executor.fn.__name__] += 1
+        tensors = [t for t in arguments if isinstance(t, torch.Tensor)]
+        wrong = [t for t in tensors if not device.on_cuda(t)]
+        if wrong:  # a GPU would read an address of the host
+            device.refuse(f"kernel {executor.fn.__name__}: CPU tensors {[t.shape for t in wrong]}")
+        with _disable_current_modes():
+            launch(executor, *arguments, **options)
+
+    GridExecutor.__call__ = counted  # type: ignore[method-assign]
 
 
 def _split(words: list[str]) -> list[list[str]]:
