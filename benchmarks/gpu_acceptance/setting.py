@@ -146,7 +146,7 @@ class Setting:
     def environment(self) -> dict[str, str]:
         """Variables of a verb's process, which runs in `work`.
 
-        All processes share what Triton has compiled. mamba_ssm's kernels have 229 configurations
+        All processes share what Triton has compiled. mamba_ssm's kernels have 201 configurations
         between them; compiling these for each width and dtype would take minutes, so each kernel
         gets one, the smallest, and adds without atomics. Its figures are therefore lower bounds."""
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH", ""))))

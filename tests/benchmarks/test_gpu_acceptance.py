@@ -62,15 +62,15 @@ def is_alive(pid: int) -> bool:
 def test_a_stage_that_goes_wrong_stops_no_other(tmp_path: Path) -> None:
     """One hangs and is killed with its child; each of the others ends in another way."""
     names = ("passes", "hangs", "dies", "raises", "fails", "skips")
-    acceptance = run([faulty(n, 4 if n == "hangs" else 25) for n in names], tmp_path, 120)
+    acceptance = run([faulty(n, 8 if n == "hangs" else 25) for n in names], tmp_path, 120)
     found = {result.name: result for result in acceptance.results}
     verdicts = [str(found[name].verdict) for name in names]
     assert verdicts == ["PASS", "FAIL", "FAIL", "FAIL", "FAIL", "SKIP"]
     assert acceptance.exit_code == 1
 
     hung = found["hangs"]
-    assert hung.reason == f"killed at its limit of {hung.limit:.0f} s" and hung.limit <= 12
-    assert hung.seconds == pytest.approx(hung.limit, abs=3) and hung.figure == "half of it"
+    assert hung.reason == f"killed at its limit of {hung.limit:.0f} s" and hung.limit <= 24
+    assert hung.seconds == pytest.approx(hung.limit, abs=10) and hung.figure == "half of it"
     child = hung.tables["processes"][0]["child"]
     deadline = time.monotonic() + 5
     while is_alive(int(str(child))) and time.monotonic() < deadline:
@@ -89,13 +89,14 @@ def test_a_stage_that_goes_wrong_stops_no_other(tmp_path: Path) -> None:
 
 
 def test_the_budget_is_kept(tmp_path: Path) -> None:
-    """Three stages that hang: each gets its share, and the last is not left without time."""
-    stages = [faulty("hangs", 1), faulty("hangs", 2), faulty("passes", 3)]
+    """Two stages that hang get their shares, and the third has more than its own."""
+    stages = [faulty("hangs", 1), faulty("hangs", 2), faulty("passes", 17)]
     started = time.monotonic()
-    acceptance = run(stages, tmp_path, 12)
-    assert time.monotonic() - started < 14
+    acceptance = run(stages, tmp_path, 30)
+    assert time.monotonic() - started < 35
     limits = [result.limit for result in acceptance.results]
-    assert limits[0] == pytest.approx(2, abs=0.2) and limits[1] == pytest.approx(4, abs=0.5)
+    assert limits[0] == pytest.approx(1.5, abs=0.1) and limits[1] == pytest.approx(3, abs=0.5)
+    assert limits[2] > 17
     assert acceptance.results[2].verdict == Verdict.passed
 
 
