@@ -47,7 +47,7 @@ env-gpu: $(stamp)
 # mamba_ssm's Triton kernels for the tests, which interpret them on a CPU: in a folder of their own,
 # where nothing else finds them. If they cannot be had, one line says so and their tests are skipped.
 $(scan): $(root)/constraints-gpu.txt | $(stamp)
-	@mkdir -p '$(@D)'
+	@rm -rf '$(@D)' && mkdir -p '$(@D)'
 	@if said=$$($(clean_env) PIP_TARGET='$(@D)' PYTHONPATH='$(@D)' GPU_ARCH=90 GPU_STRICT=1 \
 		GPU_PACKAGES=mamba-ssm '$(root)/launch/gpu_packages.sh' '$(python)' 2>&1); then \
 		touch '$@'; \
@@ -110,7 +110,7 @@ test-faults: $(stamp)
 test-slurm: $(stamp)
 	cd '$(root)' && '$(python)' -m pytest --quiet -m slurm $(ARGS) tests/slurm
 
-# Real Transformer Engine on a pretended GPU, without its C++ half (docs/gpu.md). A few minutes.
+# Real Transformer Engine on a pretended GPU, without its C++ half (docs/gpu.md). Five minutes.
 test-transformer-engine: $(stamp) $(engine)
 	cd '$(root)' && '$(python)' -m pytest --quiet -m transformer_engine $(ARGS) \
 		tests/platform/transformer_engine
