@@ -152,12 +152,14 @@ def cuda_environment(parallel: ParallelConfig, environment: Mapping[str, str]) -
 
     With one hardware queue, kernels run in the order in which they are queued. Megatron's
     tensor-parallel linears queue the communication first, so that it runs beside the product
-    (tensor_parallel/layers.py); context parallelism's exchanges do, too.
+    (tensor_parallel/layers.py); context parallelism's exchanges do, too. mamba_ssm's backward pass
+    adds atomically, in any order, unless it is told to be deterministic; a resumed run would then
+    not equal the uninterrupted one in every bit.
     """
-    name = "CUDA_DEVICE_MAX_CONNECTIONS"
-    if name in environment or (parallel.tensor == 1 and parallel.context == 1):
-        return {}
-    return {name: "1"}
+    wanted = {"MAMBA_DETERMINISTIC": "1"}
+    if parallel.tensor > 1 or parallel.context > 1:
+        wanted["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+    return {name: value for name, value in wanted.items() if name not in environment}
 
 
 def queue_warning(

@@ -170,7 +170,9 @@ def test_one_hardware_queue_where_communication_is_queued_first(
     layout = ParallelConfig(**parallel)
     name = "CUDA_DEVICE_MAX_CONNECTIONS"
     assert cuda_environment(layout, {}).get(name) == queues
-    assert cuda_environment(layout, {name: "8"}) == {}, "the user's value stays"
+    assert name not in cuda_environment(layout, {name: "8"}), "the user's value stays"
+    assert cuda_environment(layout, {})["MAMBA_DETERMINISTIC"] == "1"
+    assert cuda_environment(layout, {name: "1", "MAMBA_DETERMINISTIC": "0"}) == {}
     warns = queues is not None
     assert bool(queue_warning(layout, H100, {name: "8"})) == warns
     assert not queue_warning(layout, B200, {name: "8"})

@@ -243,6 +243,7 @@ def test_tools_need_the_end_state_and_the_answer() -> None:
     assert play(get, put, "5")[0] == 0.0
     assert play(get, put)[0] == 0.0  # no answer
     assert play(get + put, put, "4") == (1.0, ["error: one call", "ok"])  # two calls do nothing
+    assert play(get, put + get, "4")[0] == 0.0
     assert play("4</tool_call>")[0] == 0.0
 
 
