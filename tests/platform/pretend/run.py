@@ -3,10 +3,11 @@ after the other, on a pretended device. Ends with the exit code of the last.
 
 Environment: PRETEND_DEVICE=NAME and PRETEND_CAPABILITY=9.0 choose the device (default: an H200);
 PRETEND_CONVOLUTION=1 puts the stand-in of causal_conv1d on the path, PRETEND_TRANSFORMER_ENGINE=1
-the real Transformer Engine with a stand-in for its C++ half; TRITON_INTERPRET=1 lets our Triton
-kernels compute, under Triton's interpreter; PRETEND_PORTS has a port for each verb's ranks to meet
-at; PRETEND_REPORT=FILE gets a JSON list of {verb, exit, waits, copies, mismatches, by_line,
-operators, launches} for the first rank. Process groups are gloo underneath and say nccl.
+the real Transformer Engine with a stand-in for its C++ half, PRETEND_MAMBA=1 (with
+TRITON_INTERPRET=1) the real mamba_ssm; TRITON_INTERPRET=1 lets our Triton kernels compute, under
+Triton's interpreter; PRETEND_PORTS has a port for each verb's ranks to meet at; PRETEND_REPORT=FILE
+gets a JSON list of {verb, exit, waits, copies, mismatches, by_line, operators, launches} for the
+first rank. Process groups are gloo underneath and say nccl.
 """
 
 import contextlib
@@ -39,6 +40,13 @@ def main(words: list[str]) -> int:
         from tests.platform.pretend import causal_conv1d
 
         sys.modules["causal_conv1d"] = causal_conv1d
+    if os.environ.get("PRETEND_MAMBA"):
+        from nemotron_train.kernels.triton import available
+        from tests.platform.pretend import interpreter, packages
+
+        interpreter.install()
+        packages.put_on_path("mamba_ssm")
+        available.can_use = lambda *tensors: False  # ours would be interpreted, too, and take long
     if os.environ.get("PRETEND_TRANSFORMER_ENGINE"):
         from tests.platform.transformer_engine import stand_in
 

@@ -36,7 +36,7 @@ pytestmark = [
 
 ROOT = Path(__file__).resolve().parents[3]
 PLANS = sorted(path.stem for path in (ROOT / "recipes" / "precision").glob("*.yaml"))
-# Without block formats, or not for Megatron's per-module file, which has one format a module.
+# Without block formats, or not for Megatron's per-module file (one format a module, one phase).
 NOT_NATIVE = {"bf16", "fp32", "nvfp4_bf16_forward", "nvfp4_then_mxfp8"}
 # The pattern ME*EM*E and MTP's *E: 2 Mamba, 4 MoE and 3 attention layers.
 MAMBA, MOE, ATTENTION = 2, 4, 3
