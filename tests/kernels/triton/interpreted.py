@@ -388,8 +388,8 @@ def test_bfloat16_rounds_to_nearest_even() -> None:
         rows,
         elements.as_bits(out),
         one,
-        *rows.shape,  # pyright: ignore[reportCallIssue]
-        1,
+        *rows.shape,
+        1,  # pyright: ignore[reportCallIssue]
         K=1,
         ROWS=8,
         COLUMNS=8,
