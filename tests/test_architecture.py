@@ -71,6 +71,7 @@ NO_TORCH_MODULES = [
     "posttrain.knobs",
     "posttrain.ratios",
     "posttrain.tasks",
+    "posttrain.warm_start",
     "precision.telemetry_record",
     "train.guard.spikes",
     "train.guard.watchdog",

@@ -14,6 +14,15 @@ def run_sft(arguments: argparse.Namespace) -> int:
     return sft(arguments.overrides)
 
 
+def run_rows(arguments: argparse.Namespace) -> int:
+    """Run `posttrain rows`."""
+    from nemotron_train.posttrain.warm_start import RowsConfig, write_rows
+
+    config = to_typed(RowsConfig, {}, parse_overrides(arguments.overrides, RowsConfig))
+    write_rows(config, open_console().print)
+    return 0
+
+
 def run_data_chat(arguments: argparse.Namespace) -> int:
     """Run `data chat` and print what was made."""
     from nemotron_train.data.chat.prepare import ChatDataConfig, prepare_chat
@@ -52,6 +61,19 @@ seed=1234.
 
 Example:
   nemotron-train data chat rows=mine.jsonl tokenizer=data/mine/tokenizer output=data/chat
+""",
+    ),
+    "posttrain rows": Verb(
+        "worked solutions of generated tasks, as conversations for posttrain sft",
+        run_rows,
+        _overrides,
+        """\
+The knobs: output=FILE.jsonl (required), environment=NAME,NAME (default all), count=1000 (of each),
+level=1|2|3 (default 0: all three), seed=1234.
+
+Example:
+  nemotron-train posttrain rows output=solutions.jsonl count=2000
+  nemotron-train posttrain sft branch=runs/tiny@128 rows=solutions.jsonl name=warm
 """,
     ),
     "posttrain sft": Verb(

@@ -29,13 +29,14 @@ class Message:
 
     thinking: the assistant's reasoning; "" if the message has none. trained: whether the tokens of
     an assistant's message count in the loss. thinking_limit: the reasoning is cut after so many
-    tokens, as a budget does; 0: it is whole.
+    tokens, as a budget does; 0: it is whole. tool_calls: named calls with arguments, or the text of
+    a call in a form of its environment's own.
     """
 
     role: str
     content: str
     thinking: str = ""
-    tool_calls: tuple[ToolCall, ...] = field(default=())
+    tool_calls: tuple[ToolCall | str, ...] = field(default=())
     trained: bool = True
     thinking_limit: int = 0
 
@@ -96,20 +97,24 @@ def _check_text(text: str, where: str) -> None:
         ) from None
 
 
-def _tool_calls(raw: Any, where: str) -> tuple[ToolCall, ...]:
+def _tool_calls(raw: Any, where: str) -> tuple[ToolCall | str, ...]:
     if raw is None:
         return ()
     if not isinstance(raw, Sequence) or isinstance(raw, str):
         raise ConfigError(f"{where}: tool_calls must be a list")
-    calls = []
+    calls: list[ToolCall | str] = []
     for number, entry in enumerate(raw):
+        if isinstance(entry, str) and entry:
+            _check_text(entry, f"{where}: tool_calls[{number}]")
+            calls.append(entry)
+            continue
         call = entry.get("function", entry) if isinstance(entry, Mapping) else None
         name = call.get("name") if isinstance(call, Mapping) else None
         arguments = call.get("arguments", {}) if isinstance(call, Mapping) else None
         if not isinstance(name, str) or not name or not isinstance(arguments, Mapping):
             raise ConfigError(
                 f"{where}: tool_calls[{number}] must be an object with a name and arguments, which "
-                "are an object too"
+                "are an object too, or a text"
             )
         calls.append(ToolCall(name, dict(arguments)))
     return tuple(calls)

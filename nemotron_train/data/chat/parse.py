@@ -27,7 +27,7 @@ class Turn:
 
     thinking: str
     content: str
-    tool_calls: tuple[ToolCall, ...]
+    tool_calls: tuple[ToolCall | str, ...]
     ended: bool
     thinking_closed: bool
     malformed_calls: tuple[str, ...]
@@ -45,10 +45,13 @@ class Turn:
         return Message("assistant", self.content, self.thinking, self.tool_calls)
 
 
-def parse_turn(chat: ChatFormat, ids: Sequence[int], thinking: bool = True) -> Turn:
+def parse_turn(
+    chat: ChatFormat, ids: Sequence[int], thinking: bool = True, text_calls: bool = False
+) -> Turn:
     """Read the ids that followed `ChatFormat.prompt` with the same `thinking`.
 
-    Only ids of special tokens count as such: a tag that was spelled in letters is text.
+    Only ids of special tokens count as such: a tag that was spelled in letters is text. text_calls:
+    a tool call is any text that is not empty, in a form of the environment's own.
     """
     names = {token_id: token for token, token_id in chat.special_ids.items()}
     parts: list[tuple[str, str]] = []  # (special token before it or "", text)
@@ -60,21 +63,21 @@ def parse_turn(chat: ChatFormat, ids: Sequence[int], thinking: bool = True) -> T
             begin, before = place + 1, names[token_id]
     parts.append((before, chat.tokenizer.decode(ids[begin:])))
     ended = before == END and begin == len(ids)
-    return _turn(parts, thinking, ended)
+    return _turn(parts, thinking, ended, text_calls)
 
 
-def _turn(parts: Sequence[tuple[str, str]], thinking: bool, ended: bool) -> Turn:
+def _turn(parts: Sequence[tuple[str, str]], thinking: bool, ended: bool, text_calls: bool) -> Turn:
     closes = sum(token == THINK_END for token, _ in parts)
     thought, content = "", ""
     in_thought = thinking
-    calls: list[ToolCall] = []
+    calls: list[ToolCall | str] = []
     malformed: list[str] = []
     stray: list[str] = []
     for number, (token, text) in enumerate(parts):
         following = parts[number + 1][0] if number + 1 < len(parts) else ""
         if token == CALL and not in_thought:
-            call = read_call(text) if following == CALL_END else None
-            if call is None:
+            call: ToolCall | str | None = text if text_calls else read_call(text)
+            if following != CALL_END or not call:
                 malformed.append(text)
             else:
                 calls.append(call)

@@ -121,8 +121,10 @@ def missing_tokens(tokenizer: LoadedTokenizer) -> list[str]:
     return [token for token in CHAT_TOKENS if token not in control]
 
 
-def call_text(call: ToolCall) -> str:
-    """A tool call as JSON, as it stands between <tool_call> and </tool_call>."""
+def call_text(call: ToolCall | str) -> str:
+    """A tool call as it stands between <tool_call> and </tool_call>: JSON, or the given text."""
+    if isinstance(call, str):
+        return call
     return json_text({"name": call.name, "arguments": dict(call.arguments)}, ensure_ascii=False)
 
 

@@ -60,7 +60,9 @@ def conversations(content: st.SearchStrategy[str]) -> st.SearchStrategy[list[dic
         {"role": st.just("assistant"), "content": content},
         optional={
             "reasoning_content": content,
-            "tool_calls": st.lists(st.just({"function": CALL}) | st.just(CALL), max_size=2),
+            "tool_calls": st.lists(
+                st.sampled_from([{"function": CALL}, CALL, "get cat"]), max_size=2
+            ),
         },
     )
     system = st.fixed_dictionaries({"role": st.just("system"), "content": content})
@@ -138,17 +140,18 @@ def test_no_text_becomes_a_special_token(chat: ChatFormat, raw: list[dict[str, A
 
 
 @settings(deadline=None, max_examples=60)
-@given(content=CONTENT, thinking=CONTENT, calls=st.integers(0, 2))
+@given(content=CONTENT, thinking=CONTENT, calls=st.integers(0, 2), as_text=st.booleans())
 def test_a_generated_turn_is_read_back(
-    chat: ChatFormat, content: str, thinking: str, calls: int
+    chat: ChatFormat, content: str, thinking: str, calls: int, as_text: bool
 ) -> None:
     raw = {"role": "assistant", "content": content, "reasoning_content": thinking}
+    raw_calls = ["get <think> cat" if as_text else CALL] * calls
     messages = read_messages(
-        [{"role": "user", "content": "a"}, raw | {"tool_calls": [CALL] * calls}], "test"
+        [{"role": "user", "content": "a"}, raw | {"tool_calls": raw_calls}], "test"
     )
     prompt = chat.prompt(messages[:1], thinking=bool(thinking))
     generated = chat.render(messages).ids[len(prompt) : -1].tolist()
-    turn = parse_turn(chat, generated, thinking=bool(thinking))
+    turn = parse_turn(chat, generated, thinking=bool(thinking), text_calls=as_text)
     assert turn.is_well_formed
     assert turn.message == messages[1]
 

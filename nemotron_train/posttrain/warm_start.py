@@ -1,0 +1,91 @@
+"""`posttrain rows`: worked solutions of generated tasks, as conversations for `posttrain sft`.
+
+A policy that reinforcement learning can improve must already solve some tasks. The families of
+environments write their solutions out, thinking included; fine-tuned on them for a short time, a
+small model gets part of the tasks right. The rows are of the split `warm_start`, which shares no
+problem with those that train and evaluate later.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING
+
+from nemotron_train.config.errors import ConfigError
+from nemotron_train.config.json_text import json_text
+from nemotron_train.data.permutation import key64
+from nemotron_train.platform.files import check_output, write_output
+from nemotron_train.posttrain.environments.families import FAMILY_NAMES, worked_solution
+from nemotron_train.posttrain.environments.family import LEVELS
+from nemotron_train.posttrain.environments.protocol import Message, Row
+from nemotron_train.posttrain.tasks import Split, rows
+
+
+@dataclass
+class RowsConfig:
+    """The knobs of `posttrain rows`."""
+
+    output: str = MISSING  # .jsonl file to write
+    environment: str = "all"  # a family, several with commas, or all
+    count: int = 1000  # rows of each family
+    level: int = 0  # of difficulty: 1, 2, 3; 0: the three in turn
+    seed: int = 1234
+
+
+def write_rows(config: RowsConfig, say: Callable[[str], None]) -> None:
+    """Write the rows, those of all families mixed in an order that depends on the seed.
+
+    Raises ConfigError for a knob out of range, an unknown family, a file that cannot be written.
+    """
+    names = _families(config)
+    if config.count < 1:
+        raise ConfigError(f"count={config.count}: must be at least 1")
+    if config.level not in (0, *LEVELS):
+        raise ConfigError(f"level={config.level}: must be one of 0, {', '.join(map(str, LEVELS))}")
+    check_output(Path(config.output), "output")
+    lines = [
+        (key64("mixed", config.seed, row.id), json_text(_conversation(row), ensure_ascii=False))
+        for name in names
+        for row in _rows(name, config)
+    ]
+    write_output(Path(config.output), "".join(f"{line}\n" for _, line in sorted(lines)), "output")
+    say(f"wrote {len(lines):,} conversations of {', '.join(names)} to {config.output}")
+
+
+def _families(config: RowsConfig) -> Sequence[str]:
+    if config.environment == "all":
+        return FAMILY_NAMES
+    names = [name.strip() for name in config.environment.split(",")]
+    for name in names:
+        if name not in FAMILY_NAMES:
+            raise ConfigError(
+                f"environment={config.environment}: {name!r} writes no solutions; there are "
+                f"{', '.join(FAMILY_NAMES)} and all"
+            )
+    return list(dict.fromkeys(names))
+
+
+def _rows(name: str, config: RowsConfig) -> Iterator[Row]:
+    levels = LEVELS if config.level == 0 else (config.level,)
+    for place, level in enumerate(levels):
+        share = len(range(place, config.count, len(levels)))
+        yield from rows(name, Split.warm_start, config.seed, share, level)
+
+
+def _conversation(row: Row) -> dict[str, Any]:
+    solution = worked_solution(row)
+    assert solution is not None, row.id
+    messages = [_message(message) for message in (*row.messages, *solution)]
+    value: dict[str, Any] = {"id": row.id, "environment": row.environment, "messages": messages}
+    return value | ({"tools": list(row.tools)} if row.tools else {})
+
+
+def _message(message: Message) -> dict[str, Any]:
+    value: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.thinking:
+        value["reasoning_content"] = message.thinking
+    if message.tool_calls:
+        value["tool_calls"] = list(message.tool_calls)
+    return value

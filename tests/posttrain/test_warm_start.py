@@ -1,0 +1,94 @@
+"""Worked solutions as conversations.
+
+Second truth: the environments' own judges, on the turns as they are read back from token ids. Not
+covered: `python_code`'s judge, which needs the sandbox (tests/posttrain/environments).
+"""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from nemotron_train.cli.main import main
+from nemotron_train.data.chat.parse import parse_turn
+from nemotron_train.data.chat.render import ChatFormat
+from nemotron_train.data.chat.rows import read_rows
+from nemotron_train.data.tokenize import load_tokenizer, train_tokenizer
+from nemotron_train.posttrain.environments.families import FAMILY_NAMES, build_family
+from nemotron_train.posttrain.environments.protocol import Episode, Message, judge
+from nemotron_train.posttrain.tasks import Split, rows
+from nemotron_train.posttrain.warm_start import RowsConfig, write_rows
+
+TEXT = Path(json.__file__).read_text()
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory: pytest.TempPathFactory) -> ChatFormat:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer([TEXT], 400, folder)
+    return ChatFormat(load_tokenizer(folder))
+
+
+def test_every_family_is_there_and_mixed(tmp_path: Path) -> None:
+    output = tmp_path / "rows.jsonl"
+    assert main(["posttrain", "rows", f"output={output}", "count=12"]) == 0
+    written = [json.loads(line) for line in output.read_text().splitlines()]
+    names = [row["environment"] for row in written]
+    assert Counter(names) == dict.fromkeys(FAMILY_NAMES, 12)
+    assert len(set(names[:12])) > 3
+    levels = Counter(row["id"].split("/")[2] for row in written)
+    assert levels == {"1": 24, "2": 24, "3": 24}
+    assert len(list(read_rows(output))) == 72
+    again = tmp_path / "again.jsonl"
+    assert main(["posttrain", "rows", f"output={again}", "count=12"]) == 0
+    assert again.read_bytes() == output.read_bytes()
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILY_NAMES if name != "python_code"])
+def test_the_judge_is_content_with_what_is_trained(
+    name: str, chat: ChatFormat, tmp_path: Path
+) -> None:
+    """The ids of every assistant's turn are read back and judged with the task's own row."""
+    config = RowsConfig(output=str(tmp_path / "rows.jsonl"), environment=name, count=30, level=2)
+    write_rows(config, print)
+    tasks = {row.id: row for row in rows(name, Split.warm_start, config.seed, 30, 2)}
+    family = build_family(name)
+    lines = [json.loads(line) for line in Path(config.output).read_text().splitlines()]
+    for line, entry in zip(lines, read_rows(Path(config.output)), strict=True):
+        task = tasks[line["id"]]
+        turns: list[Message] = []
+        for place, message in enumerate(entry.messages):
+            if message.role == "tool":
+                turns.append(Message("tool", message.content))
+            if message.role != "assistant":
+                continue
+            prompt = chat.prompt(entry.messages[:place], entry.tools)
+            whole = chat.render(entry.messages[: place + 1], entry.tools).ids.tolist()
+            turn = parse_turn(chat, whole[len(prompt) : -1], text_calls=True)
+            assert turn.is_well_formed
+            calls = tuple(str(call) for call in turn.tool_calls)
+            turns.append(Message("assistant", turn.content, turn.thinking, calls))
+        episode = Episode(task, tuple(family.start(task)), tuple(turns))
+        assert judge(family, episode).reward == 1.0
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["count=0"], "count=0"),
+        (["level=4"], "level=4"),
+        (["environment=arithmetic,sums"], "'sums' writes no solutions"),
+        (["environment=mathematics"], "'mathematics' writes no solutions"),
+        (["output=none/rows.jsonl"], "output"),
+        (["rows=1"], "rows"),
+    ],
+)
+def test_mistakes_are_one_line(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    given = [f"output={tmp_path}/rows.jsonl", *words]
+    assert main(["posttrain", "rows", *given]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
