@@ -47,7 +47,7 @@ def digest(folder: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize(("what", "where"), [
     ("loss 1", "loss not finite on rank 1; first module in the backward pass: output_layer"),
-    ("gradient 0", "gradient not finite on rank 0 (loss 6"),
+    ("gradient 0", "gradient not finite on rank 0 (loss "),
 ])  # fmt: skip
 def test_stop(small_run: Small, start_ranks: Start, what: str, where: str) -> None:
     """Both ranks exit with 1 at step 5. One line names rank and module. The checkpoint of step 4 is

@@ -28,6 +28,11 @@ LAYOUTS = {
 }
 
 
+# With the default seed a token's choice of experts is a near tie at step 9, which sums in another
+# order decide otherwise. The loss of that step still agrees; the loads of two experts do not.
+SEED = "train.seed=2"
+
+
 def train(folder: Path, data: list[str], name: str, overrides: list[str], ranks: int) -> list[dict]:
     """Trains `name` on `ranks` processes. Returns its metrics lines."""
     with socket.socket() as probe:
@@ -45,7 +50,7 @@ def train(folder: Path, data: list[str], name: str, overrides: list[str], ranks:
             "MASTER_PORT": str(port),
         }
         command = [sys.executable, "-m", "nemotron_train", "pretrain", f"name={name}", *data]
-        command += ["train.micro_batch_sequences=2", "train.threads=1", *overrides]
+        command += ["train.micro_batch_sequences=2", "train.threads=1", SEED, *overrides]
         command += ["guard.health_every=5", "guard.straggler_every=5"]
         processes.append(
             subprocess.Popen(

@@ -25,13 +25,14 @@ pytestmark = pytest.mark.usefixtures("in_small_run")
 Small = tuple[Path, list[str]]
 Metrics = Callable[[Path], list[dict]]
 Weights = Callable[[Path, int], dict[str, object]]
-SFT = ["posttrain", "sft", "branch=runs/base@10", "rows=rows.jsonl", "train.sequence_length=64"]
+FROM, ROWS = "branch=runs/sft_base@10", "rows=sft_rows.jsonl"
+SFT = ["posttrain", "sft", FROM, ROWS, "train.sequence_length=64"]
 
 
 @pytest.fixture(scope="module")
 def rows(small_run: Small) -> Path:
     """A pretrained run `base` and 90 conversations, most with reasoning."""
-    path = small_run[0] / "rows.jsonl"
+    path = small_run[0] / "sft_rows.jsonl"
     with open(path, "w") as file:
         for number in range(90):
             row = {"prompt": f"{number} + 1?", "answer": f"{number + 1}"}
@@ -45,21 +46,28 @@ def rows(small_run: Small) -> Path:
 def base(small_run: Small, rows: Path) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(small_run[0])
-        assert main(["pretrain", *small_run[1], "name=base"]) == 0
+        assert main(["pretrain", *small_run[1], "name=sft_base"]) == 0
         yield
 
 
-def losses(rows: list[dict]) -> list[float]:
-    return [row["loss"] for row in rows if "loss" in row]
+@pytest.fixture(scope="module")
+def tuned(base: None) -> Path:
+    assert main([*SFT, "name=sft", "epochs=4", "optim.peak_learning_rate=3e-3"]) == 0
+    return Path("runs/sft")
 
 
-def test_the_loss_is_that_of_the_answers_alone(metrics: Metrics) -> None:
+@pytest.fixture(scope="module")
+def whole(base: None) -> Path:
+    assert main([*SFT, "name=sft_whole"]) == 0
+    return Path("runs/sft_whole")
+
+
+def test_the_loss_is_that_of_the_answers_alone(tuned: Path, metrics: Metrics) -> None:
     """The first step's loss, of packed rows, against every conversation scored by itself."""
     from nemotron_train.generate.checkpoint import open_checkpoint
     from nemotron_train.generate.engine import Engine
     from nemotron_train.generate.knobs import ModelKnobs
 
-    assert main([*SFT, "name=sft", "epochs=4", "optim.peak_learning_rate=3e-3"]) == 0
     config = compose_config(["resume=runs/sft"])
     train, _ = open_data(config, print)
     batch, _ = train.take(
@@ -73,7 +81,7 @@ def test_the_loss_is_that_of_the_answers_alone(metrics: Metrics) -> None:
             places = np.flatnonzero(documents == number)
             counted = mask[places].astype(bool)
             conversations.append(([*ids[places].tolist(), int(labels[places[-1]])], counted))
-    with open_checkpoint("runs/base@10", ModelKnobs(), print) as opened:
+    with open_checkpoint("runs/sft_base@10", ModelKnobs(), print) as opened:
         scored = Engine(opened.model).log_probabilities([ids for ids, _ in conversations])
     wanted = [
         -value
@@ -88,55 +96,56 @@ def test_the_loss_is_that_of_the_answers_alone(metrics: Metrics) -> None:
     assert {"mtp_loss_1", "mtp_loss_2"} <= steps[0].keys()
 
 
-def test_interrupted_and_resumed_is_the_same(metrics: Metrics, weights: Weights) -> None:
-    assert main([*SFT, "name=whole"]) == 0
-    assert main([*SFT, "name=cut", "train.stop_after_steps=3"]) == 3
-    command = [sys.executable, "-m", "nemotron_train", "posttrain", "sft", "resume=runs/cut"]
+def test_interrupted_and_resumed_is_the_same(
+    whole: Path, metrics: Metrics, weights: Weights
+) -> None:
+    assert main([*SFT, "name=sft_cut", "train.stop_after_steps=3"]) == 3
+    command = [sys.executable, "-m", "nemotron_train", "posttrain", "sft", "resume=runs/sft_cut"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    whole = metrics(Path("runs/whole"))
-    assert metrics(Path("runs/cut")) == whole
-    last = max(row["step"] for row in whole)
-    assert weights(Path("runs/cut"), last) == weights(Path("runs/whole"), last)
+    steps = metrics(whole)
+    assert metrics(Path("runs/sft_cut")) == steps
+    last = max(row["step"] for row in steps)
+    assert weights(Path("runs/sft_cut"), last) == weights(whole, last)
 
 
-def test_the_schedule_begins_anew(metrics: Metrics) -> None:
+def test_the_schedule_begins_anew(whole: Path, metrics: Metrics) -> None:
     """Two epochs, the learning rate from 0.2 of the parent's peak down to 0; with the user's own
     values where there are some."""
-    config = compose_config(["resume=runs/whole"])
-    parent = compose_config(["resume=runs/base"])
+    config = compose_config(["resume=runs/sft_whole"])
+    parent = compose_config(["resume=runs/sft_base"])
     train, _ = open_data(config, print)
     tokens = 2 * train.num_samples * config.train.sequence_length
     batch = config.train.global_batch_tokens
     assert config.train.total_tokens == -(-tokens // batch) * batch
     assert config.optim.peak_learning_rate == 0.2 * parent.optim.peak_learning_rate
-    steps = [row for row in metrics(Path("runs/whole")) if "loss" in row]
+    steps = [row for row in metrics(whole) if "loss" in row]
     assert steps[0]["tokens"] == batch and steps[-1]["lr"] == 0.0
-    words = ["name=mine", "train.total_tokens=512", "optim.peak_learning_rate=1e-5"]
+    words = ["name=sft_mine", "train.total_tokens=512", "optim.peak_learning_rate=1e-5"]
     assert main([*SFT, *words]) == 0
-    mine = compose_config(["resume=runs/mine"])
+    mine = compose_config(["resume=runs/sft_mine"])
     assert (mine.train.total_tokens, mine.optim.peak_learning_rate) == (512, 1e-5)
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["rows=rows.jsonl", "name=a"], "branch is not set"),
-        (["branch=runs/base@10", "name=a"], "rows is not set"),
-        (["branch=runs/base@10", "rows=rows.jsonl"], "name is not set"),
-        (["branch=runs/base@10", "rows=rows.jsonl", "name=a", "epochs=0"], "epochs=0"),
-        (["branch=runs/base@10", "rows=none.jsonl", "name=a"], "rows=none.jsonl"),
-        (["branch=runs/base@10", "rows=bad.jsonl", "name=a"], "bad.jsonl:1: answer is missing"),
-        (["branch=runs/base@10", "rows=rows.jsonl", "name=a", "rwos=1"], "rwos"),
-        (["branch=runs/base@10", "rows=rows.jsonl", "name=a", "too_long=cut"], "too_long"),
-        (["branch=runs/base@7", "rows=rows.jsonl", "name=a"], "branch=runs/base@7"),
-        (["resume=runs/whole", "rows=rows.jsonl"], "keeps its conversations"),
+        ([ROWS, "name=a"], "branch is not set"),
+        ([FROM, "name=a"], "rows is not set"),
+        ([FROM, ROWS], "name is not set"),
+        ([FROM, ROWS, "name=a", "epochs=0"], "epochs=0"),
+        ([FROM, "rows=none.jsonl", "name=a"], "rows=none.jsonl"),
+        ([FROM, "rows=sft_bad.jsonl", "name=a"], "sft_bad.jsonl:1: answer is missing"),
+        ([FROM, ROWS, "name=a", "rwos=1"], "rwos"),
+        ([FROM, ROWS, "name=a", "too_long=cut"], "too_long"),
+        (["branch=runs/sft_base@7", ROWS, "name=a"], "branch=runs/sft_base@7"),
+        (["resume=runs/sft_base", ROWS], "keeps its conversations"),
     ],
 )
 def test_mistakes_are_one_line(
     words: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    Path("bad.jsonl").write_text('{"prompt": "a"}\n')
+    Path("sft_bad.jsonl").write_text('{"prompt": "a"}\n')
     assert main(["posttrain", "sft", *words]) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
@@ -164,44 +173,48 @@ def test_a_tokenizer_without_chat_tokens_gets_them(
     prepared = tmp_path / "prepared"
     words = [f"input={tmp_path}/text.jsonl", f"output={prepared}", f"tokenizer={plain}"]
     assert main(["data", "prepare", *words, "validation_fraction=0.2", "workers=1"]) == 0
-    old = compose_config(["resume=runs/base"])
+    old = compose_config(["resume=runs/sft_base"])
     assert load_tokenizer(plain).vocab_size == old.model.vocab_size  # no row is free
     data = [f"data.tokenizer={prepared}/tokenizer"]
     blend = f"[{{path: {prepared}, weight: 1.0}}]"
     data += [f"data.phases=[{{from_tokens: 0, blend: {blend}}}]", f"data.validation={blend}"]
-    words = ["branch=runs/base@10", "weights_only=true", "name=plain", *data]
+    words = ["branch=runs/sft_base@10", "weights_only=true", "name=sft_plain", *data]
     words += ["train.total_tokens=256", "optim.warmup_tokens=0", "optim.decay_tokens=0"]
     assert main(["pretrain", *words]) == 0
     capsys.readouterr()
-    sft = ["posttrain", "sft", "rows=rows.jsonl", "train.sequence_length=64", "epochs=1"]
-    assert main([*sft, "branch=runs/plain@1", "name=refused"]) == 2
+    sft = ["posttrain", "sft", "rows=sft_rows.jsonl", "train.sequence_length=64", "epochs=1"]
+    assert main([*sft, "branch=runs/sft_plain@1", "name=sft_refused"]) == 2
     error = capsys.readouterr().err
     assert "<|im_start|>" in error and "convert add-chat-tokens" in error
-    assert main(["convert", "add-chat-tokens", "runs/plain@1", "--out", "runs/plain_chat"]) == 0
-    assert main(["convert", "add-chat-tokens", "runs/plain@1", "--out", "runs/plain_chat"]) == 0
+    assert (
+        main(["convert", "add-chat-tokens", "runs/sft_plain@1", "--out", "runs/sft_plain_chat"])
+        == 0
+    )
+    assert (
+        main(["convert", "add-chat-tokens", "runs/sft_plain@1", "--out", "runs/sft_plain_chat"])
+        == 0
+    )
     assert "is there already, complete" in capsys.readouterr().out
-    new = compose_config(["resume=runs/plain_chat"])
+    new = compose_config(["resume=runs/sft_plain_chat"])
     assert new.model.vocab_size == old.model.vocab_size + 64
     ids = load_tokenizer(plain).encode("line 3 of some text").tolist()
     results = []
-    for run in ("runs/plain@1", "runs/plain_chat@0"):
+    for run in ("runs/sft_plain@1", "runs/sft_plain_chat@0"):
         with open_checkpoint(run, ModelKnobs(), print) as opened:
             results.append(np.array(Engine(opened.model).log_probabilities([ids])[0]))
     fell = results[0] - results[1]  # what the 64 new rows take
     assert (fell > 0).all() and np.exp(fell).max() < 1 + 2 * 64 / old.model.vocab_size
-    assert main([*sft, "branch=runs/plain_chat@0", "name=tuned"]) == 0
-    assert main(["convert", "add-chat-tokens", "runs/base@10", "--out", "runs/twice"]) == 2
+    assert main([*sft, "branch=runs/sft_plain_chat@0", "name=sft_tuned"]) == 0
+    assert main(["convert", "add-chat-tokens", "runs/sft_base@10", "--out", "runs/sft_twice"]) == 2
     assert "has all tokens of the chat format already" in capsys.readouterr().err
 
 
-def test_a_tuned_model_answers_here_and_in_transformers(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_a_tuned_model_answers_here_and_in_transformers(tuned: Path, tmp_path: Path) -> None:
     """`chat=true` continues the prompt of the format and stops at <|im_end|>; the exported folder
     has a template that gives the same prompt, and the ids that end an answer."""
     from transformers import AutoTokenizer, GenerationConfig
 
-    step = max(int(path.name[5:]) for path in Path("runs/sft/checkpoints").glob("step_*"))
+    step = max(int(path.name[5:]) for path in (tuned / "checkpoints").glob("step_*"))
     assert main(["convert", "to-hf", f"runs/sft@{step}", "--out", str(tmp_path / "hf")]) == 0
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
     settings = GenerationConfig.from_pretrained(tmp_path / "hf")

@@ -137,8 +137,8 @@ def test_choice_keeps_to_the_budget(sizes: list[tuple[int, int]], budget: float)
 @pytest.mark.parametrize(
     ("knobs", "errors", "chosen"),
     [
-        (["budget=0.12"], {"mamba_out": (0.6, 0.05)}, ["mamba_out"]),
-        (["budget=0.12", "error=flush"], {"mamba_out": (0.1, 0.9)}, ["mamba_out"]),
+        (["budget=0.16"], {"mamba_out": (0.6, 0.05)}, ["mamba_out"]),
+        (["budget=0.16", "error=flush"], {"mamba_out": (0.1, 0.9)}, ["mamba_out"]),
         (["budget=0"], {"mamba_out": (0.6, 0.05)}, []),
         (["budget=0.12", "by=module"], {"qkv": (0.9, 0.05)}, ["qkv_3", "mtp_qkv_0"]),
     ],

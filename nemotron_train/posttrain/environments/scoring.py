@@ -10,6 +10,7 @@ leaves them; that is what the sandbox is for.
 
 import contextlib
 import json
+import math
 import os
 import queue
 import select
@@ -17,7 +18,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -255,8 +256,8 @@ class _Worker:
             if left <= 0:
                 raise _Ended(Verdict.timeout, f"no answer within {seconds:g} s")
             writable = [self._requests] if data else []
-            ready, ready_to_write, _ = select.select(readable, writable, (), left)
-            if ready_to_write:
+            ready = _ready(readable, writable, left)
+            if self._requests in ready:
                 with contextlib.suppress(BlockingIOError, BrokenPipeError):
                     data = data[os.write(self._requests, data[: 1 << 16]) :]
             if self._printed in ready:
@@ -271,7 +272,7 @@ class _Worker:
                     readable.discard(self._replies)
             if printed > _MAX_PRINTED_BYTES or len(reply) > _MAX_REPLY_BYTES:
                 raise _Ended(Verdict.output, "more output than allowed")
-            if ready == [self._ended]:
+            if ready == {self._ended}:
                 raise self._end()
         return json.loads(reply)
 
@@ -280,3 +281,14 @@ class _Worker:
         code = self._process.wait()
         how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
         return _Ended(Verdict.killed, f"the process ended {how}")
+
+
+def _ready(readable: Collection[int], writable: Collection[int], seconds: float) -> set[int]:
+    """The descriptors that can be read or written, within `seconds`. A `select` could not take
+    those above 1023, which a process with many shards and runs open has."""
+    poll = select.poll()
+    for file in readable:
+        poll.register(file, select.POLLIN)
+    for file in writable:
+        poll.register(file, select.POLLOUT)
+    return {file for file, _ in poll.poll(math.ceil(1000 * seconds))}

@@ -10,6 +10,7 @@ kills pid 1, the kernel kills everything in the namespace.
 
 import contextlib
 import json
+import math
 import os
 import select
 import signal
@@ -146,7 +147,10 @@ def _watch(
         os.set_blocking(file, False)
     while True:
         seconds = deadline - time.monotonic()
-        ready = select.select(files, (), (), max(0.0, seconds))[0]
+        poll = select.poll()
+        for file in files:
+            poll.register(file, select.POLLIN)
+        ready = [file for file, _ in poll.poll(max(0, math.ceil(1000 * seconds)))]
         if not ready and seconds <= 0:
             return {"ended": "timeout"}
         for file in ready:

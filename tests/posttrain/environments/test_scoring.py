@@ -4,6 +4,7 @@ Not covered: judges that start processes in sessions of their own.
 """
 
 import os
+import resource
 import threading
 import time
 from collections.abc import Iterator
@@ -187,3 +188,22 @@ def test_everything_is_reaped() -> None:
     deadline = time.monotonic() + 10
     while sleepers() - before:  # reaped by init
         assert time.monotonic() < deadline
+
+
+def test_descriptors_above_1023() -> None:
+    """A process that holds many files open, as one with many shards does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < 2048:
+        pytest.skip(f"at most {hard} open files are allowed here")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2048), hard))
+    held = []
+    try:
+        while not held or held[-1] < 1100:
+            held.append(os.open(os.devnull, os.O_RDONLY))
+        with Scoring(LIMITS) as opened:
+            scores = opened.score(ask(BY_ORDER, "right", "hang", "right"))
+        assert [score.reward for score in scores] == [1.0, 0.0, 1.0]
+    finally:
+        for file in held:
+            os.close(file)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
