@@ -191,14 +191,12 @@ class BatchSource:
         num_rows, length = stop - start, self._sequence_length
         tokens_BT = np.empty((num_rows, length + 1), dtype=np.int64)
         documents_BT = np.empty_like(tokens_BT)
-        trained_BT = np.ones_like(tokens_BT, dtype=bool)
+        trained_BT = np.empty_like(tokens_BT, dtype=bool)
         origins_B3 = np.empty((num_rows, 3), dtype=np.int64)
         for row, draw in enumerate(draws[start:stop]):
             source = self._sources[draw.source]
             epoch, window = source.window_at(draw.drawn)
-            tokens_BT[row], documents_BT[row], *trained = source.read(epoch, window)
-            if trained:
-                trained_BT[row] = trained[0]
+            tokens_BT[row], documents_BT[row], trained_BT[row] = source.read(epoch, window)
             origins_B3[row] = self._keys.index(draw.source), epoch, window
         for key in {draw.source for draw in draws[start:stop]}:
             self._sources[key].check_unchanged()  # after the rows: nothing else is trained on

@@ -25,7 +25,7 @@ from nemotron_train.data.manifest import (
     split_fingerprint,
 )
 from nemotron_train.data.permutation import key64, permute
-from nemotron_train.data.windows import check_vocabulary
+from nemotron_train.data.windows import Window, check_vocabulary
 
 _OPEN_SHARDS = 64
 
@@ -57,7 +57,7 @@ class PackedSource:
             )
         check_vocabulary(folder, self.manifest, split, vocab_size)
         tokens, mask = self.manifest.splits[split], self.manifest.splits[MASK_OF[split]]
-        self.key = key64_text(split_fingerprint(tokens), split_fingerprint(mask))
+        self.key = f"{key64(split_fingerprint(tokens), split_fingerprint(mask)):016x}"
         self.num_tokens = tokens.tokens
         self._length, self._shuffle = sequence_length, shuffle
         self._padding_id = self.manifest.tokenizer.end_of_document_id
@@ -83,9 +83,9 @@ class PackedSource:
         key = key64("rows", self._order_key, epoch)
         return epoch, int(permute(np.array([position]), self.num_windows, key)[0])
 
-    def read(self, epoch: int, window: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(token ids, conversation numbers from 0 within the row, whether a token is trained):
-        int64, int64, bool [T] each. Padding is a document of its own. The epoch does not matter."""
+    def read(self, epoch: int, window: int) -> Window:
+        """One row, whose documents are its conversations. Padding is a document of its own, which
+        is not trained. The epoch does not matter."""
         num_tokens = self._length + 1
         tokens_T = np.full(num_tokens, self._padding_id, dtype=np.int64)
         trained_T = np.zeros(num_tokens, dtype=bool)
@@ -99,7 +99,7 @@ class PackedSource:
             documents_T[piece] = number
             filled += ids.size
         documents_T[filled:] = len(self._rows[window])
-        return tokens_T, documents_T, trained_T
+        return Window(tokens_T, documents_T, trained_T)
 
     def check_unchanged(self) -> None:
         """Raises ConfigError, naming the file, if a shard read since the last call was removed,
@@ -169,8 +169,3 @@ def pack(lengths_C: np.ndarray, room: int) -> list[list[int]]:
             insort(rooms, left)
         by_room[left].append(row)
     return [sorted(row) for row in rows]
-
-
-def key64_text(*parts: str) -> str:
-    """A key of 16 hexadecimal digits that identifies the parts."""
-    return f"{key64(*parts):016x}"

@@ -15,6 +15,7 @@ Array legend: S sequence length, T = S + 1.
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -30,6 +31,15 @@ _CACHED_BLOCKS = 256  # 64 KiB each
 _PAGE_BYTES = 4096
 _VERIFIED_BYTES = 64 << 20  # splits up to this size are hashed when opened
 _VERIFIED_DOCUMENTS = 50_000_000  # the index of splits up to this size is read when opened: 1 GB
+
+
+class Window(NamedTuple):
+    """The tokens of a sample: ids and document numbers from 0 within it, int64 [T]; whether each
+    token is trained, bool [T]."""
+
+    tokens_T: np.ndarray
+    documents_T: np.ndarray
+    trained_T: np.ndarray
 
 
 class WindowedSource:
@@ -142,8 +152,8 @@ class WindowedSource:
         key = key64("windows", self._order_key, epoch)
         return epoch, int(permute(np.array([position]), self.num_windows, key)[0])
 
-    def read(self, epoch: int, window: int) -> tuple[np.ndarray, np.ndarray]:
-        """(token ids, document numbers from 0 within the window): int64 [T] each.
+    def read(self, epoch: int, window: int) -> Window:
+        """One window, of which every token is trained.
 
         Raises ConfigError, naming the file, if a shard has changed so that it cannot be read, and
         if a token id is outside the vocabulary.
@@ -183,7 +193,7 @@ class WindowedSource:
                 f"outside the vocabulary of {self._vocab_size}; `nemotron-train data inspect` "
                 "finds the damaged shard"
             )
-        return tokens_T, documents_T
+        return Window(tokens_T, documents_T, np.ones(num_tokens, dtype=bool))
 
     def check_unchanged(self) -> None:
         """Raises ConfigError, naming the file, if a shard read since the last call was removed,

@@ -227,7 +227,7 @@ def test_cut_rows_are_the_windows_of_the_shorter_length(blended: DataConfig) -> 
             number, epoch, window = origin.tolist()
             reader = short._sources[short._keys[number]]
             for piece in range(pieces):
-                tokens_T, documents_T = reader.read(epoch, window * pieces + piece)
+                tokens_T, documents_T, _ = reader.read(epoch, window * pieces + piece)
                 row = mine * pieces + piece
                 assert np.array_equal(cut.tokens_BS[row], tokens_T[:-1])
                 assert np.array_equal(cut.labels_BS[row], tokens_T[1:])

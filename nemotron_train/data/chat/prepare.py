@@ -28,7 +28,6 @@ from nemotron_train.data.chat.render import END, ChatFormat, Rendered
 from nemotron_train.data.chat.rows import ChatRow, read_rows
 from nemotron_train.data.indexed import token_dtype
 from nemotron_train.data.manifest import (
-    FILE_NAME,
     MASK_OF,
     Manifest,
     TokenizerEntry,
@@ -123,13 +122,6 @@ def prepare_chat(config: ChatDataConfig, say: Callable[[str], None]) -> ChatData
             raise
         flush_to_disk(output.parent)
     return _result(manifest)
-
-
-def is_conversations(folder: Path) -> bool:
-    """Whether the prepared data in `folder` are conversations. False if there is none."""
-    return (folder / FILE_NAME).is_file() and any(
-        mask in load_manifest(folder).splits for mask in MASK_OF.values()
-    )
 
 
 def _result(manifest: Manifest) -> ChatData:
