@@ -40,6 +40,17 @@ def run_harness(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def run_environments(arguments: argparse.Namespace) -> int:
+    """Run `evaluate environments` on up to 8 checkpoints."""
+    from nemotron_train.posttrain.knobs import EvaluateEnvironmentsConfig
+
+    runs, knobs = runs_and_knobs(EvaluateEnvironmentsConfig, arguments.words, most_runs=8)
+    from nemotron_train.posttrain.evaluation import evaluate_environments
+
+    evaluate_environments(runs, knobs)
+    return 0
+
+
 EVALUATE_VERBS: dict[str, Verb] = {
     "evaluate loss": Verb(
         "loss, perplexity and bits a byte of a checkpoint on prepared data, folder by folder",
@@ -66,6 +77,25 @@ output=PATH.
 
 Example:
   nemotron-train evaluate nll-by-position runs/short runs/extended data=data/packages
+""",
+    ),
+    "evaluate environments": Verb(
+        "pass@1 and pass@8 of one or more checkpoints in environments, with intervals",
+        run_environments,
+        run_arguments,
+        """\
+Every task is sampled several times in the chat format and judged by its environment. Several
+checkpoints get the same tasks and draws, and are compared task by task.
+
+The knobs: environment=all|NAME,NAME, rows=FILE.jsonl (tasks of your own),
+split=evaluation|harder|train|warm_start, level=1|2|3 (default 0: the three in turn), prompts=32 (of
+each environment), samples=8, output=PATH (PATH.json, PATH.png, PATH.0.jsonl.gz with the rollouts),
+temperature=, seed=, max_new_tokens=, batch=, speculative=true, tensor=, expert=, scoring_workers=,
+scoring_seconds=, sandbox=.
+
+Examples:
+  nemotron-train evaluate environments runs/warm
+  nemotron-train evaluate environments runs/warm runs/grpo environment=arithmetic,tools prompts=64
 """,
     ),
     "evaluate harness": Verb(

@@ -20,6 +20,7 @@ from nemotron_train.cli.evaluate import EVALUATE_VERBS
 from nemotron_train.cli.generate import GENERATE_VERBS
 from nemotron_train.cli.posttrain import POSTTRAIN_VERBS
 from nemotron_train.cli.report import REPORT_VERBS
+from nemotron_train.cli.rollouts import ROLLOUT_VERBS
 from nemotron_train.cli.slurm import SLURM_VERBS
 from nemotron_train.cli.sweep import SWEEP_VERBS
 from nemotron_train.cli.verbs import OVERRIDES_HELP, Verb, open_console, run_arguments
@@ -197,7 +198,7 @@ Examples:
 
 
 VERBS |= SWEEP_VERBS | REPORT_VERBS | CHECK_VERBS | CONVERT_VERBS | EVALUATE_VERBS
-VERBS |= GENERATE_VERBS | SLURM_VERBS | POSTTRAIN_VERBS
+VERBS |= GENERATE_VERBS | SLURM_VERBS | POSTTRAIN_VERBS | ROLLOUT_VERBS
 
 
 class _Parser(argparse.ArgumentParser):

@@ -13,11 +13,12 @@ import math
 import time
 from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import Future
 
 import torch
 from torch import Tensor
 
-from nemotron_train.generate.continuation import Continuation, OnToken
+from nemotron_train.generate.continuation import Answer, Continuation, OnToken
 from nemotron_train.generate.decoder import Decoder
 from nemotron_train.generate.knobs import DecodingKnobs, Sampling
 from nemotron_train.generate.sampling import choose
@@ -51,6 +52,7 @@ class Batch:
         self.on_token = on_token
         self.states = DecodeStates(0)
         self.drafter = self._new_drafter(0) if knobs.speculative else None
+        self._asked: list[tuple[Continuation, int, Future[Answer]]] = []  # in this round
         self._enough_free = max(1, int(_FREE_SHARE * knobs.batch))
 
     def run(self) -> None:
@@ -134,10 +136,19 @@ class Batch:
         draws = [row.draws for row in rows]
         tokens_B = from_first_rank(choose(self.engine.drawable(logits_BV), self.sampling, draws))
         tokens = tokens_B.tolist()
-        values = self.engine.log_probabilities_of(logits_BV, tokens)
-        for row, token, value in zip(rows, tokens, values, strict=True):
-            self._append(row, token, value)
+        for row, token, values in zip(
+            rows, tokens, self._log_probabilities(logits_BV, tokens), strict=True
+        ):
+            self._append(row, token, values)
         self._drop_finished()
+
+    def _log_probabilities(
+        self, logits_TV: Tensor, tokens: Sequence[int]
+    ) -> list[tuple[float, float]]:
+        """Of one token per row: under the model's distribution, and under the one drawn from."""
+        plain = self.engine.log_probabilities_of(logits_TV, tokens)
+        drawn = self.engine.drawn_log_probabilities_of(logits_TV, tokens, self.sampling)
+        return list(zip(plain, drawn, strict=True))
 
     def _step(self) -> None:
         """Decode one token of every sequence."""
@@ -204,7 +215,7 @@ class Batch:
         ]
         flat_tokens = [token for tokens in outcome for token in tokens]
         chosen_TV = logits_TV[torch.tensor(indices, device=logits_TV.device)]
-        values = iter(self.engine.log_probabilities_of(chosen_TV, flat_tokens))
+        values = iter(self._log_probabilities(chosen_TV, flat_tokens))
         taken = []
         for row, tokens in zip(self.rows, outcome, strict=True):
             row_values = [next(values) for _ in tokens]
@@ -215,31 +226,42 @@ class Batch:
             taken.append(count)
         return taken
 
-    def _append(self, row: Continuation, token: int, value: float) -> bool:
+    def _append(self, row: Continuation, token: int, values: tuple[float, float]) -> bool:
         """Append a drawn token and what the listener gives after it. Returns whether the next token
         may follow it directly: the sequence has not ended, and nothing was given."""
-        self._add(row, token, value, given=False)
+        self._add(row, token, values, given=False)
         answer = self.on_token(row, token)
+        if isinstance(answer, Future):
+            self._asked.append((row, token, answer))
+            return False
+        self._take(row, token, answer)
+        return not row.ended_by and isinstance(answer, str)
+
+    def _take(self, row: Continuation, token: int, answer: Answer) -> None:
+        """Do what the listener answered to a drawn token."""
         if isinstance(answer, str):
             row.ended_by = answer
             if self.knobs.end_of_document and token in self.engine.end_tokens:
                 row.ended_by = row.ended_by or "end"
         else:
             for given in answer[: self.knobs.max_new_tokens - len(row.new)]:
-                self._add(row, given, math.nan, given=True)
+                self._add(row, given, (math.nan, math.nan), given=True)
         if len(row.new) >= self.knobs.max_new_tokens:
             row.ended_by = row.ended_by or "length"
-        return not row.ended_by and isinstance(answer, str)
 
-    def _add(self, row: Continuation, token: int, value: float, given: bool) -> None:
+    def _add(self, row: Continuation, token: int, values: tuple[float, float], given: bool) -> None:
         row.new.append(token)
-        row.log_probabilities.append(value)
+        row.log_probabilities.append(values[0])
+        row.drawn_log_probabilities.append(values[1])
         row.given.append(given)
         row.pending += 1
         row.draws.position = len(row.new)
 
     def _drop_finished(self) -> None:
-        """Remove finished sequences from the states."""
+        """Wait for the answers of this round, then remove finished sequences from the states."""
+        for row, token, answer in self._asked:
+            self._take(row, token, answer.result())
+        self._asked.clear()
         active = [number for number, row in enumerate(self.rows) if not row.ended_by]
         if len(active) == len(self.rows):
             return

@@ -1,6 +1,7 @@
 """A sequence that is being continued, the costs of continuing, and the listener's type."""
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from nemotron_train.generate.sampling import Draws
@@ -11,15 +12,17 @@ class Continuation:
     """A prompt and its continuation.
 
     log_probabilities: of each new token given all tokens before it, under the model's unmodified
-    distribution (temperature 1, no top-k or top-p); NaN for a given one. given: whether the
-    listener gave the token, or it was drawn. pending: new tokens that the model has not read yet.
+    distribution (temperature 1, no top-k or top-p). drawn_log_probabilities: under the distribution
+    that it was drawn from. Both are NaN for a given token. given: whether the listener gave the
+    token, or it was drawn. pending: new tokens that the model has not read yet.
     """
 
-    number: int  # index of the prompt; with the seed, it determines the random draws
+    number: int  # of the prompt; with the seed, it determines the random draws
     prompt: list[int]
     draws: Draws
     new: list[int] = field(default_factory=list)
     log_probabilities: list[float] = field(default_factory=list)
+    drawn_log_probabilities: list[float] = field(default_factory=list)
     given: list[bool] = field(default_factory=list)
     pending: int = 0
     ended_by: str = ""  # "end", "length", or the text that `on_token` returned; "": not finished
@@ -48,8 +51,12 @@ class Costs:
     draft_bytes_per_token: int = 0
 
 
-# Called for each drawn token. A text that is not empty ends the sequence and becomes its
-# `ended_by`. Ids go on the sequence as if they had been drawn: the end of reasoning that a budget
-# forces, or what an environment answers. They come even after a token that would end the sequence,
-# up to `max_new_tokens`.
-OnToken = Callable[[Continuation, int], str | Sequence[int]]
+# To a drawn token. A text that is not empty ends the sequence and becomes its `ended_by`. Ids go on
+# the sequence as if they had been drawn: the end of reasoning that a budget forces, or what an
+# environment answers. They come even after a token that would end the sequence, up to
+# `max_new_tokens`.
+Answer = str | Sequence[int]
+
+# Called for each drawn token. The answers that come as futures in one round are awaited together
+# when all tokens of the round have been seen.
+OnToken = Callable[[Continuation, int], Answer | Future[Answer]]

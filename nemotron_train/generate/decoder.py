@@ -19,6 +19,8 @@ from torch import Tensor
 
 from nemotron_train.config.errors import ConfigError
 from nemotron_train.generate.continuation import Costs
+from nemotron_train.generate.knobs import Sampling
+from nemotron_train.generate.sampling import distribution
 from nemotron_train.generate.speculative import Acceptance
 from nemotron_train.model.decode_state import DecodeStates
 from nemotron_train.model.hybrid import NemotronModel
@@ -74,6 +76,24 @@ class Decoder:
                 "diverged: take an earlier checkpoint (RUN_FOLDER@STEP)"
             )
         return values
+
+    def drawn_log_probabilities_of(
+        self, logits_TV: Tensor, tokens: Sequence[int], sampling: Sampling
+    ) -> list[float]:
+        """Log-probability of one token per row under the distribution that it was drawn from: the
+        drawable ids at the sampling's temperature, top-k and top-p; 0 if greedy.
+
+        Call `log_probabilities_of` before it, which checks that the logits are finite.
+        """
+        if sampling.temperature == 0:
+            return [0.0] * len(tokens)
+        drawable_TV = self.drawable(logits_TV)
+        if sampling.top_k or sampling.top_p < 1:
+            log_TV = distribution(drawable_TV, sampling).log()
+        else:
+            log_TV = torch.log_softmax(drawable_TV / sampling.temperature, dim=-1)
+        tokens_T1 = torch.tensor(tokens, device=logits_TV.device).unsqueeze(1)
+        return log_TV.gather(1, tokens_T1).squeeze(1).tolist()
 
     def passes(
         self, states: DecodeStates, inputs: Sequence[Sequence[int]], chunk: int

@@ -29,8 +29,11 @@ class Engine(Decoder):
         sampling: Sampling,
         knobs: DecodingKnobs,
         on_token: OnToken | None = None,
+        numbers: Sequence[int] | None = None,
     ) -> list[Continuation]:
         """Continue every prompt, `knobs.batch` at a time; COLLECTIVE. No prompt may be empty.
+
+        numbers: of the prompts, which determine their random draws with the seed; default: 0, 1, …
 
         The place of a finished sequence goes to the next prompt. Equal prompts that are admitted
         together are run through the model once. Raises ConfigError if the model's logits are not
@@ -38,9 +41,10 @@ class Engine(Decoder):
         """
         assert all(prompts), "an empty prompt gives the model nothing to go on from"
         self.model.eval()
+        numbers = range(len(prompts)) if numbers is None else numbers
         sequences = [
             Continuation(number, list(prompt), Draws(sampling.seed, number))
-            for number, prompt in enumerate(prompts)
+            for number, prompt in zip(numbers, prompts, strict=True)
         ]
         Batch(self, sequences, sampling, knobs, on_token or (lambda sequence, token: "")).run()
         return sequences

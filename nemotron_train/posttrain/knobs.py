@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from nemotron_train.config.errors import ConfigError
+from nemotron_train.generate.knobs import DecodingKnobs, ModelKnobs, Sampling
 from nemotron_train.posttrain.environments.families import FAMILY_NAMES, check_name
 from nemotron_train.posttrain.environments.family import HELD_OUT_LEVEL, LEVELS
 from nemotron_train.posttrain.environments.scoring import ScoringLimits
@@ -37,6 +38,21 @@ class EnvironmentsConfig(ScoringConfig):
     """What a run over several environments needs of them."""
 
     environments: dict[str, EnvironmentConfig] = field(default_factory=dict)
+
+
+@dataclass
+class EvaluateEnvironmentsConfig(Sampling, ModelKnobs, DecodingKnobs, ScoringConfig):
+    """Knobs of `evaluate environments`."""
+
+    environment: str = "all"  # a name, several with commas, or all families
+    rows: str = ""  # JSONL file of tasks, in place of generated ones
+    split: str = "evaluation"  # of generated tasks: warm_start, train, evaluation or harder
+    level: int = 0  # of generated tasks: 1, 2, 3; 0: the three in turn
+    prompts: int = 32  # tasks of each environment
+    samples: int = 8  # rollouts of each task
+    max_new_tokens: int = 192  # of a rollout, with what the environment says
+    batch: int = 32
+    output: str = "environments"  # OUTPUT.json, OUTPUT.png, OUTPUT.0.jsonl.gz; empty: none
 
 
 @dataclass

@@ -7,7 +7,7 @@ needs in a row (its `check_row`), how many a step takes (`ratios`), prompts as t
 import json
 import math
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from nemotron_train.config.errors import ConfigError
 from nemotron_train.config.json_text import json_text
 from nemotron_train.config.visible import one_line
 from nemotron_train.data.permutation import key64
-from nemotron_train.posttrain.environments.families import build_family, check_name
+from nemotron_train.posttrain.environments.families import FAMILY_NAMES, build_family, check_name
 from nemotron_train.posttrain.environments.family import HELD_OUT_LEVEL, LEVELS, Family, Problem
 from nemotron_train.posttrain.environments.protocol import ROLES, Message, Row
 
@@ -47,13 +47,61 @@ def rows(environment: str, split: str, seed: int, count: int, level: int) -> lis
     an environment without a generator.
     """
     family, part = build_family(environment), _split(split)
-    levels = (HELD_OUT_LEVEL,) if part is Split.harder else LEVELS
+    levels = _levels(part)
     if level not in levels:
         allowed = ", ".join(map(str, levels))
         raise ConfigError(f"level={level}: the split {split} has {allowed}")
     if count < 0:
         raise ConfigError(f"count={count}: give 0 or more")
     return [_row(family, part, seed, index, level) for index in range(count)]
+
+
+def rows_of_levels(
+    environment: str, split: str, seed: int, count: int, level: int = 0
+) -> list[Row]:
+    """`rows` of one level, or with level 0 of all levels that the split has, in turn."""
+    levels = (level,) if level else _levels(_split(split))
+    by_level = [
+        rows(environment, split, seed, len(range(place, count, len(levels))), level)
+        for place, level in enumerate(levels)
+    ]
+    return [by_level[place % len(levels)][place // len(levels)] for place in range(count)]
+
+
+def families_of(names: str) -> Sequence[str]:
+    """The families that `all` or `NAME,NAME` names. Raises ConfigError for another name."""
+    if names == "all":
+        return FAMILY_NAMES
+    listed = [name.strip() for name in names.split(",")]
+    for name in listed:
+        if name not in FAMILY_NAMES:
+            raise ConfigError(
+                f"environment={names}: {name!r} makes no tasks; there are "
+                f"{', '.join(FAMILY_NAMES)} and all"
+            )
+    return list(dict.fromkeys(listed))
+
+
+def evaluation_rows(
+    environment: str, file: str, split: str, seed: int, count: int, level: int
+) -> list[Row]:
+    """Rows to evaluate with: of a file if one is named, the first `count` of each environment; else
+    generated. Raises ConfigError as `read_rows` and `rows_of_levels`."""
+    if not file:
+        return [
+            row
+            for name in families_of(environment)
+            for row in rows_of_levels(name, split, seed, count, level)
+        ]
+    default = "" if environment == "all" else environment
+    by_environment: dict[str, list[Row]] = {}
+    for row in read_rows(Path(file), default):
+        by_environment.setdefault(row.environment, []).append(row)
+    return [row for found in by_environment.values() for row in found[:count]]
+
+
+def _levels(split: Split) -> tuple[int, ...]:
+    return (HELD_OUT_LEVEL,) if split is Split.harder else LEVELS
 
 
 def _split(name: str) -> Split:

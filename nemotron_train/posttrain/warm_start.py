@@ -6,7 +6,7 @@ small model gets part of the tasks right. The rows are of the split `warm_start`
 problem with those that train and evaluate later.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,10 @@ from nemotron_train.config.errors import ConfigError
 from nemotron_train.config.json_text import json_text
 from nemotron_train.data.permutation import key64
 from nemotron_train.platform.files import check_output, write_output
-from nemotron_train.posttrain.environments.families import FAMILY_NAMES, worked_solution
+from nemotron_train.posttrain.environments.families import worked_solution
 from nemotron_train.posttrain.environments.family import LEVELS
 from nemotron_train.posttrain.environments.protocol import Message, Row
-from nemotron_train.posttrain.tasks import Split, rows
+from nemotron_train.posttrain.tasks import Split, families_of, rows_of_levels
 
 
 @dataclass
@@ -39,7 +39,7 @@ def write_rows(config: RowsConfig, say: Callable[[str], None]) -> None:
 
     Raises ConfigError for a knob out of range, an unknown family, a file that cannot be written.
     """
-    names = _families(config)
+    names = families_of(config.environment)
     if config.count < 1:
         raise ConfigError(f"count={config.count}: must be at least 1")
     if config.level not in (0, *LEVELS):
@@ -48,30 +48,10 @@ def write_rows(config: RowsConfig, say: Callable[[str], None]) -> None:
     lines = [
         (key64("mixed", config.seed, row.id), json_text(_conversation(row), ensure_ascii=False))
         for name in names
-        for row in _rows(name, config)
+        for row in rows_of_levels(name, Split.warm_start, config.seed, config.count, config.level)
     ]
     write_output(Path(config.output), "".join(f"{line}\n" for _, line in sorted(lines)), "output")
     say(f"wrote {len(lines):,} conversations of {', '.join(names)} to {config.output}")
-
-
-def _families(config: RowsConfig) -> Sequence[str]:
-    if config.environment == "all":
-        return FAMILY_NAMES
-    names = [name.strip() for name in config.environment.split(",")]
-    for name in names:
-        if name not in FAMILY_NAMES:
-            raise ConfigError(
-                f"environment={config.environment}: {name!r} writes no solutions; there are "
-                f"{', '.join(FAMILY_NAMES)} and all"
-            )
-    return list(dict.fromkeys(names))
-
-
-def _rows(name: str, config: RowsConfig) -> Iterator[Row]:
-    levels = LEVELS if config.level == 0 else (config.level,)
-    for place, level in enumerate(levels):
-        share = len(range(place, config.count, len(levels)))
-        yield from rows(name, Split.warm_start, config.seed, share, level)
 
 
 def _conversation(row: Row) -> dict[str, Any]:

@@ -18,8 +18,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -51,8 +51,7 @@ class ScoringLimits:
 
 
 class Scoring:
-    """A pool of workers. Close it after use. Methods take any number of items and may be called
-    from one thread at a time."""
+    """A pool of workers. Close it after use. Methods take any number of items."""
 
     def __init__(self, limits: ScoringLimits | None = None) -> None:
         self.limits = limits or ScoringLimits()
@@ -95,22 +94,27 @@ class Scoring:
 
     def step(self, episodes: Sequence[Episode]) -> list[list[Message] | Score | None]:
         """The reply to each episode's last completion, None if it is done, or its score 0."""
-        replies = self._map_episodes("step", episodes)
-        return [
-            _failure(reply)
-            if "value" not in reply
-            else None
-            if reply["value"] is None
-            else _messages(reply)
-            for reply in replies
-        ]
+        return [_reply(reply) for reply in self._map_episodes("step", episodes)]
+
+    def begin_step[Result](
+        self, episode: Episode, then: Callable[[list[Message] | Score | None], Result]
+    ) -> Future[Result]:
+        """`step` of one episode, in the background, and what `then` makes of the reply there."""
+        item = protocol.episode_json(episode)
+        return self._threads.submit(
+            lambda: then(_reply(self._call(episode.row.environment, "step", item)))
+        )
 
     def score(self, episodes: Sequence[Episode]) -> list[Score]:
         """The score of each episode, in order."""
-        return [
-            protocol.score_from_json(reply["value"]) if "value" in reply else _failure(reply)
-            for reply in self._map_episodes("score", episodes)
-        ]
+        return [_score(reply) for reply in self._map_episodes("score", episodes)]
+
+    def begin_score(self, episode: Episode) -> Future[Score]:
+        """`score` of one episode, in the background."""
+        item = protocol.episode_json(episode)
+        return self._threads.submit(
+            lambda: _score(self._call(episode.row.environment, "score", item))
+        )
 
     def restart(self) -> None:
         """End all workers; the next calls start new ones, which know nothing of earlier calls."""
@@ -155,6 +159,16 @@ class Scoring:
 
 def _messages(reply: dict[str, Any]) -> list[Message]:
     return list(protocol.messages_from_json(reply["value"]))
+
+
+def _reply(reply: dict[str, Any]) -> list[Message] | Score | None:
+    if "value" not in reply:
+        return _failure(reply)
+    return None if reply["value"] is None else _messages(reply)
+
+
+def _score(reply: dict[str, Any]) -> Score:
+    return protocol.score_from_json(reply["value"]) if "value" in reply else _failure(reply)
 
 
 def _failure(reply: dict[str, Any]) -> Score:

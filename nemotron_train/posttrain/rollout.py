@@ -1,0 +1,148 @@
+"""A rollout: one sampled episode of a row, token by token, and its form in files.
+
+Owns: the type, its JSON, reading and writing of files of rollouts. Does not own: how rollouts are
+made (`sampler`). No torch.
+
+A file is gzip-compressed JSON lines, one rollout a line, `*.jsonl.gz`.
+"""
+
+import gzip
+import json
+import math
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from nemotron_train.config.errors import ConfigError
+from nemotron_train.config.json_text import json_text
+from nemotron_train.config.visible import one_line
+from nemotron_train.platform.files import replacing
+from nemotron_train.posttrain.environments import protocol
+from nemotron_train.posttrain.environments.protocol import Episode, Row, Score
+
+SAMPLED, FORCED, ENVIRONMENT = "s", "f", "e"
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One sampled episode.
+
+    group: number of its row among those of the step; the samples of a row share it. sample: number
+    within the group. sequence: number that its random draws depend on, with the seed.
+    prompt_ids: what the policy was given. ids: what followed, and kinds, one letter for each: `s`
+    sampled, `f` forced by a budget, `e` said by the environment. log_probabilities: of the sampled
+    ids under the distribution that they were drawn from, NaN for the others. cut: whether the
+    length limit ended it. text: the ids as text, special tokens included. seconds: that the
+    environment took.
+    """
+
+    group: int
+    sample: int
+    sequence: int
+    prompt_ids: list[int]
+    ids: list[int]
+    kinds: str
+    log_probabilities: list[float]
+    episode: Episode
+    score: Score
+    cut: bool
+    text: str
+    thinking_tokens: int = 0
+    answer_tokens: int = 0
+    forced_closes: int = 0
+    malformed_calls: int = 0
+
+    @property
+    def row(self) -> Row:
+        """The task."""
+        return self.episode.row
+
+    @property
+    def reward(self) -> float:
+        """The reward; 0 where it does not apply."""
+        return self.score.reward or 0.0
+
+    @property
+    def passed(self) -> bool:
+        """Whether the environment's verdict is that the answer is right."""
+        return self.score.verdict == "passed"
+
+    @property
+    def turns(self) -> int:
+        """Sampled messages."""
+        return sum(message.role == "assistant" for message in self.episode.turns)
+
+
+def to_json(rollout: Rollout) -> dict[str, Any]:
+    """A rollout as a JSON object. Kinds are run-length coded: [["s", 12], ["e", 9], …]."""
+    return {
+        "id": rollout.row.id,
+        "environment": rollout.row.environment,
+        "group": rollout.group,
+        "sample": rollout.sample,
+        "sequence": rollout.sequence,
+        "prompt_ids": rollout.prompt_ids,
+        "ids": rollout.ids,
+        "kinds": [[kind, len(list(run))] for kind, run in groupby(rollout.kinds)],
+        "log_probabilities": [
+            None if math.isnan(value) else value for value in rollout.log_probabilities
+        ],
+        "episode": protocol.episode_json(rollout.episode),
+        "score": protocol.score_json(rollout.score),
+        "cut": rollout.cut,
+        "text": rollout.text,
+        "thinking_tokens": rollout.thinking_tokens,
+        "answer_tokens": rollout.answer_tokens,
+        "forced_closes": rollout.forced_closes,
+        "malformed_calls": rollout.malformed_calls,
+    }
+
+
+def from_json(value: Mapping[str, Any]) -> Rollout:
+    """The reverse of `to_json`. Raises KeyError, TypeError or ValueError for anything else."""
+    return Rollout(
+        group=value["group"],
+        sample=value["sample"],
+        sequence=value["sequence"],
+        prompt_ids=value["prompt_ids"],
+        ids=value["ids"],
+        kinds="".join(kind * count for kind, count in value["kinds"]),
+        log_probabilities=[
+            math.nan if entry is None else float(entry) for entry in value["log_probabilities"]
+        ],
+        episode=protocol.episode_from_json(value["episode"]),
+        score=protocol.score_from_json(value["score"]),
+        cut=value["cut"],
+        text=value["text"],
+        thinking_tokens=value["thinking_tokens"],
+        answer_tokens=value["answer_tokens"],
+        forced_closes=value["forced_closes"],
+        malformed_calls=value["malformed_calls"],
+    )
+
+
+def write_rollouts(path: Path, rollouts: Iterable[Rollout]) -> None:
+    """Write a file of rollouts, atomically and durably. Equal rollouts give equal bytes."""
+    lines = [json_text(to_json(rollout), ensure_ascii=False) + "\n" for rollout in rollouts]
+    with replacing(path, durable=True) as temporary:
+        temporary.write_bytes(gzip.compress("".join(lines).encode(), mtime=0))
+
+
+def read_rollouts(path: Path) -> Iterator[Rollout]:
+    """The rollouts of a file. Raises ConfigError, naming file and line, if it is none."""
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    yield from_json(json.loads(line))
+                except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+                    raise ConfigError(
+                        f"{path} line {number}: is no rollout "
+                        f"({type(error).__name__}: {one_line(error)[:80]})"
+                    ) from None
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise ConfigError(f"{path}: is no file of rollouts ({reason})") from None

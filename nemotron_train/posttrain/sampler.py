@@ -1,0 +1,235 @@
+"""Rollouts from a policy: prompts in the chat format, turns with environments, scores.
+
+Owns: groups of samples, the turns of an episode, which ids were sampled. Does not own: decoding
+(`generate.engine`), the format (`data.chat`), how environments run (`posttrain.environments`).
+
+Sampled ids are never decoded and encoded again: an episode goes on from them, and training takes
+them as they are.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+
+from nemotron_train.config.errors import ConfigError
+from nemotron_train.data.chat.parse import Turn, parse_turn
+from nemotron_train.data.chat.render import END, THINK_END, ChatFormat
+from nemotron_train.generate.continuation import Answer, Continuation
+from nemotron_train.generate.engine import Engine
+from nemotron_train.generate.knobs import DecodingKnobs, Sampling
+from nemotron_train.posttrain.environments.protocol import EndedBy, Episode, Message, Row, Score
+from nemotron_train.posttrain.environments.scoring import Scoring
+from nemotron_train.posttrain.rollout import ENVIRONMENT, FORCED, SAMPLED, Rollout
+
+_DONE = "turn"  # the text that ends a sequence whose episode is over
+
+
+class Sampler:
+    """Makes rollouts with one engine. Its weights may change between calls.
+
+    The engine must draw only ids that the tokenizer knows. max_context: most tokens of a prompt and
+    what follows.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        chat: ChatFormat,
+        scoring: Scoring,
+        decoding: DecodingKnobs,
+        max_context: int,
+    ) -> None:
+        self.engine = engine
+        self.chat = chat
+        self.scoring = scoring
+        self.decoding = decoding
+        self.max_context = max_context
+        self.scoring_seconds = 0.0  # that generation had to wait for, over all calls
+        self._turns: dict[str, int] = {}
+
+    def rollouts(
+        self,
+        rows: Sequence[Row],
+        samples: int,
+        sampling: Sampling,
+        first_sequence: int = 0,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> list[Rollout]:
+        """`samples` rollouts of each row, in order. COLLECTIVE.
+
+        first_sequence: number of the first rollout; with the seed, a rollout's number determines
+        its draws. progress: called with the finished and all rollouts. Raises ConfigError if an
+        environment cannot be loaded, or a prompt leaves no room for an answer.
+        """
+        new_names = {row.environment for row in rows} - set(self._turns)
+        self._turns |= self.scoring.load(sorted(new_names))
+        players = self._players(rows, samples)
+        playing = {
+            first_sequence + number: player
+            for number, player in enumerate(players)
+            if player.score is None
+        }
+        prompts = [player.prompt_ids for player in playing.values()]
+        finished = len(players) - len(playing)
+
+        def on_token(sequence: Continuation, token: int) -> Answer | Future[Answer]:
+            nonlocal finished
+            answer = playing[sequence.number].after(sequence, token)
+            if isinstance(answer, str) and answer:
+                finished += 1
+                progress(finished, len(players))
+            return answer
+
+        numbers = list(playing)
+        sequences = self.engine.generate(prompts, sampling, self.decoding, on_token, numbers)
+        waited = time.perf_counter()
+        for player, sequence in zip(playing.values(), sequences, strict=True):
+            player.finish(sequence)
+        self.scoring_seconds += time.perf_counter() - waited
+        progress(len(players), len(players))
+        return [player.rollout(first_sequence + number) for number, player in enumerate(players)]
+
+    def _players(self, rows: Sequence[Row], samples: int) -> list["_Player"]:
+        players = []
+        starts = self.scoring.start(rows)
+        for group, (row, start) in enumerate(zip(rows, starts, strict=True)):
+            messages, score = (None, start) if isinstance(start, Score) else (start, None)
+            ids = [] if messages is None else self._prompt(row, messages)
+            for sample in range(samples):
+                episode = Episode(row, tuple(messages or ()), ())
+                players.append(_Player(self, episode, group, sample, ids, score))
+        return players
+
+    def _prompt(self, row: Row, messages: Sequence[Message]) -> list[int]:
+        ids = self.chat.prompt(messages, row.tools, row.thinking)
+        if len(ids) >= self.max_context:
+            raise ConfigError(
+                f"row {row.id} of environment {row.environment}: its prompt has {len(ids)} tokens, "
+                f"and prompt and answer together may have {self.max_context}"
+            )
+        return ids
+
+    def max_turns(self, environment: str) -> int:
+        """Most completions of an episode."""
+        return self._turns[environment]
+
+
+@dataclass(eq=False)
+class _Player:
+    """An episode while it is being sampled."""
+
+    owner: Sampler
+    episode: Episode
+    group: int
+    sample: int
+    prompt_ids: list[int]
+    score: Score | None  # known before the end: the environment failed
+    kinds: list[str] = field(default_factory=list)
+    turn_begin: int = 0  # index of the first id of the current turn
+    sequence: Continuation | None = None
+    scored: Future[Score] | None = None
+    thinking_tokens: int = 0
+    answer_tokens: int = 0
+    malformed_calls: int = 0
+
+    def after(self, sequence: Continuation, token: int) -> Answer | Future[Answer]:
+        """The listener of the engine: after each sampled token."""
+        self.kinds.append(SAMPLED)
+        if token == self.owner.chat.special_ids[END]:
+            return self._end_of_turn(sequence)
+        if len(self.prompt_ids) + len(sequence.new) >= self.owner.max_context:
+            return "length"
+        return ""
+
+    def _end_of_turn(self, sequence: Continuation) -> Answer | Future[Answer]:
+        self._add_turn(sequence.new)
+        if self.episode.last.fault:
+            return self._over(EndedBy.stop)
+        if self.turns == self.owner.max_turns(self.episode.row.environment) == 1:
+            return self._over(EndedBy.stop)
+        return self.owner.scoring.begin_step(
+            self.episode, lambda reply: self._after_reply(sequence, reply)
+        )
+
+    def _after_reply(self, sequence: Continuation, reply: list[Message] | Score | None) -> Answer:
+        """What follows the environment's reply. Runs in a thread of the scoring pool."""
+        if isinstance(reply, Score):
+            self.score = reply
+            return _DONE
+        if reply is None:
+            return self._over(EndedBy.stop)
+        self.episode = replace(self.episode, turns=(*self.episode.turns, *reply))
+        if self.turns >= self.owner.max_turns(self.episode.row.environment):
+            return self._over(EndedBy.turns)
+        ids = self.owner.chat.following(reply, self.episode.row.thinking)
+        room = self.owner.max_context - len(self.prompt_ids) - len(sequence.new)
+        room = min(room, self.owner.decoding.max_new_tokens - len(sequence.new))
+        if len(ids) >= room:
+            return self._over(EndedBy.length)
+        self.kinds += [ENVIRONMENT] * len(ids)
+        self.turn_begin = len(self.kinds)
+        return ids
+
+    @property
+    def turns(self) -> int:
+        return sum(message.role == "assistant" for message in self.episode.turns)
+
+    def _add_turn(self, ids: Sequence[int]) -> None:
+        """Add the completion that begins at `turn_begin` to the episode."""
+        turn = ids[self.turn_begin :]
+        thinking = self.episode.row.thinking
+        parsed = parse_turn(self.owner.chat, turn, thinking, text_calls=True)
+        end = self.owner.chat.special_ids[THINK_END]
+        closed = list(turn).index(end) if thinking and end in turn else len(turn) * thinking
+        self.thinking_tokens += closed
+        self.answer_tokens += len(turn) - closed
+        self.malformed_calls += len(parsed.malformed_calls)
+        turns = (*self.episode.turns, _message(parsed))
+        self.episode = replace(self.episode, turns=turns)
+
+    def _over(self, ended_by: EndedBy) -> str:
+        """The episode is over: its score is asked for while others go on."""
+        self.episode = replace(self.episode, ended_by=ended_by)
+        self.scored = self.owner.scoring.begin_score(self.episode)
+        return _DONE
+
+    def finish(self, sequence: Continuation) -> None:
+        """Wait for the score. A sequence that ended by itself or by its length has an open turn."""
+        self.sequence = sequence
+        if sequence.ended_by != _DONE:
+            self._add_turn(sequence.new)
+            self._over(EndedBy.stop if sequence.ended_by == "end" else EndedBy.length)
+        if self.score is None:
+            assert self.scored is not None
+            self.score = self.scored.result()
+
+    def rollout(self, number: int) -> Rollout:
+        """The finished rollout."""
+        assert self.score is not None
+        ids = self.sequence.new if self.sequence else []
+        kinds = "".join(self.kinds)
+        assert len(kinds) == len(ids), (len(kinds), len(ids))
+        return Rollout(
+            group=self.group,
+            sample=self.sample,
+            sequence=number,
+            prompt_ids=self.prompt_ids,
+            ids=ids,
+            kinds=kinds,
+            log_probabilities=self.sequence.drawn_log_probabilities if self.sequence else [],
+            episode=self.episode,
+            score=self.score,
+            cut=self.episode.ended_by == EndedBy.length,
+            text=self.owner.chat.tokenizer.decode(ids),
+            thinking_tokens=self.thinking_tokens,
+            answer_tokens=self.answer_tokens,
+            forced_closes=kinds.count(FORCED),
+            malformed_calls=self.malformed_calls,
+        )
+
+
+def _message(turn: Turn) -> Message:
+    if turn.is_well_formed:
+        return Message("assistant", turn.content, turn.thinking, tuple(turn.tool_calls))
+    return Message("assistant", "", fault="malformed")
