@@ -178,18 +178,21 @@ class Run:
         from nemotron_train.precision.attach import PrecisionControl
         from nemotron_train.run_folder.progress import Progress
         from nemotron_train.train.guard.guard import Guard
+        from nemotron_train.train.supply import DataSupply
         from nemotron_train.train.train_step import TrainStep
 
         config, groups = self.config, self.groups
         model_parallel_cuda_manual_seed(config.train.seed)
         cores = build_chunks(config, resolve_plan(config), self.platform, groups)
         chunks = wrap_chunks(cores, config, groups)
+        derived = derive(config, int(os.environ.get("WORLD_SIZE", "1")))
+        rows: Any = PackedRows(config)
         train_step = TrainStep(
             config,
-            derive(config, int(os.environ.get("WORLD_SIZE", "1"))),
+            derived,
             chunks,
             build_optimizer(config, chunks, groups, self.platform),
-            PackedRows(config),  # type: ignore[arg-type]
+            DataSupply(config, derived, rows, groups, self.platform.device),
             groups,
             self.platform.device,
             PrecisionControl(cores, config, resolve_plan(config), groups),

@@ -93,6 +93,7 @@ def build_step(config: Config, num_threads: int = 2) -> Callable[[], float]:
     from nemotron_train.precision.attach import PrecisionControl
     from nemotron_train.run_folder.progress import Progress
     from nemotron_train.train.guard.guard import Guard
+    from nemotron_train.train.supply import DataSupply
     from nemotron_train.train.train_step import TrainStep
 
     groups = process_groups.start(config.parallel, platform.backend)
@@ -107,7 +108,7 @@ def build_step(config: Config, num_threads: int = 2) -> Callable[[], float]:
         derive(config),
         [model],
         optimizer,
-        batches,  # type: ignore[arg-type]
+        DataSupply(config, derive(config), batches, groups, platform.device),  # type: ignore[arg-type]
         groups,
         platform.device,
         PrecisionControl([model.module], config, resolve_plan(config), groups),

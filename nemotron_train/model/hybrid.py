@@ -10,7 +10,7 @@ rank's piece (`model.context`).
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -27,6 +27,8 @@ from nemotron_train.model.decode_state import DecodeBatch
 from nemotron_train.model.documents import PackedDocuments
 from nemotron_train.model.linears import linear
 from nemotron_train.model.mtp import depth_mask, shift_left
+
+TokenLoss = Callable[[torch.Tensor], torch.Tensor]  # [S,B] -> [S,B]
 
 
 class NemotronStack(HybridStack):
@@ -76,10 +78,15 @@ _ENGINE_STATE = re.compile(r"\._extra_state\d*$")
 class NemotronModel(HybridModel):
     """Hybrid Mamba-2 / attention / LatentMoE language model with multi-token prediction.
 
+    detaches_mtp: the losses of multi-token prediction train its block alone, not the decoder,
+    embedding and output layer.
+
     Checkpoints contain parameters and buffers only. The extra state that Transformer Engine would
     add is a pickled recipe: the precision plan has the same content, and block scales have no
     history to save.
     """
+
+    detaches_mtp = False
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
@@ -99,8 +106,12 @@ class NemotronModel(HybridModel):
             raise RuntimeError(f"missing {missing}, unexpected {unexpected} in the model's state")
         return torch.nn.modules.module._IncompatibleKeys(missing, unexpected)
 
-    def _output_logits(self, hidden_SBD: torch.Tensor) -> torch.Tensor:
-        """Logits [S,B,V]."""
+    def _output_logits(
+        self, hidden_SBD: torch.Tensor, weight: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Logits [S,B,V]. weight: of the output layer, in place of its own."""
+        if weight is not None:
+            return self.output_layer(hidden_SBD, weight=weight)[0]
         weight = self.output_layer.weight
         assert weight is not None
         # With apex the layer adds to `main_grad` itself, at the end of the product.
@@ -117,11 +128,14 @@ class NemotronModel(HybridModel):
         labels_BS: torch.Tensor | None = None,
         loss_mask_BS: torch.Tensor | None = None,
         document_ids_BS: torch.Tensor | PackedDocuments | None = None,
+        token_loss: TokenLoss | None = None,
     ) -> torch.Tensor:
         """Losses of one micro-batch, or logits.
 
         document_ids_BS: the ids, or the documents with the ids in host memory too, which spares a
-        GPU's host a wait.
+        GPU's host a wait. token_loss: from the main head's negative log-likelihoods [S,B] of this
+        rank's piece to the losses to be summed, in place of the product with the loss mask; the
+        mask then only says what the depths of multi-token prediction are trained on.
 
         On the last pipeline stage it returns, with labels, the loss sums over the targets that
         count, FP32 [1 + depths] (main head first); without labels, logits [B,S,V]. On other stages
@@ -140,7 +154,8 @@ class NemotronModel(HybridModel):
         if labels_BS is None:
             return self._output_logits(hidden).transpose(0, 1)
         assert loss_mask_BS is not None and documents is not None
-        sums = [self._loss_sum(hidden, labels_BS, loss_mask_BS)]
+        weigh = token_loss or _masked(piece(loss_mask_BS, cp_group))
+        sums = [self._loss_sum(hidden, labels_BS, weigh)]
         if self.mtp_process:
             sums += self._mtp_loss_sums(hidden, tokens_BS, labels_BS, loss_mask_BS, documents)
         return torch.stack(sums)
@@ -192,15 +207,18 @@ class NemotronModel(HybridModel):
         return F.embedding(tokens_T, self.embedding.word_embeddings.weight).unsqueeze(1)
 
     def _loss_sum(
-        self, hidden_SBD: torch.Tensor, labels_BS: torch.Tensor, mask_BS: torch.Tensor
+        self,
+        hidden_SBD: torch.Tensor,
+        labels_BS: torch.Tensor,
+        token_loss: TokenLoss,
+        weight: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The sum of the losses of masked-in targets over this rank's piece. Labels and mask are
-        whole rows."""
-        labels_BS, mask_BS = (piece(x, self.pg_collection.cp) for x in (labels_BS, mask_BS))
+        """The sum of the losses over this rank's piece. Labels are whole rows."""
+        labels_BS = piece(labels_BS, self.pg_collection.cp)
         loss_SB = vocab_parallel_cross_entropy(
-            self._output_logits(hidden_SBD), labels_BS.t(), self.pg_collection.tp
+            self._output_logits(hidden_SBD, weight), labels_BS.t(), self.pg_collection.tp
         )
-        return (loss_SB * mask_BS.t()).sum()
+        return token_loss(loss_SB).sum()
 
     def _mtp_loss_sums(
         self,
@@ -212,6 +230,11 @@ class NemotronModel(HybridModel):
     ) -> list[torch.Tensor]:
         """One loss sum a depth. Each depth starts from the hidden states of the previous one."""
         block, depths = self.mtp.layers[0], self.config.mtp_num_layers or 0
+        embedding, weight = self.embedding, None
+        if self.detaches_mtp:
+            assert self.output_layer.weight is not None
+            hidden_SBD, weight = hidden_SBD.detach(), self.output_layer.weight.detach()
+            embedding = _detached(self.embedding)
         sums = []
         for depth in range(1, depths + 1):
             hidden_SBD, tokens_BS, _, _ = block(
@@ -220,12 +243,21 @@ class NemotronModel(HybridModel):
                 hidden_states=hidden_SBD,
                 attention_mask=None,
                 packed_seq_params=documents,
-                embedding=self.embedding,
+                embedding=embedding,
             )
             labels_BS = shift_left(labels_BS)
             mask_BS = depth_mask(loss_mask_BS, documents.ids_BS, depth)
-            sums.append(self._loss_sum(hidden_SBD, labels_BS, mask_BS))
+            weigh = _masked(piece(mask_BS, self.pg_collection.cp))
+            sums.append(self._loss_sum(hidden_SBD, labels_BS, weigh, weight))
         return sums
+
+
+def _masked(mask_BS: torch.Tensor) -> TokenLoss:
+    return lambda nll_SB: nll_SB * mask_BS.t()
+
+
+def _detached(embedding: Any) -> Callable[..., torch.Tensor]:
+    return lambda **arguments: embedding(**arguments).detach()
 
 
 def _through_layers(stack: Any, hidden_T1D: torch.Tensor, new: DecodeBatch) -> torch.Tensor:

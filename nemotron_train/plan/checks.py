@@ -12,7 +12,8 @@ from math import inf
 from operator import attrgetter
 
 from nemotron_train.config.errors import ConfigError
-from nemotron_train.config.schema import Config, DataKind, GuardConfig, ModelConfig
+from nemotron_train.config.guard import GuardConfig
+from nemotron_train.config.schema import Config, DataKind, ModelConfig
 from nemotron_train.plan.architecture.layers import LayerKind, parse_pattern
 from nemotron_train.plan.layout_checks import check_layout, must_divide
 

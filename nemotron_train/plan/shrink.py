@@ -20,6 +20,7 @@ from typing import Any
 
 from nemotron_train.config.errors import ConfigError
 from nemotron_train.config.gpu import GpuConfig
+from nemotron_train.config.guard import GuardConfig
 from nemotron_train.config.schema import (
     BlendSource,
     Config,
@@ -28,7 +29,6 @@ from nemotron_train.config.schema import (
     Dtype,
     FormatConfig,
     GemmFormat,
-    GuardConfig,
     LoggingConfig,
     ModelConfig,
     ParallelConfig,

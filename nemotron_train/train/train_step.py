@@ -12,7 +12,6 @@ L MoE layers, E experts.
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from fractions import Fraction
 from functools import partial
 from typing import Any
 
@@ -24,8 +23,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
-from nemotron_train.config.schema import Config, ModelConfig, TrainConfig
-from nemotron_train.data.batches import Batch, BatchSource, DataState
+from nemotron_train.config.schema import Config, ModelConfig
+from nemotron_train.data.batches import Batch
 from nemotron_train.model.moe.router import SigmoidRouter
 from nemotron_train.optim.build import set_learning_rate
 from nemotron_train.optim.schedule import learning_rate
@@ -36,13 +35,13 @@ from nemotron_train.platform.groups import sum_over
 from nemotron_train.precision.attach import PrecisionControl
 from nemotron_train.precision.native import NativePrecision
 from nemotron_train.run_folder.progress import Progress, StepResult
-from nemotron_train.train.global_batch import Tensors, micro_batches, take_together
+from nemotron_train.train.global_batch import Tensors, micro_batches
 from nemotron_train.train.guard.diagnose import gradients_are_finite, non_finite
 from nemotron_train.train.guard.guard import Action, Findings, Guard, RollBack
 from nemotron_train.train.guard.health import Health
 from nemotron_train.train.guard.stragglers import Stragglers
-from nemotron_train.train.prefetch import Prefetched
 from nemotron_train.train.step_clock import StepClock
+from nemotron_train.train.supply import StepBatch, Supply
 
 
 def head_weights(config: Config) -> np.ndarray:
@@ -82,17 +81,18 @@ def run_micro_batches(
     config: Config,
     device: str,
     forward_only: bool,
+    split: Callable[[Batch, int, str], Iterator[Tensors]] = micro_batches,
 ) -> list[torch.Tensor]:
     """Run this rank's rows through Megatron's schedule: no pipeline, 1F1B or interleaved 1F1B.
 
-    Runs the forward pass of every micro-batch and, unless `forward_only`, the backward pass.
-    COLLECTIVE. Returns the loss sums [K] of each micro-batch on ranks of the last pipeline stage,
-    and an empty list on other ranks.
+    Runs the forward pass of every micro-batch and, unless `forward_only`, the backward pass. split:
+    makes micro-batches of rows. COLLECTIVE. Returns the loss sums [K] of each micro-batch on ranks
+    of the last pipeline stage, and an empty list on other ranks.
     """
     length = batch.tokens_BS.shape[1]
     # With shorter rows, a micro-batch takes more of them: its number of tokens stays the same.
     rows = config.train.micro_batch_sequences * (config.train.sequence_length // length)
-    iterators = [micro_batches(batch, rows, device) for _ in chunks]
+    iterators = [split(batch, rows, device) for _ in chunks]
     return get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=iterators if len(chunks) > 1 else iterators[0],
@@ -121,22 +121,12 @@ def moe_layer_name(router: SigmoidRouter) -> str:
     return f"{block}.layers.{router.layer_number - 1}"
 
 
-def is_short(train: TrainConfig, step: int) -> bool:
-    """Whether step `step` (counted from 1) trains on short rows.
-
-    A share of `short_share` of the steps is short, spread as evenly as possible. All rows of a step
-    have the same length, as in the context extension of Nemotron 3 (Ultra report: 8% of the
-    iterations at 4k, the rest at 1M).
-    """
-    share = Fraction(str(train.short_share))  # through str: 0.1 is exactly 1/10
-    return math.floor(step * share) > math.floor((step - 1) * share)
-
-
 class TrainStep:
     """Callable that takes one optimizer step.
 
     Owns: the order of operations in a step, and the step's metrics. Does not own: the position in
-    the run (`Progress`, passed in and returned), the decision about the update (`guard`).
+    the run (`Progress`, passed in and returned), what is trained on (`supply`), the decision about
+    the update (`guard`).
 
     `_finalize_gradients` runs inside `run_micro_batches`: Megatron calls it after the last backward
     pass.
@@ -148,7 +138,7 @@ class TrainStep:
         derived: Derived,
         chunks: Sequence[DistributedDataParallel],
         optimizer: MegatronOptimizer,
-        batches: BatchSource | Prefetched,
+        supply: Supply,
         groups: ProcessGroupCollection,
         device: str,
         precision: PrecisionControl | NativePrecision,
@@ -158,15 +148,13 @@ class TrainStep:
         self.derived = derived
         self.chunks = chunks
         self.optimizer = optimizer
-        self.batches = batches
+        self.supply = supply
         self.groups = groups
         self.device = device
         self.precision = precision
         self.guard = guard
         self.weights = head_weights(config)
         self.clock = StepClock()
-        rows = derived.sequences_per_step // derived.data_parallel
-        self.rank_rows = (groups.dp.rank() * rows, (groups.dp.rank() + 1) * rows)
         self.routers = [
             module
             for chunk in chunks
@@ -226,7 +214,7 @@ class TrainStep:
             sum_over(losses, self.groups.tp_dp_cp)
             local_layers = [self.moe_layers.index(moe_layer_name(r)) for r in self.routers]
             stats_2L[0, local_layers] = loads.amax(1) / loads.mean(1).clamp(min=1e-9)
-            stats_2L[1, local_layers] = losses / self.derived.tokens_per_step
+            stats_2L[1, local_layers] = losses / self.step_tokens
             shares_LE[local_layers] = loads.to(stats_2L) / loads.sum(1, keepdim=True).clamp(min=1)
             for router in self.routers:
                 router.load_balance_loss_sum = torch.zeros((), device=loads.device)
@@ -258,18 +246,10 @@ class TrainStep:
         tokens = progress.tokens + self.derived.tokens_per_step
         rate = learning_rate(tokens, self.config.optim, self.config.train.total_tokens)
         set_learning_rate(self.optimizer, rate, self.config.optim.weight_decay)
-        train = self.config.train
-        batch, next_data, targets_K = take_together(
-            self.batches,
-            progress.data,
-            self.derived.sequences_per_step,
-            self.rank_rows,
-            num_heads=len(self.weights),
-            group=self.groups.dp,
-            device=self.device,
-            row_length=train.short_sequence_length if is_short(train, self.step) else 0,
-        )
-        weights_K = torch.from_numpy(self.weights).to(self.device) / targets_K.clamp(min=1)
+        supplied = self.supply(progress)
+        self.step_tokens = supplied.tokens
+        weights_K = torch.from_numpy(self.weights).to(self.device)
+        weights_K = weights_K / supplied.targets_K.clamp(min=1)
         self.clock.lap("data")
 
         # Forward and backward passes, then gradient reduction (`_finalize_gradients`).
@@ -279,29 +259,31 @@ class TrainStep:
         self.optimizer.zero_grad()
         if self.health.is_due(self.step):
             self.health.begin()
-        weighted_step = partial(
-            forward_step, weights_K=(weights_K * self.derived.tokens_per_step).float()
-        )
+        weighted_step = partial(forward_step, weights_K=(weights_K * supplied.tokens).float())
         reports = run_micro_batches(
-            self.chunks, weighted_step, batch, self.config, self.device, forward_only=False
+            self.chunks,
+            weighted_step,
+            supplied.batch,
+            self.config,
+            self.device,
+            forward_only=False,
+            split=supplied.split,
         )
 
         # Measurements, then the weight update, if the guard allows it.
-        losses_K = self._mean_losses(reports, targets_K)
+        losses_K = self._mean_losses(reports, supplied.targets_K)
         grad_norm = gradient_norm(self.optimizer)
         diagnostics = self._diagnostics(started)
-        num_zeros = self._update_weights(next_data, reports, losses_K, grad_norm)
+        num_zeros = self._update_weights(supplied, reports, losses_K, grad_norm)
 
         metrics: dict[str, Any] = {"loss": losses_K[0], "lr": rate, "grad_norm": grad_norm}
         for depth, loss in enumerate(losses_K[1:], start=1):
             metrics[f"mtp_loss_{depth}"] = loss
-        if self.config.train.short_sequence_length:
-            metrics["sequence_length"] = batch.tokens_BS.shape[1]
-        metrics |= self.routing | diagnostics
+        metrics |= supplied.metrics | supplied.measure() | self.routing | diagnostics
         metrics["zero_weight_gradients"] = num_zeros
         metrics["skipped_updates"] = self.guard.skipped
         self.clock.lap("optimizer")
-        next_progress = Progress(self.step, tokens, next_data)
+        next_progress = Progress(self.step, tokens, supplied.next_data)
         return StepResult(next_progress, metrics, time.perf_counter() - started)
 
     def _diagnostics(self, started: float) -> dict[str, Any]:
@@ -322,15 +304,15 @@ class TrainStep:
 
     def _update_weights(
         self,
-        next_data: DataState,
+        supplied: StepBatch,
         reports: list[torch.Tensor],
         losses_K: torch.Tensor,
         grad_norm: float,
     ) -> float:
         """Update the weights if the guard allows it. COLLECTIVE. SYNC.
 
-        next_data: data cursor after this step's batch. Returns the number of gradient elements that
-        are zero, or NaN if the update was skipped. Raises RollBack or TrainingFailed.
+        Returns the number of gradient elements that are zero, or NaN if the update was skipped.
+        Raises RollBack or TrainingFailed.
         """
         local_loss_is_finite = bool(torch.stack(reports).isfinite().all()) if reports else True
         losses_are_finite = local_loss_is_finite and bool(losses_K.isfinite().all())
@@ -341,9 +323,10 @@ class TrainStep:
                 not local_loss_is_finite, not self.local_gradients_are_finite, gradients, weights
             )
 
-        action = self.guard.judge(self.step, float(losses_K[0]), grad_norm, losses_are_finite, find)
+        loss = float(losses_K[0]) if supplied.is_loss else 0.0
+        action = self.guard.judge(self.step, loss, grad_norm, losses_are_finite, find)
         if action == Action.roll_back:
-            raise RollBack(self.step, next_data, self.guard.events[-1]["reason"])
+            raise RollBack(self.step, supplied.next_data, self.guard.events[-1]["reason"])
         if action == Action.skip:  # undo Megatron's update of the router biases, too
             for bias, bias_before in zip(self._router_biases(), self.biases_before, strict=True):
                 bias.copy_(bias_before)

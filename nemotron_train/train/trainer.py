@@ -44,6 +44,7 @@ from nemotron_train.train.loop import Hook, fit
 from nemotron_train.train.prefetch import Prefetched
 from nemotron_train.train.progress_bar import ProgressDisplay
 from nemotron_train.train.stop import StopOnRequest
+from nemotron_train.train.supply import DataSupply
 from nemotron_train.train.train_step import TrainStep
 
 
@@ -91,13 +92,14 @@ class Trainer:
             else PrecisionControl(cores, config, derived.plan, groups, self.telemetry)
         )
         self.guard = Guard(config.guard, platform.device)
+        # On a CPU the thread would take a core from the computation.
+        batches = train_data if platform.device == "cpu" else Prefetched(train_data)
         self.train_step = TrainStep(
             config,
             derived,
             self.chunks,
             self.optimizer,
-            # On a CPU the thread would take a core from the computation.
-            train_data if platform.device == "cpu" else Prefetched(train_data),
+            DataSupply(config, derived, batches, groups, platform.device),
             groups,
             platform.device,
             self.precision,

@@ -21,7 +21,7 @@ from nemotron_train.config.schema import TrainConfig
 from nemotron_train.data.batches import Batch, BatchSource, DataState
 from nemotron_train.evaluate.knobs import LossConfig
 from nemotron_train.evaluate.loss import evaluate_loss
-from nemotron_train.train.train_step import is_short
+from nemotron_train.train.supply import is_short
 
 pytestmark = pytest.mark.usefixtures("in_small_run")
 

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from nemotron_train.config.errors import TrainingFailed
-from nemotron_train.config.schema import GuardConfig, NonFinitePolicy, SpikePolicy
+from nemotron_train.config.guard import GuardConfig, NonFinitePolicy, SpikePolicy
 from nemotron_train.data.batches import DataState
 from nemotron_train.train.guard.spikes import SpikeWindow
 

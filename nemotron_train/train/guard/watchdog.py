@@ -21,7 +21,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Self
 
-from nemotron_train.config.schema import GuardConfig
+from nemotron_train.config.guard import GuardConfig
 from nemotron_train.config.visible import one_line
 from nemotron_train.run_folder.progress import Progress, StepResult
 

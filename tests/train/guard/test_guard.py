@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from nemotron_train.config.errors import TrainingFailed
-from nemotron_train.config.schema import GuardConfig
+from nemotron_train.config.guard import GuardConfig
 from nemotron_train.train.guard.guard import Action, Findings, Guard, describe
 
 NAN = math.nan

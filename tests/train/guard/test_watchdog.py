@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from nemotron_train.config.schema import GuardConfig
+from nemotron_train.config.guard import GuardConfig
 from nemotron_train.train.guard.watchdog import Watchdog, collective_timeout
 
 
