@@ -71,7 +71,6 @@ NO_TORCH_MODULES = [
     "posttrain.advantage",
     "posttrain.correction",
     "posttrain.curriculum",
-    "posttrain.grpo_knobs",
     "posttrain.knobs",
     "posttrain.ratios",
     "posttrain.tasks",

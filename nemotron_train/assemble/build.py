@@ -5,6 +5,7 @@ A rank holds one chunk of the model: the layers of its pipeline stage. With inte
 """
 
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -99,6 +100,10 @@ def _build_chunk(
         pg_collection=groups,
         vp_stage=chunk if num_chunks > 1 else None,
     )
+    model.detaches_mtp = config.train.mtp_detached
+    for name, parameter in model.named_parameters():
+        if any(fnmatchcase(name, pattern) for pattern in config.train.frozen):
+            parameter.requires_grad_(False)
     if next(model.parameters()).device.type != "meta":
         initialize(model, config.model, config.train.seed)
     return model

@@ -62,7 +62,9 @@ def transformer_config(
         moe_router_enable_expert_bias=True,
         moe_router_bias_update_rate=model.moe.router_bias_update_rate,
         moe_router_load_balancing_type="seq_aux_loss",
-        moe_aux_loss_coeff=model.moe.load_balance_loss_coefficient,
+        moe_aux_loss_coeff=(
+            model.moe.load_balance_loss_coefficient if config.train.load_balance_loss else 0.0
+        ),
         moe_router_dtype="fp32",
         moe_grouped_gemm=False,
         mtp_num_layers=mtp_depths,

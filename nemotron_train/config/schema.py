@@ -12,6 +12,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from nemotron_train.config.gpu import GpuConfig
+from nemotron_train.config.grpo import GrpoConfig
 from nemotron_train.config.guard import GuardConfig
 
 
@@ -325,6 +326,10 @@ class TrainConfig:
     validation_tokens: int = MISSING  # tokens per validation
     save_every_steps: int = 0  # 0: only at the end
     keep_checkpoints: int = 2  # older checkpoints are deleted
+    # Parameters that are not trained, by their names in checkpoints; * stands for any letters.
+    frozen: list[str] = field(default_factory=list)
+    mtp_detached: bool = False  # the MTP losses train the MTP block alone
+    load_balance_loss: bool = True  # add the routers' sequence-wise auxiliary loss
     async_save: bool = False  # write checkpoints in the background; needs a host copy of the state
     stop_after_steps: int = 0  # save and exit (code 3) after this many steps of a process; 0: never
     stop_after_minutes: float = 0.0  # the same in minutes since the process started; 0: never
@@ -360,5 +365,6 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
+    grpo: GrpoConfig = field(default_factory=GrpoConfig)
     gpu: GpuConfig = field(default_factory=GpuConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)

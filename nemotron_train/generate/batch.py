@@ -24,7 +24,6 @@ from nemotron_train.generate.knobs import DecodingKnobs, Sampling
 from nemotron_train.generate.sampling import choose
 from nemotron_train.generate.speculative import Drafter
 from nemotron_train.model.decode_state import DecodeStates
-from nemotron_train.platform.groups import from_first_rank
 
 # Waiting sequences are admitted when this share of the places is free: a prefill of one short
 # prompt costs as much as a round of a whole batch.
@@ -122,6 +121,7 @@ class Batch:
             engine.acceptance,
             engine.device,
             engine.drawable,
+            engine.agree,
         )
 
     def _count_bytes(self) -> None:
@@ -134,8 +134,8 @@ class Batch:
     def _sample(self, rows: Sequence[Continuation], logits_BV: Tensor) -> None:
         """Draw the next token of these sequences and drop those that end with it."""
         draws = [row.draws for row in rows]
-        tokens_B = from_first_rank(choose(self.engine.drawable(logits_BV), self.sampling, draws))
-        tokens = tokens_B.tolist()
+        tokens_B = choose(self.engine.drawable(logits_BV), self.sampling, draws)
+        tokens = self.engine.agree(tokens_B).tolist()
         for row, token, values in zip(
             rows, tokens, self._log_probabilities(logits_BV, tokens), strict=True
         ):

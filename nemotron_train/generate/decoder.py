@@ -12,7 +12,7 @@ Shapes: T tokens of a forward call, V vocabulary.
 """
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from nemotron_train.generate.sampling import distribution
 from nemotron_train.generate.speculative import Acceptance
 from nemotron_train.model.decode_state import DecodeStates
 from nemotron_train.model.hybrid import NemotronModel
+from nemotron_train.platform.groups import from_first_rank
 
 
 class Decoder:
@@ -31,7 +32,8 @@ class Decoder:
 
     end_token: the id or ids that end a sequence, the end-of-document id first, or None. known_ids:
     the ids that may be drawn, those of the tokenizer; None: all of the model's vocabulary, which
-    is often padded. costs, acceptance: counters over all calls.
+    is often padded. agree: gives all ranks that share the model the same tokens; COLLECTIVE. costs,
+    acceptance: counters over all calls.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class Decoder:
         end_token: int | Sequence[int] | None = None,
         device: str = "cpu",
         known_ids: Collection[int] | None = None,
+        agree: Callable[[Tensor], Tensor] = from_first_rank,
     ) -> None:
         self.model = model
         ends = [end_token] if isinstance(end_token, int) else list(end_token or ())
@@ -47,6 +50,7 @@ class Decoder:
         self.end_token = ends[0] if ends else None
         self.device = torch.device(device)
         self._known_ids = known_ids
+        self.agree = agree
         self._unknown_V: Tensor | None = None
         self.costs = Costs()
         self.acceptance = Acceptance()

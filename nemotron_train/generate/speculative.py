@@ -33,7 +33,6 @@ from nemotron_train.generate.sampling import (
 )
 from nemotron_train.model.decode_state import DecodeStates
 from nemotron_train.model.hybrid import NemotronModel
-from nemotron_train.platform.groups import from_first_rank
 
 
 @dataclass
@@ -84,7 +83,7 @@ class Drafter:
     """Drafts for a batch of sequences. Call `prefill` for each prefill chunk, then `draft`, `judge`
     and `keep` in each round. COLLECTIVE under tensor and expert parallelism.
 
-    drawable: gives the ids that may not be drawn a logit of minus infinity.
+    drawable: gives the ids that may not be drawn a logit of minus infinity. agree: as `Decoder`'s.
     """
 
     def __init__(
@@ -96,9 +95,11 @@ class Drafter:
         acceptance: Acceptance,
         device: torch.device,
         drawable: Callable[[Tensor], Tensor],
+        agree: Callable[[Tensor], Tensor],
     ) -> None:
         self._model = model
         self._drawable = drawable
+        self._agree = agree
         self._sampling = sampling
         self._device = device
         self._acceptance = acceptance
@@ -161,7 +162,7 @@ class Drafter:
             previous_confirmed = confirmed
             last_BD = torch.stack([rows[-1] for rows in hidden])
             logits_BV = self._drawable(self._model.logits(last_BD.unsqueeze(1)))
-            drawn_B = from_first_rank(choose(logits_BV, self._sampling, draws, offset))
+            drawn_B = self._agree(choose(logits_BV, self._sampling, draws, offset))
             for row, token in zip(extended, drawn_B.tolist(), strict=True):
                 row.append(token)
             tokens.append(drawn_B)
@@ -188,7 +189,7 @@ class Drafter:
             )
             verdict = judge(p, q, drafted.tokens_Bk, draws)
         both = torch.tensor([verdict.accepted, verdict.following], device=self._device)
-        accepted, following = from_first_rank(both).tolist()
+        accepted, following = self._agree(both).tolist()
         self._acceptance.count(accepted, drafted.tokens_Bk.shape[1])
         return Verdict(accepted, following)
 

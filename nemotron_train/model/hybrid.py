@@ -129,13 +129,15 @@ class NemotronModel(HybridModel):
         loss_mask_BS: torch.Tensor | None = None,
         document_ids_BS: torch.Tensor | PackedDocuments | None = None,
         token_loss: TokenLoss | None = None,
+        with_mtp: bool = True,
     ) -> torch.Tensor:
         """Losses of one micro-batch, or logits.
 
         document_ids_BS: the ids, or the documents with the ids in host memory too, which spares a
         GPU's host a wait. token_loss: from the main head's negative log-likelihoods [S,B] of this
         rank's piece to the losses to be summed, in place of the product with the loss mask; the
-        mask then only says what the depths of multi-token prediction are trained on.
+        mask then only says what the depths of multi-token prediction are trained on. with_mtp:
+        compute the losses of the depths, too.
 
         On the last pipeline stage it returns, with labels, the loss sums over the targets that
         count, FP32 [1 + depths] (main head first); without labels, logits [B,S,V]. On other stages
@@ -156,7 +158,7 @@ class NemotronModel(HybridModel):
         assert loss_mask_BS is not None and documents is not None
         weigh = token_loss or _masked(piece(loss_mask_BS, cp_group))
         sums = [self._loss_sum(hidden, labels_BS, weigh)]
-        if self.mtp_process:
+        if self.mtp_process and with_mtp:
             sums += self._mtp_loss_sums(hidden, tokens_BS, labels_BS, loss_mask_BS, documents)
         return torch.stack(sums)
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nemotron_train.posttrain.grpo_knobs import AdvantageKnobs, Baseline, Deviation
+from nemotron_train.config.grpo_knobs import AdvantageKnobs, Baseline, Deviation
 
 LOW_EFFORT = "low"  # `Row.effort` of prompts whose short answers gain
 

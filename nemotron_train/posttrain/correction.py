@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nemotron_train.posttrain.grpo_knobs import CorrectionKnobs, CorrectionRule
+from nemotron_train.config.grpo_knobs import CorrectionKnobs, CorrectionRule
 
 LARGEST_GAP = 20.0  # of log-probabilities; exp(20) is 5e8
 

@@ -23,10 +23,10 @@ from typing import Any
 import numpy as np
 
 from nemotron_train.config.errors import ConfigError
+from nemotron_train.config.grpo_knobs import CurriculumKind, CurriculumKnobs
 from nemotron_train.config.json_text import json_text
 from nemotron_train.config.visible import one_line
 from nemotron_train.data.permutation import key64
-from nemotron_train.posttrain.grpo_knobs import CurriculumKind, CurriculumKnobs
 
 _VERSION = 1
 

@@ -2,42 +2,15 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+from nemotron_train.config.environments import EnvironmentConfig, ScoringConfig
 from nemotron_train.config.errors import ConfigError
 from nemotron_train.generate.knobs import DecodingKnobs, ModelKnobs, Sampling
 from nemotron_train.posttrain.environments.families import FAMILY_NAMES, check_name
 from nemotron_train.posttrain.environments.family import HELD_OUT_LEVEL, LEVELS
 from nemotron_train.posttrain.environments.scoring import ScoringLimits
 from nemotron_train.posttrain.ratios import check_ratios
-from nemotron_train.posttrain.sandbox.sandbox import Isolation
-
-
-@dataclass
-class EnvironmentConfig:
-    """One environment of a run: an entry of the mapping from its name to these knobs."""
-
-    ratio: float = 1.0  # share of the prompts of a step, relative to the others'; 0: none
-    level: int = 1  # of generated rows: 1, 2, 3
-    rows: str = ""  # JSONL file; empty: generated, which only the families can
-
-
-@dataclass
-class ScoringConfig:
-    """How environments run."""
-
-    scoring_workers: int = 2  # processes
-    scoring_seconds: float = 10.0  # wall clock of one call of an environment
-    scoring_load_seconds: float = 60.0  # wall clock of an environment's import
-    scoring_memory_gib: float = 8.0  # of each worker
-    sandbox: Isolation = Isolation.namespaces
-
-
-@dataclass
-class EnvironmentsConfig(ScoringConfig):
-    """What a run over several environments needs of them."""
-
-    environments: dict[str, EnvironmentConfig] = field(default_factory=dict)
 
 
 @dataclass
@@ -89,8 +62,10 @@ def check_environments(environments: Mapping[str, EnvironmentConfig]) -> dict[st
         check_name(name)
         if name not in FAMILY_NAMES and not knobs.rows:
             raise ConfigError(f"environments.{name}.rows is empty: it makes no rows of its own")
-        if knobs.level not in LEVELS:
-            raise ConfigError(f"environments.{name}.level={knobs.level}: there are 1, 2, 3")
+        if knobs.level not in (0, *LEVELS):
+            raise ConfigError(
+                f"environments.{name}.level={knobs.level}: there are 1, 2, 3, and 0 for all of them"
+            )
     ratios = {name: knobs.ratio for name, knobs in environments.items()}
     check_ratios(ratios)
     return ratios

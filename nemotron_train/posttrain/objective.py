@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nemotron_train.posttrain.grpo_knobs import Objective, ObjectiveKnobs, Ratio
+from nemotron_train.config.grpo_knobs import Objective, ObjectiveKnobs, Ratio
 
 _LARGEST_LOG_RATIO = 20.0  # exp(20) is 5e8; beyond it the gradient is 0
 

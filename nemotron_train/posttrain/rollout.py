@@ -10,8 +10,8 @@ import gzip
 import json
 import math
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -35,8 +35,11 @@ class Rollout:
     prompt_ids: what the policy was given. ids: what followed, and kinds, one letter for each: `s`
     sampled, `f` forced by a budget, `e` said by the environment. log_probabilities: of the sampled
     ids under the distribution that they were drawn from, NaN for the others. cut: whether the
-    length limit ended it. text: the ids as text, special tokens included. seconds: that the
-    environment took.
+    length limit ended it. text: the ids as text, special tokens included.
+
+    Of rollouts that were trained on: policy_version, the optimizer steps before they were sampled;
+    trainer_log_probabilities, those of the sampled ids by the trainer before its update;
+    advantage; weight, 1 if the sample was trained and counted, else 0.
     """
 
     group: int
@@ -54,6 +57,10 @@ class Rollout:
     answer_tokens: int = 0
     forced_closes: int = 0
     malformed_calls: int = 0
+    policy_version: int = 0
+    trainer_log_probabilities: list[float] = field(default_factory=list)
+    advantage: float = 0.0
+    weight: float = 0.0
 
     @property
     def row(self) -> Row:
@@ -87,9 +94,7 @@ def to_json(rollout: Rollout) -> dict[str, Any]:
         "prompt_ids": rollout.prompt_ids,
         "ids": rollout.ids,
         "kinds": [[kind, len(list(run))] for kind, run in groupby(rollout.kinds)],
-        "log_probabilities": [
-            None if math.isnan(value) else value for value in rollout.log_probabilities
-        ],
+        "log_probabilities": _without_nan(rollout.log_probabilities),
         "episode": protocol.episode_json(rollout.episode),
         "score": protocol.score_json(rollout.score),
         "cut": rollout.cut,
@@ -98,6 +103,10 @@ def to_json(rollout: Rollout) -> dict[str, Any]:
         "answer_tokens": rollout.answer_tokens,
         "forced_closes": rollout.forced_closes,
         "malformed_calls": rollout.malformed_calls,
+        "policy_version": rollout.policy_version,
+        "trainer_log_probabilities": _without_nan(rollout.trainer_log_probabilities),
+        "advantage": rollout.advantage,
+        "weight": rollout.weight,
     }
 
 
@@ -110,9 +119,7 @@ def from_json(value: Mapping[str, Any]) -> Rollout:
         prompt_ids=value["prompt_ids"],
         ids=value["ids"],
         kinds="".join(kind * count for kind, count in value["kinds"]),
-        log_probabilities=[
-            math.nan if entry is None else float(entry) for entry in value["log_probabilities"]
-        ],
+        log_probabilities=_with_nan(value["log_probabilities"]),
         episode=protocol.episode_from_json(value["episode"]),
         score=protocol.score_from_json(value["score"]),
         cut=value["cut"],
@@ -121,7 +128,19 @@ def from_json(value: Mapping[str, Any]) -> Rollout:
         answer_tokens=value["answer_tokens"],
         forced_closes=value["forced_closes"],
         malformed_calls=value["malformed_calls"],
+        policy_version=value["policy_version"],
+        trainer_log_probabilities=_with_nan(value["trainer_log_probabilities"]),
+        advantage=float(value["advantage"]),
+        weight=float(value["weight"]),
     )
+
+
+def _without_nan(values: Sequence[float]) -> list[float | None]:
+    return [None if math.isnan(value) else value for value in values]
+
+
+def _with_nan(values: Sequence[float | None]) -> list[float]:
+    return [math.nan if value is None else float(value) for value in values]
 
 
 def write_rollouts(path: Path, rollouts: Iterable[Rollout]) -> None:

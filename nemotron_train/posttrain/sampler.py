@@ -54,22 +54,22 @@ class Sampler:
         samples: int,
         sampling: Sampling,
         first_sequence: int = 0,
+        groups: Sequence[int] | None = None,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> list[Rollout]:
         """`samples` rollouts of each row, in order. COLLECTIVE.
 
-        first_sequence: number of the first rollout; with the seed, a rollout's number determines
-        its draws. progress: called with the finished and all rollouts. Raises ConfigError if an
-        environment cannot be loaded, or a prompt leaves no room for an answer.
+        groups: numbers of the rows; default: 0, 1, … Sample s of row g has the sequence number
+        first_sequence + g samples + s, which with the seed determines its draws. progress: called
+        with the finished and all rollouts. Raises ConfigError if an environment cannot be loaded,
+        or a prompt leaves no room for an answer.
         """
         new_names = {row.environment for row in rows} - set(self._turns)
         self._turns |= self.scoring.load(sorted(new_names))
-        players = self._players(rows, samples)
-        playing = {
-            first_sequence + number: player
-            for number, player in enumerate(players)
-            if player.score is None
-        }
+        players = self._players(rows, samples, range(len(rows)) if groups is None else groups)
+        for player in players:
+            player.number = first_sequence + player.group * samples + player.sample
+        playing = {player.number: player for player in players if player.score is None}
         prompts = [player.prompt_ids for player in playing.values()]
         finished = len(players) - len(playing)
 
@@ -88,12 +88,12 @@ class Sampler:
             player.finish(sequence)
         self.scoring_seconds += time.perf_counter() - waited
         progress(len(players), len(players))
-        return [player.rollout(first_sequence + number) for number, player in enumerate(players)]
+        return [player.rollout() for player in players]
 
-    def _players(self, rows: Sequence[Row], samples: int) -> list["_Player"]:
+    def _players(self, rows: Sequence[Row], samples: int, groups: Sequence[int]) -> list["_Player"]:
         players = []
         starts = self.scoring.start(rows)
-        for group, (row, start) in enumerate(zip(rows, starts, strict=True)):
+        for group, row, start in zip(groups, rows, starts, strict=True):
             messages, score = (None, start) if isinstance(start, Score) else (start, None)
             ids = [] if messages is None else self._prompt(row, messages)
             for sample in range(samples):
@@ -125,6 +125,7 @@ class _Player:
     sample: int
     prompt_ids: list[int]
     score: Score | None  # known before the end: the environment failed
+    number: int = 0  # of the sequence
     kinds: list[str] = field(default_factory=list)
     turn_begin: int = 0  # index of the first id of the current turn
     sequence: Continuation | None = None
@@ -204,7 +205,7 @@ class _Player:
             assert self.scored is not None
             self.score = self.scored.result()
 
-    def rollout(self, number: int) -> Rollout:
+    def rollout(self) -> Rollout:
         """The finished rollout."""
         assert self.score is not None
         ids = self.sequence.new if self.sequence else []
@@ -213,7 +214,7 @@ class _Player:
         return Rollout(
             group=self.group,
             sample=self.sample,
-            sequence=number,
+            sequence=self.number,
             prompt_ids=self.prompt_ids,
             ids=ids,
             kinds=kinds,

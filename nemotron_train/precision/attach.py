@@ -94,13 +94,19 @@ class PrecisionControl:
         Returns True if a new phase of the plan begins with this step.
         """
         self.clock.step = step
+        is_new = self.enter_phase(tokens)
+        if self._telemetry is not None and self._telemetry.is_due(step + 1):
+            self._telemetry.begin(tokens)
+            self._observe(self._telemetry)
+        return is_new
+
+    def enter_phase(self, tokens: int) -> bool:
+        """Give every linear the formats of the phase that `tokens` trained tokens are in. Returns
+        whether it is another phase than before."""
         phase = self._plan.at(tokens)
         is_new = phase is not self._phase
         if is_new:
             self._enter(phase)
-        if self._telemetry is not None and self._telemetry.is_due(step + 1):
-            self._telemetry.begin(tokens)
-            self._observe(self._telemetry)
         return is_new
 
     def gradients_ready(self, chunks: Sequence[DistributedDataParallel]) -> None:

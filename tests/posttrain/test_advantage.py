@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nemotron_train.config.grpo_knobs import AdvantageKnobs, Baseline, Deviation
 from nemotron_train.posttrain.advantage import (
     Advantages,
     Outcome,
     advantage_metrics,
     compute_advantages,
 )
-from nemotron_train.posttrain.grpo_knobs import AdvantageKnobs, Baseline, Deviation
 
 PLAIN = AdvantageKnobs()
 SCALED = AdvantageKnobs(deviation=Deviation.group)

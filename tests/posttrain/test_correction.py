@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nemotron_train.config.grpo_knobs import CorrectionKnobs, CorrectionRule
 from nemotron_train.posttrain.correction import (
     Correction,
     Gap,
@@ -16,7 +17,6 @@ from nemotron_train.posttrain.correction import (
     correction_metrics,
     largest_gap,
 )
-from nemotron_train.posttrain.grpo_knobs import CorrectionKnobs, CorrectionRule
 
 RULES = {
     "none": CorrectionKnobs(CorrectionRule.none, sequence_error_bound=0),

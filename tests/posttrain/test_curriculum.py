@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemotron_train.config.errors import ConfigError
+from nemotron_train.config.grpo_knobs import CurriculumKind, CurriculumKnobs
 from nemotron_train.data.permutation import key64
 from nemotron_train.posttrain.curriculum import (
     CurriculumState,
@@ -20,7 +21,6 @@ from nemotron_train.posttrain.curriculum import (
     pass_rates,
     rate_mean,
 )
-from nemotron_train.posttrain.grpo_knobs import CurriculumKind, CurriculumKnobs
 
 IDS = [f"row/{number}" for number in range(8)]
 KNOBS = CurriculumKnobs()

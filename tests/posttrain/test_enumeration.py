@@ -19,9 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nemotron_train.posttrain.advantage import Outcome, compute_advantages
-from nemotron_train.posttrain.correction import TokenPairs, correct
-from nemotron_train.posttrain.grpo_knobs import (
+from nemotron_train.config.grpo_knobs import (
     AdvantageKnobs,
     Baseline,
     CorrectionKnobs,
@@ -31,6 +29,8 @@ from nemotron_train.posttrain.grpo_knobs import (
     ObjectiveKnobs,
     Ratio,
 )
+from nemotron_train.posttrain.advantage import Outcome, compute_advantages
+from nemotron_train.posttrain.correction import TokenPairs, correct
 from nemotron_train.posttrain.objective import (
     TokenConstants,
     denominator,

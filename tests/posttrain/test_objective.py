@@ -17,7 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemotron_train.posttrain.grpo_knobs import Objective, ObjectiveKnobs, Ratio, check_objective
+from nemotron_train.config.grpo_knobs import Objective, ObjectiveKnobs, Ratio, check_objective
 from nemotron_train.posttrain.objective import (
     TokenConstants,
     denominator,

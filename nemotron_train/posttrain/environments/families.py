@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from nemotron_train.config.environments import Isolation
 from nemotron_train.config.errors import ConfigError
 from nemotron_train.posttrain.environments.arithmetic import Arithmetic
 from nemotron_train.posttrain.environments.family import Family
@@ -18,7 +19,7 @@ from nemotron_train.posttrain.environments.python_code import PythonCode
 from nemotron_train.posttrain.environments.strings import Strings
 from nemotron_train.posttrain.environments.structure import Structure
 from nemotron_train.posttrain.environments.tools import Tools
-from nemotron_train.posttrain.sandbox.sandbox import Isolation, Sandbox
+from nemotron_train.posttrain.sandbox.sandbox import Sandbox
 
 
 @dataclass(frozen=True)

@@ -25,12 +25,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from nemotron_train.config.environments import Isolation
 from nemotron_train.config.errors import ConfigError
 from nemotron_train.config.json_text import json_text
 from nemotron_train.posttrain.environments import protocol
 from nemotron_train.posttrain.environments.families import check_name
 from nemotron_train.posttrain.environments.protocol import Episode, Message, Row, Score, failed
-from nemotron_train.posttrain.sandbox.sandbox import Isolation
 from nemotron_train.posttrain.sandbox.verdict import Verdict
 
 _WORKER = "nemotron_train.posttrain.environments.worker"

@@ -14,12 +14,12 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from nemotron_train.config.environments import Isolation
 from nemotron_train.config.errors import ConfigError
 from nemotron_train.config.json_text import json_text
 from nemotron_train.posttrain.environments import protocol
 from nemotron_train.posttrain.environments.families import Settings, build_environment
 from nemotron_train.posttrain.sandbox.namespaces import die_with_parent
-from nemotron_train.posttrain.sandbox.sandbox import Isolation
 from nemotron_train.posttrain.sandbox.verdict import Verdict
 
 

@@ -22,11 +22,11 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from nemotron_train.config.environments import Isolation
 from nemotron_train.config.errors import ConfigError
 from nemotron_train.config.json_text import json_text
 from nemotron_train.posttrain.sandbox.verdict import Verdict
@@ -35,13 +35,6 @@ _GRACE_SECONDS = 45.0  # for the sandbox's own set-up and end, on a machine unde
 _MAX_REPORT_BYTES = 4 << 20
 _START = "import sys; sys.path.insert(0, {root!r}); "
 _START += "from nemotron_train.posttrain.sandbox.zygote import serve; del sys.path[0]; serve({fd})"
-
-
-class Isolation(StrEnum):
-    """How code is kept from the machine."""
-
-    namespaces = "namespaces"
-    none_i_accept_the_risk = "none_i_accept_the_risk"  # limits only: code can read, write, connect
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from nemotron_train.config.errors import ConfigError
-from nemotron_train.posttrain.grpo_knobs import (
+from nemotron_train.config.grpo_knobs import (
     AdvantageKnobs,
     CorrectionKnobs,
     CorrectionRule,
