@@ -1,7 +1,9 @@
-"""JSON text that every JSON reader accepts. The only caller of `json.dumps` (a test checks this).
+"""JSON that every JSON reader accepts, written and read.
 
 Python's own writer is not strict: it writes NaN and Infinity, which JSON does not have, and half
 surrogates, which are no text. A strict reader (jq, a browser, another language) refuses the file.
+So `json_text` is the only caller of `json.dumps` (a test checks this). Python's reader takes all of
+these, and of two fields with one name the last; `strict_json` takes none, for what others wrote.
 """
 
 import json
@@ -9,6 +11,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+MAX_DEPTH = 100  # of lists and objects in each other; Python's own limit depends on the caller
 _HALF_SURROGATES = {code: f"\\u{code:04x}" for code in range(0xD800, 0xE000)}
 
 
@@ -64,3 +67,55 @@ def _clean(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_clean(entry) for entry in value]
     return value
+
+
+def strict_json(text: str) -> Any:
+    """The value of a JSON text.
+
+    Raises ValueError with the reason for what is not JSON by RFC 8259, and for what readers
+    disagree on: a field that is there twice, a number that is not finite, half a surrogate pair,
+    lists and objects nested more than MAX_DEPTH deep.
+    """
+    try:
+        value = json.loads(
+            text, object_pairs_hook=_fields, parse_float=_finite, parse_constant=_no_constant
+        )
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    # Cheap bounds: few texts have an escaped surrogate or so many brackets.
+    if "\\ud" in text.lower() or text.count("[") + text.count("{") > MAX_DEPTH:
+        _check(value, 0)
+    return value
+
+
+def _fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        double = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the field {double!r} is there twice")
+    return fields
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is no finite number")
+    return value
+
+
+def _no_constant(text: str) -> Any:
+    raise ValueError(f"{text} is not JSON")
+
+
+def _check(value: Any, depth: int) -> None:
+    """Raises ValueError for half a surrogate pair and for too deep a value."""
+    if isinstance(value, str):
+        if any(0xD800 <= ord(letter) < 0xE000 for letter in value):
+            raise ValueError("half a surrogate pair, which is no text")
+    elif isinstance(value, dict | list):
+        if depth == MAX_DEPTH:
+            raise ValueError("nested too deeply")
+        entries = [*value, *value.values()] if isinstance(value, dict) else value
+        for entry in entries:
+            _check(entry, depth + 1)

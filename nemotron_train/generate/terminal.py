@@ -4,7 +4,6 @@ Owns: reading prompts, printing, the JSON lines of `output=`. Does not own: deco
 which characters are ready to print (`text`).
 """
 
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from nemotron_train.config.json_text import json_text
 from nemotron_train.config.visible import visible
 from nemotron_train.data.chat.messages import Message
 from nemotron_train.data.chat.render import ChatFormat
+from nemotron_train.data.json_lines import Fields, json_lines
 from nemotron_train.data.tokenize import LoadedTokenizer
 from nemotron_train.generate.checkpoint import LoadedCheckpoint, open_checkpoint, open_tokenizer
 from nemotron_train.generate.continuation import Continuation, Costs
@@ -94,22 +94,19 @@ def check_speculative(speculative: bool, model: LoadedCheckpoint) -> None:
 
 
 def _read_prompts(path: Path) -> list[str]:
+    if path.suffix == ".jsonl":
+        return [_prompt(row) for _, row in json_lines(path)]
     try:
         lines = text_lines(path)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"prompts={path}: cannot be read ({error})") from error
-    lines = [line for line in lines if line.strip()]
-    if path.suffix != ".jsonl":
-        return lines
-    prompts = []
-    for number, line in enumerate(lines, 1):
-        try:
-            prompts.append(json.loads(line)["prompt"])
-        except (ValueError, KeyError, TypeError):
-            raise ConfigError(f"prompts={path}: line {number} is no object with a prompt") from None
-        if not isinstance(prompts[-1], str):
-            raise ConfigError(f"prompts={path}: line {number}: the prompt is no text")
-    return prompts
+    return [line for line in lines if line.strip()]
+
+
+def _prompt(row: Fields) -> str:
+    if not isinstance(row.get("prompt"), str):
+        raise row.wrong("prompt", "a text")
+    return row.get("prompt")
 
 
 def _encoder(tokenizer: LoadedTokenizer, knobs: GenerateConfig) -> Callable[[str], list[int]]:

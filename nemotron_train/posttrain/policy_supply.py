@@ -295,13 +295,12 @@ class PolicySupply:
 
 
 def _outcome(rollout: Rollout) -> Outcome:
-    fault = rollout.episode.last.fault
     return Outcome(
         group=rollout.group,
         reward=rollout.score.reward,
         tokens=rollout.kinds.count(SAMPLED),
         truncated=rollout.cut,
-        malformed_thinking="think" in fault,
+        malformed_thinking=rollout.malformed_thinking and not rollout.cut,
         malformed_call=rollout.malformed_calls > 0,
         effort=rollout.row.effort,
     )

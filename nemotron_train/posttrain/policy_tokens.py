@@ -1,5 +1,4 @@
-"""The trainer's side of a policy step: log-probabilities of rows, and micro-batches with the loss of
-each token.
+"""The trainer's side of a policy step: log-probabilities of rows, micro-batches with their loss.
 
 Owns: what goes to the device. Does not own: the formulas (`objective`), the rows (`policy_rows`).
 

@@ -57,6 +57,7 @@ class Rollout:
     answer_tokens: int = 0
     forced_closes: int = 0
     malformed_calls: int = 0
+    malformed_thinking: bool = False
     policy_version: int = 0
     trainer_log_probabilities: list[float] = field(default_factory=list)
     advantage: float = 0.0
@@ -103,6 +104,7 @@ def to_json(rollout: Rollout) -> dict[str, Any]:
         "answer_tokens": rollout.answer_tokens,
         "forced_closes": rollout.forced_closes,
         "malformed_calls": rollout.malformed_calls,
+        "malformed_thinking": rollout.malformed_thinking,
         "policy_version": rollout.policy_version,
         "trainer_log_probabilities": _without_nan(rollout.trainer_log_probabilities),
         "advantage": rollout.advantage,
@@ -128,6 +130,7 @@ def from_json(value: Mapping[str, Any]) -> Rollout:
         answer_tokens=value["answer_tokens"],
         forced_closes=value["forced_closes"],
         malformed_calls=value["malformed_calls"],
+        malformed_thinking=value["malformed_thinking"],
         policy_version=value["policy_version"],
         trainer_log_probabilities=_with_nan(value["trainer_log_probabilities"]),
         advantage=float(value["advantage"]),

@@ -13,7 +13,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 
 from nemotron_train.config.errors import ConfigError
-from nemotron_train.data.chat.parse import Turn, parse_turn
+from nemotron_train.data.chat.parse import parse_turn
 from nemotron_train.data.chat.render import END, THINK_END, ChatFormat
 from nemotron_train.generate.continuation import Answer, Continuation
 from nemotron_train.generate.engine import Engine
@@ -133,6 +133,7 @@ class _Player:
     thinking_tokens: int = 0
     answer_tokens: int = 0
     malformed_calls: int = 0
+    malformed_thinking: bool = False
 
     def after(self, sequence: Continuation, token: int) -> Answer | Future[Answer]:
         """The listener of the engine: after each sampled token."""
@@ -181,12 +182,13 @@ class _Player:
         turn = ids[self.turn_begin :]
         thinking = self.episode.row.thinking
         parsed = parse_turn(self.owner.chat, turn, thinking, text_calls=True)
+        self.malformed_thinking |= not parsed.thinking_closed
         end = self.owner.chat.special_ids[THINK_END]
         closed = list(turn).index(end) if thinking and end in turn else len(turn) * thinking
         self.thinking_tokens += closed
         self.answer_tokens += len(turn) - closed
         self.malformed_calls += len(parsed.malformed_calls)
-        turns = (*self.episode.turns, _message(parsed))
+        turns = (*self.episode.turns, parsed.message)
         self.episode = replace(self.episode, turns=turns)
 
     def _over(self, ended_by: EndedBy) -> str:
@@ -227,10 +229,5 @@ class _Player:
             answer_tokens=self.answer_tokens,
             forced_closes=kinds.count(FORCED),
             malformed_calls=self.malformed_calls,
+            malformed_thinking=self.malformed_thinking,
         )
-
-
-def _message(turn: Turn) -> Message:
-    if turn.is_well_formed:
-        return Message("assistant", turn.content, turn.thinking, tuple(turn.tool_calls))
-    return Message("assistant", "", fault="malformed")

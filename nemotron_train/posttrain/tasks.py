@@ -4,26 +4,21 @@ Owns: the form of a row in a file, the splits of generated rows. Does not own: w
 needs in a row (its `check_row`), how many a step takes (`ratios`), prompts as tokens. No torch.
 """
 
-import json
-import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
 
 from nemotron_train.config.errors import ConfigError
-from nemotron_train.config.json_text import json_text
-from nemotron_train.config.visible import one_line
+from nemotron_train.data.chat.rows import row_messages, row_tools
+from nemotron_train.data.json_lines import Fields, json_lines, wrong_value
 from nemotron_train.data.permutation import key64
 from nemotron_train.posttrain.environments.families import FAMILY_NAMES, build_family, check_name
 from nemotron_train.posttrain.environments.family import HELD_OUT_LEVEL, LEVELS, Family, Problem
-from nemotron_train.posttrain.environments.protocol import ROLES, Message, Row
+from nemotron_train.posttrain.environments.protocol import Message, Row
 
 _FIELDS = ("id", "environment", "messages", "prompt", "answer", "metadata", "tools", "thinking")
-_FIELDS += ("budget", "effort")
-_MESSAGE_FIELDS = ("role", "content", "thinking", "reasoning_content", "tool_calls", "name")
-_MAX_LINE_BYTES = 16 << 20
+_FIELDS += ("budget", "effort", "reasoning_content")  # the last is for `posttrain sft` alone
 _MOST_TRIES = 20_000  # draws for one row of a split
 
 
@@ -128,181 +123,59 @@ def _share(name: str, problem: Problem) -> int:
 
 
 def read_rows(path: Path, environment: str = "") -> list[Row]:
-    """The rows of a file of JSON lines. environment: of rows that name none.
+    """The rows of a .jsonl or .jsonl.gz file. environment: of rows that name none.
 
     Raises ConfigError with file, line and field for the first row that is wrong. Whether a row has
     what its environment needs is asked of the environment (`Scoring.check_rows`).
     """
     found, lines = [], {}
-    for number, line in _lines(path):
-        where = f"{path} line {number}"
-        row = _parse_row(line, where, environment or "", f"{path.stem}/{number}")
+    stem = Path(path.name.removesuffix(".gz")).stem
+    for line, fields in json_lines(path):
+        row = _parse_row(fields, environment, f"{stem}/{line}")
         if row.id in lines:
-            raise ConfigError(f"{where}: id {row.id!r} is also that of line {lines[row.id]}")
-        lines[row.id] = number
+            raise fields.error(f"id {row.id!r} is also that of line {lines[row.id]}")
+        lines[row.id] = line
         found.append(row)
     if not found:
         raise ConfigError(f"{path}: holds no rows")
     return found
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    try:
-        with open(path, "rb") as file:
-            number = 0
-            while line := file.readline(_MAX_LINE_BYTES + 1):
-                number += 1
-                if len(line) > _MAX_LINE_BYTES:
-                    raise ConfigError(f"{path} line {number}: more than {_MAX_LINE_BYTES:,} bytes")
-                if line.strip():
-                    yield number, line
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
-
-
-def _parse_row(line: bytes, where: str, environment: str, default_id: str) -> Row:
-    value = _parse_json(line, where)
-    unknown = [name for name in value if name not in _FIELDS]
-    if unknown:
-        known = ", ".join(_FIELDS)
-        raise ConfigError(
-            f"{where}: no field {one_line(unknown[0])[:40]} (put it in metadata); there are {known}"
-        )
-    check = _Fields(value, where)
-    name = check.text("environment", environment)
+def _parse_row(fields: Fields, environment: str, default_id: str) -> Row:
+    fields.check_known(_FIELDS, " (put it in metadata)")
+    name = fields.text("environment", environment)
     if not name:
-        raise ConfigError(f"{where}: environment is missing")
+        raise fields.error("environment is missing")
     try:
         check_name(name)
     except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from None
-    budget = value.get("budget")
+        raise fields.error(str(error)) from None
+    budget, metadata = fields.get("budget"), fields.get("metadata") or {}
     if budget is not None and (type(budget) is not int or budget < 0):
-        raise check.wrong("budget", "a whole number of tokens, 0 or more")
-    thinking = value.get("thinking", True)
-    if type(thinking) is not bool:
-        raise check.wrong("thinking", "true or false")
-    metadata, tools = value.get("metadata") or {}, value.get("tools") or []
+        raise fields.wrong("budget", "a whole number of tokens, 0 or more")
     if not isinstance(metadata, Mapping):
-        raise check.wrong("metadata", "an object")
-    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
-        raise check.wrong("tools", "a list of objects")
+        raise fields.wrong("metadata", "an object")
     return Row(
-        id=check.text("id", default_id),
+        id=fields.text("id", default_id),
         environment=name,
-        messages=_messages(check),
-        answer=value.get("answer"),
+        messages=_messages(fields),
+        answer=fields.get("answer"),
         metadata=metadata,
-        tools=tuple(tools),
-        thinking=thinking,
+        tools=row_tools(fields),
+        thinking=fields.whether("thinking", True, "; a worked reasoning is reasoning_content"),
         budget=budget,
-        effort=check.text("effort", ""),
+        effort=fields.text("effort", ""),
     )
 
 
-class _Fields:
-    """The fields of one row, with errors that name file, line and field."""
-
-    def __init__(self, value: Mapping[str, Any], where: str) -> None:
-        self.value = value
-        self.where = where
-
-    def wrong(self, field: str, needed: str, value: Any = None) -> ConfigError:
-        shown = json_text(self.value.get(field) if value is None else value)[:60]
-        return ConfigError(f"{self.where}: {field} is {one_line(shown)}; it must be {needed}")
-
-    def text(self, field: str, default: str) -> str:
-        value = self.value.get(field, default)
-        if not isinstance(value, str) or (field in self.value and not value.strip()):
-            raise self.wrong(field, "a text that is not empty")
-        return value
-
-
-def _messages(check: _Fields) -> tuple[Message, ...]:
-    """The messages of a row, from `messages` or `prompt`. The last one is not the assistant's."""
-    value = check.value
-    if ("messages" in value) == ("prompt" in value):
-        state = "both there" if "messages" in value else "both missing"
-        raise ConfigError(f"{check.where}: messages and prompt are {state}; give one")
-    if "prompt" in value and not isinstance(value["prompt"], list):
-        return (Message("user", check.text("prompt", "")),)
-    field = "prompt" if "prompt" in value else "messages"
-    if not isinstance(value[field], list) or not value[field]:
-        raise check.wrong(field, "a list of messages that is not empty")
-    found = tuple(
-        _message(check, f"{field}[{place}]", entry) for place, entry in enumerate(value[field])
-    )
-    if found[-1].role == "assistant":
-        raise ConfigError(
-            f"{check.where}: {field} ends with the assistant; the last message is one to answer"
-        )
-    return found
-
-
-def _message(check: _Fields, field: str, entry: Any) -> Message:
-    if not isinstance(entry, Mapping):
-        raise check.wrong(field, "an object with role and content", entry)
-    unknown = [name for name in entry if name not in _MESSAGE_FIELDS]
-    if unknown:
-        raise check.wrong(field, f"without {one_line(unknown[0])[:40]}", entry)
-    role, content = entry.get("role"), entry.get("content")
-    if role not in ROLES:
-        raise check.wrong(f"{field}.role", f"one of {', '.join(ROLES)}", role or "missing")
-    calls = entry.get("tool_calls") or ()
-    if not isinstance(content, str) or not (content.strip() or calls):
-        raise check.wrong(f"{field}.content", "a text that is not empty", content or "empty")
-    thinking = entry.get("thinking", entry.get("reasoning_content"))
-    if thinking is not None and (not isinstance(thinking, str) or role != "assistant"):
-        raise check.wrong(f"{field}.thinking", "a text, of an assistant's message", thinking)
-    if not all(isinstance(call, str) for call in calls) or (calls and role != "assistant"):
-        raise check.wrong(
-            f"{field}.tool_calls", "a list of texts, of an assistant's message", calls
-        )
-    return Message(role, content, thinking, tuple(calls))
-
-
-def _parse_json(line: bytes, where: str) -> dict[str, Any]:
-    """One line as a JSON object. Raises ConfigError for anything that is not strictly that."""
-
-    def pairs(entries: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(dict(entries)) < len(entries):
-            names = [name for name, _ in entries]
-            double = next(name for name in names if names.count(name) > 1)
-            raise ValueError(f"the field {double!r} is there twice")
-        return dict(entries)
-
-    def number(text: str) -> float:
-        value = float(text)
-        if not math.isfinite(value):
-            raise ValueError(f"{text} is no finite number")
-        return value
-
-    def constant(text: str) -> Any:
-        raise ValueError(f"{text} is not JSON")
-
-    try:
-        text = line.decode()
-        value = json.loads(
-            text, object_pairs_hook=pairs, parse_float=number, parse_constant=constant
-        )
-        json_text(value)  # what cannot be written again is refused here
-        if "\\ud" in text.lower() and _half_surrogate(value):
-            raise ValueError("a half surrogate, which is no text")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{where}: not UTF-8 at byte {error.start}") from None
-    except RecursionError:
-        raise ConfigError(f"{where}: nested too deeply") from None
-    except ValueError as error:
-        raise ConfigError(f"{where}: not a JSON object ({one_line(error)[:120]})") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"{where}: not a JSON object but {type(value).__name__}")
-    return value
-
-
-def _half_surrogate(value: Any) -> bool:
-    """Whether a text in a JSON value has one."""
-    if isinstance(value, str):
-        return any(0xD800 <= ord(letter) < 0xE000 for letter in value)
-    if isinstance(value, Mapping):
-        return any(_half_surrogate(entry) for pair in value.items() for entry in pair)
-    return isinstance(value, list) and any(map(_half_surrogate, value))
+def _messages(fields: Fields) -> tuple[Message, ...]:
+    """The messages of a row, none of them empty. The last one is not the assistant's."""
+    messages = row_messages(fields)
+    field = "prompt" if "prompt" in fields.value else "messages"
+    for place, message in enumerate(messages):
+        if not message.content.strip() and not message.tool_calls:
+            name = f"{field}[{place}].content"
+            raise wrong_value(fields.where, name, message.content, "a text that is not empty")
+    if messages[-1].role == "assistant":
+        raise fields.error(f"{field} ends with the assistant; the last message is one to answer")
+    return messages

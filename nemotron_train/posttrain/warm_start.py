@@ -15,11 +15,12 @@ from omegaconf import MISSING
 
 from nemotron_train.config.errors import ConfigError
 from nemotron_train.config.json_text import json_text
+from nemotron_train.data.chat.messages import message_json
 from nemotron_train.data.permutation import key64
 from nemotron_train.platform.files import check_output, write_output
 from nemotron_train.posttrain.environments.families import worked_solution
 from nemotron_train.posttrain.environments.family import LEVELS
-from nemotron_train.posttrain.environments.protocol import Message, Row
+from nemotron_train.posttrain.environments.protocol import Row
 from nemotron_train.posttrain.tasks import Split, families_of, rows_of_levels
 
 
@@ -57,15 +58,6 @@ def write_rows(config: RowsConfig, say: Callable[[str], None]) -> None:
 def _conversation(row: Row) -> dict[str, Any]:
     solution = worked_solution(row)
     assert solution is not None, row.id
-    messages = [_message(message) for message in (*row.messages, *solution)]
+    messages = [message_json(message) for message in (*row.messages, *solution)]
     value: dict[str, Any] = {"id": row.id, "environment": row.environment, "messages": messages}
     return value | ({"tools": list(row.tools)} if row.tools else {})
-
-
-def _message(message: Message) -> dict[str, Any]:
-    value: dict[str, Any] = {"role": message.role, "content": message.content}
-    if message.thinking:
-        value["reasoning_content"] = message.thinking
-    if message.tool_calls:
-        value["tool_calls"] = list(message.tool_calls)
-    return value

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nemotron_train.config.json_text import json_text
+from nemotron_train.config.json_text import MAX_DEPTH, json_text, strict_json
 
 pydantic_core = pytest.importorskip("pydantic_core")
 
@@ -63,3 +63,33 @@ def test_other_values() -> None:
     )
     with pytest.raises(TypeError):
         json_text({1, 2})
+
+
+@given(value=VALUES)
+def test_what_is_written_is_read(value: Any) -> None:
+    written = json_text(value)
+    assert repr(strict_json(written)) == repr(json.loads(written))
+
+
+@given(text=st.text(st.sampled_from('{}[]",:0a1.eE-\\ud8"'), max_size=12) | st.text(max_size=4))
+def test_what_another_strict_reader_refuses_is_refused(text: str) -> None:
+    """But for numbers that are too large for it and for fields that are there twice."""
+    try:
+        value = strict_json(text)
+    except ValueError:
+        return
+    assert repr(pydantic_core.from_json(text.encode(), allow_inf_nan=False)) == repr(value)
+
+
+def test_readers_agree_on_what_is_read() -> None:
+    for text in (
+        '{"a": 1, "a": 1}',
+        "NaN",
+        "1e999",
+        '"\\udc00"',
+        "[" * (MAX_DEPTH + 1) + "]" * 101,
+    ):
+        with pytest.raises(ValueError):
+            strict_json(text)
+    nested = "[" * MAX_DEPTH + "]" * MAX_DEPTH
+    assert json_text(strict_json(nested)) == nested

@@ -92,7 +92,7 @@ def conversations(batches: BatchSource, num_rows: int) -> Counter[Conversation]:
         trained = np.concatenate([[0], mask]).astype(bool)
         for number in range(documents.max() + 1):
             places = np.flatnonzero(documents == number)
-            is_last = places[-1] == len(documents) - 1
+            is_last = places[-1] == len(documents) - 1 and places.size > 1  # 1: padding
             if is_last and ids[places[-2]] != END_ID:  # the row's last token has no position
                 places = np.append(places, len(documents))
             if trained[places].any():  # padding has none
@@ -166,16 +166,24 @@ def test_compressed_rows_and_prompts_with_answers(made: ChatDataConfig, tmp_path
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("{", r"rows.jsonl:2: is not JSON"),
-        ("[]", r"rows.jsonl:2: must be an object"),
+        ("{", r"rows.jsonl:2: not a JSON object"),
+        ("[]", r"rows.jsonl:2: not a JSON object but list"),
+        ('{"id": "a"}', r"rows.jsonl:2: messages and prompt are both missing"),
         ('{"prompt": "a"}', r"rows.jsonl:2: answer is missing"),
-        ('{"prompt": "a", "answer": ""}', r"rows.jsonl:2: answer is missing"),
-        ('{"messages": [{"role": "user", "content": "a"}]}', r"rows.jsonl:2: has no assistant's"),
-        ('{"prompt": "a", "answer": "b", "messages": []}', r"rows.jsonl:2: has messages and"),
+        ('{"prompt": "a", "answer": ""}', r'rows.jsonl:2: answer is ""; it must be a text'),
+        ('{"prompt": 3, "answer": "b"}', r"rows.jsonl:2: prompt is 3; it must be a text"),
+        ('{"prompt": "a", "answer": "b", "thinking": 3}', r"rows.jsonl:2: thinking is 3; it must"),
+        ('{"prompt": "a", "answer": "b", "tools": ["c"]}', r"rows.jsonl:2: tools is .*; it must"),
+        ('{"messages": [{"role": "assistant", "content": "a"}], "answer": "b"}',
+         r"rows.jsonl:2: answer is there, and the assistant has the last message"),
+        ('{"messages": [{"role": "user", "content": "a"}]}',
+         r"rows.jsonl:2: messages has no assistant's message to train on"),
+        ('{"prompt": "a", "answer": "b", "messages": []}',
+         r"rows.jsonl:2: messages and prompt are both there"),
         (json.dumps({"prompt": "a", "answer": "b " * 200}), r"rows.jsonl:2: has \d+ tokens, more"),
         ('{"prompt": "a\\ud800", "answer": "b"}', r"rows.jsonl:2: .*half a surrogate"),
     ],
-)
+)  # fmt: skip
 def test_bad_rows_are_refused_by_line(
     made: ChatDataConfig, tmp_path: Path, line: str, words: str
 ) -> None:

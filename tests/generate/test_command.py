@@ -11,7 +11,10 @@ from typing import Any
 import pytest
 
 from nemotron_train.cli.main import main
+from nemotron_train.config.errors import ConfigError
 from nemotron_train.data.tokenize import load_tokenizer
+from nemotron_train.generate.knobs import GenerateConfig
+from nemotron_train.generate.terminal import check_and_read
 
 pytestmark = pytest.mark.usefixtures("in_small_run")
 
@@ -134,6 +137,17 @@ def test_only_line_feeds_end_a_prompt(run: str, tmp_path: Path) -> None:
     words = ["max_new_tokens=1", "temperature=0"]
     assert [r["prompt"] for r in generate(run, f"prompts={plain}", *words)] == [text, "second"]
     assert [r["prompt"] for r in generate(run, f"prompts={lines}", *words)] == [text]
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [("{", "not a JSON object"), ("{}", "prompt is missing"), ('{"prompt": 3}', "prompt is 3")],
+)
+def test_a_bad_line_of_prompts_is_named(line: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(f'{{"prompt": "a"}}\n\n{line}\n')
+    with pytest.raises(ConfigError, match=f"prompts.jsonl:3: {said}"):
+        check_and_read(GenerateConfig(prompts=str(path)))
 
 
 def test_weights_that_are_not_finite_are_named(

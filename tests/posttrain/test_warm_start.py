@@ -60,15 +60,14 @@ def test_the_judge_is_content_with_what_is_trained(
         turns: list[Message] = []
         for place, message in enumerate(entry.messages):
             if message.role == "tool":
-                turns.append(Message("tool", message.content))
+                turns.append(message)
             if message.role != "assistant":
                 continue
             prompt = chat.prompt(entry.messages[:place], entry.tools)
             whole = chat.render(entry.messages[: place + 1], entry.tools).ids.tolist()
             turn = parse_turn(chat, whole[len(prompt) : -1], text_calls=True)
-            assert turn.is_well_formed
-            calls = tuple(str(call) for call in turn.tool_calls)
-            turns.append(Message("assistant", turn.content, turn.thinking, calls))
+            assert turn.is_well_formed and turn.thinking
+            turns.append(turn.message)
         episode = Episode(task, tuple(family.start(task)), tuple(turns))
         assert judge(family, episode).reward == 1.0
 

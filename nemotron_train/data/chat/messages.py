@@ -1,18 +1,20 @@
-"""Conversations as data: roles, reasoning, tool calls; read from JSON and checked.
+"""Conversations as data: roles, reasoning, tool calls; read from JSON, checked and written.
 
 The form is that of chat data sets and servers: a list of objects with `role` and `content`. An
 assistant's message may have `reasoning_content` (also read as `thinking`) and `tool_calls`.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from nemotron_train.config.errors import ConfigError
+from nemotron_train.config.json_text import json_text
+from nemotron_train.data.json_lines import Fields, wrong_value
 
 ROLES = ("system", "user", "assistant", "tool")
-_FIELDS = {"role", "content", "reasoning_content", "thinking", "tool_calls", "trained"}
-_IGNORED = {"name", "tool_call_id", "id"}  # of other formats; they change no token
+_FIELDS = ("role", "content", "reasoning_content", "thinking", "tool_calls", "trained")
+_IGNORED = ("name", "tool_call_id", "id")  # of other formats; they change no token
 
 
 @dataclass(frozen=True)
@@ -25,96 +27,141 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class Message:
-    """One message.
+    """One message of a conversation, written by a person, an environment or a policy.
 
-    thinking: the assistant's reasoning; "" if the message has none. trained: whether the tokens of
-    an assistant's message count in the loss. thinking_limit: the reasoning is cut after so many
-    tokens, as a budget does; 0: it is whole. tool_calls: named calls with arguments, or the text of
-    a call in a form of its environment's own.
+    role: one of ROLES. content: the text, without tags. thinking: an assistant's reasoning; "" if
+    there is none. tool_calls: named calls with arguments, or the text of a call in a form of its
+    environment's own. trained: whether the tokens of an assistant's message count in the loss of
+    fine-tuning. fault: why what a policy sampled is malformed (`parse.Turn.message`); content,
+    thinking and calls are then empty, so nothing in it can score. "" for every other message.
     """
 
     role: str
     content: str
     thinking: str = ""
-    tool_calls: tuple[ToolCall | str, ...] = field(default=())
+    tool_calls: tuple[ToolCall | str, ...] = ()
     trained: bool = True
-    thinking_limit: int = 0
+    fault: str = ""
 
 
-def read_messages(raw: Any, where: str) -> list[Message]:
-    """Messages from JSON values. where: begins an error message, such as "rows.jsonl:3".
+def call_text(call: ToolCall | str) -> str:
+    """A tool call as it stands between <tool_call> and </tool_call>: JSON, or the given text."""
+    return call if isinstance(call, str) else json_text(_call_json(call), ensure_ascii=False)
 
-    Raises ConfigError, naming the message and its field: no list, an unknown role or field, a
-    content that is no text, reasoning or tool calls of another role than the assistant's, a system
-    message that is not the first, and a conversation in which nobody but the system speaks.
+
+def read_messages(raw: Any, where: str, field: str = "messages") -> tuple[Message, ...]:
+    """Messages from JSON values. where: begins an error, such as "rows.jsonl:3". field: what the
+    list is called there.
+
+    Raises ConfigError, naming the message and its field, as `read_message` does, and for no list,
+    a system message that is not the first, and one after which nobody speaks.
     """
     if not isinstance(raw, list) or not raw:
-        raise ConfigError(f"{where}: messages must be a list of at least one message")
-    messages = [_message(entry, f"{where}: messages[{n}]") for n, entry in enumerate(raw)]
-    for number, message in enumerate(messages):
-        if message.role == "system" and number > 0:
-            raise ConfigError(f"{where}: messages[{number}]: a system message can only be first")
-    if all(message.role == "system" for message in messages):
-        raise ConfigError(f"{where}: messages hold only a system message; add a user's")
+        raise wrong_value(where, field, raw, "a list of at least one message")
+    messages = tuple(
+        read_message(entry, where, f"{field}[{place}]") for place, entry in enumerate(raw)
+    )
+    for place, message in enumerate(messages):
+        if message.role == "system" and place > 0:
+            raise ConfigError(f"{where}: {field}[{place}]: a system message can only be first")
+    if messages[-1].role == "system":
+        raise ConfigError(f"{where}: {field} has only a system message; add a user's")
     return messages
 
 
-def _message(raw: Any, where: str) -> Message:
+def read_message(raw: Any, where: str, path: str) -> Message:
+    """One message from a JSON value. path: its own place, such as "messages[0]".
+
+    Raises ConfigError, naming the field: no object, an unknown role or field, a content that is no
+    text, reasoning or tool calls of another role than the assistant's.
+    """
     if not isinstance(raw, Mapping):
-        raise ConfigError(f"{where}: must be an object with role and content")
-    unknown = sorted(set(raw) - _FIELDS - _IGNORED)
-    if unknown:
-        raise ConfigError(
-            f"{where}: unknown field {unknown[0]!r}; known: {', '.join(sorted(_FIELDS))}"
-        )
-    role = raw.get("role")
+        raise wrong_value(where, path, raw, "an object with role and content")
+    entry = Fields({name: raw[name] for name in raw if name not in _IGNORED}, where, path)
+    entry.check_known(_FIELDS)
+    role = entry.get("role")
     if role not in ROLES:
-        raise ConfigError(f"{where}: role={role!r}; must be one of {', '.join(ROLES)}")
-    thinking = raw.get("reasoning_content", raw.get("thinking"))
-    calls = _tool_calls(raw.get("tool_calls"), where)
-    content = raw.get("content")
+        raise entry.wrong("role", f"one of {', '.join(ROLES)}")
+    calls = _tool_calls(entry)
+    thinking = read_reasoning(entry)
+    content = entry.get("content")
     if content is None and (calls or thinking):
         content = ""
-    for name, value in (("content", content), ("reasoning_content", thinking or "")):
-        if not isinstance(value, str):
-            raise ConfigError(f"{where}: {name} must be a text, not {type(value).__name__}")
-        _check_text(value, f"{where}: {name}")
-    if role != "assistant" and (thinking or calls):
+    if not isinstance(content, str):
+        raise entry.wrong("content", "a text")
+    if role != "assistant" and (calls or thinking):
         name = "tool_calls" if calls else "reasoning_content"
-        raise ConfigError(f"{where}: {name} of the role {role}; only an assistant has it")
-    trained = raw.get("trained", True)
-    if not isinstance(trained, bool):
-        raise ConfigError(f"{where}: trained={trained!r}; must be true or false")
-    return Message(role, content, thinking or "", calls, trained)  # pyright: ignore[reportArgumentType]
+        raise entry.error(f"{path} has {name} and the role {role}; only an assistant has it")
+    return Message(role, content, thinking, calls, entry.whether("trained", True))
 
 
-def _check_text(text: str, where: str) -> None:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ConfigError(
-            f"{where} holds half a surrogate pair at {error.start}: no text"
-        ) from None
+def read_reasoning(entry: Fields) -> str:
+    """The text of `reasoning_content` or `thinking`; "" if there is neither. Raises ConfigError for
+    a value that is no text, and for two different ones."""
+    names = ("reasoning_content", "thinking")
+    given = [name for name in names if entry.get(name) is not None]
+    for name in given:
+        if not isinstance(entry.get(name), str):
+            raise entry.wrong(name, "a text")
+    texts = {entry.get(name) for name in given}
+    if len(texts) > 1:
+        raise entry.error(f"{' and '.join(map(entry.name, names))} are different texts; give one")
+    return texts.pop() if texts else ""
 
 
-def _tool_calls(raw: Any, where: str) -> tuple[ToolCall | str, ...]:
+def _tool_calls(entry: Fields) -> tuple[ToolCall | str, ...]:
+    raw = entry.get("tool_calls")
     if raw is None:
         return ()
     if not isinstance(raw, Sequence) or isinstance(raw, str):
-        raise ConfigError(f"{where}: tool_calls must be a list")
+        raise entry.wrong("tool_calls", "a list")
     calls: list[ToolCall | str] = []
-    for number, entry in enumerate(raw):
-        if isinstance(entry, str) and entry:
-            _check_text(entry, f"{where}: tool_calls[{number}]")
-            calls.append(entry)
-            continue
-        call = entry.get("function", entry) if isinstance(entry, Mapping) else None
-        name = call.get("name") if isinstance(call, Mapping) else None
-        arguments = call.get("arguments", {}) if isinstance(call, Mapping) else None
-        if not isinstance(name, str) or not name or not isinstance(arguments, Mapping):
-            raise ConfigError(
-                f"{where}: tool_calls[{number}] must be an object with a name and arguments, which "
-                "are an object too, or a text"
-            )
-        calls.append(ToolCall(name, dict(arguments)))
+    for place, value in enumerate(raw):
+        call = value if isinstance(value, str) and value.strip() else as_call(value)
+        if call is None:
+            name = f"{entry.name('tool_calls')}[{place}]"
+            needed = "an object with a name and arguments, which are an object too, or a text"
+            raise wrong_value(entry.where, name, value, needed)
+        calls.append(call)
     return tuple(calls)
+
+
+def as_call(value: Any) -> ToolCall | None:
+    """A tool call from its JSON value, which may stand inside `function`; None if it is none."""
+    call = value.get("function", value) if isinstance(value, Mapping) else None
+    if not isinstance(call, Mapping):
+        return None
+    name, arguments = call.get("name"), call.get("arguments", {})
+    if not isinstance(name, str) or not name or not isinstance(arguments, Mapping):
+        return None
+    return ToolCall(name, dict(arguments))
+
+
+def message_json(message: Message) -> dict[str, Any]:
+    """A message as a JSON object, without the fields that have their defaults. `read_message` reads
+    it, but for a fault, which no file may claim."""
+    calls = [call if isinstance(call, str) else _call_json(call) for call in message.tool_calls]
+    optional = {"reasoning_content": message.thinking, "tool_calls": calls, "fault": message.fault}
+    value: dict[str, Any] = {"role": message.role, "content": message.content}
+    value |= {name: entry for name, entry in optional.items() if entry}
+    return value if message.trained else value | {"trained": False}
+
+
+def _call_json(call: ToolCall) -> dict[str, Any]:
+    return {"name": call.name, "arguments": dict(call.arguments)}
+
+
+def message_from_json(value: Mapping[str, Any]) -> Message:
+    """The reverse of `message_json`; trusts its input."""
+    calls = tuple(
+        call if isinstance(call, str) else ToolCall(call["name"], call["arguments"])
+        for call in value.get("tool_calls", ())
+    )
+    return Message(
+        value["role"],
+        value["content"],
+        value.get("reasoning_content", ""),
+        calls,
+        value.get("trained", True),
+        value.get("fault", ""),
+    )

@@ -23,7 +23,7 @@ from omegaconf import MISSING
 
 from nemotron_train.config.errors import ConfigError
 from nemotron_train.config.json_text import json_text
-from nemotron_train.data.chat.messages import Message
+from nemotron_train.data.chat.messages import Message, message_json
 from nemotron_train.data.chat.render import END, ChatFormat, Rendered
 from nemotron_train.data.chat.rows import ChatRow, read_rows
 from nemotron_train.data.indexed import token_dtype
@@ -48,7 +48,7 @@ from nemotron_train.platform.files import file_sha256, flush_to_disk, writing
 from nemotron_train.platform.lock import exclusive
 
 KIND = "conversations"
-_RECIPE = 1  # increase it if the format or the choice of rows changes
+_RECIPE = 2  # increase it if the format or the choice of rows changes
 _SHARD_TOKENS = 100_000_000
 _REPORT_EVERY = 10_000
 
@@ -235,7 +235,7 @@ def _held_out(config: ChatDataConfig, files: list[Path], chat: ChatFormat) -> in
 
 
 def _hash(config: ChatDataConfig, row: ChatRow) -> int:
-    text = json_text([config.seed, [asdict(message) for message in row.messages], row.tools])
+    text = json_text([config.seed, [message_json(message) for message in row.messages], row.tools])
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
@@ -246,15 +246,12 @@ def _rendered(config: ChatDataConfig, chat: ChatFormat, row: ChatRow, number: in
         if draw < config.empty_thinking_share:
             row = replace(row, messages=tuple(replace(m, thinking="") for m in row.messages))
         elif draw < config.empty_thinking_share + config.cut_thinking_share:
-            row = replace(row, messages=tuple(_cut(chat, m, number, config) for m in row.messages))
+            limits = [_thinking_limit(chat, m, number, config) for m in row.messages]
+            return chat.render(row.messages, row.tools, limits)
     return chat.render(row.messages, row.tools)
 
 
-def _cut(chat: ChatFormat, message: Message, number: int, config: ChatDataConfig) -> Message:
-    """The message with its reasoning cut after 1 to all but one of its tokens."""
-    if not message.thinking:
-        return message
-    length = chat.thinking_tokens(message)
-    if length < 2:
-        return message
-    return replace(message, thinking_limit=1 + key64("cut", config.seed, number) % (length - 1))
+def _thinking_limit(chat: ChatFormat, message: Message, number: int, config: ChatDataConfig) -> int:
+    """A number of tokens after which to cut the reasoning, 1 to all but one; 0: nothing to cut."""
+    length = chat.thinking_tokens(message) if message.thinking else 0
+    return 1 + key64("cut", config.seed, number) % (length - 1) if length >= 2 else 0

@@ -29,7 +29,7 @@ import numpy as np
 
 from nemotron_train.config.errors import ConfigError
 from nemotron_train.config.json_text import json_text
-from nemotron_train.data.chat.messages import Message, ToolCall
+from nemotron_train.data.chat.messages import Message, call_text
 from nemotron_train.data.tokenize import CHAT_TOKENS, LoadedTokenizer
 
 START, END, THINK, THINK_END, CALL, CALL_END, RESPONSE, RESPONSE_END = CHAT_TOKENS
@@ -73,9 +73,16 @@ class ChatFormat:
         self.special_ids = {token: ids[token] for token in CHAT_TOKENS}
         _check_context(tokenizer, name)
 
-    def render(self, messages: Sequence[Message], tools: Sequence[Any] = ()) -> Rendered:
-        """The whole conversation. tools: JSON descriptions of the tools that may be called."""
-        return self._encode(_pieces(messages, tools))
+    def render(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Any] = (),
+        thinking_limits: Sequence[int] = (),
+    ) -> Rendered:
+        """The whole conversation. tools: JSON descriptions of the tools that may be called.
+        thinking_limits: for each message the tokens after which its reasoning is cut, as a budget
+        does; 0: it is whole. Without them all are whole."""
+        return self._encode(_pieces(messages, tools, thinking_limits))
 
     def prompt(
         self, messages: Sequence[Message], tools: Sequence[Any] = (), thinking: bool = True
@@ -121,13 +128,6 @@ def missing_tokens(tokenizer: LoadedTokenizer) -> list[str]:
     return [token for token in CHAT_TOKENS if token not in control]
 
 
-def call_text(call: ToolCall | str) -> str:
-    """A tool call as it stands between <tool_call> and </tool_call>: JSON, or the given text."""
-    if isinstance(call, str):
-        return call
-    return json_text({"name": call.name, "arguments": dict(call.arguments)}, ensure_ascii=False)
-
-
 def _text(text: str, trained: bool = False) -> _Piece:
     return _Piece(text, False, trained)
 
@@ -136,8 +136,11 @@ def _special(token: str, trained: bool = False) -> _Piece:
     return _Piece(token, True, trained)
 
 
-def _pieces(messages: Sequence[Message], tools: Sequence[Any]) -> list[_Piece]:
+def _pieces(
+    messages: Sequence[Message], tools: Sequence[Any], thinking_limits: Sequence[int] = ()
+) -> list[_Piece]:
     pieces: list[_Piece] = []
+    limits = list(thinking_limits) or [0] * len(messages)
     if tools:
         lines = "\n".join(json_text(tool, ensure_ascii=False) for tool in tools)
         has_system = bool(messages) and messages[0].role == "system"
@@ -146,9 +149,10 @@ def _pieces(messages: Sequence[Message], tools: Sequence[Any]) -> list[_Piece]:
             Message("system", f"{system}{TOOLS_HEADER}\n{lines}"),
             *messages[1 if has_system else 0 :],
         ]
-    for message in messages:
+        limits = limits if has_system else [0, *limits]
+    for message, limit in zip(messages, limits, strict=True):
         if message.role == "assistant":
-            pieces += _assistant(message)
+            pieces += _assistant(message, limit)
             continue
         role = "user" if message.role == "tool" else message.role
         pieces += [_special(START), _text(f"{role}\n")]
@@ -169,11 +173,10 @@ def _opening(thinking: bool) -> list[_Piece]:
     return pieces if thinking else [*pieces, _special(THINK_END)]
 
 
-def _assistant(message: Message) -> list[_Piece]:
+def _assistant(message: Message, limit: int) -> list[_Piece]:
     trained = message.trained
     pieces = _opening(bool(message.thinking))
     if message.thinking:
-        limit = message.thinking_limit
         pieces.append(_Piece(_thought(message), False, trained, limit))
         # A budget forces the end of the reasoning; the model did not choose it.
         pieces.append(_special(THINK_END, trained and not limit))

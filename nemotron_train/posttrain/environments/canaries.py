@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from nemotron_train.config.json_text import json_text
-from nemotron_train.posttrain.environments.completion import END_THINK, THINK, parse_completion
+from nemotron_train.data.chat.parse import parse_text
+from nemotron_train.data.chat.render import THINK, THINK_END
 from nemotron_train.posttrain.environments.families import build_family, worked_solution
 from nemotron_train.posttrain.environments.family import around
 from nemotron_train.posttrain.environments.protocol import EndedBy, Episode, Message, Row
@@ -73,7 +74,7 @@ def _texts(row: Row, truth: str, wrong: list[str]) -> dict[str, str]:
     texts["several answers"] = f"{first}\n{truth}\n{last}"
     texts["several boxes"] = f"\\boxed{{{first}}} \\boxed{{{truth}}} \\boxed{{{last}}}"
     answers = "".join(f"<answer>{text}</answer>" for text in (first, truth, last))
-    return texts | {"several tags": answers, "repeated thinking": f"{truth}{END_THINK}{truth}"}
+    return texts | {"several tags": answers, "repeated thinking": f"{truth}{THINK_END}{truth}"}
 
 
 def _listed(row: Row, truth: str, wrong: list[str]) -> list[str]:
@@ -86,7 +87,8 @@ def _canary(kind: str, text: str, row: Row, truth: str) -> Canary | None:
     """None if the text is the answer itself, as the prompt of a very short task may be."""
     if text.strip() and text.strip() == truth.strip():
         return None
-    message = parse_completion(f"{THINK}{END_THINK}{text}" if row.thinking else text, row.thinking)
+    sampled = f"{THINK}{THINK_END}{text}" if row.thinking else text
+    message = parse_text(sampled, row.thinking, text_calls=True).message
     return Canary(kind, text, Episode(row, row.messages, (message,)))
 
 
@@ -105,7 +107,7 @@ def right_answers(rows: Sequence[Row]) -> list[Episode]:
     for row in rows:
         turns = worked_solution(row)
         if turns is None and truth_of(row):
-            turns = [Message("assistant", truth_of(row), "" if row.thinking else None)]
+            turns = [Message("assistant", truth_of(row))]
         if turns is not None:
             episodes.append(Episode(row, row.messages, tuple(turns)))
     return episodes

@@ -18,6 +18,7 @@ from typing import Any
 
 from nemotron_train.config.errors import ConfigError
 from nemotron_train.config.visible import one_line
+from nemotron_train.data.chat.messages import ROLES, read_message
 from nemotron_train.posttrain.environments.protocol import (
     Episode,
     Message,
@@ -146,16 +147,18 @@ class _Class(SingleTurn):
 def _messages(value: Any) -> list[Message]:
     """A list of messages from what a user's method returned: messages, dicts or one text.
 
-    Raises TypeError for anything else.
+    Raises TypeError for anything else, ConfigError for a dict that is no message.
     """
     if isinstance(value, str):
         return [Message("user", value)]
     messages = []
-    for entry in value:
+    for place, entry in enumerate(value):
         if isinstance(entry, Mapping):
-            entry = Message(str(entry["role"]), entry["content"])
+            entry = read_message(entry, "returned messages", f"[{place}]")
         if not isinstance(entry, Message) or not isinstance(entry.content, str):
             raise TypeError(f"a message of type {type(entry).__name__}")
+        if entry.role not in ROLES:
+            raise TypeError(f"a message of role {entry.role!r}; there are {', '.join(ROLES)}")
         messages.append(entry)
     if not messages:
         raise TypeError("no messages; return None to end an episode")

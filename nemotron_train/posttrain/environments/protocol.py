@@ -4,8 +4,8 @@ An environment keeps nothing between calls. `step` and `score` get the whole epi
 may serve any call, a stored episode can be scored again without a model, and a resumed run needs no
 state of environments. Everything here is plain data that pickle and JSON carry.
 
-Owns: the types, their form as JSON, and `judge`, the one way to a score. Does not own: how text
-becomes a message (`completion`), processes and time limits (`scoring`).
+Owns: the types, their form as JSON, and `judge`, the one way to a score. Does not own: messages,
+and how what was sampled becomes one (`data/chat`), processes and time limits (`scoring`).
 """
 
 import math
@@ -15,26 +15,8 @@ from enum import StrEnum
 from typing import Any, Protocol
 
 from nemotron_train.config.errors import ConfigError
+from nemotron_train.data.chat.messages import Message, message_from_json, message_json
 from nemotron_train.posttrain.sandbox.verdict import Verdict
-
-ROLES = ("system", "user", "assistant", "tool")
-
-
-@dataclass(frozen=True)
-class Message:
-    """One message of a conversation.
-
-    thinking: what stands between <think> and </think>; None if there is no such part. content: the
-    text without tags; of an assistant, what stands after the last </think>. tool_calls: the text
-    between <tool_call> and </tool_call>, call by call. fault: why a sampled text is malformed; its
-    content and calls are then empty, so nothing in it can score.
-    """
-
-    role: str
-    content: str
-    thinking: str | None = None
-    tool_calls: tuple[str, ...] = ()
-    fault: str = ""
 
 
 @dataclass(frozen=True)
@@ -177,25 +159,6 @@ def checked(score: Any) -> Score:
         return Score(reward, components, Verdict(score.verdict), str(score.message)[:300])
     except (TypeError, ValueError, AttributeError, OverflowError) as error:
         return failed(f"a score of wrong types ({error})", Verdict.error)
-
-
-def message_json(message: Message) -> dict[str, Any]:
-    """A message as a JSON object, without the fields that are empty."""
-    value: dict[str, Any] = {"role": message.role, "content": message.content}
-    if message.thinking is not None:
-        value["thinking"] = message.thinking
-    if message.tool_calls:
-        value["tool_calls"] = list(message.tool_calls)
-    if message.fault:
-        value["fault"] = message.fault
-    return value
-
-
-def message_from_json(value: Mapping[str, Any]) -> Message:
-    """The reverse of `message_json`."""
-    calls = tuple(value.get("tool_calls", ()))
-    fault = value.get("fault", "")
-    return Message(value["role"], value["content"], value.get("thinking"), calls, fault)
 
 
 def row_json(row: Row) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from nemotron_train.data.chat.messages import call_text
 from nemotron_train.posttrain.environments.family import Problem, around, thought
 from nemotron_train.posttrain.environments.protocol import (
     Episode,
@@ -136,7 +137,7 @@ class Tools:
         machine, result = Machine(episode.row.metadata["store"]), ""
         for message in episode.turns:
             if message.role == "assistant" and len(message.tool_calls) == 1:
-                result = machine.call(message.tool_calls[0])
+                result = machine.call(call_text(message.tool_calls[0]))
         return machine, result
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from nemotron_train.config.environments import Isolation
 from nemotron_train.config.errors import ConfigError
 from nemotron_train.config.json_text import json_text
+from nemotron_train.data.chat.messages import message_json
 from nemotron_train.posttrain.environments import protocol
 from nemotron_train.posttrain.environments.families import Settings, build_environment
 from nemotron_train.posttrain.sandbox.namespaces import die_with_parent
@@ -62,12 +63,12 @@ def _check_row(environment: Any, item: Any) -> Any:
 
 def _start(environment: Any, item: Any) -> Any:
     messages = environment.start(protocol.row_from_json(item))
-    return [protocol.message_json(message) for message in messages]
+    return [message_json(message) for message in messages]
 
 
 def _step(environment: Any, item: Any) -> Any:
     reply = environment.step(protocol.episode_from_json(item))
-    return None if reply is None else [protocol.message_json(message) for message in reply]
+    return None if reply is None else [message_json(message) for message in reply]
 
 
 def _score(environment: Any, item: Any) -> Any:

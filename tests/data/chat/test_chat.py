@@ -6,7 +6,7 @@ line breaks and in the form of tool calls.
 """
 
 import json
-from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,14 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from nemotron_train.config.errors import ConfigError
-from nemotron_train.data.chat.messages import read_messages
+from nemotron_train.data.chat.messages import (
+    Message,
+    message_from_json,
+    message_json,
+    read_messages,
+)
 from nemotron_train.data.chat.parse import parse_turn
-from nemotron_train.data.chat.render import END, START, THINK_END, ChatFormat
+from nemotron_train.data.chat.render import END, ChatFormat
 from nemotron_train.data.chat.template import CHAT_TEMPLATE
 from nemotron_train.data.tokenize import (
     CHAT_TOKENS,
@@ -152,68 +157,54 @@ def test_a_generated_turn_is_read_back(
     prompt = chat.prompt(messages[:1], thinking=bool(thinking))
     generated = chat.render(messages).ids[len(prompt) : -1].tolist()
     turn = parse_turn(chat, generated, thinking=bool(thinking), text_calls=as_text)
-    assert turn.is_well_formed
-    assert turn.message == messages[1]
-
-
-def turn_of(chat: ChatFormat, *parts: str) -> list[int]:
-    ids: list[int] = []
-    for part in parts:
-        ids += (
-            [chat.special_ids[part]]
-            if part in CHAT_TOKENS
-            else chat.tokenizer.encode(part).tolist()
-        )
-    return ids
-
-
-@pytest.mark.parametrize(
-    ("parts", "wrong"),
-    [
-        (["\nhm\n", THINK_END, "\nyes"], "ended"),
-        (["\nhm\n", END], "thinking_closed"),
-        (["\nhm\n", THINK_END, "\nyes", THINK_END, END], "thinking_closed"),
-        (["\nhm </think> no\n", END], "thinking_closed"),
-        (["\nhm\n", THINK_END, "<tool_call>", "{}", "</tool_call>", END], "malformed_calls"),
-        (["\nhm\n", THINK_END, "<tool_call>", json.dumps(CALL), END], "malformed_calls"),
-        (["\nhm\n", THINK_END, "<tool_call>", "[" * 5000, "</tool_call>", END], "malformed_calls"),
-        (["\nhm\n", THINK_END, "\na", START, "user\nb", END], "stray"),
-        (["\nhm\n", THINK_END, "<tool_response>", "3", "</tool_response>", END], "stray"),
-        (["\nhm", "<tool_call>", json.dumps(CALL), "</tool_call>", THINK_END, "\na", END], "stray"),
-        (["\nhm\n", THINK_END, "\na", END, "\nb", END], "stray"),
-    ],
-)
-def test_malformed_turns(chat: ChatFormat, parts: Sequence[str], wrong: str) -> None:
-    turn = parse_turn(chat, turn_of(chat, *parts))
-    assert not turn.is_well_formed
-    found = {name for name in ("ended", "thinking_closed") if not getattr(turn, name)}
-    found |= {name for name in ("malformed_calls", "stray") if getattr(turn, name)}
-    assert wrong in found
+    assert turn.is_well_formed and turn.ended and turn.thinking_closed
+    read = Message("assistant", turn.content, turn.thinking, turn.tool_calls)
+    assert read == messages[1]
+    # The environment's message is stripped.
+    assert turn.message == replace(read, content=content.strip())
 
 
 @pytest.mark.parametrize(
     ("raw", "words"),
     [
-        ([], "at least one message"),
-        ({"role": "user"}, "must be a list"),
-        ([{"role": "user"}], "content must be a text, not NoneType"),
-        ([{"role": "user", "content": 3}], "content must be a text, not int"),
-        ([{"role": "bot", "content": "a"}], "role='bot'"),
-        ([{"role": "user", "content": "a", "contents": "b"}], "unknown field 'contents'"),
+        ([], r"messages is \[\]; it must be a list of at least one message"),
+        ({"role": "user"}, "it must be a list"),
+        (["a"], r'messages\[0\] is "a"; it must be an object'),
+        ([{"role": "user"}], r"messages\[0\].content is missing; it must be a text"),
+        ([{"role": "user", "content": 3}], r"messages\[0\].content is 3; it must be a text"),
+        ([{"role": "bot", "content": "a"}], r'messages\[0\].role is "bot"; it must be one of sys'),
+        ([{"role": ["user"], "content": "a"}], r'messages\[0\].role is \["user"\]'),
+        ([{"role": "user", "content": "a", "contents": "b"}],
+         r"messages\[0\] has no field contents; there are role"),
         ([{"role": "user", "content": "a", "thinking": "b"}], "only an assistant has it"),
         ([{"role": "user", "content": "a", "tool_calls": [CALL]}], "only an assistant has it"),
+        ([{"role": "assistant", "content": "a", "thinking": 1}], r"messages\[0\].thinking is 1"),
+        ([{"role": "assistant", "content": "a", "thinking": "b", "reasoning_content": "c"}],
+         "are different texts"),
         ([{"role": "system", "content": "a"}], "only a system message"),
         ([{"role": "user", "content": "a"}, {"role": "system", "content": "a"}], "only be first"),
         ([{"role": "assistant", "content": "", "tool_calls": [{"name": "a", "arguments": "b"}]}],
-         r"tool_calls\[0\] must be"),
-        ([{"role": "user", "content": "a\ud800"}], "half a surrogate pair at 1"),
-        ([{"role": "assistant", "content": "a", "trained": 1}], "trained=1"),
+         r"messages\[0\].tool_calls\[0\] is .*; it must be an object with a name"),
+        ([{"role": "assistant", "content": "", "tool_calls": [" "]}], r"tool_calls\[0\] is"),
+        ([{"role": "assistant", "content": "a", "trained": 1}], "trained is 1; it must be true or"),
+        ([{"role": "assistant", "content": "", "fault": "a"}], "no field fault"),
     ],
 )  # fmt: skip
 def test_bad_messages_are_refused(raw: Any, words: str) -> None:
     with pytest.raises(ConfigError, match=words) as error:
         read_messages(raw, "rows.jsonl:3")
     assert str(error.value).startswith("rows.jsonl:3: ")
+
+
+@settings(deadline=None, max_examples=60)
+@given(raw=conversations(CONTENT), trained=st.booleans())
+def test_messages_are_written_and_read(raw: list[dict[str, Any]], trained: bool) -> None:
+    messages = [replace(message, trained=trained) for message in read_messages(raw, "test")]
+    written = json.loads(json.dumps([message_json(message) for message in messages]))
+    assert list(read_messages(written, "test")) == messages
+    faulty = Message("assistant", "", fault="the thinking was not closed")
+    for message in (*messages, faulty):
+        assert message_from_json(json.loads(json.dumps(message_json(message)))) == message
 
 
 def test_a_message_may_be_left_out_of_the_loss(chat: ChatFormat) -> None:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from nemotron_train.posttrain.environments.completion import parse_completion
+from nemotron_train.data.chat.parse import parse_text
 from nemotron_train.posttrain.environments.protocol import Episode, Message, Row
 
 
@@ -16,4 +16,5 @@ def row(environment: str, prompt: str = "?", answer: Any = None, **fields: Any) 
 
 def answered(task: Row, text: str) -> Episode:
     """The episode of one sampled text."""
-    return Episode(task, task.messages, (parse_completion(text, task.thinking),))
+    message = parse_text(text, task.thinking, text_calls=True).message
+    return Episode(task, task.messages, (message,))

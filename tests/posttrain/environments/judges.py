@@ -92,6 +92,16 @@ class Guess:
 guess = Guess()
 
 
+class Robot:
+    """Its first message is of a role that no format has."""
+
+    def start(self, row: Any) -> Any:
+        return [{"role": "robot", "content": "x"}]
+
+    def score(self, episode: Any) -> Any:
+        return 1.0
+
+
 class NoScore:
     pass
 

@@ -110,6 +110,12 @@ def test_several_turns_of_a_class(scoring: Scoring) -> None:
     assert isinstance(failed, Score) and failed.verdict is Verdict.error
 
 
+def test_messages_of_a_class_are_checked(scoring: Scoring) -> None:
+    (failed,) = scoring.start([row(f"{JUDGES}:Robot")])
+    assert isinstance(failed, Score) and failed.verdict is Verdict.error
+    assert failed.message.startswith('returned messages: [0].role is "robot"; it must be one of')
+
+
 def test_rows_are_checked(scoring: Scoring) -> None:
     tasks: list[Row] = [row("arithmetic", answer="3"), row("arithmetic"), row(f"{JUDGES}:exact")]
     first, second, third = scoring.check_rows(tasks)
