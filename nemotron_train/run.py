@@ -7,6 +7,8 @@ no globals and no registries.
 import os
 import sys
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -39,12 +41,20 @@ from nemotron_train.run_folder.progress import Progress
 from nemotron_train.train.guard.watchdog import collective_timeout
 
 
-def pretrain(config: Config) -> int:
+def pretrain(
+    config: Config, policy: Callable[[Any], AbstractContextManager[Any]] | None = None
+) -> int:
     """Start or resume the run that `config` describes. Returns the exit code of the process.
 
-    Raises ConfigError if the configuration, the data or the run folder is not valid.
+    policy: gives the `Trainer` another supply of batches, while its context is open. Raises
+    ConfigError if the configuration, the data or the run folder is not valid.
     """
     started = time.monotonic()
+    if config.grpo.steps and policy is None:
+        raise ConfigError(
+            f"grpo.steps={config.grpo.steps}: {run_path(config)} trains on rollouts; give its "
+            "words to `posttrain grpo`, or grpo.steps=0 for a branch that trains on data"
+        )
     derived = derive(config, int(os.environ.get("WORLD_SIZE", "1")))
     console = open_console(quiet=os.environ.get("RANK", "0") != "0")
 
@@ -78,7 +88,8 @@ def pretrain(config: Config) -> int:
                 native=runtime.backend.native,
                 check_held=folder.check_held if folder is not None else lambda: None,
             )
-            end["ended"] = train(trainer, folder, parent, started)
+            with policy(trainer) if policy else nullcontext():
+                end["ended"] = train(trainer, folder, parent, started)
         return EXIT_STOPPED if end["ended"] == "stopped" else EXIT_DONE
     except TrainingFailed as failure:
         open_console(stderr=True, quiet=console.quiet).print(

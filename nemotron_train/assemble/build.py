@@ -133,7 +133,7 @@ def wrap_data_parallel(
     layout = None
     if parallel.distributed_optimizer:
         layout = DistributedOptimizer.compute_full_param_layout(
-            list(model.parameters()),
+            [p for p in model.parameters() if p.requires_grad],
             # None: one bucket, since nothing overlaps.
             parallel.bucket_parameters if parallel.overlap_gradient_reduce else None,
             groups.dp_cp.size(),

@@ -14,6 +14,13 @@ def run_sft(arguments: argparse.Namespace) -> int:
     return sft(arguments.overrides)
 
 
+def run_grpo(arguments: argparse.Namespace) -> int:
+    """Run `posttrain grpo`."""
+    from nemotron_train.posttrain.grpo import grpo
+
+    return grpo(arguments.overrides)
+
+
 def run_rows(arguments: argparse.Namespace) -> int:
     """Run `posttrain rows`."""
     from nemotron_train.posttrain.warm_start import RowsConfig, write_rows
@@ -61,6 +68,22 @@ seed=1234.
 
 Example:
   nemotron-train data chat rows=mine.jsonl tokenizer=data/mine/tokenizer output=data/chat
+""",
+    ),
+    "posttrain grpo": Verb(
+        "reinforcement learning of a checkpoint over several environments at once",
+        run_grpo,
+        _overrides,
+        """\
+The knobs: branch=RUN_FOLDER@STEP and name=NAME (required), steps=100, prompts=16, samples=8 (of
+each prompt), environments (default: the six families), optim.peak_learning_rate=2e-4, those of
+GrpoConfig in nemotron_train/config/grpo.py and grpo_knobs.py, and those of `pretrain`.
+
+Examples:
+  nemotron-train posttrain grpo branch=runs/warm@1000 name=policy
+  nemotron-train posttrain grpo branch=runs/warm@1000 name=two \\
+      'environments={arithmetic: {ratio: 2}, tools: {}}' correction=truncated ratio_low=0
+  nemotron-train posttrain grpo resume=runs/policy
 """,
     ),
     "posttrain rows": Verb(

@@ -105,8 +105,14 @@ class ProgressDisplay:
 
 
 def format_numbers(metrics: Mapping[str, Any]) -> str:
-    """`loss 3.2140  validation 3.3021  2,310 tokens/s`; missing metrics are left out."""
+    """`loss 3.2140  validation 3.3021  2,310 tokens/s`, of reinforcement learning `reward 0.412
+    passed 38.3 %  21 rollouts/s`; missing metrics are left out."""
     parts = []
+    if metrics.get("reward") is not None:
+        parts.append(f"reward {metrics['reward']:.3f}  passed {100 * metrics['pass']:.1f} %")
+        if metrics.get("rollouts_per_second") is not None:
+            parts.append(f"{metrics['rollouts_per_second']:,.0f} rollouts/s")
+        return "  ".join(parts)
     if metrics.get("loss") is not None:
         parts.append(f"loss {metrics['loss']:.4f}")
     if metrics.get("validation_loss") is not None:

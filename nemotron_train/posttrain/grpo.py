@@ -1,0 +1,165 @@
+"""`posttrain grpo`: reinforcement learning over several environments at once.
+
+Owns: the defaults of such a run, and which configurations it takes. The run itself is a branch with
+`weights_only` whose steps train on rollouts of its own model (`policy_supply`). Checkpoints,
+resume, guard, precision plans and report are those of pretraining.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from nemotron_train.compose.compose import compose_config
+from nemotron_train.config.errors import ConfigError
+from nemotron_train.config.grpo import GrpoConfig
+from nemotron_train.config.grpo_knobs import (
+    CorrectionRule,
+    Ratio,
+    check_advantage,
+    check_correction,
+    check_curriculum,
+    check_objective,
+)
+from nemotron_train.config.schema import Config
+from nemotron_train.posttrain.knobs import check_environments, scoring_limits
+from nemotron_train.run import pretrain
+
+# What such a run begins with, unless the user gives it. Rates and lengths in optimizer steps are
+# turned into tokens of `train.global_batch_tokens` a step, which only the schedule counts with.
+_DEFAULTS = {
+    "weights_only": "true",
+    "optim.peak_learning_rate": "2e-4",
+    "optim.weight_decay": "0",
+    "optim.beta2": "0.999",
+    "optim.decay_tokens": "0",
+    "train.frozen": "['*.router.weight']",
+    "train.mtp_detached": "true",
+    "train.load_balance_loss": "false",
+    "train.save_every_steps": "20",
+    "train.validate_every_steps": "0",
+    "train.short_share": "0",
+}
+_STEPS = 100
+_WARMUP_STEPS = 5
+
+
+def grpo(words: Sequence[str]) -> int:
+    """Run `posttrain grpo` with these words KNOB=VALUE. Returns the exit code of the run.
+
+    Knobs of `config.grpo` may be given without `grpo.` before them. Raises ConfigError as
+    `pretrain` does, for a knob out of range, and if there is nothing to start from.
+    """
+    words = [_full_name(word) for word in words]
+    given = {word.partition("=")[0].lstrip("+") for word in words}
+    if "resume" in given:
+        config = compose_config(words)
+    else:
+        for name, what in (("branch", "the checkpoint to train, branch=RUN_FOLDER@STEP"),):
+            if name not in given:
+                raise ConfigError(f"{name} is not set: give {what}")
+        if "name" not in given:
+            raise ConfigError("name is not set: give the run a name of its own")
+        config = compose_config(_with_defaults(words, given))
+    check_grpo(config)
+    return pretrain(config, policy)
+
+
+def _full_name(word: str) -> str:
+    """A word with `grpo.` before a knob of its group."""
+    name = word.lstrip("+").partition("=")[0].partition(".")[0]
+    plus = word[: len(word) - len(word.lstrip("+"))]
+    own = {knob.name for knob in fields(GrpoConfig)}
+    return f"{plus}grpo.{word.lstrip('+')}" if name in own else word
+
+
+def _with_defaults(words: Sequence[str], given: set[str]) -> list[str]:
+    parent = compose_config([word for word in words if not word.startswith("grpo.")])
+    steps = next(
+        (word.partition("=")[2] for word in words if word.startswith("grpo.steps=")), str(_STEPS)
+    )
+    try:
+        count = int(steps)
+    except ValueError:
+        raise ConfigError(f"steps={steps}: give a number of optimizer steps") from None
+    if count < 1:
+        raise ConfigError(f"steps={steps}: give 1 or more optimizer steps")
+    tokens = parent.train.global_batch_tokens
+    defaults = {
+        **_DEFAULTS,
+        "grpo.steps": str(count),
+        "train.total_tokens": str(count * tokens),
+        "optim.warmup_tokens": str(min(_WARMUP_STEPS, count) * tokens),
+    }
+    rate = next((w.partition("=")[2] for w in words if w.startswith("optim.peak_learning_")), None)
+    defaults["optim.min_learning_rate"] = rate or defaults["optim.peak_learning_rate"]
+    return [*(f"{k}={v}" for k, v in defaults.items() if k not in given), *words]
+
+
+def check_grpo(config: Config) -> None:
+    """Raises ConfigError for a knob of reinforcement learning that is out of range, for knobs that
+    exclude each other, and for a layout in which a rank has not the whole model."""
+    knobs = config.grpo
+    least = {"steps": 1, "prompts": 1, "samples": 2, "updates": 1, "pool": 1, "batch": 1}
+    least |= {"max_new_tokens": 1, "keep_rollouts": 0, "lag": 0}
+    for name, value in least.items():
+        if getattr(knobs, name) < value:
+            raise ConfigError(f"{name}={getattr(knobs, name)}: give {value} or more")
+    for check in (check_advantage, check_correction, check_objective, check_curriculum):
+        check(knobs)
+    scoring_limits(knobs)
+    if knobs.environments:
+        check_environments(knobs.environments)
+    if knobs.lag > 1:
+        raise ConfigError(f"lag={knobs.lag}: give 0, or 1 for rollouts of one step before")
+    if knobs.lag and knobs.correction == CorrectionRule.none:
+        raise ConfigError("lag=1 needs a correction: give correction=truncated or icepop")
+    if knobs.updates > 1 and knobs.ratio == Ratio.forced:
+        raise ConfigError(f"updates={knobs.updates} needs ratio=clipped: the policy moves between")
+    if knobs.steps % knobs.updates:
+        raise ConfigError(f"steps={knobs.steps}: is no multiple of updates={knobs.updates}")
+    if knobs.kl_weight:
+        raise ConfigError(f"kl_weight={knobs.kl_weight}: there is no reference policy here yet")
+    if knobs.contract_bound < 0:
+        raise ConfigError(f"contract_bound={knobs.contract_bound}: give 0 (by the plan) or above")
+    if knobs.drafts and not config.model.mtp.depths:
+        raise ConfigError("drafts=true: the model has no multi-token-prediction block")
+    if knobs.max_new_tokens >= config.train.sequence_length:
+        raise ConfigError(
+            f"max_new_tokens={knobs.max_new_tokens}: must be below train.sequence_length="
+            f"{config.train.sequence_length}, which a prompt with its rollout must fit"
+        )
+    parallel = config.parallel
+    for name in ("tensor", "pipeline", "virtual_pipeline", "context", "expert", "expert_tensor"):
+        if getattr(parallel, name) > 1:
+            raise ConfigError(
+                f"parallel.{name}={getattr(parallel, name)}: posttrain grpo samples with the "
+                "trainer's own model, which must be whole on each rank; give 1 (data-parallel "
+                "ranks share the prompts)"
+            )
+
+
+@contextmanager
+def policy(trainer: Any) -> Iterator[None]:
+    """Let the `Trainer` train on rollouts of its own model while the context is open.
+
+    Raises ConfigError if an environment or its rows cannot be used, or the tokenizer lacks the
+    chat format's tokens.
+    """
+    from nemotron_train.data.chat.render import ChatFormat
+    from nemotron_train.data.tokenize import end_token_ids, load_tokenizer
+    from nemotron_train.posttrain.environments.scoring import Scoring
+    from nemotron_train.posttrain.policy_supply import PolicySupply
+    from nemotron_train.posttrain.pool import Pool
+
+    config: Config = trainer.config
+    folder = Path(config.data.tokenizer)
+    tokenizer = load_tokenizer(folder)
+    chat = ChatFormat(tokenizer, f"tokenizer={folder}")
+    pool = Pool(config.grpo, config.train.seed)
+    ends = end_token_ids(tokenizer, folder)
+    with Scoring(scoring_limits(config.grpo)) as scoring:
+        pool.check(scoring)
+        trainer.train_step.supply = PolicySupply(trainer, pool, scoring, chat, ends[0])
+        yield
