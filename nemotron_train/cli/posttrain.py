@@ -82,7 +82,8 @@ GrpoConfig in nemotron_train/config/grpo.py and grpo_knobs.py, and those of `pre
 Examples:
   nemotron-train posttrain grpo branch=runs/warm@1000 name=policy
   nemotron-train posttrain grpo branch=runs/warm@1000 name=two \\
-      'environments={arithmetic: {ratio: 2}, tools: {}}' correction=truncated ratio_low=0
+      "environments={arithmetic: {ratio: 2}, mine: {use: 'rewards.py:exact', rows: tasks.jsonl}}" \\
+      correction=truncated ratio_low=0
   nemotron-train posttrain grpo resume=runs/policy
 """,
     ),

@@ -5,9 +5,9 @@ Owns: the defaults of such a run, and which configurations it takes. The run its
 resume, guard, precision plans and report are those of pretraining.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import fields
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,11 @@ from nemotron_train.config.grpo_knobs import (
     check_objective,
 )
 from nemotron_train.config.schema import Config
+from nemotron_train.data.chat.render import END, ChatFormat
+from nemotron_train.data.tokenize import end_token_ids, load_tokenizer
+from nemotron_train.posttrain.environments.scoring import Scoring
 from nemotron_train.posttrain.knobs import check_environments, scoring_limits
+from nemotron_train.posttrain.pool import Pool
 from nemotron_train.run import pretrain
 
 # What such a run begins with, unless the user gives it. Rates and lengths in optimizer steps are
@@ -55,6 +59,9 @@ def grpo(words: Sequence[str]) -> int:
     given = {word.partition("=")[0].lstrip("+") for word in words}
     if "resume" in given:
         config = compose_config(words)
+        if "grpo.steps" in given:  # the schedule ends where the steps end
+            tokens = config.grpo.steps * config.train.global_batch_tokens
+            config = replace(config, train=replace(config.train, total_tokens=tokens))
     else:
         for name, what in (("branch", "the checkpoint to train, branch=RUN_FOLDER@STEP"),):
             if name not in given:
@@ -63,7 +70,7 @@ def grpo(words: Sequence[str]) -> int:
             raise ConfigError("name is not set: give the run a name of its own")
         config = compose_config(_with_defaults(words, given))
     check_grpo(config)
-    return pretrain(config, policy)
+    return _run(config)
 
 
 def _full_name(word: str) -> str:
@@ -76,9 +83,7 @@ def _full_name(word: str) -> str:
 
 def _with_defaults(words: Sequence[str], given: set[str]) -> list[str]:
     parent = compose_config([word for word in words if not word.startswith("grpo.")])
-    steps = next(
-        (word.partition("=")[2] for word in words if word.startswith("grpo.steps=")), str(_STEPS)
-    )
+    steps = [str(_STEPS), *(w.partition("=")[2] for w in words if w.startswith("grpo.steps="))][-1]
     try:
         count = int(steps)
     except ValueError:
@@ -92,8 +97,9 @@ def _with_defaults(words: Sequence[str], given: set[str]) -> list[str]:
         "train.total_tokens": str(count * tokens),
         "optim.warmup_tokens": str(min(_WARMUP_STEPS, count) * tokens),
     }
-    rate = next((w.partition("=")[2] for w in words if w.startswith("optim.peak_learning_")), None)
-    defaults["optim.min_learning_rate"] = rate or defaults["optim.peak_learning_rate"]
+    peak = "optim.peak_learning_rate="
+    rates = [word.removeprefix(peak) for word in words if word.startswith(peak)]
+    defaults["optim.min_learning_rate"] = [defaults["optim.peak_learning_rate"], *rates][-1]
     return [*(f"{k}={v}" for k, v in defaults.items() if k not in given), *words]
 
 
@@ -140,26 +146,24 @@ def check_grpo(config: Config) -> None:
             )
 
 
-@contextmanager
-def policy(trainer: Any) -> Iterator[None]:
-    """Let the `Trainer` train on rollouts of its own model while the context is open.
+def _run(config: Config) -> int:
+    """Check what the run needs beside its configuration, before any file is made, and run it.
 
     Raises ConfigError if an environment or its rows cannot be used, or the tokenizer lacks the
     chat format's tokens.
     """
-    from nemotron_train.data.chat.render import ChatFormat
-    from nemotron_train.data.tokenize import end_token_ids, load_tokenizer
-    from nemotron_train.posttrain.environments.scoring import Scoring
-    from nemotron_train.posttrain.policy_supply import PolicySupply
-    from nemotron_train.posttrain.pool import Pool
-
-    config: Config = trainer.config
     folder = Path(config.data.tokenizer)
     tokenizer = load_tokenizer(folder)
     chat = ChatFormat(tokenizer, f"tokenizer={folder}")
+    end_token = (*end_token_ids(tokenizer, folder), chat.special_ids[END])[0]
     pool = Pool(config.grpo, config.train.seed)
-    ends = end_token_ids(tokenizer, folder)
     with Scoring(scoring_limits(config.grpo)) as scoring:
         pool.check(scoring)
-        trainer.train_step.supply = PolicySupply(trainer, pool, scoring, chat, ends[0])
-        yield
+
+        def policy(trainer: Any) -> AbstractContextManager[None]:
+            from nemotron_train.posttrain.policy_supply import PolicySupply
+
+            trainer.train_step.supply = PolicySupply(trainer, pool, scoring, chat, end_token)
+            return nullcontext()
+
+        return pretrain(config, policy)

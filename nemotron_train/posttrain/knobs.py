@@ -56,17 +56,24 @@ def scoring_limits(knobs: ScoringConfig) -> ScoringLimits:
 
 
 def check_environments(environments: Mapping[str, EnvironmentConfig]) -> dict[str, float]:
-    """The ratio of each environment. Raises ConfigError for an unknown environment, a level or
-    ratio outside its range, no ratio above 0, or an environment without rows."""
+    """The ratio of each environment, by the name that scoring knows.
+
+    Raises ConfigError for an unknown environment or one that is there twice, a level or ratio
+    outside its range, no ratio above 0, or an environment without rows.
+    """
     for name, knobs in environments.items():
-        check_name(name)
-        if name not in FAMILY_NAMES and not knobs.rows:
+        check_name(knobs.use or name)
+        if (knobs.use or name) not in FAMILY_NAMES and not knobs.rows:
             raise ConfigError(f"environments.{name}.rows is empty: it makes no rows of its own")
         if knobs.level not in (0, *LEVELS):
             raise ConfigError(
                 f"environments.{name}.level={knobs.level}: there are 1, 2, 3, and 0 for all of them"
             )
-    ratios = {name: knobs.ratio for name, knobs in environments.items()}
+    names = [knobs.use or name for name, knobs in environments.items()]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"environments: {name} is there twice")
+    ratios = {knobs.use or name: knobs.ratio for name, knobs in environments.items()}
     check_ratios(ratios)
     return ratios
 

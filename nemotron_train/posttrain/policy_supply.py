@@ -141,7 +141,7 @@ class PolicySupply:
             rollouts = self._sample(first, first, seconds)
         ahead = first + self._knobs.updates
         last = self._knobs.steps
-        if lag and ahead <= last and not self._files.exists(ahead, newer_than=first):
+        if lag and ahead <= last and not self._files.exists(ahead):
             self._sample(ahead, first, seconds)
         sizes = [0] * self._group.size()
         rows = self._rows(rollouts, 0)

@@ -33,7 +33,9 @@ class Pool:
         self._knobs = knobs
         self._seed = seed
         self.rows = {
-            name: _rows(name, environment, knobs.pool, seed)
+            environment.use or name: _rows(
+                environment.use or name, name, environment, knobs.pool, seed
+            )
             for name, environment in environments.items()
             if environment.ratio > 0
         }
@@ -62,10 +64,10 @@ class Pool:
         return drawn
 
 
-def _rows(name: str, environment: EnvironmentConfig, count: int, seed: int) -> list[Row]:
+def _rows(name: str, key: str, environment: EnvironmentConfig, count: int, seed: int) -> list[Row]:
     if not environment.rows:
         return rows_of_levels(name, Split.train, seed, count, environment.level)
     found = [row for row in read_rows(Path(environment.rows), name) if row.environment == name]
     if not found:
-        raise ConfigError(f"environments.{name}.rows={environment.rows}: has no row of {name}")
+        raise ConfigError(f"environments.{key}.rows={environment.rows}: has no row of {name}")
     return found

@@ -37,9 +37,10 @@ class RolloutFiles:
     def _curriculum(self, step: int) -> Path:
         return self._run_folder / "curriculum" / f"step_{step:0{_DIGITS}}.json"
 
-    def exists(self, step: int, newer_than: int | None = None) -> bool:
-        """Whether the rollouts of a step are there."""
-        return self._rollouts(step).is_file()
+    def exists(self, step: int) -> bool:
+        """Whether the rollouts of a step are there, and what was learnt of the prompts from them,
+        which is written after them."""
+        return self._rollouts(step).is_file() and self._curriculum(step).is_file()
 
     def read(self, step: int, rank: int, ranks: int) -> list[Rollout]:
         """The rollouts of a step that belong to a rank: every `ranks`-th prompt."""

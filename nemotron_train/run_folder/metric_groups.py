@@ -10,6 +10,28 @@ import fnmatch
 # Group -> title, and patterns of metric names.
 GROUPS: dict[str, tuple[str, tuple[str, ...]]] = {
     "loss": ("Loss", ("loss", "mtp_loss_*", "validation_loss", "validation_mtp_loss_*")),
+    "policy": (
+        "Policy",
+        (
+            *("reward", "reward/*", "pass", "pass/*", "groups_*", "advantage_*", "entropy"),
+            *("rate_mean", "trained_tokens"),
+        ),
+    ),
+    "rollouts": (
+        "Rollouts",
+        (
+            *("response_tokens_*", "thinking_tokens", "answer_tokens", "truncated", "malformed"),
+            *("invalid_calls", "forced_closes", "turns", "turns_reached", "timeouts", "errors"),
+        ),
+    ),
+    "correction": (
+        "Trainer against sampler",
+        (
+            *("logprob_error", "logprob_gap_max", "gen_kl", "train_kl", "js", "importance_*"),
+            *("effective_samples", "masked_*", "trained_correct", "trained_correct/*"),
+            *("ratio_*", "clip_low", "clip_high", "kl_reference"),
+        ),
+    ),
     "precision": ("Precision", ("flush_to_zero/*", "zero_weight_gradients")),
     "experts": ("Experts", ("max_vio", "max_vio/*", "expert_load/*", "load_balance_loss")),
     "norms": ("Gradients and residuals", ("grad_norm", "gradient_norm/*", "residual_rms/*")),
@@ -18,6 +40,7 @@ GROUPS: dict[str, tuple[str, tuple[str, ...]]] = {
         (
             *("tokens_per_second", "model_flops_utilization", "step_seconds", "step_time/*"),
             *("slowest_rank", "straggler_ratio"),
+            *("rollouts_per_second", "rollout_seconds", "contract_seconds"),
         ),
     ),
     "progress": ("Progress", ("tokens", "lr", "time", "skipped_updates")),
@@ -25,7 +48,8 @@ GROUPS: dict[str, tuple[str, tuple[str, ...]]] = {
 OTHER = "other"
 
 _TIMINGS = ("time", "tokens_per_second", "step_seconds", "step_time/*", "model_flops_utilization")
-_TIMINGS += ("slowest_rank", "straggler_ratio")
+_TIMINGS += ("slowest_rank", "straggler_ratio", "rollouts_per_second", "rollout_seconds")
+_TIMINGS += ("contract_seconds",)
 
 
 def group_of(name: str) -> str:
