@@ -14,6 +14,13 @@ def run_sft(arguments: argparse.Namespace) -> int:
     return sft(arguments.overrides)
 
 
+def run_warm(arguments: argparse.Namespace) -> int:
+    """Run `posttrain warm`."""
+    from nemotron_train.posttrain.warm_start import warm
+
+    return warm(arguments.overrides, open_console().print)
+
+
 def run_grpo(arguments: argparse.Namespace) -> int:
     """Run `posttrain grpo`."""
     from nemotron_train.posttrain.grpo import grpo
@@ -85,6 +92,19 @@ Examples:
       "environments={arithmetic: {ratio: 2}, mine: {use: 'rewards.py:exact', rows: tasks.jsonl}}" \\
       correction=truncated ratio_low=0
   nemotron-train posttrain grpo resume=runs/policy
+""",
+    ),
+    "posttrain warm": Verb(
+        "fine-tune a checkpoint on worked solutions, as a start for posttrain grpo",
+        run_warm,
+        _overrides,
+        """\
+`posttrain rows` and `posttrain sft` together. The knobs: branch=RUN_FOLDER@STEP and name=NAME
+(required), count=3600 (rows of a family), balance=true (more of the families that take longer),
+environment=NAME,NAME (default all), level=1|2|3, and those of `posttrain sft`.
+
+Example:
+  nemotron-train posttrain warm branch=runs/tiny@128 name=warm
 """,
     ),
     "posttrain rows": Verb(

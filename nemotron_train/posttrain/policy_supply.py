@@ -47,7 +47,7 @@ from nemotron_train.posttrain.objective import denominator
 from nemotron_train.posttrain.policy_rows import PolicyRows, pack_rollouts
 from nemotron_train.posttrain.policy_tokens import TrainedTokens, log_probabilities
 from nemotron_train.posttrain.pool import Pool
-from nemotron_train.posttrain.rollout import SAMPLED, Rollout
+from nemotron_train.posttrain.rollout import Rollout, outcome_of
 from nemotron_train.posttrain.rollout_files import RolloutFiles
 from nemotron_train.posttrain.rollout_metrics import merged, rollout_metrics
 from nemotron_train.posttrain.sampler import Sampler
@@ -111,7 +111,7 @@ class PolicySupply:
             previous_BS = _recorded(rollouts, rows)
             pairs = _pairs(rows, previous_BS)
         correction = correct(pairs, knobs)
-        outcomes = [_outcome(rollout) for rollout in rollouts]
+        outcomes = [outcome_of(rollout) for rollout in rollouts]
         advantages = compute_advantages(outcomes, knobs)
         if step == first:
             rollouts = _with_results(rollouts, rows, trainer_BS, advantages)
@@ -209,13 +209,13 @@ class PolicySupply:
         if self._knobs.lag and rollouts and rollouts[0].policy_version != first - 1:
             return
         worst = largest_gap(pairs)
-        text = "" if worst is None else self._describe(worst, rollouts, step)
+        text = "" if worst is None else self._describe(worst, rollouts)
         gaps: list[tuple[Gap | None, str]] = [(None, "")] * self._group.size()
         dist.all_gather_object(gaps, (worst, text), group=self._group)
         if message := broken(gaps, self._bound):
             raise TrainingFailed(f"step {step}: {message}")
 
-    def _describe(self, gap: Gap, rollouts: Sequence[Rollout], step: int) -> str:
+    def _describe(self, gap: Gap, rollouts: Sequence[Rollout]) -> str:
         rollout = rollouts[gap.sequence]
         token = self._chat.tokenizer.decode([gap.token])
         return (
@@ -292,18 +292,6 @@ class PolicySupply:
             measure=lambda: tokens.measures(self._group),
             is_loss=False,
         )
-
-
-def _outcome(rollout: Rollout) -> Outcome:
-    return Outcome(
-        group=rollout.group,
-        reward=rollout.score.reward,
-        tokens=rollout.kinds.count(SAMPLED),
-        truncated=rollout.cut,
-        malformed_thinking=rollout.malformed_thinking and not rollout.cut,
-        malformed_call=rollout.malformed_calls > 0,
-        effort=rollout.row.effort,
-    )
 
 
 def _pairs(rows: PolicyRows, trainer_BS: np.ndarray) -> TokenPairs:

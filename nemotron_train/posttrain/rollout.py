@@ -20,6 +20,7 @@ from nemotron_train.config.errors import ConfigError
 from nemotron_train.config.json_text import json_text
 from nemotron_train.config.visible import one_line
 from nemotron_train.platform.files import replacing
+from nemotron_train.posttrain.advantage import Outcome
 from nemotron_train.posttrain.environments import protocol
 from nemotron_train.posttrain.environments.protocol import Episode, Row, Score
 
@@ -82,6 +83,19 @@ class Rollout:
     def turns(self) -> int:
         """Sampled messages."""
         return sum(message.role == "assistant" for message in self.episode.turns)
+
+
+def outcome_of(rollout: Rollout) -> Outcome:
+    """What the advantages depend on."""
+    return Outcome(
+        group=rollout.group,
+        reward=rollout.score.reward,
+        tokens=rollout.kinds.count(SAMPLED),
+        truncated=rollout.cut,
+        malformed_thinking=rollout.malformed_thinking and not rollout.cut,
+        malformed_call=rollout.malformed_calls > 0,
+        effort=rollout.row.effort,
+    )
 
 
 def to_json(rollout: Rollout) -> dict[str, Any]:
