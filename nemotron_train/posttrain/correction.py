@@ -200,11 +200,10 @@ def _mean(values: np.ndarray) -> float:
 
 
 def _gaps(pairs: TokenPairs) -> tuple[np.ndarray, np.ndarray]:
-    """d clipped, FP64 [n], 0 at tokens that are not trained; and where it is finite, bool [n]."""
-    # Selected before the difference is formed: nothing of a token that is not trained is used.
-    trainer = np.where(pairs.trained, pairs.trainer, 0.0).astype(np.float64)
-    sampler = np.where(pairs.trained, pairs.sampler, 0.0).astype(np.float64)
+    """d clipped, FP64 [n]; and where both log-probabilities are finite, bool [n]."""
+    trainer, sampler = pairs.trainer.astype(np.float64), pairs.sampler.astype(np.float64)
     finite = np.isfinite(trainer) & np.isfinite(sampler)
+    # Selected before the difference is formed, so that no inf meets another.
     gap = np.where(finite, trainer, LARGEST_GAP) - np.where(finite, sampler, 0.0)
     return np.clip(gap, -LARGEST_GAP, LARGEST_GAP), finite
 

@@ -74,7 +74,7 @@ def token_losses(nll: Tensor, constants: TokenConstants, knobs: ObjectiveKnobs) 
         loss, share = _clipped(ratio, advantage, knobs), torch.ones_like(ratio)
     if knobs.kl_weight:
         loss = loss + knobs.kl_weight * ratio * _k3(logprob, constants, trained)
-    return torch.where(trained, constants.weight * share * loss, 0.0)
+    return constants.weight * share * loss
 
 
 def denominator(knobs: ObjectiveKnobs, tokens: int, sequences: int) -> int:

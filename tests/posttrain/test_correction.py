@@ -91,7 +91,7 @@ def test_one_token_can_mask_a_sequence(length: int) -> None:
 
 
 @pytest.mark.parametrize("knobs", [*RULES.values(), CorrectionKnobs()])
-@pytest.mark.parametrize("junk", [math.nan, -math.inf, math.inf])
+@pytest.mark.parametrize("junk", [math.nan, -math.inf, math.inf, -30.0])
 def test_nothing_leaks_from_tokens_that_are_not_trained(
     knobs: CorrectionKnobs, junk: float
 ) -> None:
