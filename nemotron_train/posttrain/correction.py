@@ -156,30 +156,35 @@ def correction_metrics(
         "importance_max": float(usable.max()) if usable.size else math.nan,
         "effective_samples": _effective_share(weight),
     }
-    metrics |= _masked(pairs, correction, correct, np.ones_like(pairs.trained), "")
-    # One entry a token: the environment of its sequence.
-    names = np.array([environment[int(sequence)] for sequence in pairs.sequence], dtype=object)
+    # One entry a token: what is known of its sequence.
+    ids, number = np.unique(pairs.sequence, return_inverse=True)
+    right = np.array([correct[int(sequence)] for sequence in ids], dtype=bool)[number]
+    names = np.array([environment[int(sequence)] for sequence in ids], dtype=object)[number]
+    metrics |= _masked(pairs, correction, right, np.ones_like(pairs.trained), "")
     for name in sorted(set(environment.values())):
-        metrics |= _masked(pairs, correction, correct, names == name, f"/{name}")
+        metrics |= _masked(pairs, correction, right, names == name, f"/{name}")
     return metrics
 
 
 def _masked(
     pairs: TokenPairs,
     correction: Correction,
-    correct: Mapping[int, bool],
+    right: np.ndarray,
     chosen: np.ndarray,
     suffix: str,
 ) -> dict[str, float]:
-    """What was masked of the chosen tokens."""
-    right = np.array([correct[int(sequence)] for sequence in pairs.sequence], dtype=bool)
-    trained = pairs.trained & chosen
-    dropped = np.unique(pairs.sequence[correction.sequence_masked & chosen])
+    """What was masked of the chosen tokens. right: of each token's sequence."""
+    trained, masked = pairs.trained & chosen, correction.masked & chosen
+    sequences = np.unique(pairs.sequence[trained])
+    dropped, first = np.unique(
+        pairs.sequence[correction.sequence_masked & chosen], return_index=True
+    )
+    dropped_right = right[correction.sequence_masked & chosen][first]
     values = {
-        "masked_tokens": _mean(correction.masked[trained]),
-        "masked_sequences": _share(len(dropped), len(np.unique(pairs.sequence[trained]))),
-        "masked_correct": _mean(right[correction.masked & chosen]),
-        "masked_sequences_correct": _mean(np.array([correct[int(s)] for s in dropped])),
+        "masked_tokens": _mean(masked[trained]),
+        "masked_sequences": _share(len(dropped), len(sequences)),
+        "masked_correct": _mean(right[masked]),
+        "masked_sequences_correct": _mean(dropped_right),
         "trained_correct": _mean(right[trained]),
     }
     return {f"{name}{suffix}": value for name, value in values.items()}

@@ -97,7 +97,10 @@ def signed_weights[Array: (Tensor, np.ndarray)](
     advantage: Array, weight: Array, divisor: int
 ) -> Array:
     """The loss mask [...] that makes a sum of masked negative log-likelihoods have the gradient of
-    grpo or dr_grpo with ratio=forced and no KL. divisor: from `denominator`."""
+    grpo or dr_grpo with ratio=forced. divisor: from `denominator`.
+
+    A KL penalty is in it if kl_weight * (lp - reference) is taken from each token's advantage.
+    """
     return advantage * weight / divisor
 
 
