@@ -118,12 +118,12 @@ def largest_gap(pairs: TokenPairs) -> Gap | None:
 def correction_metrics(
     pairs: TokenPairs,
     correction: Correction,
-    correct: Mapping[int, bool],
+    passed: Mapping[int, bool],
     environment: Mapping[int, str],
 ) -> dict[str, float]:
     """Measures of the gaps and of what was masked, by name. NaN where there is nothing to count.
 
-    correct, environment: of each sequence id. The measures are means over trained tokens:
+    passed, environment: of each sequence id. The measures are means over trained tokens:
 
     logprob_error       mean of exp|d|
     gen_kl, train_kl    KL(sampler || trainer) and KL(trainer || sampler): means of r - 1 - log r
@@ -158,7 +158,7 @@ def correction_metrics(
     }
     # One entry a token: what is known of its sequence.
     ids, number = np.unique(pairs.sequence, return_inverse=True)
-    right = np.array([correct[int(sequence)] for sequence in ids], dtype=bool)[number]
+    right = np.array([passed[int(sequence)] for sequence in ids], dtype=bool)[number]
     names = np.array([environment[int(sequence)] for sequence in ids], dtype=object)[number]
     metrics |= _masked(pairs, correction, right, np.ones_like(pairs.trained), "")
     for name in sorted(set(environment.values())):
