@@ -16,7 +16,7 @@ def run_sft(arguments: argparse.Namespace) -> int:
 
 def run_warm(arguments: argparse.Namespace) -> int:
     """Run `posttrain warm`."""
-    from nemotron_train.posttrain.warm_start import warm
+    from nemotron_train.posttrain.warm import warm
 
     return warm(arguments.overrides, open_console().print)
 

@@ -92,7 +92,7 @@ def _table(before: Sequence[Rollout], after: Sequence[Rollout], knobs: RescoreCo
     turned = np.sign(_advantages(after, knobs)) != np.sign(_advantages(before, knobs))
     names = np.array([rollout.row.environment for rollout in before])
     for name in sorted(set(names.tolist())):
-        own = np.flatnonzero(names == name)
+        own = np.flatnonzero(names == name).tolist()
         changed = sum(before[n].score.verdict != after[n].score.verdict for n in own)
         rates = (sum(some[n].passed for n in own) / len(own) for some in (before, after))
         table.add_row(

@@ -1,5 +1,4 @@
 """`posttrain rows`: worked solutions of generated tasks, as conversations for `posttrain sft`.
-`posttrain warm`: both together.
 
 A policy that reinforcement learning can improve must already solve some tasks. The families of
 environments write their solutions out, thinking included; fine-tuned on them for a short time, a
@@ -7,15 +6,13 @@ small model gets part of the tasks right. The rows are of the split `warm_start`
 problem with those that train and evaluate later.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING
 
-from nemotron_train.compose.compose import compose_config, to_typed
-from nemotron_train.compose.overrides import parse_overrides
 from nemotron_train.config.errors import ConfigError
 from nemotron_train.config.json_text import json_text
 from nemotron_train.data.chat.messages import message_json
@@ -24,7 +21,6 @@ from nemotron_train.platform.files import check_output, write_output
 from nemotron_train.posttrain.environments.families import worked_solution
 from nemotron_train.posttrain.environments.family import LEVELS
 from nemotron_train.posttrain.environments.protocol import Row
-from nemotron_train.posttrain.sft import SFT_KNOBS, sft
 from nemotron_train.posttrain.tasks import Split, families_of, rows_of_levels
 
 
@@ -50,14 +46,6 @@ SHARES = {
     "tools": 0.3,
     "python_code": 0.15,
 }
-# What `posttrain warm` gives to `posttrain sft` unless the user does.
-WARM = {
-    "epochs": "1.5",
-    "train.global_batch_tokens": "1024",
-    "train.micro_batch_sequences": "4",
-    "optim.peak_learning_rate": "2e-3",
-}
-WARM_COUNT = 3600
 
 
 def write_rows(config: RowsConfig, say: Callable[[str], None]) -> None:
@@ -84,31 +72,6 @@ def write_rows(config: RowsConfig, say: Callable[[str], None]) -> None:
     ]
     write_output(Path(config.output), "".join(f"{line}\n" for _, line in sorted(lines)), "output")
     say(f"wrote {len(lines):,} conversations of {', '.join(names)} to {config.output}")
-
-
-def warm(words: Sequence[str], say: Callable[[str], None]) -> int:
-    """Run `posttrain warm` with these words KNOB=VALUE: write the rows, then fine-tune on them.
-
-    `environment`, `count`, `level` and `balance` are those of `posttrain rows`, the others those of
-    `posttrain sft`. Returns the exit code of the run. Raises ConfigError as these verbs do.
-    """
-    own = {"environment", "count", "level", "balance"}
-    given = {word.partition("=")[0].lstrip("+"): word.partition("=")[2] for word in words}
-    ours = [word for word in words if word.partition("=")[0] in own]
-    theirs = [word for word in words if word not in ours]
-    if "rows" in given:
-        raise ConfigError(f"rows={given['rows']}: posttrain warm writes its own; use posttrain sft")
-    if "name" not in given or "branch" not in given or "resume" in given:
-        return sft(theirs)  # which says what is missing
-    folder = Path("data") / "conversations"
-    file = folder / f"{given['name']}.jsonl"
-    defaults = [f"count={WARM_COUNT}", "balance=true", f"output={file}"]
-    config = to_typed(RowsConfig, {}, parse_overrides([*defaults, *ours], RowsConfig))
-    compose_config([word for word in theirs if word.partition("=")[0] not in SFT_KNOBS])
-    folder.mkdir(parents=True, exist_ok=True)
-    write_rows(config, say)
-    knobs = [f"{name}={value}" for name, value in WARM.items() if name not in given]
-    return sft([*theirs, f"rows={file}", *knobs])
 
 
 def _conversation(row: Row) -> dict[str, Any]:

@@ -31,7 +31,19 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             score = Score(float(right), {}, Verdict.passed if right else Verdict.failed)
             episode = Episode(row, (message,), (turn,))
             rollouts.append(
-                Rollout(group, sample, 2 * group + sample, [1], [2], "s", [-0.5], episode, score)
+                Rollout(
+                    group=group,
+                    sample=sample,
+                    sequence=2 * group + sample,
+                    prompt_ids=[1],
+                    ids=[2],
+                    kinds="s",
+                    log_probabilities=[-0.5],
+                    episode=episode,
+                    score=score,
+                    cut=False,
+                    text=content,
+                )
             )
     write_rollouts(tmp_path / "old.jsonl.gz", rollouts)
     return tmp_path / "old.jsonl.gz"
