@@ -60,6 +60,10 @@ def _overrides(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="+", metavar="KNOB=VALUE")
 
 
+def _optional_overrides(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("overrides", nargs="*", metavar="KNOB=VALUE")
+
+
 POSTTRAIN_VERBS: dict[str, Verb] = {
     "data chat": Verb(
         "conversations in JSONL -> token ids with a mask of what the assistant said",
@@ -80,10 +84,13 @@ Example:
     "posttrain grpo": Verb(
         "reinforcement learning of a checkpoint over several environments at once",
         run_grpo,
-        _overrides,
+        _optional_overrides,
         """\
-The knobs: branch=RUN_FOLDER@STEP and name=NAME (required), steps=100, prompts=16, samples=8 (of
-each prompt), environments (default: the six families), optim.peak_learning_rate=2e-4, those of
+Without branch= it first makes what it starts from: runs/tiny (`pretrain`) and runs/warm
+(`posttrain warm`).
+
+The knobs: branch=RUN_FOLDER@STEP, name=policy, steps=100, prompts=16, samples=8 (of each prompt),
+environments (default: the six families), optim.peak_learning_rate=2e-4, those of
 GrpoConfig in nemotron_train/config/grpo.py and grpo_knobs.py, and those of `pretrain`.
 
 Examples:

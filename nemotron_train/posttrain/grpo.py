@@ -25,10 +25,13 @@ from nemotron_train.config.grpo_knobs import (
 from nemotron_train.config.schema import Config
 from nemotron_train.data.chat.render import END, ChatFormat
 from nemotron_train.data.tokenize import end_token_ids, load_tokenizer
+from nemotron_train.platform.terminal import open_console
 from nemotron_train.posttrain.environments.scoring import Scoring
 from nemotron_train.posttrain.knobs import check_environments, scoring_limits
 from nemotron_train.posttrain.pool import Pool
+from nemotron_train.posttrain.warm import warm
 from nemotron_train.run import pretrain
+from nemotron_train.run_folder.integrity import steps_in
 
 # What such a run begins with, unless the user gives it. Rates and lengths in optimizer steps are
 # turned into tokens of `train.global_batch_tokens` a step, which only the schedule counts with.
@@ -46,14 +49,16 @@ _DEFAULTS = {
     "train.short_share": "0",
 }
 _STEPS = 100
+_BASE, _WARM, _NAME = "tiny", "warm", "policy"  # names of runs without a word of the user
 _WARMUP_STEPS = 5
 
 
 def grpo(words: Sequence[str]) -> int:
     """Run `posttrain grpo` with these words KNOB=VALUE. Returns the exit code of the run.
 
-    Knobs of `config.grpo` may be given without `grpo.` before them. Raises ConfigError as
-    `pretrain` does, for a knob out of range, and if there is nothing to start from.
+    Knobs of `config.grpo` may be given without `grpo.` before them. Without a checkpoint to branch
+    from, the warm start of the embedded default is made first. Raises ConfigError as `pretrain`
+    does, and for a knob out of range.
     """
     words = [_full_name(word) for word in words]
     given = {word.partition("=")[0].lstrip("+") for word in words}
@@ -63,14 +68,38 @@ def grpo(words: Sequence[str]) -> int:
             tokens = config.grpo.steps * config.train.global_batch_tokens
             config = replace(config, train=replace(config.train, total_tokens=tokens))
     else:
-        for name, what in (("branch", "the checkpoint to train, branch=RUN_FOLDER@STEP"),):
-            if name not in given:
-                raise ConfigError(f"{name} is not set: give {what}")
+        if "branch" not in given:
+            code, branch = _default_start(given)
+            if code:
+                return code
+            words, given = [*words, branch], {*given, "branch"}
         if "name" not in given:
-            raise ConfigError("name is not set: give the run a name of its own")
+            words = [*words, f"name={_NAME}"]
         config = compose_config(_with_defaults(words, given))
     check_grpo(config)
     return _run(config)
+
+
+def _default_start(given: set[str]) -> tuple[int, str]:
+    """Make the warm start of the embedded default, or what of it is missing: `pretrain`, then
+    `posttrain warm`. Returns the exit code of what did not end well, or 0 and the word that
+    branches from it.
+
+    Raises ConfigError for knobs that would have to belong to these runs.
+    """
+    for name in sorted(given):
+        if not name.startswith(("grpo.", "optim.", "train.", "name")):
+            raise ConfigError(f"branch is not set: with {name}, give branch=RUN_FOLDER@STEP")
+    say = open_console().print
+    say(f"no branch=: from the embedded default, runs/{_BASE} and runs/{_WARM}")
+    code = pretrain(compose_config([f"name={_BASE}"]))
+    if not code:
+        code = warm([f"branch=runs/{_BASE}@{_newest(_BASE)}", f"name={_WARM}"], say)
+    return code, "" if code else f"branch=runs/{_WARM}@{_newest(_WARM)}"
+
+
+def _newest(name: str) -> int:
+    return max(steps_in(Path("runs") / name / "checkpoints"))
 
 
 def _full_name(word: str) -> str:

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from nemotron_train.cli.main import main
+from nemotron_train.config.errors import ConfigError
 from tests.posttrain.yes_no import GRPO, YES, make_warm, rollouts
 
 pytestmark = pytest.mark.usefixtures("in_small_run")
@@ -237,3 +238,38 @@ def test_pretrain_does_not_go_on_with_a_policy(
     """It would train on the data of the warm start."""
     assert main(["pretrain", f"resume=runs/{whole}"]) == 2
     assert "trains on rollouts" in capsys.readouterr().err
+
+
+def test_without_a_checkpoint_the_embedded_default_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`pretrain`, `posttrain warm`, then the policy from the newest checkpoint; a part that does not
+    end well ends all. The three runs themselves are stood in for."""
+    from nemotron_train.posttrain import grpo as module
+
+    monkeypatch.chdir(tmp_path)
+    done: list[str] = []
+    codes = {"tiny": 0, "warm": 3}
+
+    def run(name: str, step: int) -> int:
+        done.append(name)
+        Path(f"runs/{name}/checkpoints/step_{step:08}").mkdir(parents=True, exist_ok=True)
+        return codes.get(name, 0)
+
+    def composed(words: list[str], *unused: Any) -> Any:
+        done.append(" ".join(words))
+        return words
+
+    monkeypatch.setattr(module, "pretrain", lambda config: run("tiny", 128))
+    monkeypatch.setattr(module, "warm", lambda words, say: done.append(words[0]) or run("warm", 9))
+    monkeypatch.setattr(module, "compose_config", composed)
+    monkeypatch.setattr(module, "_with_defaults", lambda words, given: words)
+    monkeypatch.setattr(module, "check_grpo", lambda config: None)
+    monkeypatch.setattr(module, "_run", lambda config: 0)
+    assert module.grpo(["steps=4"]) == 3
+    codes["warm"] = 0
+    assert module.grpo(["steps=4"]) == 0
+    wanted = ["name=tiny", "tiny", "branch=runs/tiny@128", "warm"]
+    assert done == [*wanted, *wanted, "grpo.steps=4 branch=runs/warm@9 name=policy"]
+    with pytest.raises(ConfigError, match=r"with model.hidden_size, give branch"):
+        module.grpo(["model.hidden_size=64"])
