@@ -28,6 +28,13 @@ def run_grpo(arguments: argparse.Namespace) -> int:
     return grpo(arguments.overrides)
 
 
+def run_heal(arguments: argparse.Namespace) -> int:
+    """Run `posttrain heal`."""
+    from nemotron_train.posttrain.grpo import heal
+
+    return heal(arguments.overrides)
+
+
 def run_rows(arguments: argparse.Namespace) -> int:
     """Run `posttrain rows`."""
     from nemotron_train.posttrain.warm_start import RowsConfig, write_rows
@@ -112,6 +119,19 @@ environment=NAME,NAME (default all), level=1|2|3, and those of `posttrain sft`.
 
 Example:
   nemotron-train posttrain warm branch=runs/tiny@128 name=warm
+""",
+    ),
+    "posttrain heal": Verb(
+        "train the multi-token-prediction block of a policy on its own rollouts",
+        run_heal,
+        _overrides,
+        """\
+The policy stays as it is, bit for bit. Each step samples rollouts with drafts, and logs the
+accepted share of each depth beside the reward. The knobs: branch=RUN_FOLDER@STEP and name=NAME
+(required), steps=100, optim.peak_learning_rate=1e-3, and those of `posttrain grpo`.
+
+Example:
+  nemotron-train posttrain heal branch=runs/policy@100 name=healed steps=40
 """,
     ),
     "posttrain rows": Verb(

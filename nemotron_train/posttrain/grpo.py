@@ -5,7 +5,7 @@ Owns: the defaults of such a run, and which configurations it takes. The run its
 resume, guard, precision plans and report are those of pretraining.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
@@ -48,6 +48,14 @@ _DEFAULTS = {
     "train.validate_every_steps": "0",
     "train.short_share": "0",
 }
+# And one that trains the MTP block alone.
+_HEALING = {
+    **_DEFAULTS,
+    "grpo.heal": "true",
+    "grpo.drafts": "true",
+    "optim.peak_learning_rate": "1e-3",
+    "train.frozen": "['embedding.*', 'decoder.*', 'output_layer.*']",
+}
 _STEPS = 100
 _BASE, _WARM, _NAME = "tiny", "warm", "policy"  # names of runs without a word of the user
 _WARMUP_STEPS = 5
@@ -76,6 +84,24 @@ def grpo(words: Sequence[str]) -> int:
         if "name" not in given:
             words = [*words, f"name={_NAME}"]
         config = compose_config(_with_defaults(words, given))
+    check_grpo(config)
+    return _run(config)
+
+
+def heal(words: Sequence[str]) -> int:
+    """Run `posttrain heal` with these words KNOB=VALUE: train the MTP block of a policy on its own
+    rollouts, while the policy stays as it is. Returns the exit code of the run.
+
+    Raises ConfigError as `grpo` does, and without a checkpoint, a name or an MTP block.
+    """
+    words = [_full_name(word) for word in words]
+    given = {word.partition("=")[0].lstrip("+") for word in words}
+    if "resume" in given:
+        return grpo(words)
+    for name, what in (("branch", "RUN_FOLDER@STEP"), ("name", "NAME")):
+        if name not in given:
+            raise ConfigError(f"{name} is not set: give {name}={what}")
+    config = compose_config(_with_defaults(words, given, _HEALING))
     check_grpo(config)
     return _run(config)
 
@@ -110,7 +136,9 @@ def _full_name(word: str) -> str:
     return f"{plus}grpo.{word.lstrip('+')}" if name in own else word
 
 
-def _with_defaults(words: Sequence[str], given: set[str]) -> list[str]:
+def _with_defaults(
+    words: Sequence[str], given: set[str], defaults: Mapping[str, str] = _DEFAULTS
+) -> list[str]:
     parent = compose_config([word for word in words if not word.startswith("grpo.")])
     steps = [str(_STEPS), *(w.partition("=")[2] for w in words if w.startswith("grpo.steps="))][-1]
     try:
@@ -121,7 +149,7 @@ def _with_defaults(words: Sequence[str], given: set[str]) -> list[str]:
         raise ConfigError(f"steps={steps}: give 1 or more optimizer steps")
     tokens = parent.train.global_batch_tokens
     defaults = {
-        **_DEFAULTS,
+        **defaults,
         "grpo.steps": str(count),
         "train.total_tokens": str(count * tokens),
         "optim.warmup_tokens": str(min(_WARMUP_STEPS, count) * tokens),
@@ -158,8 +186,9 @@ def check_grpo(config: Config) -> None:
         raise ConfigError(f"kl_weight={knobs.kl_weight}: there is no reference policy here yet")
     if knobs.contract_bound < 0:
         raise ConfigError(f"contract_bound={knobs.contract_bound}: give 0 (by the plan) or above")
-    if knobs.drafts and not config.model.mtp.depths:
-        raise ConfigError("drafts=true: the model has no multi-token-prediction block")
+    for name in ("drafts", "heal"):
+        if getattr(knobs, name) and not config.model.mtp.depths:
+            raise ConfigError(f"{name}=true: the model has no multi-token-prediction block")
     if knobs.max_new_tokens >= config.train.sequence_length:
         raise ConfigError(
             f"max_new_tokens={knobs.max_new_tokens}: must be below train.sequence_length="

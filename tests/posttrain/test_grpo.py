@@ -178,6 +178,22 @@ def test_a_sampler_with_other_weights_stops_the_run(
     assert rollouts("grpo_contract", 1)
 
 
+def test_healing_trains_the_drafts_alone(warm: str, weights: Weights, metrics: Metrics) -> None:
+    """Every weight of the policy and its routers' biases stay, bit for bit; the block's move. Not
+    covered: whether more drafts are accepted, which docs/grpo.md measures."""
+    words = [*GRPO[2:], warm, YES, "name=grpo_healed", "steps=2", "train.keep_checkpoints=9"]
+    assert main(["posttrain", "heal", *words]) == 0
+    before, after = (weights(Path("runs/grpo_healed"), step) for step in (0, 2))
+    still = [key for key in before if key.startswith(("decoder", "embedding", "output_layer"))]
+    assert any("expert_bias" in key for key in still)
+    assert len(still) > 20 and all(before[key] == after[key] for key in still)
+    rows = policy(metrics, "grpo_healed")
+    moved = [key for key in before if key.startswith("mtp") and before[key] != after[key]]
+    assert len(moved) > 5
+    assert {row["loss"] for row in rows} == {0.0}
+    assert all(0 < row["mtp_acceptance_1"] <= 1 for row in rows)
+
+
 def test_several_updates_on_the_same_rollouts(warm: str, metrics: Metrics) -> None:
     """The second update of a round sees the ratio of the policy that the first one moved."""
     words = [*GRPO, warm, YES, "updates=2", "ratio=clipped", "steps=4", "name=grpo_updates"]
@@ -243,8 +259,8 @@ def test_pretrain_does_not_go_on_with_a_policy(
 def test_without_a_checkpoint_the_embedded_default_is_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`pretrain`, `posttrain warm`, then the policy from the newest checkpoint; a part that does not
-    end well ends all. The three runs themselves are stood in for."""
+    """`pretrain`, `posttrain warm`, then the policy from the newest checkpoint. A part that does
+    not end well ends all. The three runs themselves are stood in for."""
     from nemotron_train.posttrain import grpo as module
 
     monkeypatch.chdir(tmp_path)
