@@ -42,9 +42,9 @@ SHARES = {
     "arithmetic": 1.25,
     "strings": 1.65,
     "instructions": 1.0,
-    "structure": 1.4,
+    "structure": 0.7,
     "tools": 0.3,
-    "python_code": 0.15,
+    "python_code": 0.25,
 }
 
 
