@@ -2,11 +2,11 @@
 
 A program of this project takes five seconds of a core to import what it needs, and the small runs
 of the tests one or two to do their work. `Popen` and `run` here are those of `subprocess` for
-[sys.executable, "-m", MODULE, WORD, ...] and [sys.executable, SCRIPT, WORD, ...]. They too give a
-process of its own, which can be killed, stopped and asked to end, and has its own folder,
-environment, session, finalizers and exit code. It is forked from a server that has imported the
-libraries and computed nothing. Even and odd ranks have a server each, with another hash seed, so
-that ranks which depend on the order of a set still part.
+Python with `-m MODULE`, `-c PROGRAM` or a script. They too give a process of its own, which can be
+killed, stopped and asked to end, and has its own folder, environment, session, finalizers and exit
+code. It is forked from a server that has imported the libraries and computed nothing. Even and odd
+ranks have a server each, with another hash seed, so that ranks which depend on the order of a set
+still part.
 
 Not the same as a new interpreter: modules are there before the program asks for them. Tests of
 imports, of start-up and of memory start Python themselves.
@@ -69,18 +69,25 @@ class Popen(subprocess.Popen):
         self._child_created = True
 
     def _internal_poll(self, *others: Any, **more: Any) -> int | None:
-        if self.returncode is None and select.select([self._answers], [], [], 0)[0]:
+        if self.returncode is None and self._has_answered(0):
             answer = self._answers.recv(64)
             self.returncode = int(answer) if answer else -signal.SIGKILL
             self._answers.close()
         return self.returncode
 
     def _wait(self, timeout: float | None) -> int:
-        if self.returncode is None and not select.select([self._answers], [], [], timeout)[0]:
+        if self.returncode is None and not self._has_answered(timeout):
             raise TimeoutExpired(self.args, timeout or 0.0)
         code = self._internal_poll()
         assert code is not None
         return code
+
+    def _has_answered(self, timeout: float | None) -> bool:
+        """Whether the end is known within so many seconds. `select` takes no descriptor above
+        1023, which a test process with many shards open has."""
+        poll = select.poll()
+        poll.register(self._answers, select.POLLIN)
+        return bool(poll.poll(None if timeout is None else 1000 * timeout))
 
 
 def run(command: list[str], timeout: float | None = None, **options: Any) -> Any:
@@ -172,6 +179,9 @@ def _become(request: dict[str, Any]) -> None:
         sys.argv = words[1:]
         sys.path[0] = os.getcwd()
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    elif words[0] == "-c":
+        sys.argv = ["-c", *words[2:]]
+        exec(compile(words[1], "<string>", "exec"), {"__name__": "__main__"})
     else:
         sys.argv = words
         sys.path[0] = str(Path(words[0]).parent)
