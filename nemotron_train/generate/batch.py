@@ -200,9 +200,8 @@ class Batch:
         ]
         num_drawn = self._append_round(logits_TV, tokens_per_row, outcome)
         # The last token was read in this round, and so were the drafts among the drawn ones.
-        num_kept = [
-            1 + min(drawn, count) for drawn, count in zip(num_drawn, verdict.accepted, strict=True)
-        ]
+        # Those before the last drawn one are kept. With that one the next round begins.
+        num_kept = num_drawn
         for row, kept in zip(self.rows, num_kept, strict=True):
             row.pending -= kept
         self.states.rewind(num_kept)

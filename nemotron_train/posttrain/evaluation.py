@@ -7,6 +7,7 @@ Several checkpoints get the same rows and the same draws, and are compared promp
 """
 
 import contextlib
+import os
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ from nemotron_train.generate.engine import Engine
 from nemotron_train.generate.knobs import check_decoding, check_sampling
 from nemotron_train.generate.terminal import check_speculative
 from nemotron_train.platform.files import check_output, write_output
+from nemotron_train.platform.groups import num_ranks, raise_together
 from nemotron_train.platform.terminal import open_console, text_column
 from nemotron_train.posttrain.environments.protocol import Row
 from nemotron_train.posttrain.environments.scoring import Scoring
@@ -34,6 +36,7 @@ from nemotron_train.posttrain.pass_rates import Estimate, mean_difference, mean_
 from nemotron_train.posttrain.plot import plot_pass_rates
 from nemotron_train.posttrain.rollout import Rollout, write_rollouts
 from nemotron_train.posttrain.sampler import Sampler
+from nemotron_train.posttrain.shared_scoring import SharedScoring
 from nemotron_train.posttrain.tasks import evaluation_rows
 
 MOST_RUNS = 8
@@ -91,24 +94,30 @@ def evaluate_environments(
     for run in runs:  # find errors in every run before measuring the first
         resolve_checkpoint(run, knobs)
     console, results = open_console(), []
+    is_first = os.environ.get("RANK", "0") == "0"
     with Scoring(scoring_limits(knobs)) as scoring:
-        scoring.load({row.environment for row in rows})
-        for row, missing in zip(rows, scoring.check_rows(rows), strict=True):
-            if missing:
-                raise ConfigError(f"environment {row.environment}: row {row.id}: {missing}")
+        # Ranks that share a model meet when it is opened; until then the first one keeps what
+        # environments say.
+        problem = _problem(scoring, rows) if is_first else ""
+        if problem and num_ranks() == 1:
+            raise ConfigError(problem)
+        environments = scoring
+        if num_ranks() > 1:
+            environments = SharedScoring(scoring if is_first else None)
         for number, run in enumerate(runs):
             with open_checkpoint(run, knobs, console.print) as model:
-                console.quiet = not model.is_first_rank
+                raise_together(problem)
+                console.quiet = not is_first
                 check_speculative(knobs.speculative, model)
                 tokenizer, ends = open_tokenizer(model, knobs)
                 engine = Engine(model.model, ends, model.platform.device, tokenizer.known_ids)
                 chat = ChatFormat(tokenizer, f"{run}: its tokenizer")
                 longest = max(MOST_PROMPT_TOKENS, model.config.train.sequence_length)
-                sampler = Sampler(engine, chat, scoring, knobs, longest + knobs.max_new_tokens)
+                sampler = Sampler(engine, chat, environments, knobs, longest + knobs.max_new_tokens)
                 started = time.perf_counter()
                 rollouts = _rollouts(sampler, rows, knobs, console)
                 seconds = time.perf_counter() - started
-                is_first, checkpoint = model.is_first_rank, str(model.checkpoint)
+                checkpoint = str(model.checkpoint)
             results.append(_measure(checkpoint, rollouts, knobs.samples, seconds))
             console.print(_table(results[-1]))
             if knobs.output and is_first:
@@ -123,6 +132,19 @@ def evaluate_environments(
             soft_wrap=True,
         )
     return results
+
+
+def _problem(scoring: Scoring, rows: Sequence[Row]) -> str:
+    """Why these rows cannot be asked: an environment does not load, or misses something in a row;
+    empty if nothing."""
+    try:
+        scoring.load(sorted({row.environment for row in rows}))
+    except ConfigError as error:
+        return str(error)
+    for row, missing in zip(rows, scoring.check_rows(rows), strict=True):
+        if missing:
+            return f"environment {row.environment}: row {row.id}: {missing}"
+    return ""
 
 
 def _check(knobs: EvaluateEnvironmentsConfig) -> None:
