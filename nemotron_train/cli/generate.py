@@ -86,6 +86,7 @@ GenerateConfig in nemotron_train/generate/knobs.py:
   prompt=TEXT                    as typed; more than once for several prompts
   prompts=FILE                   one a line, or .jsonl with "prompt"
   chat=true thinking=false       a prompt is what a user says; the answer begins without reasoning
+  budget=N budget_grace=N        with chat: most tokens of reasoning, then so many to end a line
   samples=N                      continuations of each prompt (default 1)
   max_new_tokens=N               (default 256)
   temperature=T top_k=K top_p=P  in this order; temperature=0 is greedy

@@ -124,7 +124,6 @@ class Batch:
             depths,
             num_rows,
             self.sampling,
-            engine.acceptance,
             engine.device,
             engine.drawable,
             engine.agree,
@@ -199,6 +198,7 @@ class Batch:
             for row, count in enumerate(verdict.accepted)
         ]
         num_drawn = self._append_round(logits_TV, tokens_per_row, outcome)
+        self.engine.acceptance.count(verdict.accepted, num_drawn, len(proposed[0]))
         # The last token was read in this round, and so were the drafts among the drawn ones.
         # Those before the last drawn one are kept. With that one the next round begins.
         num_kept = num_drawn

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from nemotron_train.config.budget import NO_LIMIT, BudgetKnobs, check_budget
 from nemotron_train.config.errors import ConfigError
 
 
@@ -41,7 +42,7 @@ class DecodingKnobs:
 
 
 @dataclass
-class GenerateConfig(Sampling, ModelKnobs, DecodingKnobs):
+class GenerateConfig(Sampling, ModelKnobs, DecodingKnobs, BudgetKnobs):
     """Knobs of `generate`."""
 
     prompt: list[str] = field(default_factory=list)
@@ -89,6 +90,19 @@ def check_decoding(knobs: DecodingKnobs) -> None:
         )
     if knobs.draft_tokens and not knobs.speculative:
         raise ConfigError(f"draft_tokens={knobs.draft_tokens}: needs speculative=true")
+
+
+def check_chat(knobs: GenerateConfig) -> None:
+    """Raises ConfigError for a budget outside its range, or without reasoning that it limits."""
+    check_budget(knobs)
+    if knobs.budget == NO_LIMIT:
+        return
+    for name, value in (("chat", knobs.chat), ("thinking", knobs.thinking)):
+        if not value:
+            raise ConfigError(
+                f"budget={knobs.budget}: needs {name}=true; it limits the reasoning in the chat "
+                "format"
+            )
 
 
 def check_model_knobs(knobs: ModelKnobs) -> None:

@@ -39,23 +39,33 @@ from nemotron_train.model.hybrid import NemotronModel
 class Acceptance:
     """Acceptance counts. A round counts once per sequence. Depths count from 0.
 
-    reached[k]: rounds in which all drafts before draft k were accepted. accepted[k]: rounds in
-    which draft k was accepted too.
+    reached[k]: rounds in which draft k was judged: all drafts before it were accepted, and the
+    sequence went on up to it. accepted[k]: rounds in which draft k was accepted too. tokens: drawn
+    in all rounds.
     """
 
     rounds: int = 0
     reached: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
+    tokens: int = 0
 
-    def count(self, accepted: Sequence[int], num_drafted: int) -> None:
-        """Count a round in which sequence b accepted `accepted[b]` of `num_drafted` drafts."""
+    def count(self, accepted: Sequence[int], taken: Sequence[int], num_drafted: int) -> None:
+        """Count a round in which sequence b accepted `accepted[b]` of `num_drafted` drafts and took
+        `taken[b]` tokens of the round.
+
+        Those are the accepted drafts and the token after them, or fewer, where the sequence ended
+        or got other tokens in between: the drafts from there on are neither accepted nor refused.
+        """
         while len(self.reached) < num_drafted:
             self.reached.append(0)
             self.accepted.append(0)
         self.rounds += len(accepted)
+        self.tokens += sum(taken)
         for depth in range(num_drafted):
-            self.reached[depth] += sum(count >= depth for count in accepted)
-            self.accepted[depth] += sum(count > depth for count in accepted)
+            self.reached[depth] += sum(count > depth for count in taken)
+            self.accepted[depth] += sum(
+                min(right, count) > depth for right, count in zip(accepted, taken, strict=True)
+            )
 
     @property
     def rates(self) -> list[float]:
@@ -68,7 +78,7 @@ class Acceptance:
     @property
     def mean_length(self) -> float:
         """Mean tokens per round: accepted drafts and the one token from verification."""
-        return 1 + sum(self.accepted) / max(self.rounds, 1)
+        return self.tokens / max(self.rounds, 1)
 
 
 @dataclass(frozen=True)
@@ -92,7 +102,6 @@ class Drafter:
         num_drafted: int,
         num_rows: int,
         sampling: Sampling,
-        acceptance: Acceptance,
         device: torch.device,
         drawable: Callable[[Tensor], Tensor],
         agree: Callable[[Tensor], Tensor],
@@ -102,7 +111,6 @@ class Drafter:
         self._agree = agree
         self._sampling = sampling
         self._device = device
-        self._acceptance = acceptance
         self._depths = [_Depth(number + 1, num_rows) for number in range(num_drafted)]
         self._round_hidden: list[Tensor] | None = None  # decoder, last round: [rows,D] each
 
@@ -170,11 +178,8 @@ class Drafter:
         return Drafted(torch.stack(tokens, dim=1), torch.stack(logits, dim=1))
 
     def judge(self, logits_BnV: Tensor, drafted: Drafted, draws: Sequence[Draws]) -> Verdict:
-        """Verify the drafts with the decoder's drawable logits [B,n,V], n = k + 1, and count the
-        result.
-
-        All ranks get the verdict of the first rank.
-        """
+        """Verify the drafts with the decoder's drawable logits [B,n,V], n = k + 1. All ranks get
+        the verdict of the first rank."""
         if self._sampling.temperature == 0:
             verdict = judge_greedily(logits_BnV, drafted.tokens_Bk)
         elif self._sampling.coupled:
@@ -190,7 +195,6 @@ class Drafter:
             verdict = judge(p, q, drafted.tokens_Bk, draws)
         both = torch.tensor([verdict.accepted, verdict.following], device=self._device)
         accepted, following = self._agree(both).tolist()
-        self._acceptance.count(accepted, drafted.tokens_Bk.shape[1])
         return Verdict(accepted, following)
 
     def keep(self, hidden_T1D: Tensor, num_kept: Sequence[int]) -> None:

@@ -5,20 +5,22 @@ which characters are ready to print (`text`).
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
+from nemotron_train.config.budget import NO_LIMIT
 from nemotron_train.config.errors import ConfigError
 from nemotron_train.config.json_text import json_text
 from nemotron_train.config.visible import visible
 from nemotron_train.data.chat.messages import Message
-from nemotron_train.data.chat.render import ChatFormat
+from nemotron_train.data.chat.render import END, THINK_END, ChatFormat
 from nemotron_train.data.json_lines import Fields, json_lines
 from nemotron_train.data.tokenize import LoadedTokenizer
+from nemotron_train.generate.budget import ThinkingBudget, line_break_test
 from nemotron_train.generate.checkpoint import LoadedCheckpoint, open_checkpoint, open_tokenizer
 from nemotron_train.generate.continuation import Continuation, Costs
 from nemotron_train.generate.engine import Engine
-from nemotron_train.generate.knobs import GenerateConfig, check_decoding, check_sampling
+from nemotron_train.generate.knobs import GenerateConfig, check_chat, check_decoding, check_sampling
 from nemotron_train.generate.speculative import Acceptance
 from nemotron_train.generate.text import GrowingText
 from nemotron_train.platform.files import check_output, text_lines, write_output
@@ -40,17 +42,27 @@ def generate(run: str, knobs: GenerateConfig) -> None:
             console.quiet = True
         check_speculative(knobs.speculative, model)
         tokenizer, end_tokens = open_tokenizer(model, knobs)
-        encode = _encoder(tokenizer, knobs)
-        ids = [encode(text) for text in prompts for _ in range(knobs.samples)]
+        chat = ChatFormat(tokenizer, "chat=true: the run's tokenizer") if knobs.chat else None
+        ids = [
+            _prompt_ids(text, tokenizer, chat, knobs)
+            for text in prompts
+            for _ in range(knobs.samples)
+        ]
         texts = [GrowingText(tokenizer, knobs.stop, prompt) for prompt in ids]
+        budgets = _budgets(chat, knobs, end_tokens, len(ids))
         console.print(f"{model.checkpoint} · {model.platform.describe()}")
         printer = _Printer(prompts, knobs.samples, len(ids) == 1 and model.is_first_rank)
 
-        def on_token(sequence: Continuation, token: int) -> str:
+        def on_token(sequence: Continuation, token: int) -> str | list[int]:
             text = texts[sequence.number]
             is_end = knobs.end_of_document and token in end_tokens
             printer.stream("" if is_end else text.add(token))
-            return "stop" if text.is_stopped else ""
+            forced = budgets[sequence.number].after(token) if budgets else []
+            forced = forced[: knobs.max_new_tokens - len(sequence.new)]
+            for token_id in forced:
+                if not text.is_stopped:
+                    printer.stream(text.add(token_id))
+            return "stop" if text.is_stopped else forced or ""
 
         engine = Engine(model.model, end_tokens, model.platform.device, tokenizer.known_ids)
         sequences = engine.generate(ids, knobs, knobs, on_token)
@@ -62,7 +74,11 @@ def generate(run: str, knobs: GenerateConfig) -> None:
             printer.print_sequence(sequence, texts[sequence.number].text)
         if knobs.output:
             _write(Path(knobs.output), prompts, knobs.samples, sequences, texts)
-        for line in summary(engine.costs, engine.acceptance if knobs.speculative else None):
+        lines = summary(engine.costs, engine.acceptance if knobs.speculative else None)
+        if budgets:
+            closed = sum(any(sequence.given) for sequence in sequences)
+            lines.append(f"reasoning closed by the budget: {closed} of {len(sequences)} sequences")
+        for line in lines:
             console.print(line, soft_wrap=True)
 
 
@@ -71,6 +87,7 @@ def check_and_read(knobs: GenerateConfig) -> list[str]:
     prompt file cannot be read, or there is no prompt or an empty one."""
     check_sampling(knobs)
     check_decoding(knobs)
+    check_chat(knobs)
     if knobs.samples < 1:
         raise ConfigError(f"samples={knobs.samples}: give 1 or more")
     if knobs.samples > 1 and knobs.temperature == 0:
@@ -109,13 +126,30 @@ def _prompt(row: Fields) -> str:
     return row.get("prompt")
 
 
-def _encoder(tokenizer: LoadedTokenizer, knobs: GenerateConfig) -> Callable[[str], list[int]]:
-    """A function from a prompt's text to its ids. Raises ConfigError if chat is asked for and the
-    tokenizer lacks its tokens."""
-    if not knobs.chat:
-        return lambda text: _encode(text, tokenizer)
-    chat = ChatFormat(tokenizer, "chat=true: the run's tokenizer")
-    return lambda text: chat.prompt([Message("user", text)], thinking=knobs.thinking)
+def _prompt_ids(
+    text: str, tokenizer: LoadedTokenizer, chat: ChatFormat | None, knobs: GenerateConfig
+) -> list[int]:
+    if chat is None:
+        return _encode(text, tokenizer)
+    return chat.prompt([Message("user", text)], thinking=knobs.thinking and knobs.budget != 0)
+
+
+def _budgets(
+    chat: ChatFormat | None, knobs: GenerateConfig, end_tokens: Sequence[int], count: int
+) -> list[ThinkingBudget]:
+    """The budget of each sequence; none if there is nothing to force."""
+    if chat is None or knobs.budget in (NO_LIMIT, 0):
+        return []
+    ends = {chat.special_ids[END], *(end_tokens if knobs.end_of_document else ())}
+    is_break = line_break_test(chat.tokenizer.decode)
+    close = chat.special_ids[THINK_END]
+    budgets = [
+        ThinkingBudget(knobs.budget, knobs.budget_grace, close, ends, is_break)
+        for _ in range(count)
+    ]
+    for budget in budgets:
+        budget.begin()
+    return budgets
 
 
 def _encode(text: str, tokenizer: LoadedTokenizer) -> list[int]:
@@ -171,6 +205,7 @@ def _write(
             "prompt_tokens": sequence.prompt,
             "tokens": sequence.new,
             "log_probabilities": sequence.log_probabilities,
+            "forced": [place for place, given in enumerate(sequence.given) if given],
         }
         lines.append(json_text(record, ensure_ascii=False) + "\n")
     write_output(path, "".join(lines), "output")

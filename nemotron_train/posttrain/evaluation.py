@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 
+from nemotron_train.config.budget import check_budget
 from nemotron_train.config.errors import ConfigError
 from nemotron_train.config.json_text import json_text
 from nemotron_train.data.chat.render import ChatFormat
@@ -34,7 +35,7 @@ from nemotron_train.posttrain.environments.scoring import Scoring
 from nemotron_train.posttrain.knobs import EvaluateEnvironmentsConfig, scoring_limits
 from nemotron_train.posttrain.pass_rates import Estimate, mean_difference, mean_rate, pass_at_k
 from nemotron_train.posttrain.plot import plot_pass_rates
-from nemotron_train.posttrain.rollout import Rollout, write_rollouts
+from nemotron_train.posttrain.rollout import SAMPLED, Rollout, write_rollouts
 from nemotron_train.posttrain.sampler import Sampler
 from nemotron_train.posttrain.shared_scoring import SharedScoring
 from nemotron_train.posttrain.tasks import evaluation_rows
@@ -49,9 +50,11 @@ class EnvironmentResult:
     """One checkpoint in one environment.
 
     pass_1, pass_k: probability that one of 1 or of `k` samples passes. rates: pass@1 of each
-    prompt. tokens: of a rollout, in the mean, without what the environment said. cut, malformed:
-    shares of the rollouts that the length limit ended, and that were not in the chat format.
-    verdicts: counts of all verdicts.
+    prompt. tokens, thinking_tokens, answer_tokens: sampled in a rollout, in the mean; the close of
+    the reasoning is in the first alone. cut, malformed, well_formed: shares of the rollouts that
+    the length limit ended, that were not in the chat format, and that were neither. forced, closed:
+    shares in which the budget closed the reasoning of a turn, and in which the model closed all of
+    it. verdicts: counts of all verdicts.
     """
 
     environment: str
@@ -65,6 +68,11 @@ class EnvironmentResult:
     tokens: float
     cut: float
     malformed: float
+    well_formed: float
+    forced: float
+    closed: float
+    thinking_tokens: float
+    answer_tokens: float
     verdicts: dict[str, int]
 
 
@@ -113,7 +121,8 @@ def evaluate_environments(
                 engine = Engine(model.model, ends, model.platform.device, tokenizer.known_ids)
                 chat = ChatFormat(tokenizer, f"{run}: its tokenizer")
                 longest = max(MOST_PROMPT_TOKENS, model.config.train.sequence_length)
-                sampler = Sampler(engine, chat, environments, knobs, longest + knobs.max_new_tokens)
+                most = longest + knobs.max_new_tokens
+                sampler = Sampler(engine, chat, environments, knobs, most, knobs)
                 started = time.perf_counter()
                 rollouts = _rollouts(sampler, rows, knobs, console)
                 seconds = time.perf_counter() - started
@@ -150,6 +159,7 @@ def _problem(scoring: Scoring, rows: Sequence[Row]) -> str:
 def _check(knobs: EvaluateEnvironmentsConfig) -> None:
     check_sampling(knobs)
     check_decoding(knobs)
+    check_budget(knobs)
     for name in ("prompts", "samples"):
         if getattr(knobs, name) < 1:
             raise ConfigError(f"{name}={getattr(knobs, name)}: give 1 or more")
@@ -202,7 +212,12 @@ def measure(name: str, rollouts: Sequence[Rollout], samples: int) -> Environment
     passed_Pn = np.array([rollout.passed for rollout in rollouts]).reshape(-1, samples)
     k = min(8, samples)
     rates_P, rates_k_P = pass_at_k(passed_Pn, 1), pass_at_k(passed_Pn, k)
-    sampled = [rollout.kinds.count("s") for rollout in rollouts]
+    sampled = [rollout.kinds.count(SAMPLED) for rollout in rollouts]
+    faulty = np.array([bool(rollout.episode.last.fault) for rollout in rollouts])
+    cut = np.array([rollout.cut for rollout in rollouts])
+    forced = np.array([rollout.forced_closes > 0 for rollout in rollouts])
+    asked = np.array([rollout.row.thinking for rollout in rollouts])
+    unclosed = np.array([rollout.malformed_thinking for rollout in rollouts])
     return EnvironmentResult(
         environment=name,
         prompts=len(passed_Pn),
@@ -213,8 +228,13 @@ def measure(name: str, rollouts: Sequence[Rollout], samples: int) -> Environment
         rates=rates_P.tolist(),
         rates_k=rates_k_P.tolist(),
         tokens=float(np.mean(sampled)),
-        cut=float(np.mean([rollout.cut for rollout in rollouts])),
-        malformed=float(np.mean([bool(r.episode.last.fault) and not r.cut for r in rollouts])),
+        cut=float(cut.mean()),
+        malformed=float((faulty & ~cut).mean()),
+        well_formed=float((~faulty & ~cut).mean()),
+        forced=float(forced.mean()),
+        closed=float((asked & ~forced & ~unclosed).mean()),
+        thinking_tokens=float(np.mean([rollout.thinking_tokens for rollout in rollouts])),
+        answer_tokens=float(np.mean([rollout.answer_tokens for rollout in rollouts])),
         verdicts=dict(Counter(str(rollout.score.verdict) for rollout in rollouts)),
     )
 
@@ -277,7 +297,10 @@ def _comparison(before: RunResult, after: RunResult) -> Table:
 def _write(results: Sequence[RunResult], knobs: EvaluateEnvironmentsConfig) -> None:
     settings = {
         name: getattr(knobs, name)
-        for name in ("split", "level", "temperature", "top_k", "top_p", "seed", "max_new_tokens")
+        for name in (
+            *("split", "level", "temperature", "top_k", "top_p", "seed", "max_new_tokens"),
+            *("budget", "budget_grace", "budget_scope"),
+        )
     }
     content = {"knobs": settings, "runs": [asdict(result) for result in results]}
     write_output(Path(f"{knobs.output}.json"), json_text(content, indent=1) + "\n", "output")

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from nemotron_train.config.budget import TurnBudgetKnobs
 from nemotron_train.config.environments import EnvironmentConfig, ScoringConfig
 from nemotron_train.config.errors import ConfigError
 from nemotron_train.generate.knobs import DecodingKnobs, ModelKnobs, Sampling
@@ -14,7 +15,9 @@ from nemotron_train.posttrain.ratios import check_ratios
 
 
 @dataclass
-class EvaluateEnvironmentsConfig(Sampling, ModelKnobs, DecodingKnobs, ScoringConfig):
+class EvaluateEnvironmentsConfig(
+    Sampling, ModelKnobs, DecodingKnobs, TurnBudgetKnobs, ScoringConfig
+):
     """Knobs of `evaluate environments`."""
 
     environment: str = "all"  # a name, several with commas, or all families

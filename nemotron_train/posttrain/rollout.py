@@ -36,7 +36,9 @@ class Rollout:
     prompt_ids: what the policy was given. ids: what followed, and kinds, one letter for each: `s`
     sampled, `f` forced by a budget, `e` said by the environment. log_probabilities: of the sampled
     ids under the distribution that they were drawn from, NaN for the others. cut: whether the
-    length limit ended it. text: the ids as text, special tokens included.
+    length limit ended it. text: the ids as text, special tokens included. thinking_tokens,
+    answer_tokens: sampled before and after `</think>`, in all turns. forced_closes: turns whose
+    reasoning the budget closed; with budget 0 the close of the first is in the prompt.
 
     Of rollouts that were trained on: policy_version, the optimizer steps before they were sampled;
     trainer_log_probabilities, those of the sampled ids by the trainer before its update;

@@ -12,9 +12,11 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 
+from nemotron_train.config.budget import NO_LIMIT, TurnBudgetKnobs
 from nemotron_train.config.errors import ConfigError
 from nemotron_train.data.chat.parse import parse_turn
 from nemotron_train.data.chat.render import END, THINK_END, ChatFormat
+from nemotron_train.generate.budget import ThinkingBudget, line_break_test
 from nemotron_train.generate.continuation import Answer, Continuation
 from nemotron_train.generate.engine import Engine
 from nemotron_train.generate.knobs import DecodingKnobs, Sampling
@@ -29,7 +31,8 @@ class Sampler:
     """Makes rollouts with one engine. Its weights may change between calls.
 
     The engine must draw only ids that the tokenizer knows. max_context: most tokens of a prompt and
-    what follows.
+    what follows. budget: knobs of the reasoning budget, for rows that have none of their own; None:
+    no limit for those.
     """
 
     def __init__(
@@ -39,12 +42,15 @@ class Sampler:
         scoring: Environments,
         decoding: DecodingKnobs,
         max_context: int,
+        budget: TurnBudgetKnobs | None = None,
     ) -> None:
         self.engine = engine
         self.chat = chat
         self.scoring = scoring
         self.decoding = decoding
         self.max_context = max_context
+        self._budget = budget or TurnBudgetKnobs()
+        self._is_break = line_break_test(chat.tokenizer.decode)
         self.scoring_seconds = 0.0  # that generation had to wait for, over all calls
         self._turns: dict[str, int] = {}
 
@@ -64,6 +70,7 @@ class Sampler:
         with the finished and all rollouts. Raises ConfigError if an environment cannot be loaded,
         or a prompt leaves no room for an answer.
         """
+        rows = [self._with_budget(row) for row in rows]
         new_names = {row.environment for row in rows} - set(self._turns)
         self._turns |= self.scoring.load(sorted(new_names))
         players = self._players(rows, samples, range(len(rows)) if groups is None else groups)
@@ -98,11 +105,31 @@ class Sampler:
             ids = [] if messages is None else self._prompt(row, messages)
             for sample in range(samples):
                 episode = Episode(row, tuple(messages or ()), ())
-                players.append(_Player(self, episode, group, sample, ids, score))
+                budget = self._new_budget(row)
+                players.append(_Player(self, episode, group, sample, ids, score, budget))
         return players
 
+    def _with_budget(self, row: Row) -> Row:
+        """The row with its own budget, or that of the knobs."""
+        if row.budget is not None or self._budget.budget == NO_LIMIT:
+            return row
+        return replace(row, budget=self._budget.budget)
+
+    def _new_budget(self, row: Row) -> ThinkingBudget:
+        """The budget of one episode."""
+        ends = self.engine.end_tokens if self.decoding.end_of_document else frozenset()
+        return ThinkingBudget(
+            NO_LIMIT if row.budget is None else row.budget,
+            self._budget.budget_grace,
+            self.chat.special_ids[THINK_END],
+            {self.chat.special_ids[END], *ends},
+            self._is_break,
+            self._budget.budget_scope,
+        )
+
     def _prompt(self, row: Row, messages: Sequence[Message]) -> list[int]:
-        ids = self.chat.prompt(messages, row.tools, row.thinking)
+        # With budget 0, the ids that fine-tuning teaches for an answer without reasoning.
+        ids = self.chat.prompt(messages, row.tools, row.thinking and row.budget != 0)
         if len(ids) >= self.max_context:
             raise ConfigError(
                 f"row {row.id} of environment {row.environment}: its prompt has {len(ids)} tokens, "
@@ -125,6 +152,7 @@ class _Player:
     sample: int
     prompt_ids: list[int]
     score: Score | None  # known before the end: the environment failed
+    budget: ThinkingBudget
     number: int = 0  # of the sequence
     kinds: list[str] = field(default_factory=list)
     turn_begin: int = 0  # index of the first id of the current turn
@@ -134,6 +162,19 @@ class _Player:
     answer_tokens: int = 0
     malformed_calls: int = 0
     malformed_thinking: bool = False
+    is_thinking: bool = False  # whether the current turn begins with reasoning
+    forced_closes: int = 0
+
+    def __post_init__(self) -> None:
+        self.forced_closes = len(self._begin_thinking())  # its id stands in the prompt
+
+    def _begin_thinking(self) -> list[int]:
+        """Begin a turn. Returns the id that closes its reasoning at once, if the budget has nothing
+        left."""
+        thinking = self.episode.row.thinking
+        self.is_thinking = thinking and self.budget.begin()
+        is_closed = thinking and not self.is_thinking
+        return [self.owner.chat.special_ids[THINK_END]] * is_closed
 
     def after(self, sequence: Continuation, token: int) -> Answer | Future[Answer]:
         """The listener of the engine: after each sampled token."""
@@ -142,7 +183,19 @@ class _Player:
             return self._end_of_turn(sequence)
         if len(self.prompt_ids) + len(sequence.new) >= self.owner.max_context:
             return "length"
-        return ""
+        forced = self.budget.after(token)
+        if not forced:
+            return ""
+        if len(forced) >= self._room(sequence):  # no answer could follow
+            return "length"
+        self.kinds += [FORCED] * len(forced)
+        self.forced_closes += 1
+        return forced
+
+    def _room(self, sequence: Continuation) -> int:
+        """The most ids that may still follow."""
+        room = self.owner.max_context - len(self.prompt_ids) - len(sequence.new)
+        return min(room, self.owner.decoding.max_new_tokens - len(sequence.new))
 
     def _end_of_turn(self, sequence: Continuation) -> Answer | Future[Answer]:
         self._add_turn(sequence.new)
@@ -165,13 +218,13 @@ class _Player:
         if self.turns >= self.owner.max_turns(self.episode.row.environment):
             return self._over(EndedBy.turns)
         ids = self.owner.chat.following(reply, self.episode.row.thinking)
-        room = self.owner.max_context - len(self.prompt_ids) - len(sequence.new)
-        room = min(room, self.owner.decoding.max_new_tokens - len(sequence.new))
-        if len(ids) >= room:
+        closes = self._begin_thinking()
+        if len(ids) + len(closes) >= self._room(sequence):
             return self._over(EndedBy.length)
-        self.kinds += [ENVIRONMENT] * len(ids)
+        self.kinds += [ENVIRONMENT] * len(ids) + [FORCED] * len(closes)
+        self.forced_closes += len(closes)
         self.turn_begin = len(self.kinds)
-        return ids
+        return ids + closes
 
     @property
     def turns(self) -> int:
@@ -180,13 +233,15 @@ class _Player:
     def _add_turn(self, ids: Sequence[int]) -> None:
         """Add the completion that begins at `turn_begin` to the episode."""
         turn = ids[self.turn_begin :]
-        thinking = self.episode.row.thinking
-        parsed = parse_turn(self.owner.chat, turn, thinking, text_calls=True)
+        parsed = parse_turn(self.owner.chat, turn, self.is_thinking, text_calls=True)
         self.malformed_thinking |= not parsed.thinking_closed
-        end = self.owner.chat.special_ids[THINK_END]
-        closed = list(turn).index(end) if thinking and end in turn else len(turn) * thinking
-        self.thinking_tokens += closed
-        self.answer_tokens += len(turn) - closed
+        close = self.owner.chat.special_ids[THINK_END]
+        if self.is_thinking:
+            thinking_tokens = list(turn).index(close) if close in turn else len(turn)
+            self.thinking_tokens += thinking_tokens
+            self.answer_tokens += max(0, len(turn) - thinking_tokens - 1)
+        else:
+            self.answer_tokens += len(turn)
         self.malformed_calls += len(parsed.malformed_calls)
         turns = (*self.episode.turns, parsed.message)
         self.episode = replace(self.episode, turns=turns)
@@ -227,7 +282,7 @@ class _Player:
             text=self.owner.chat.tokenizer.decode(ids),
             thinking_tokens=self.thinking_tokens,
             answer_tokens=self.answer_tokens,
-            forced_closes=kinds.count(FORCED),
+            forced_closes=self.forced_closes,
             malformed_calls=self.malformed_calls,
             malformed_thinking=self.malformed_thinking,
         )

@@ -127,6 +127,53 @@ def test_a_result_that_cannot_be_written_is_known_before_the_work(
         assert f"output={output}" in printed.err
 
 
+def test_a_budget_closes_the_reasoning(run: str, capsys: pytest.CaptureFixture) -> None:
+    """The close is in ids and text and is named as forced; with drafts all is the same. Budget 0 is
+    reasoning off, and a budget that is not reached changes nothing."""
+    words = ["prompt=a", "chat=true", "max_new_tokens=12", "coupled=true", "seed=3", "samples=3"]
+    close, ends = 4, {0, 2}
+    found = generate(run, *words, "budget=3", "budget_grace=0")
+    assert "reasoning closed by the budget: 3 of 3 sequences" in capsys.readouterr().err
+    for one in found:
+        assert one["forced"] == [3] and one["tokens"][3] == close
+        assert not ends & set(one["tokens"][:3]), "another seed"
+        assert one["log_probabilities"][3] is None and one["text"].count("</think>") == 1
+        assert load_tokenizer(Path("data/tokenizer")).decode(one["tokens"][:4]) in one["text"]
+    drafted = generate(run, *words, "budget=3", "budget_grace=0", "speculative=true")
+    assert [one["tokens"] for one in drafted] == [one["tokens"] for one in found]
+    assert [one["forced"] for one in drafted] == [one["forced"] for one in found]
+    free = generate(run, *words)
+    assert [one["tokens"][:3] for one in free] == [one["tokens"][:3] for one in found]
+    for far in ("budget=12", "budget=-1"):
+        same = generate(run, *words, far)
+        assert [one["tokens"] for one in same] == [one["tokens"] for one in free]
+        assert all(one["forced"] == [] for one in same)
+    (none, *_), (off, *_) = (
+        generate(run, *words, "budget=0"),
+        generate(run, *words, "thinking=false"),
+    )
+    assert none == off and none["prompt_tokens"][-2:] == [close - 1, close]
+    (stopped, *_) = generate(run, *words, "budget=3", "budget_grace=0", "stop=</think>")
+    assert stopped["ended_by"] == "stop" and stopped["tokens"] == found[0]["tokens"][:3]
+    (full, *_) = generate(run, *words, "budget=3", "budget_grace=0", "max_new_tokens=3")
+    assert full["forced"] == [] and full["ended_by"] == "length"
+    assert full["text"] == load_tokenizer(Path("data/tokenizer")).decode(full["tokens"])
+
+
+@pytest.mark.parametrize(
+    ("knobs", "said"),
+    [
+        (GenerateConfig(budget=5), "budget=5: needs chat=true"),
+        (GenerateConfig(budget=5, chat=True, thinking=False), "budget=5: needs thinking=true"),
+        (GenerateConfig(budget=-2, chat=True), "budget=-2: give"),
+        (GenerateConfig(budget=5, budget_grace=-2, chat=True), "budget_grace=-2: give"),
+    ],
+)
+def test_a_budget_needs_reasoning_to_limit(knobs: GenerateConfig, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        check_and_read(knobs)
+
+
 def test_only_line_feeds_end_a_prompt(run: str, tmp_path: Path) -> None:
     """Line separators, next line and form feed are text, as JSON and most editors take
     them; a byte order mark belongs to the file."""
