@@ -114,7 +114,7 @@ Examples:
         _overrides,
         """\
 `posttrain rows` and `posttrain sft` together. The knobs: branch=RUN_FOLDER@STEP and name=NAME
-(required), count=3600 (rows of a family), balance=true (more of the families that take longer),
+(required), count=4000 (rows of a family), balance=true (more of the families that take longer),
 environment=NAME,NAME (default all), level=1|2|3, and those of `posttrain sft`.
 
 Example:

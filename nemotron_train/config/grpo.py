@@ -6,6 +6,7 @@ own model, not on `data`.
 
 from dataclasses import dataclass, field
 
+from nemotron_train.config.budget import TurnBudgetKnobs
 from nemotron_train.config.environments import EnvironmentConfig, ScoringConfig
 from nemotron_train.config.grpo_knobs import (
     AdvantageKnobs,
@@ -16,7 +17,14 @@ from nemotron_train.config.grpo_knobs import (
 
 
 @dataclass
-class GrpoConfig(AdvantageKnobs, CorrectionKnobs, ObjectiveKnobs, CurriculumKnobs, ScoringConfig):
+class GrpoConfig(
+    AdvantageKnobs,
+    CorrectionKnobs,
+    ObjectiveKnobs,
+    CurriculumKnobs,
+    ScoringConfig,
+    TurnBudgetKnobs,
+):
     """Rollouts, and how they are trained on."""
 
     steps: int = 0  # optimizer steps of the run; 0: not a run of reinforcement learning

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nemotron_train.compose.compose import compose_config
+from nemotron_train.config.budget import check_budget
 from nemotron_train.config.errors import ConfigError
 from nemotron_train.config.grpo import GrpoConfig
 from nemotron_train.config.grpo_knobs import (
@@ -171,6 +172,7 @@ def check_grpo(config: Config) -> None:
             raise ConfigError(f"{name}={getattr(knobs, name)}: give {value} or more")
     for check in (check_advantage, check_correction, check_objective, check_curriculum):
         check(knobs)
+    check_budget(knobs)
     scoring_limits(knobs)
     if knobs.environments:
         check_environments(knobs.environments)

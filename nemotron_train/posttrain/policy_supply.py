@@ -87,7 +87,7 @@ class PolicySupply:
             batch=self._knobs.batch,
             speculative=self._knobs.drafts,
         )
-        self._sampler = Sampler(engine, chat, scoring, decoding, self._length + 1)
+        self._sampler = Sampler(engine, chat, scoring, decoding, self._length + 1, self._knobs)
         self._sampling = Sampling(seed=trainer.config.train.seed, coupled=self._knobs.drafts)
         self._files = RolloutFiles(trainer.run_folder, self._knobs.keep_rollouts)
         self._round: tuple[int, list[Rollout], PolicyRows] | None = None

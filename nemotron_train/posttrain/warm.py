@@ -20,7 +20,7 @@ WARM = {
     "train.micro_batch_sequences": "4",
     "optim.peak_learning_rate": "2e-3",
 }
-WARM_COUNT = 3600
+WARM_COUNT = 4000
 
 
 def warm(words: Sequence[str], say: Callable[[str], None]) -> int:

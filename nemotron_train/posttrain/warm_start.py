@@ -42,7 +42,7 @@ SHARES = {
     "arithmetic": 1.25,
     "strings": 1.65,
     "instructions": 1.0,
-    "structure": 0.7,
+    "structure": 0.6,
     "tools": 0.3,
     "python_code": 0.25,
 }
