@@ -8,13 +8,14 @@ used). No torch.
 
 import re
 from dataclasses import fields
+from fnmatch import fnmatchcase
 from math import inf
 from operator import attrgetter
 
 from nemotron_train.config.errors import ConfigError
 from nemotron_train.config.guard import GuardConfig
 from nemotron_train.config.schema import Config, DataKind, ModelConfig
-from nemotron_train.plan.architecture.layers import LayerKind, parse_pattern
+from nemotron_train.plan.architecture.layers import LayerKind, layers, parse_pattern, tensors
 from nemotron_train.plan.layout_checks import check_layout, must_divide
 
 
@@ -33,6 +34,7 @@ def check(config: Config, num_ranks: int) -> None:
     check_layout(config, stages, kinds, num_ranks)
     _check_schedule(config)
     _check_rows(config)
+    _check_frozen(config)
     _check_data(config)
 
 
@@ -196,6 +198,27 @@ def _check_rows(config: Config) -> None:
     if short:
         knob = "train.short_sequence_length"
         must_divide("train.sequence_length", train.sequence_length, knob, short)
+
+
+def _check_frozen(config: Config) -> None:
+    """Raises ConfigError for a pattern that freezes nothing, and if nothing is left to train."""
+    if not config.train.frozen:
+        return
+    names = {tensor.name for tensor in tensors(config.model)}
+    biases = {
+        f"{layer.path}.mlp.router.expert_bias"
+        for layer in layers(config.model)
+        if layer.kind == LayerKind.moe
+    }
+    for pattern in config.train.frozen:
+        if not any(fnmatchcase(name, pattern) for name in names | biases):
+            raise ConfigError(
+                f"train.frozen: {pattern!r} is the name of no parameter; there are "
+                f"{', '.join(sorted(names)[:3])}, … (`plan` lists the layers)"
+            )
+    frozen = {n for n in names if any(fnmatchcase(n, p) for p in config.train.frozen)}
+    if frozen == names:
+        raise ConfigError(f"train.frozen={config.train.frozen}: leaves nothing to train")
 
 
 def _check_data(config: Config) -> None:

@@ -231,6 +231,8 @@ def tiny(*overrides: str) -> Config:
             "data.phases: from_tokens are [0, 0]",
         ),
         (["data.validation=[{path: a, weight: 0}]"], 1, "data.validation: weight=0.0 of a"),
+        (["train.frozen=['*.routr.weight']"], 1, "'*.routr.weight' is the name of no parameter"),
+        (["train.frozen=['*']"], 1, "leaves nothing to train"),
     ],
 )
 def test_each_violation_names_its_knob(overrides: list[str], ranks: int, said: str) -> None:
