@@ -33,6 +33,9 @@ from nemotron_train.platform.runtime import Runtime, start_runtime
 from nemotron_train.platform.terminal import open_console
 from nemotron_train.report.plot.loss import plot_loss
 from nemotron_train.report.plot.precision import plot_precision
+from nemotron_train.report.plot.reward import plot_reward
+from nemotron_train.report.runs.policy import closing_line
+from nemotron_train.report.runs.read import read_run
 from nemotron_train.run_folder import starts
 from nemotron_train.run_folder.folder import RunFolder, open_run_folder, run_path
 from nemotron_train.run_folder.lineage import Record, brief
@@ -178,7 +181,7 @@ def train(
     progress, summary = trainer.fit(progress, writer, started)
     if folder is not None and writer is not None:
         writer.close()
-        finish(folder, summary, console)
+        finish(folder, summary, console, on_rollouts=config.grpo.steps > 0)
     return "done" if summary["finished"] else "stopped"
 
 
@@ -245,23 +248,29 @@ def open_writer(
     return MetricsWriter(folder.metrics, resume_step=resume_step, sinks=sinks, say=console.print)
 
 
-def finish(folder: RunFolder, summary: dict[str, Any], console: Console) -> None:
-    """Write summary.json and the plots, and print the final lines."""
+def finish(
+    folder: RunFolder, summary: dict[str, Any], console: Console, *, on_rollouts: bool
+) -> None:
+    """Write summary.json and the plots, and print the final lines. on_rollouts: whether the run
+    trained on rollouts, so that its rewards are shown and not its loss."""
     folder.write_summary(summary)
-    loss_plot = plot_loss(folder.path)
-    precision_plot = plot_precision(folder.path)
-    unit = "nats a token"
-    if summary["finished"]:
-        console.print(
-            f"validation loss {summary['validation_loss']:.3f} {unit}; the corpus's unigram "
-            f"entropy is {summary['unigram_entropy']:.3f}",
-        )
-    else:
+    run = read_run(folder.path)
+    draw, what = (plot_reward, "rewards") if on_rollouts else (plot_loss, "loss curve")
+    picture = draw(folder.path, run)
+    precision_plot = plot_precision(folder.path, run)
+    if not summary["finished"]:
         console.print(
             f"stopped at step {summary['step']} ({summary['stop_reason']}); the same command goes "
             "on from there",
             soft_wrap=True,
         )
-    console.print(f"{folder.path}: loss curve in {loss_plot.name}")
+    elif on_rollouts:
+        console.print(closing_line(run))
+    else:
+        console.print(
+            f"validation loss {summary['validation_loss']:.3f} nats a token; the corpus's unigram "
+            f"entropy is {summary['unigram_entropy']:.3f}",
+        )
+    console.print(f"{folder.path}: {what} in {picture.name}")
     if precision_plot is not None:
         console.print(f"precision telemetry in {precision_plot.name}")

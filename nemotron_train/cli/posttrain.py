@@ -14,11 +14,25 @@ def run_sft(arguments: argparse.Namespace) -> int:
     return sft(arguments.overrides)
 
 
+def run_warm(arguments: argparse.Namespace) -> int:
+    """Run `posttrain warm`."""
+    from nemotron_train.posttrain.warm import warm
+
+    return warm(arguments.overrides, open_console().print)
+
+
 def run_grpo(arguments: argparse.Namespace) -> int:
     """Run `posttrain grpo`."""
     from nemotron_train.posttrain.grpo import grpo
 
     return grpo(arguments.overrides)
+
+
+def run_heal(arguments: argparse.Namespace) -> int:
+    """Run `posttrain heal`."""
+    from nemotron_train.posttrain.grpo import heal
+
+    return heal(arguments.overrides)
 
 
 def run_rows(arguments: argparse.Namespace) -> int:
@@ -53,6 +67,10 @@ def _overrides(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="+", metavar="KNOB=VALUE")
 
 
+def _optional_overrides(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("overrides", nargs="*", metavar="KNOB=VALUE")
+
+
 POSTTRAIN_VERBS: dict[str, Verb] = {
     "data chat": Verb(
         "conversations in JSONL -> token ids with a mask of what the assistant said",
@@ -73,10 +91,13 @@ Example:
     "posttrain grpo": Verb(
         "reinforcement learning of a checkpoint over several environments at once",
         run_grpo,
-        _overrides,
+        _optional_overrides,
         """\
-The knobs: branch=RUN_FOLDER@STEP and name=NAME (required), steps=100, prompts=16, samples=8 (of
-each prompt), environments (default: the six families), optim.peak_learning_rate=2e-4, those of
+Without branch= it first makes what it starts from: runs/tiny (`pretrain`) and runs/warm
+(`posttrain warm`).
+
+The knobs: branch=RUN_FOLDER@STEP, name=policy, steps=100, prompts=16, samples=8 (of each prompt),
+environments (default: the six families), optim.peak_learning_rate=2e-4, those of
 GrpoConfig in nemotron_train/config/grpo.py and grpo_knobs.py, and those of `pretrain`.
 
 Examples:
@@ -85,6 +106,32 @@ Examples:
       "environments={arithmetic: {ratio: 2}, mine: {use: 'rewards.py:exact', rows: tasks.jsonl}}" \\
       correction=truncated ratio_low=0
   nemotron-train posttrain grpo resume=runs/policy
+""",
+    ),
+    "posttrain warm": Verb(
+        "fine-tune a checkpoint on worked solutions, as a start for posttrain grpo",
+        run_warm,
+        _overrides,
+        """\
+`posttrain rows` and `posttrain sft` together. The knobs: branch=RUN_FOLDER@STEP and name=NAME
+(required), count=3600 (rows of a family), balance=true (more of the families that take longer),
+environment=NAME,NAME (default all), level=1|2|3, and those of `posttrain sft`.
+
+Example:
+  nemotron-train posttrain warm branch=runs/tiny@128 name=warm
+""",
+    ),
+    "posttrain heal": Verb(
+        "train the multi-token-prediction block of a policy on its own rollouts",
+        run_heal,
+        _overrides,
+        """\
+The policy stays as it is, bit for bit. Each step samples rollouts with drafts, and logs the
+accepted share of each depth beside the reward. The knobs: branch=RUN_FOLDER@STEP and name=NAME
+(required), steps=100, optim.peak_learning_rate=1e-3, and those of `posttrain grpo`.
+
+Example:
+  nemotron-train posttrain heal branch=runs/policy@100 name=healed steps=40
 """,
     ),
     "posttrain rows": Verb(

@@ -29,6 +29,7 @@ class GrpoConfig(AdvantageKnobs, CorrectionKnobs, ObjectiveKnobs, CurriculumKnob
     pool: int = 2000  # generated tasks of each environment
     max_new_tokens: int = 160  # of a rollout, with what the environment says
     batch: int = 64  # sequences decoded together
+    heal: bool = False  # train the MTP block alone, on the rollouts of a policy that stays
     drafts: bool = False  # draft with the multi-token-prediction block
     # Largest difference of the two log-probabilities of a token; 0: by the precision plan.
     contract_bound: float = 0.0

@@ -326,7 +326,8 @@ class TrainConfig:
     validation_tokens: int = MISSING  # tokens per validation
     save_every_steps: int = 0  # 0: only at the end
     keep_checkpoints: int = 2  # older checkpoints are deleted
-    # Parameters that are not trained, by their names in checkpoints; * stands for any letters.
+    # Parameters and router biases that stay as they are, by their names in checkpoints; * stands
+    # for any letters.
     frozen: list[str] = field(default_factory=list)
     mtp_detached: bool = False  # the MTP losses train the MTP block alone
     load_balance_loss: bool = True  # add the routers' sequence-wise auxiliary loss

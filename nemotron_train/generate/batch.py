@@ -12,7 +12,7 @@ Shapes: B sequences, U different prompts, T tokens of a forward call, V vocabula
 import math
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from concurrent.futures import Future
 
 import torch
@@ -54,6 +54,11 @@ class Batch:
         self._asked: list[tuple[Continuation, int, Future[Answer]]] = []  # in this round
         self._enough_free = max(1, int(_FREE_SHARE * knobs.batch))
 
+    @staticmethod
+    def prefill_key(row: Continuation) -> Hashable:
+        """Sequences with an equal key share one prefill."""
+        return tuple(row.prompt)
+
     def run(self) -> None:
         """Admit, and decode in rounds, until every sequence has ended."""
         costs = self.engine.costs
@@ -74,13 +79,14 @@ class Batch:
     def _admit(self, places: int) -> None:
         """Prefill the next sequences, draw their first tokens and add them to the rows."""
         admitted = [self.waiting.popleft() for _ in range(min(places, len(self.waiting)))]
-        number_of: dict[tuple[int, ...], int] = {}
+        first: dict[Hashable, Continuation] = {}
         for row in admitted:
-            number_of.setdefault(tuple(row.prompt), len(number_of))
-        copies = [number_of[tuple(row.prompt)] for row in admitted]
-        states = DecodeStates(len(number_of))
-        drafter = self._new_drafter(len(number_of)) if self.drafter is not None else None
-        logits_UV = self._prefill(list(number_of), states, drafter)
+            first.setdefault(self.prefill_key(row), row)
+        numbers = {key: number for number, key in enumerate(first)}
+        copies = [numbers[self.prefill_key(row)] for row in admitted]
+        states = DecodeStates(len(first))
+        drafter = self._new_drafter(len(first)) if self.drafter is not None else None
+        logits_UV = self._prefill([row.prompt for row in first.values()], states, drafter)
         states.select(copies, self.engine.device)
         self.states.append(states)
         if self.drafter is not None and drafter is not None:
@@ -194,9 +200,8 @@ class Batch:
         num_drawn = self._append_round(logits_TV, tokens_per_row, outcome)
         self.engine.acceptance.count(verdict.accepted, num_drawn, len(proposed[0]))
         # The last token was read in this round, and so were the drafts among the drawn ones.
-        num_kept = [
-            1 + min(drawn, count) for drawn, count in zip(num_drawn, verdict.accepted, strict=True)
-        ]
+        # Those before the last drawn one are kept. With that one the next round begins.
+        num_kept = num_drawn
         for row, kept in zip(self.rows, num_kept, strict=True):
             row.pending -= kept
         self.states.rewind(num_kept)

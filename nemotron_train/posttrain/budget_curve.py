@@ -25,14 +25,13 @@ from nemotron_train.generate.checkpoint import resolve_checkpoint
 from nemotron_train.platform.files import write_output
 from nemotron_train.platform.terminal import open_console
 from nemotron_train.posttrain.environments.protocol import Row
-from nemotron_train.posttrain.environments.scoring import Scoring
 from nemotron_train.posttrain.evaluation_parts import (
     OpenedRun,
     RunResult,
     check_evaluation,
     chosen_rows,
-    load_environments,
     measure_run,
+    open_environments,
     open_run,
     percent,
     rollouts_with_progress,
@@ -42,7 +41,6 @@ from nemotron_train.posttrain.knobs import (
     budget_label,
     given_budgets,
     in_order,
-    scoring_limits,
 )
 from nemotron_train.posttrain.pass_rates import Estimate, mean_difference
 from nemotron_train.posttrain.plot import plot_budgets
@@ -77,15 +75,16 @@ def evaluate_budget(run: str, knobs: EvaluateBudgetConfig) -> list[BudgetPoint]:
     resolve_checkpoint(run, knobs)
     console = open_console()
     results: dict[int, RunResult] = {}
-    with Scoring(scoring_limits(knobs)) as scoring:
-        load_environments(scoring, rows)
-        with open_run(run, replace(knobs, budget=NO_LIMIT), scoring, console) as opened:
-            if not budgets:
-                free = _ask(opened, rows, NO_LIMIT, knobs, console, results)
-                budgets = default_budgets(free, knobs)
-            for budget in budgets:
-                if budget not in results:
-                    _ask(opened, rows, budget, knobs, console, results)
+    with (
+        open_environments(rows, knobs) as environments,
+        open_run(run, replace(knobs, budget=NO_LIMIT), environments, console) as opened,
+    ):
+        if not budgets:
+            free = _ask(opened, rows, NO_LIMIT, knobs, console, results)
+            budgets = default_budgets(free, knobs)
+        for budget in budgets:
+            if budget not in results:
+                _ask(opened, rows, budget, knobs, console, results)
     points = _points({budget: results[budget] for budget in budgets})
     console.print(_table(points))
     console.print(_environments(points))

@@ -118,12 +118,12 @@ def largest_gap(pairs: TokenPairs) -> Gap | None:
 def correction_metrics(
     pairs: TokenPairs,
     correction: Correction,
-    correct: Mapping[int, bool],
+    passed: Mapping[int, bool],
     environment: Mapping[int, str],
 ) -> dict[str, float]:
     """Measures of the gaps and of what was masked, by name. NaN where there is nothing to count.
 
-    correct, environment: of each sequence id. The measures are means over trained tokens:
+    passed, environment: of each sequence id. The measures are means over trained tokens:
 
     logprob_error       mean of exp|d|
     gen_kl, train_kl    KL(sampler || trainer) and KL(trainer || sampler): means of r - 1 - log r
@@ -156,30 +156,35 @@ def correction_metrics(
         "importance_max": float(usable.max()) if usable.size else math.nan,
         "effective_samples": _effective_share(weight),
     }
-    metrics |= _masked(pairs, correction, correct, np.ones_like(pairs.trained), "")
-    # One entry a token: the environment of its sequence.
-    names = np.array([environment[int(sequence)] for sequence in pairs.sequence], dtype=object)
+    # One entry a token: what is known of its sequence.
+    ids, number = np.unique(pairs.sequence, return_inverse=True)
+    right = np.array([passed[int(sequence)] for sequence in ids], dtype=bool)[number]
+    names = np.array([environment[int(sequence)] for sequence in ids], dtype=object)[number]
+    metrics |= _masked(pairs, correction, right, np.ones_like(pairs.trained), "")
     for name in sorted(set(environment.values())):
-        metrics |= _masked(pairs, correction, correct, names == name, f"/{name}")
+        metrics |= _masked(pairs, correction, right, names == name, f"/{name}")
     return metrics
 
 
 def _masked(
     pairs: TokenPairs,
     correction: Correction,
-    correct: Mapping[int, bool],
+    right: np.ndarray,
     chosen: np.ndarray,
     suffix: str,
 ) -> dict[str, float]:
-    """What was masked of the chosen tokens."""
-    right = np.array([correct[int(sequence)] for sequence in pairs.sequence], dtype=bool)
-    trained = pairs.trained & chosen
-    dropped = np.unique(pairs.sequence[correction.sequence_masked & chosen])
+    """What was masked of the chosen tokens. right: of each token's sequence."""
+    trained, masked = pairs.trained & chosen, correction.masked & chosen
+    sequences = np.unique(pairs.sequence[trained])
+    dropped, first = np.unique(
+        pairs.sequence[correction.sequence_masked & chosen], return_index=True
+    )
+    dropped_right = right[correction.sequence_masked & chosen][first]
     values = {
-        "masked_tokens": _mean(correction.masked[trained]),
-        "masked_sequences": _share(len(dropped), len(np.unique(pairs.sequence[trained]))),
-        "masked_correct": _mean(right[correction.masked & chosen]),
-        "masked_sequences_correct": _mean(np.array([correct[int(s)] for s in dropped])),
+        "masked_tokens": _mean(masked[trained]),
+        "masked_sequences": _share(len(dropped), len(sequences)),
+        "masked_correct": _mean(right[masked]),
+        "masked_sequences_correct": _mean(dropped_right),
         "trained_correct": _mean(right[trained]),
     }
     return {f"{name}{suffix}": value for name, value in values.items()}
@@ -200,11 +205,10 @@ def _mean(values: np.ndarray) -> float:
 
 
 def _gaps(pairs: TokenPairs) -> tuple[np.ndarray, np.ndarray]:
-    """d clipped, FP64 [n], 0 at tokens that are not trained; and where it is finite, bool [n]."""
-    # Selected before the difference is formed: nothing of a token that is not trained is used.
-    trainer = np.where(pairs.trained, pairs.trainer, 0.0).astype(np.float64)
-    sampler = np.where(pairs.trained, pairs.sampler, 0.0).astype(np.float64)
+    """d clipped, FP64 [n]; and where both log-probabilities are finite, bool [n]."""
+    trainer, sampler = pairs.trainer.astype(np.float64), pairs.sampler.astype(np.float64)
     finite = np.isfinite(trainer) & np.isfinite(sampler)
+    # Selected before the difference is formed, so that no inf meets another.
     gap = np.where(finite, trainer, LARGEST_GAP) - np.where(finite, sampler, 0.0)
     return np.clip(gap, -LARGEST_GAP, LARGEST_GAP), finite
 

@@ -18,18 +18,17 @@ from nemotron_train.config.json_text import json_text
 from nemotron_train.generate.checkpoint import resolve_checkpoint
 from nemotron_train.platform.files import write_output
 from nemotron_train.platform.terminal import open_console
-from nemotron_train.posttrain.environments.scoring import Scoring
 from nemotron_train.posttrain.evaluation_parts import (
     RunResult,
     check_evaluation,
     chosen_rows,
-    load_environments,
     measure_run,
+    open_environments,
     open_run,
     percent,
     rollouts_with_progress,
 )
-from nemotron_train.posttrain.knobs import EvaluateEnvironmentsConfig, scoring_limits
+from nemotron_train.posttrain.knobs import EvaluateEnvironmentsConfig
 from nemotron_train.posttrain.pass_rates import mean_difference
 from nemotron_train.posttrain.plot import plot_pass_rates
 from nemotron_train.posttrain.rollout import write_rollouts
@@ -49,14 +48,13 @@ def evaluate_environments(
     for run in runs:  # find errors in every run before measuring the first
         resolve_checkpoint(run, knobs)
     console, results = open_console(), []
-    with Scoring(scoring_limits(knobs)) as scoring:
-        load_environments(scoring, rows)
+    with open_environments(rows, knobs) as environments:
         for number, run in enumerate(runs):
-            with open_run(run, knobs, scoring, console) as opened:
+            with open_run(run, knobs, environments, console) as opened:
                 started = time.perf_counter()
                 rollouts = rollouts_with_progress(opened.sampler, rows, knobs, console)
                 seconds = time.perf_counter() - started
-            is_first = opened.is_first_rank
+            is_first = environments.is_first_rank
             results.append(measure_run(opened.checkpoint, rollouts, knobs.samples, seconds))
             console.print(_table(results[-1]))
             if knobs.output and is_first:

@@ -5,6 +5,7 @@ Owns: the measures of an environment. Does not own: which rollouts are compared 
 """
 
 import contextlib
+import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -23,13 +24,15 @@ from nemotron_train.generate.engine import Engine
 from nemotron_train.generate.knobs import check_decoding, check_sampling
 from nemotron_train.generate.terminal import check_speculative
 from nemotron_train.platform.files import check_output
+from nemotron_train.platform.groups import num_ranks, raise_together
 from nemotron_train.platform.terminal import text_column
 from nemotron_train.posttrain.environments.protocol import Row
 from nemotron_train.posttrain.environments.scoring import Scoring
-from nemotron_train.posttrain.knobs import EvaluateEnvironmentsConfig
+from nemotron_train.posttrain.knobs import EvaluateEnvironmentsConfig, scoring_limits
 from nemotron_train.posttrain.pass_rates import Estimate, mean_rate, pass_at_k
 from nemotron_train.posttrain.rollout import SAMPLED, Rollout
 from nemotron_train.posttrain.sampler import Sampler
+from nemotron_train.posttrain.shared_scoring import Environments, SharedScoring
 from nemotron_train.posttrain.tasks import evaluation_rows
 
 MOST_PROMPT_TOKENS = 4096
@@ -105,13 +108,47 @@ def chosen_rows(knobs: EvaluateEnvironmentsConfig) -> list[Row]:
     )
 
 
-def load_environments(scoring: Scoring, rows: Sequence[Row]) -> None:
-    """Load the environments of these rows. Raises ConfigError for one that cannot be loaded, and
-    for a row that misses something."""
-    scoring.load({row.environment for row in rows})
+@dataclass(frozen=True)
+class OpenedEnvironments:
+    """The environments of an evaluation. problem: why the rows cannot be asked; "" if they can.
+    is_first_rank: whether this rank writes."""
+
+    scoring: Environments
+    problem: str
+    is_first_rank: bool
+
+
+@contextlib.contextmanager
+def open_environments(
+    rows: Sequence[Row], knobs: EvaluateEnvironmentsConfig
+) -> Iterator[OpenedEnvironments]:
+    """The environments of these rows, on the first rank of several. Raises ConfigError for one that
+    does not load or misses something in a row; with several ranks `open_run` does."""
+    is_first = os.environ.get("RANK", "0") == "0"
+    with Scoring(scoring_limits(knobs)) as scoring:
+        # Ranks that share a model meet when it is opened; until then the first one keeps what
+        # environments say.
+        problem = _problem(scoring, rows) if is_first else ""
+        if num_ranks() > 1:
+            shared = SharedScoring(scoring if is_first else None)
+            yield OpenedEnvironments(shared, problem, is_first)
+            return
+        if problem:
+            raise ConfigError(problem)
+        yield OpenedEnvironments(scoring, "", True)
+
+
+def _problem(scoring: Scoring, rows: Sequence[Row]) -> str:
+    """Why these rows cannot be asked: an environment does not load, or misses something in a row;
+    empty if nothing."""
+    try:
+        scoring.load(sorted({row.environment for row in rows}))
+    except ConfigError as error:
+        return str(error)
     for row, missing in zip(rows, scoring.check_rows(rows), strict=True):
         if missing:
-            raise ConfigError(f"environment {row.environment}: row {row.id}: {missing}")
+            return f"environment {row.environment}: row {row.id}: {missing}"
+    return ""
 
 
 @dataclass(frozen=True)
@@ -126,19 +163,24 @@ class OpenedRun:
 
 @contextlib.contextmanager
 def open_run(
-    run: str, knobs: EvaluateEnvironmentsConfig, scoring: Scoring, console: Console
+    run: str,
+    knobs: EvaluateEnvironmentsConfig,
+    environments: OpenedEnvironments,
+    console: Console,
 ) -> Iterator[OpenedRun]:
-    """A sampler on a checkpoint. COLLECTIVE. Raises ConfigError as `open_checkpoint`, and if its
-    tokenizer lacks the chat format's tokens."""
+    """A sampler on a checkpoint. COLLECTIVE. Raises ConfigError as `open_checkpoint`, if its
+    tokenizer lacks the chat format's tokens, and for the problem of the environments."""
     with open_checkpoint(run, knobs, console.print) as model:
-        console.quiet = not model.is_first_rank
+        raise_together(environments.problem)
+        console.quiet = not environments.is_first_rank
         check_speculative(knobs.speculative, model)
         tokenizer, ends = open_tokenizer(model, knobs)
         engine = Engine(model.model, ends, model.platform.device, tokenizer.known_ids)
         chat = ChatFormat(tokenizer, f"{run}: its tokenizer")
         longest = max(MOST_PROMPT_TOKENS, model.config.train.sequence_length)
-        sampler = Sampler(engine, chat, scoring, knobs, longest + knobs.max_new_tokens, knobs)
-        yield OpenedRun(sampler, str(model.checkpoint), model.is_first_rank)
+        most = longest + knobs.max_new_tokens
+        sampler = Sampler(engine, chat, environments.scoring, knobs, most, knobs)
+        yield OpenedRun(sampler, str(model.checkpoint), environments.is_first_rank)
 
 
 def rollouts_with_progress(

@@ -5,7 +5,7 @@ Owns: the defaults of such a run, and which configurations it takes. The run its
 resume, guard, precision plans and report are those of pretraining.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
@@ -25,10 +25,13 @@ from nemotron_train.config.grpo_knobs import (
 from nemotron_train.config.schema import Config
 from nemotron_train.data.chat.render import END, ChatFormat
 from nemotron_train.data.tokenize import end_token_ids, load_tokenizer
+from nemotron_train.platform.terminal import open_console
 from nemotron_train.posttrain.environments.scoring import Scoring
 from nemotron_train.posttrain.knobs import check_environments, scoring_limits
 from nemotron_train.posttrain.pool import Pool
+from nemotron_train.posttrain.warm import warm
 from nemotron_train.run import pretrain
+from nemotron_train.run_folder.integrity import steps_in
 
 # What such a run begins with, unless the user gives it. Rates and lengths in optimizer steps are
 # turned into tokens of `train.global_batch_tokens` a step, which only the schedule counts with.
@@ -45,15 +48,25 @@ _DEFAULTS = {
     "train.validate_every_steps": "0",
     "train.short_share": "0",
 }
+# And one that trains the MTP block alone.
+_HEALING = {
+    **_DEFAULTS,
+    "grpo.heal": "true",
+    "grpo.drafts": "true",
+    "optim.peak_learning_rate": "1e-3",
+    "train.frozen": "['embedding.*', 'decoder.*', 'output_layer.*']",
+}
 _STEPS = 100
+_BASE, _WARM, _NAME = "tiny", "warm", "policy"  # names of runs without a word of the user
 _WARMUP_STEPS = 5
 
 
 def grpo(words: Sequence[str]) -> int:
     """Run `posttrain grpo` with these words KNOB=VALUE. Returns the exit code of the run.
 
-    Knobs of `config.grpo` may be given without `grpo.` before them. Raises ConfigError as
-    `pretrain` does, for a knob out of range, and if there is nothing to start from.
+    Knobs of `config.grpo` may be given without `grpo.` before them. Without a checkpoint to branch
+    from, the warm start of the embedded default is made first. Raises ConfigError as `pretrain`
+    does, and for a knob out of range.
     """
     words = [_full_name(word) for word in words]
     given = {word.partition("=")[0].lstrip("+") for word in words}
@@ -63,14 +76,56 @@ def grpo(words: Sequence[str]) -> int:
             tokens = config.grpo.steps * config.train.global_batch_tokens
             config = replace(config, train=replace(config.train, total_tokens=tokens))
     else:
-        for name, what in (("branch", "the checkpoint to train, branch=RUN_FOLDER@STEP"),):
-            if name not in given:
-                raise ConfigError(f"{name} is not set: give {what}")
+        if "branch" not in given:
+            code, branch = _default_start(given)
+            if code:
+                return code
+            words, given = [*words, branch], {*given, "branch"}
         if "name" not in given:
-            raise ConfigError("name is not set: give the run a name of its own")
+            words = [*words, f"name={_NAME}"]
         config = compose_config(_with_defaults(words, given))
     check_grpo(config)
     return _run(config)
+
+
+def heal(words: Sequence[str]) -> int:
+    """Run `posttrain heal` with these words KNOB=VALUE: train the MTP block of a policy on its own
+    rollouts, while the policy stays as it is. Returns the exit code of the run.
+
+    Raises ConfigError as `grpo` does, and without a checkpoint, a name or an MTP block.
+    """
+    words = [_full_name(word) for word in words]
+    given = {word.partition("=")[0].lstrip("+") for word in words}
+    if "resume" in given:
+        return grpo(words)
+    for name, what in (("branch", "RUN_FOLDER@STEP"), ("name", "NAME")):
+        if name not in given:
+            raise ConfigError(f"{name} is not set: give {name}={what}")
+    config = compose_config(_with_defaults(words, given, _HEALING))
+    check_grpo(config)
+    return _run(config)
+
+
+def _default_start(given: set[str]) -> tuple[int, str]:
+    """Make the warm start of the embedded default, or what of it is missing: `pretrain`, then
+    `posttrain warm`. Returns the exit code of what did not end well, or 0 and the word that
+    branches from it.
+
+    Raises ConfigError for knobs that would have to belong to these runs.
+    """
+    for name in sorted(given):
+        if not name.startswith(("grpo.", "optim.", "train.", "name")):
+            raise ConfigError(f"branch is not set: with {name}, give branch=RUN_FOLDER@STEP")
+    say = open_console().print
+    say(f"no branch=: from the embedded default, runs/{_BASE} and runs/{_WARM}")
+    code = pretrain(compose_config([f"name={_BASE}"]))
+    if not code:
+        code = warm([f"branch=runs/{_BASE}@{_newest(_BASE)}", f"name={_WARM}"], say)
+    return code, "" if code else f"branch=runs/{_WARM}@{_newest(_WARM)}"
+
+
+def _newest(name: str) -> int:
+    return max(steps_in(Path("runs") / name / "checkpoints"))
 
 
 def _full_name(word: str) -> str:
@@ -81,7 +136,9 @@ def _full_name(word: str) -> str:
     return f"{plus}grpo.{word.lstrip('+')}" if name in own else word
 
 
-def _with_defaults(words: Sequence[str], given: set[str]) -> list[str]:
+def _with_defaults(
+    words: Sequence[str], given: set[str], defaults: Mapping[str, str] = _DEFAULTS
+) -> list[str]:
     parent = compose_config([word for word in words if not word.startswith("grpo.")])
     steps = [str(_STEPS), *(w.partition("=")[2] for w in words if w.startswith("grpo.steps="))][-1]
     try:
@@ -92,7 +149,7 @@ def _with_defaults(words: Sequence[str], given: set[str]) -> list[str]:
         raise ConfigError(f"steps={steps}: give 1 or more optimizer steps")
     tokens = parent.train.global_batch_tokens
     defaults = {
-        **_DEFAULTS,
+        **defaults,
         "grpo.steps": str(count),
         "train.total_tokens": str(count * tokens),
         "optim.warmup_tokens": str(min(_WARMUP_STEPS, count) * tokens),
@@ -129,8 +186,9 @@ def check_grpo(config: Config) -> None:
         raise ConfigError(f"kl_weight={knobs.kl_weight}: there is no reference policy here yet")
     if knobs.contract_bound < 0:
         raise ConfigError(f"contract_bound={knobs.contract_bound}: give 0 (by the plan) or above")
-    if knobs.drafts and not config.model.mtp.depths:
-        raise ConfigError("drafts=true: the model has no multi-token-prediction block")
+    for name in ("drafts", "heal"):
+        if getattr(knobs, name) and not config.model.mtp.depths:
+            raise ConfigError(f"{name}=true: the model has no multi-token-prediction block")
     if knobs.max_new_tokens >= config.train.sequence_length:
         raise ConfigError(
             f"max_new_tokens={knobs.max_new_tokens}: must be below train.sequence_length="

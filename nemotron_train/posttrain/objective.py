@@ -74,7 +74,7 @@ def token_losses(nll: Tensor, constants: TokenConstants, knobs: ObjectiveKnobs) 
         loss, share = _clipped(ratio, advantage, knobs), torch.ones_like(ratio)
     if knobs.kl_weight:
         loss = loss + knobs.kl_weight * ratio * _k3(logprob, constants, trained)
-    return torch.where(trained, constants.weight * share * loss, 0.0)
+    return constants.weight * share * loss
 
 
 def denominator(knobs: ObjectiveKnobs, tokens: int, sequences: int) -> int:
@@ -97,7 +97,10 @@ def signed_weights[Array: (Tensor, np.ndarray)](
     advantage: Array, weight: Array, divisor: int
 ) -> Array:
     """The loss mask [...] that makes a sum of masked negative log-likelihoods have the gradient of
-    grpo or dr_grpo with ratio=forced and no KL. divisor: from `denominator`."""
+    grpo or dr_grpo with ratio=forced. divisor: from `denominator`.
+
+    A KL penalty is in it if kl_weight * (lp - reference) is taken from each token's advantage.
+    """
     return advantage * weight / divisor
 
 

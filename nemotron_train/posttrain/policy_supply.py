@@ -26,6 +26,7 @@ from nemotron_train.data.batches import Batch
 from nemotron_train.data.chat.render import ChatFormat
 from nemotron_train.generate.engine import Engine
 from nemotron_train.generate.knobs import DecodingKnobs, Sampling
+from nemotron_train.generate.speculative import Acceptance
 from nemotron_train.posttrain.advantage import (
     Advantages,
     Outcome,
@@ -47,7 +48,7 @@ from nemotron_train.posttrain.objective import denominator
 from nemotron_train.posttrain.policy_rows import PolicyRows, pack_rollouts
 from nemotron_train.posttrain.policy_tokens import TrainedTokens, log_probabilities
 from nemotron_train.posttrain.pool import Pool
-from nemotron_train.posttrain.rollout import SAMPLED, Rollout
+from nemotron_train.posttrain.rollout import Rollout, outcome_of
 from nemotron_train.posttrain.rollout_files import RolloutFiles
 from nemotron_train.posttrain.rollout_metrics import merged, rollout_metrics
 from nemotron_train.posttrain.sampler import Sampler
@@ -96,13 +97,13 @@ class PolicySupply:
         step, knobs = progress.step + 1, self._knobs
         first = step - (step - 1) % knobs.updates
         self._enter(progress)
-        seconds: dict[str, float] = {}
+        measured: dict[str, float] = {}
         if self._round is None or self._round[0] != first:
-            self._round = self._begin_round(first, step, seconds)
+            self._round = self._begin_round(first, step, measured)
         _, rollouts, rows = self._round
         started = time.perf_counter()
         trainer_BS = log_probabilities(self._trainer, rows)
-        seconds["contract_seconds"] = time.perf_counter() - started
+        measured["contract_seconds"] = time.perf_counter() - started
         if step == first:
             pairs = _pairs(rows, trainer_BS)
             self._check_contract(step, first, rollouts, rows, pairs)
@@ -111,13 +112,15 @@ class PolicySupply:
             previous_BS = _recorded(rollouts, rows)
             pairs = _pairs(rows, previous_BS)
         correction = correct(pairs, knobs)
-        outcomes = [_outcome(rollout) for rollout in rollouts]
+        outcomes = [outcome_of(rollout) for rollout in rollouts]
         advantages = compute_advantages(outcomes, knobs)
+        if knobs.heal:  # the main head has no loss; the depths have that of all sampled tokens
+            advantages = replace(advantages, weight=np.zeros_like(advantages.weight))
         if step == first:
             rollouts = _with_results(rollouts, rows, trainer_BS, advantages)
             self._round = (first, rollouts, rows)
             self._files.write(first, self._gathered(rollouts))
-        metrics = self._metrics(rollouts, outcomes, advantages, pairs, correction, seconds)
+        metrics = self._metrics(rollouts, outcomes, advantages, pairs, correction, measured)
         return self._batch(progress, rows, previous_BS, correction, advantages, metrics)
 
     def _enter(self, progress: Progress) -> None:
@@ -130,7 +133,7 @@ class PolicySupply:
             precision.set_per_token_scales(True)
 
     def _begin_round(
-        self, first: int, step: int, seconds: dict[str, float]
+        self, first: int, step: int, measured: dict[str, float]
     ) -> tuple[int, list[Rollout], PolicyRows]:
         """The rollouts of the round that begins with step `first`: sampled now, or by an earlier
         step or process."""
@@ -138,11 +141,11 @@ class PolicySupply:
         if step > first or (lag and self._files.exists(first)):
             rollouts = self._files.read(first, *self._share())
         else:
-            rollouts = self._sample(first, first, seconds)
+            rollouts = self._sample(first, first, measured)
         ahead = first + self._knobs.updates
         last = self._knobs.steps
         if lag and ahead <= last and not self._files.exists(ahead):
-            self._sample(ahead, first, seconds)
+            self._sample(ahead, first, measured)
         sizes = [0] * self._group.size()
         rows = self._rows(rollouts, 0)
         dist.all_gather_object(sizes, len(rows.tokens_BS), group=self._group)
@@ -157,7 +160,7 @@ class PolicySupply:
     def _share(self) -> tuple[int, int]:
         return self._group.rank(), self._group.size()
 
-    def _sample(self, first: int, now: int, seconds: dict[str, float]) -> list[Rollout]:
+    def _sample(self, first: int, now: int, measured: dict[str, float]) -> list[Rollout]:
         """Sample this rank's rollouts of the round `first` with the weights before step `now`, and
         write those of all ranks."""
         knobs = self._knobs
@@ -166,6 +169,7 @@ class PolicySupply:
         state = self._files.curriculum(first - knobs.updates)
         drawn = self._pool.draw(state, number, -(-knobs.steps // knobs.updates))
         started = time.perf_counter()
+        acceptance = self._sampler.engine.acceptance = Acceptance()
         rollouts = self._sampler.rollouts(
             drawn[rank::ranks],
             knobs.samples,
@@ -174,7 +178,9 @@ class PolicySupply:
             range(len(drawn))[rank::ranks],
         )
         rollouts = [replace(rollout, policy_version=now - 1) for rollout in rollouts]
-        seconds["rollout_seconds"] = time.perf_counter() - started
+        measured["rollout_seconds"] = time.perf_counter() - started
+        for depth, rate in enumerate(acceptance.rates, 1):
+            measured[f"mtp_acceptance_{depth}"] = rate
         # What was cached in inference mode cannot be used in a backward pass.
         self._trainer.precision.weights_changed()
         for chunk in self._trainer.chunks:
@@ -209,13 +215,13 @@ class PolicySupply:
         if self._knobs.lag and rollouts and rollouts[0].policy_version != first - 1:
             return
         worst = largest_gap(pairs)
-        text = "" if worst is None else self._describe(worst, rollouts, step)
+        text = "" if worst is None else self._describe(worst, rollouts)
         gaps: list[tuple[Gap | None, str]] = [(None, "")] * self._group.size()
         dist.all_gather_object(gaps, (worst, text), group=self._group)
         if message := broken(gaps, self._bound):
             raise TrainingFailed(f"step {step}: {message}")
 
-    def _describe(self, gap: Gap, rollouts: Sequence[Rollout], step: int) -> str:
+    def _describe(self, gap: Gap, rollouts: Sequence[Rollout]) -> str:
         rollout = rollouts[gap.sequence]
         token = self._chat.tokenizer.decode([gap.token])
         return (
@@ -230,7 +236,7 @@ class PolicySupply:
         advantages: Advantages,
         pairs: TokenPairs,
         correction: Correction,
-        seconds: dict[str, float],
+        measured: dict[str, float],
     ) -> dict[str, Any]:
         """Metrics of the global batch, the same on every rank."""
         own = rollout_metrics(rollouts) | advantage_metrics(outcomes, advantages)
@@ -242,10 +248,10 @@ class PolicySupply:
         metrics |= merged(tokens, int(pairs.trained.sum()), self._group)
         number = rollouts[0].policy_version if rollouts else 0
         metrics["rate_mean"] = rate_mean(self._knobs, number, self._knobs.steps)
-        if "rollout_seconds" in seconds:
+        if "rollout_seconds" in measured:
             count = self._knobs.prompts * self._knobs.samples
-            metrics["rollouts_per_second"] = count / seconds["rollout_seconds"]
-        return metrics | seconds
+            metrics["rollouts_per_second"] = count / measured["rollout_seconds"]
+        return metrics | measured
 
     def _batch(
         self,
@@ -292,18 +298,6 @@ class PolicySupply:
             measure=lambda: tokens.measures(self._group),
             is_loss=False,
         )
-
-
-def _outcome(rollout: Rollout) -> Outcome:
-    return Outcome(
-        group=rollout.group,
-        reward=rollout.score.reward,
-        tokens=rollout.kinds.count(SAMPLED),
-        truncated=rollout.cut,
-        malformed_thinking=rollout.malformed_thinking and not rollout.cut,
-        malformed_call=rollout.malformed_calls > 0,
-        effort=rollout.row.effort,
-    )
 
 
 def _pairs(rows: PolicyRows, trainer_BS: np.ndarray) -> TokenPairs:

@@ -20,6 +20,7 @@ from nemotron_train.config.errors import ConfigError
 from nemotron_train.config.json_text import json_text
 from nemotron_train.config.visible import one_line
 from nemotron_train.platform.files import replacing
+from nemotron_train.posttrain.advantage import Outcome
 from nemotron_train.posttrain.environments import protocol
 from nemotron_train.posttrain.environments.protocol import Episode, Row, Score
 
@@ -86,6 +87,19 @@ class Rollout:
         return sum(message.role == "assistant" for message in self.episode.turns)
 
 
+def outcome_of(rollout: Rollout) -> Outcome:
+    """What the advantages depend on."""
+    return Outcome(
+        group=rollout.group,
+        reward=rollout.score.reward,
+        tokens=rollout.kinds.count(SAMPLED),
+        truncated=rollout.cut,
+        malformed_thinking=rollout.malformed_thinking and not rollout.cut,
+        malformed_call=rollout.malformed_calls > 0,
+        effort=rollout.row.effort,
+    )
+
+
 def to_json(rollout: Rollout) -> dict[str, Any]:
     """A rollout as a JSON object. Kinds are run-length coded: [["s", 12], ["e", 9], …]."""
     return {
@@ -116,7 +130,10 @@ def to_json(rollout: Rollout) -> dict[str, Any]:
 
 def from_json(value: Mapping[str, Any]) -> Rollout:
     """The reverse of `to_json`. Raises KeyError, TypeError or ValueError for anything else."""
-    return Rollout(
+    counts = [count for _, count in value["kinds"]]
+    if sum(counts) != len(value["ids"]) or min(counts, default=0) < 0:
+        raise ValueError("kinds are not those of the ids")
+    rollout = Rollout(
         group=value["group"],
         sample=value["sample"],
         sequence=value["sequence"],
@@ -138,6 +155,29 @@ def from_json(value: Mapping[str, Any]) -> Rollout:
         advantage=float(value["advantage"]),
         weight=float(value["weight"]),
     )
+    _check(rollout)
+    return rollout
+
+
+def _check(rollout: Rollout) -> None:
+    """Raises ValueError for a field of another type, or lists that do not belong together."""
+    counts = ("group", "sample", "sequence", "thinking_tokens", "answer_tokens", "forced_closes")
+    for name in (*counts, "malformed_calls", "policy_version"):
+        if type(getattr(rollout, name)) is not int:
+            raise ValueError(f"{name} is no whole number")
+    if any(type(token) is not int for token in (*rollout.prompt_ids, *rollout.ids)):
+        raise ValueError("an id is no whole number")
+    if set(rollout.kinds) - {SAMPLED, FORCED, ENVIRONMENT}:
+        raise ValueError("there is no such kind of id")
+    of_trainer = len(rollout.trainer_log_probabilities)
+    if of_trainer not in (0, rollout.kinds.count(SAMPLED)):
+        raise ValueError("the trainer's log-probabilities are not those of the sampled ids")
+    if len(rollout.log_probabilities) != len(rollout.ids):
+        raise ValueError("log-probabilities are not those of the ids")
+    if type(rollout.text) is not str or type(rollout.score.message) is not str:
+        raise ValueError("text is no text")
+    if rollout.score.reward is not None and not math.isfinite(rollout.score.reward):
+        raise ValueError("reward is no finite number")
 
 
 def _without_nan(values: Sequence[float]) -> list[float | None]:

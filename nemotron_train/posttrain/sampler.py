@@ -21,8 +21,8 @@ from nemotron_train.generate.continuation import Answer, Continuation
 from nemotron_train.generate.engine import Engine
 from nemotron_train.generate.knobs import DecodingKnobs, Sampling
 from nemotron_train.posttrain.environments.protocol import EndedBy, Episode, Message, Row, Score
-from nemotron_train.posttrain.environments.scoring import Scoring
 from nemotron_train.posttrain.rollout import ENVIRONMENT, FORCED, SAMPLED, Rollout
+from nemotron_train.posttrain.shared_scoring import Environments
 
 _DONE = "turn"  # the text that ends a sequence whose episode is over
 
@@ -39,7 +39,7 @@ class Sampler:
         self,
         engine: Engine,
         chat: ChatFormat,
-        scoring: Scoring,
+        scoring: Environments,
         decoding: DecodingKnobs,
         max_context: int,
         budget: TurnBudgetKnobs | None = None,

@@ -35,13 +35,15 @@ class SftConfig:
     cut_thinking_share: float = field(default=ChatDataConfig.cut_thinking_share)
 
 
+SFT_KNOBS = frozenset(knob.name for knob in fields(SftConfig))
+
+
 def sft(words: Sequence[str]) -> int:
     """Run `posttrain sft` with these words KNOB=VALUE. Returns the exit code of the run.
 
     Raises ConfigError as `pretrain` and `prepare_chat` do, and if there is nothing to start from.
     """
-    own = {knob.name for knob in fields(SftConfig)}
-    ours = [word for word in words if word.partition("=")[0].lstrip("+") in own]
+    ours = [word for word in words if word.partition("=")[0].lstrip("+") in SFT_KNOBS]
     theirs = [word for word in words if word not in ours]
     knobs = to_typed(SftConfig, {}, parse_overrides(ours, SftConfig))
     given = {word.partition("=")[0].lstrip("+") for word in theirs}

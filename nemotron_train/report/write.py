@@ -24,9 +24,11 @@ from nemotron_train.report.html.page import ReportedRun, build_page, write_page
 from nemotron_train.report.plot.gap import plot_gaps
 from nemotron_train.report.plot.loss import plot_loss, plot_runs
 from nemotron_train.report.plot.precision import plot_precision
+from nemotron_train.report.plot.reward import plot_reward, plot_rewards
 from nemotron_train.report.runs.card import Capability, run_card
+from nemotron_train.report.runs.policy import METRICS, is_policy, split
 from nemotron_train.report.runs.read import Run, label_runs, read_run
-from nemotron_train.report.runs.table import print_runs
+from nemotron_train.report.runs.table import print_runs, run_tables
 from nemotron_train.report.write_gaps import print_gaps, write_gaps
 
 PAGE = "report.html"
@@ -34,7 +36,7 @@ READ_AHEAD = min(4, os.cpu_count() or 1)  # runs read in the background while on
 MAX_PICTURED = 8  # with more runs, only the plots that show them together are drawn
 # Metrics that comparisons and tables need. The others are dropped once a run's curves are thinned.
 KEPT = ("step", "tokens", "loss", "validation_loss", "tokens_per_second", "time")
-KEPT += ("model_flops_utilization",)
+KEPT += ("model_flops_utilization", *METRICS)
 
 
 def report(folders: Sequence[Path], output: Path | None, console: Console) -> list[Path]:
@@ -64,14 +66,13 @@ def report(folders: Sequence[Path], output: Path | None, console: Console) -> li
     page = output or _page_path(plain, sweeps)
     written = list(reader.pictures)
     labels = label_runs(reader.runs)
-    print_runs(labels, reader.runs, console)
+    print_runs(run_tables(labels, reader.runs, reader.policies), console)
     for folder, comparisons in zip(sweeps, swept, strict=True):
         written += write_gaps(folder, comparisons, console)
     if pairs and print_gaps(pairs, console)[0]:
         name = "gap.png" if not sweeps else "gap_pairs.png"
         written.append(plot_gaps(page.with_name(name), pairs))
-    if len(reader.runs) > 1:
-        written.append(plot_runs(page.with_name("losses.png"), labels, reader.runs))
+    written += _plot_together(page, labels, reader)
     all_comparisons = [comparison for comparisons in [*swept, pairs] for comparison in comparisons]
     shown = [
         ReportedRun(*values)
@@ -82,6 +83,21 @@ def report(folders: Sequence[Path], output: Path | None, console: Console) -> li
         written.append(write_page(page, html))
     except OSError as error:
         raise ConfigError(f"--output {page}: cannot be written ({error.strerror})") from None
+    return written
+
+
+def _plot_together(page: Path, labels: Sequence[str], reader: "_Reader") -> list[Path]:
+    """losses.png and rewards.png beside the page, each if there are several runs of its kind."""
+    written = []
+    for indices, name, draw in zip(
+        split(reader.policies),
+        ("losses.png", "rewards.png"),
+        (plot_runs, plot_rewards),
+        strict=True,
+    ):
+        if len(indices) > 1:
+            names, runs = [labels[i] for i in indices], [reader.runs[i] for i in indices]
+            written.append(draw(page.with_name(name), names, runs))
     return written
 
 
@@ -113,18 +129,22 @@ class _Reader:
         self._ahead: dict[Path, Future[Run]] = {}
         self.runs: list[Run] = []
         self.configs: list[Config | None] = []
+        self.policies: list[bool] = []  # whether each run trained on rollouts
         self.cards: list[list[Capability]] = []
         self.pictures: list[Path] = []
 
     def __call__(self, folder: Path) -> Run:
         run = self._read(folder)
+        config = config_of(run)
+        on_rollouts = is_policy(run, config)
         self._data.add(run)
-        for name, draw in (("loss.png", plot_loss), ("precision.png", plot_precision)):
+        main = ("reward.png", plot_reward) if on_rollouts else ("loss.png", plot_loss)
+        for name, draw in (main, ("precision.png", plot_precision)):
             if self._draws and not _is_fresh(folder / name, run):
                 picture = draw(folder, run)
                 self.pictures += [picture] if picture is not None else []
-        config = config_of(run)
         self.configs.append(config)
+        self.policies.append(on_rollouts)
         self.cards.append(run_card(run, config) if config is not None else [])
         slim = run.only(KEPT)
         self.runs.append(slim)

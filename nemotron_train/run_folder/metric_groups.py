@@ -21,7 +21,15 @@ GROUPS: dict[str, tuple[str, tuple[str, ...]]] = {
         "Rollouts",
         (
             *("response_tokens_*", "thinking_tokens", "answer_tokens", "truncated", "malformed"),
-            *("invalid_calls", "forced_closes", "turns", "turns_reached", "timeouts", "errors"),
+            *(
+                "invalid_calls",
+                "forced_closes",
+                "mtp_acceptance_*",
+                "turns",
+                "turns_reached",
+                "timeouts",
+                "errors",
+            ),
         ),
     ),
     "correction": (

@@ -12,6 +12,7 @@ L MoE layers, E experts.
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 
@@ -160,6 +161,11 @@ class TrainStep:
             for chunk in chunks
             for module in chunk.modules()
             if isinstance(module, SigmoidRouter)
+        ]
+        self.bias_names = [
+            f"{moe_layer_name(router)}.mlp.router.expert_bias"
+            for router in self.routers
+            if router.expert_bias is not None
         ]
         self.moe_layers = moe_layer_names(config.model)
         megatron_config: Any = chunks[0].config  # one object, shared by all chunks
@@ -327,9 +333,12 @@ class TrainStep:
         action = self.guard.judge(self.step, loss, grad_norm, losses_are_finite, find)
         if action == Action.roll_back:
             raise RollBack(self.step, supplied.next_data, self.guard.events[-1]["reason"])
-        if action == Action.skip:  # undo Megatron's update of the router biases, too
-            for bias, bias_before in zip(self._router_biases(), self.biases_before, strict=True):
+        is_skipped = action == Action.skip
+        biases = zip(self._router_biases(), self.biases_before, self.bias_names, strict=True)
+        for bias, bias_before, name in biases:  # Megatron has updated them already
+            if is_skipped or any(fnmatchcase(name, p) for p in self.config.train.frozen):
                 bias.copy_(bias_before)
+        if is_skipped:
             return math.nan
         num_zeros = apply_update(self.optimizer, grad_norm)
         self.precision.weights_changed()

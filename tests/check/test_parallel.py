@@ -8,6 +8,7 @@ parallelism and of virtual stages.
 
 import io
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pytest
 from rich.console import Console
 
 from nemotron_train.check import parallel
+from nemotron_train.check import ranks as ranks_module
 from nemotron_train.check.compare import Difference, ModuleDifference
 from nemotron_train.check.parallel import (
     LIMITS,
@@ -27,10 +29,17 @@ from nemotron_train.check.parallel import (
 )
 from nemotron_train.check.ranks import Ranks, RanksFailed
 from nemotron_train.compose.compose import compose_config
+from tests import warm_process
 
 FAULTY = str(Path(__file__).with_name("faulty.py"))
 TENSOR = ["parallel.tensor=2", "parallel.sequence=true"]
 SILENT = Console(file=io.StringIO())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def warm() -> Iterator[None]:
+    with warm_process.in_place_of_subprocess(ranks_module):
+        yield
 
 
 def ranks(folder: Path, fault: str = "") -> Ranks:

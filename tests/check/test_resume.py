@@ -8,16 +8,25 @@ checkpoints (tests/faults/test_damage.py, tests/train/checkpoint).
 import dataclasses
 import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from nemotron_train.check import ranks as ranks_module
 from nemotron_train.check.ranks import Ranks
 from nemotron_train.check.resume import STAMP, Field, Resharded, ResumeCheck, check_resume, compare
 from nemotron_train.compose.compose import compose_config
+from tests import warm_process
 
 FAULTY = str(Path(__file__).with_name("faulty.py"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def warm() -> Iterator[None]:
+    with warm_process.in_place_of_subprocess(ranks_module):
+        yield
 
 
 def run(folder: Path, *overrides: str, fault: str = "", ranks: int = 1) -> tuple[bool, str]:

@@ -56,7 +56,7 @@ def broken_step(step: train_step.TrainStep, progress: Progress) -> StepResult:
     if is_broken and what == "weight":
         parameters["decoder.layers.2.mixer.in_proj.weight"].data[0, 0] = float("nan")
     if is_broken and what == "data":
-        step.batches.take = unreadable  # type: ignore[method-assign]
+        step.supply._batches.take = unreadable  # type: ignore[method-assign]
     try:
         return take_step(step, progress)
     finally:

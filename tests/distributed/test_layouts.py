@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import warm_process
+
 LAYOUTS = {
     "tensor": ["parallel.tensor=2", "parallel.sequence=true"],
     "pipeline": ["parallel.pipeline=2", "model.pattern=MEM|*EME"],
@@ -53,7 +55,7 @@ def train(folder: Path, data: list[str], name: str, overrides: list[str], ranks:
         command += ["train.micro_batch_sequences=2", "train.threads=1", SEED, *overrides]
         command += ["guard.health_every=5", "guard.straggler_every=5"]
         processes.append(
-            subprocess.Popen(
+            warm_process.Popen(
                 command,
                 cwd=folder,
                 env=environment,

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from nemotron_train.run_folder.metric_groups import is_timing
+from tests import warm_process
 
 Small = tuple[Path, list[str]]
 ON = ["precision=nvfp4_all", "precision.telemetry.every=1", "train.total_tokens=512"]
@@ -45,7 +46,7 @@ def train(small_run: Small, name: str, overrides: list[str], ranks: int = 1) -> 
         place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         environment = os.environ | {key: str(value) for key, value in place.items()}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        processes.append(subprocess.Popen(command, cwd=folder, env=environment, **pipes))
+        processes.append(warm_process.Popen(command, cwd=folder, env=environment, **pipes))
     outputs = [process.communicate(timeout=300)[0] for process in processes]
     assert [process.returncode for process in processes] == [0] * ranks, "\n".join(outputs)
     text = (folder / "runs" / name / "metrics.jsonl").read_text()

@@ -16,6 +16,7 @@ import pytest
 
 from nemotron_train.platform import device
 from nemotron_train.run_folder import integrity
+from tests import warm_process
 
 device.prepare()  # before a test module imports Megatron-Core
 
@@ -47,11 +48,13 @@ class Job:
                 place |= {"MASTER_PORT": port}
             fault = (faults or {}).get(rank)
             command = [sys.executable, "-m", "nemotron_train"]
+            start: type[subprocess.Popen[bytes]] = warm_process.Popen
             if fault is not None:
                 command = [sys.executable, str(INJECT), json.dumps(fault)]
+                start = subprocess.Popen if "import" in fault else start
             with open(self.log / str(rank), "wb") as output:
                 self.processes.append(
-                    subprocess.Popen(
+                    start(
                         [*command, "pretrain", *words],
                         cwd=folder,
                         env=os.environ

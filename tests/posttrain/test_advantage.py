@@ -97,9 +97,10 @@ def test_groups_are_ids_in_any_order(data: st.DataObject) -> None:
     order = data.draw(st.permutations(range(len(outcomes))))
     shuffled = compute_advantages([outcomes[place] for place in order], knobs).advantage
     assert shuffled.tolist() == [found[place] for place in order]
-    alone = [o for o in outcomes if o.group == 3]
-    expected = compute_advantages(alone, knobs).advantage.tolist()
-    assert [a for o, a in zip(outcomes, found, strict=True) if o.group == 3] == expected
+    for group in {outcome.group for outcome in outcomes}:
+        alone = [outcome for outcome in outcomes if outcome.group == group]
+        expected = compute_advantages(alone, knobs).advantage.tolist()
+        assert [a for o, a in zip(outcomes, found, strict=True) if o.group == group] == expected
 
 
 def test_a_reward_that_does_not_apply_leaves_the_baseline() -> None:

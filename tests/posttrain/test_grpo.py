@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from nemotron_train.cli.main import main
+from nemotron_train.config.errors import ConfigError
 from tests.posttrain.yes_no import GRPO, YES, make_warm, rollouts
 
 pytestmark = pytest.mark.usefixtures("in_small_run")
@@ -177,6 +178,22 @@ def test_a_sampler_with_other_weights_stops_the_run(
     assert rollouts("grpo_contract", 1)
 
 
+def test_healing_trains_the_drafts_alone(warm: str, weights: Weights, metrics: Metrics) -> None:
+    """Every weight of the policy and its routers' biases stay, bit for bit; the block's move. Not
+    covered: whether more drafts are accepted, which docs/grpo.md measures."""
+    words = [*GRPO[2:], warm, YES, "name=grpo_healed", "steps=2", "train.keep_checkpoints=9"]
+    assert main(["posttrain", "heal", *words]) == 0
+    before, after = (weights(Path("runs/grpo_healed"), step) for step in (0, 2))
+    still = [key for key in before if key.startswith(("decoder", "embedding", "output_layer"))]
+    assert any("expert_bias" in key for key in still)
+    assert len(still) > 20 and all(before[key] == after[key] for key in still)
+    rows = policy(metrics, "grpo_healed")
+    moved = [key for key in before if key.startswith("mtp") and before[key] != after[key]]
+    assert len(moved) > 5
+    assert {row["loss"] for row in rows} == {0.0}
+    assert all(0 < row["mtp_acceptance_1"] <= 1 for row in rows)
+
+
 def test_several_updates_on_the_same_rollouts(warm: str, metrics: Metrics) -> None:
     """The second update of a round sees the ratio of the policy that the first one moved."""
     words = [*GRPO, warm, YES, "updates=2", "ratio=clipped", "steps=4", "name=grpo_updates"]
@@ -237,3 +254,38 @@ def test_pretrain_does_not_go_on_with_a_policy(
     """It would train on the data of the warm start."""
     assert main(["pretrain", f"resume=runs/{whole}"]) == 2
     assert "trains on rollouts" in capsys.readouterr().err
+
+
+def test_without_a_checkpoint_the_embedded_default_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`pretrain`, `posttrain warm`, then the policy from the newest checkpoint. A part that does
+    not end well ends all. The three runs themselves are stood in for."""
+    from nemotron_train.posttrain import grpo as module
+
+    monkeypatch.chdir(tmp_path)
+    done: list[str] = []
+    codes = {"tiny": 0, "warm": 3}
+
+    def run(name: str, step: int) -> int:
+        done.append(name)
+        Path(f"runs/{name}/checkpoints/step_{step:08}").mkdir(parents=True, exist_ok=True)
+        return codes.get(name, 0)
+
+    def composed(words: list[str], *unused: Any) -> Any:
+        done.append(" ".join(words))
+        return words
+
+    monkeypatch.setattr(module, "pretrain", lambda config: run("tiny", 128))
+    monkeypatch.setattr(module, "warm", lambda words, say: done.append(words[0]) or run("warm", 9))
+    monkeypatch.setattr(module, "compose_config", composed)
+    monkeypatch.setattr(module, "_with_defaults", lambda words, given: words)
+    monkeypatch.setattr(module, "check_grpo", lambda config: None)
+    monkeypatch.setattr(module, "_run", lambda config: 0)
+    assert module.grpo(["steps=4"]) == 3
+    codes["warm"] = 0
+    assert module.grpo(["steps=4"]) == 0
+    wanted = ["name=tiny", "tiny", "branch=runs/tiny@128", "warm"]
+    assert done == [*wanted, *wanted, "grpo.steps=4 branch=runs/warm@9 name=policy"]
+    with pytest.raises(ConfigError, match=r"with model.hidden_size, give branch"):
+        module.grpo(["model.hidden_size=64"])

@@ -151,6 +151,15 @@ def test_one_update_is_the_existing_pass_with_signed_weights(name: str) -> None:
     np.testing.assert_array_equal(by_numpy, nll.grad.numpy())
 
 
+def test_one_update_with_a_penalty_is_one_with_other_advantages() -> None:
+    """The gradient of k3 with its score is that of a reward reference - lp for the token."""
+    tokens, knobs = Tokens(8), KNOBS["forced_kl"]
+    expected = tokens.gradient(knobs)[1]
+    advantage = tokens.advantage - 0.3 * (-tokens.nll - tokens.reference)
+    found = signed_weights(advantage, tokens.weight, denominator(knobs, *tokens.counts()))
+    np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-15)
+
+
 def test_forced_ratio_has_the_value_of_ratio_one() -> None:
     tokens, knobs = Tokens(2), ObjectiveKnobs()
     loss = token_losses(torch.from_numpy(tokens.nll), tokens.constants(), knobs)

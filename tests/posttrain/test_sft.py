@@ -6,7 +6,6 @@ and layouts beyond two data-parallel ranks.
 """
 
 import json
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from nemotron_train.cli.main import main
 from nemotron_train.compose.compose import compose_config
 from nemotron_train.data.open import open_data
 from nemotron_train.data.tokenize import CHAT_TOKENS, load_tokenizer
+from tests import warm_process
 
 pytestmark = pytest.mark.usefixtures("in_small_run")
 
@@ -101,7 +101,7 @@ def test_interrupted_and_resumed_is_the_same(
 ) -> None:
     assert main([*SFT, "name=sft_cut", "train.stop_after_steps=3"]) == 3
     command = [sys.executable, "-m", "nemotron_train", "posttrain", "sft", "resume=runs/sft_cut"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = warm_process.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     steps = metrics(whole)
     assert metrics(Path("runs/sft_cut")) == steps

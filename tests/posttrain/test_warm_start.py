@@ -78,7 +78,7 @@ def test_the_judge_is_content_with_what_is_trained(
         (["count=0"], "count=0"),
         (["level=4"], "level=4"),
         (["environment=arithmetic,sums"], "'sums' makes no tasks"),
-        (["environment=mathematics"], "'mathematics' writes no solutions"),
+        (["environment=mathematics"], "'mathematics' makes no tasks"),
         (["output=none/rows.jsonl"], "output"),
         (["rows=1"], "rows"),
     ],

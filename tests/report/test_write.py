@@ -14,7 +14,7 @@ from nemotron_train.config.errors import ConfigError
 from nemotron_train.report.plot.loss import format_tokens, plot_loss
 from nemotron_train.report.runs.columns import parse_rows
 from nemotron_train.report.runs.read import label_runs, read_run
-from nemotron_train.report.runs.table import print_runs, summarize
+from nemotron_train.report.runs.table import print_runs, run_tables, summarize
 from nemotron_train.report.runs.thin import smoothed
 
 
@@ -109,7 +109,7 @@ def test_table(tmp_path: Path) -> None:
     assert summarize(bare)[4:6] == ["-", "-"]
     console = Console(width=110, record=True)
     runs = [read_run(tmp_path / "a"), read_run(tmp_path / "b")]
-    print_runs(label_runs(runs), runs, console)
+    print_runs(run_tables(label_runs(runs), runs, [False, False]), console)
     text = console.export_text()
     assert "unigram entropy" in text and "122,880" in text
 

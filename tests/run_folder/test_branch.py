@@ -9,7 +9,6 @@ import hashlib
 import io
 import json
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +21,7 @@ from nemotron_train.cli.main import main
 from nemotron_train.compose.compose import compose_config
 from nemotron_train.plan.precision.record import plan_record
 from nemotron_train.plan.precision.resolve import resolve_plan
+from tests import warm_process
 
 pytestmark = pytest.mark.usefixtures("in_small_run")
 
@@ -80,7 +80,7 @@ def test_resume_with_stochastic_rounding_through_a_phase(
     words = [f"name={name}", f"precision={plan}", "train.stop_after_steps=5"]
     assert train(*small_run[1], *words) == 3
     command = [sys.executable, "-m", "nemotron_train", "pretrain", f"resume=runs/{name}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = warm_process.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert metrics(Path("runs") / name) == metrics(whole)
     assert weights(Path("runs") / name, 10) == weights(whole, 10)

@@ -7,7 +7,6 @@ import json
 import math
 import os
 import re
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -20,6 +19,7 @@ from hypothesis import strategies as st
 from nemotron_train.config.schema import LoggingConfig
 from nemotron_train.run_folder.metric_groups import OTHER, group_of
 from nemotron_train.run_folder.metrics import MetricsWriter, open_sinks
+from tests import warm_process
 
 PARTS_OF_A_STEP = [f"step_time/{part}" for part in ("data", "forward_backward")]
 PARTS_OF_A_STEP += [f"step_time/{part}" for part in ("gradient_reduce", "optimizer")]
@@ -173,7 +173,7 @@ def test_run_folder_and_numbers_of_a_real_run(small_run: tuple[Path, list[str]])
     folder, overrides = small_run
     command = [sys.executable, "-m", "nemotron_train", "pretrain", "name=contract", *overrides]
     command += ["train.validate_every_steps=5", "guard.health_every=5"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+    done = warm_process.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     run = folder / "runs" / "contract"
     assert {path.name for path in run.iterdir() if not path.name.startswith(".")} == {

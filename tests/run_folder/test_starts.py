@@ -19,6 +19,7 @@ from nemotron_train.config.errors import ConfigError
 from nemotron_train.run_folder.progress import Progress
 from nemotron_train.run_folder.starts import crash_loop, recorded
 from nemotron_train.train.stop import SIGNALS, StopOnRequest
+from tests import warm_process
 
 
 def start(step: int, ended: str = "", reason: str = "") -> dict[str, Any]:
@@ -120,7 +121,7 @@ def test_one_run_through_all_of_them(small_run: tuple[Path, list[str]]) -> None:
 
     def pretrain(*overrides: str) -> subprocess.CompletedProcess[str]:
         words = [*command, *overrides]
-        return subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=300)
+        return warm_process.run(words, cwd=folder, capture_output=True, text=True, timeout=300)
 
     done = pretrain("train.stop_after_minutes=0.001")
     assert done.returncode == 3, done.stderr

@@ -5,7 +5,6 @@ for bit; for layouts, one rank (tests/distributed/test_short_steps.py). Not cove
 which memory matters.
 """
 
-import subprocess
 import sys
 from collections.abc import Callable
 from fractions import Fraction
@@ -22,6 +21,7 @@ from nemotron_train.data.batches import Batch, BatchSource, DataState
 from nemotron_train.evaluate.knobs import LossConfig
 from nemotron_train.evaluate.loss import evaluate_loss
 from nemotron_train.train.supply import is_short
+from tests import warm_process
 
 pytestmark = pytest.mark.usefixtures("in_small_run")
 
@@ -108,7 +108,7 @@ def test_branch_into_longer_rows(
     assert {row["lr"] for row in steps} == {parent.optim.min_learning_rate}
     assert train(*extend, "name=rows_cut", "train.stop_after_steps=5") == 3
     command = [sys.executable, "-m", "nemotron_train", "pretrain", "resume=runs/rows_cut"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = warm_process.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     cut = [row for row in metrics(Path("runs/rows_cut")) if "loss" in row]
     assert cut == steps

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import warm_process
+
 Small = tuple[Path, list[str]]
 Metrics = Callable[[Path], list[dict]]
 Weights = Callable[[Path, int], dict[str, object]]
@@ -20,7 +22,7 @@ LONG = ["train.total_tokens=5120"]  # 20 steps of 256 tokens
 def pretrain(small_run: Small, *overrides: str) -> subprocess.CompletedProcess[str]:
     folder, common = small_run
     command = [sys.executable, "-m", "nemotron_train", "pretrain", *common, *LONG, *overrides]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+    return warm_process.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +45,7 @@ def test_cut_in_two_equals_uninterrupted(
     assert first.returncode == 3, first.stderr
     cut = whole.with_name(f"cut_{dtype}")
     assert len(metrics(cut)) == 10
-    second = subprocess.run(
+    second = warm_process.run(
         [sys.executable, "-m", "nemotron_train", "pretrain", f"resume=runs/cut_{dtype}"],
         cwd=small_run[0],
         capture_output=True,
@@ -95,7 +97,7 @@ def test_signal_saves_and_exits_with_3(small_run: Small, metrics: Metrics) -> No
 
     folder, common = small_run
     command = [sys.executable, "-m", "nemotron_train", "pretrain", *common, "name=signalled"]
-    process = subprocess.Popen(
+    process = warm_process.Popen(
         [*command, "train.total_tokens=1000000"], cwd=folder, stdout=subprocess.PIPE, text=True
     )
     assert process.stdout is not None

@@ -69,9 +69,9 @@ class Structure(SingleTurn):
         return Problem("\n".join(lines), truth, {"schema": _closed(properties)})
 
     def solution(self, row: Row) -> list[Message]:
-        """The values one by one, then the object."""
-        values = [json_text(value) for value in row.answer.values()]
-        return [thought(" ; ".join(values), json_text(row.answer))]
+        """The fields one by one, as they stand in the prompt, then the object."""
+        fields = [f"{name} {json_text(value)}" for name, value in row.answer.items()]
+        return [thought(" ; ".join(fields), json_text(row.answer))]
 
     def score(self, episode: Episode) -> Score:
         """Parse strictly, validate, compare with types."""

@@ -20,6 +20,7 @@ from nemotron_train.config.knobs import is_free, to_plain
 from nemotron_train.config.schema import Config, Dtype
 from nemotron_train.plan.precision.resolve import resolve_plan
 from nemotron_train.report.plan.diff import flatten
+from nemotron_train.report.runs.policy import is_policy
 from nemotron_train.report.runs.read import Run, read_run
 from nemotron_train.run_folder.folder import read_config
 
@@ -100,11 +101,11 @@ def _cells(folder: Path) -> list[tuple[str, str, int, str]]:
 def find_pairs(runs: Sequence[Run]) -> list[Comparison]:
     """Comparisons among plain run folders: runs that differ only in the precision plan, the seed
     and the summation order. The baseline is the plan without block formats; BF16 is preferred to
-    FP32."""
+    FP32. Runs that train on rollouts are left out."""
     clusters: dict[str, list[tuple[Run, Config]]] = {}
     for run in runs:
         config = config_of(run)
-        if config is not None:
+        if config is not None and not is_policy(run, config):  # the loss of a policy is no loss
             clusters.setdefault(_shared_knobs(config), []).append((run, config))
     comparisons = []
     for members in clusters.values():

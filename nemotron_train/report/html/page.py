@@ -18,8 +18,9 @@ from nemotron_train.report.html.elements import details, element, frame, table
 from nemotron_train.report.html.gap import gap_section, size_section
 from nemotron_train.report.plan.diff import as_text, flatten, rows
 from nemotron_train.report.runs.card import CPU, EMULATED, GPU, UNVERIFIED, Capability
+from nemotron_train.report.runs.policy import is_policy
 from nemotron_train.report.runs.read import Run
-from nemotron_train.report.runs.table import HEADINGS, summarize
+from nemotron_train.report.runs.table import run_tables
 from nemotron_train.report.runs.timeline import parse_time
 from nemotron_train.run_folder.metric_groups import GROUPS, OTHER
 
@@ -50,6 +51,11 @@ class ReportedRun:
     run: Run
     config: Config | None
     card: Sequence[Capability]
+
+    @property
+    def is_policy(self) -> bool:
+        """Whether the run trained on rollouts."""
+        return is_policy(self.run, self.config)
 
 
 def build_page(
@@ -104,12 +110,14 @@ def _set_colours(data: PageData, runs: Sequence[Run], comparisons: Sequence[Comp
 
 
 def _runs(shown: Sequence[ReportedRun]) -> str:
-    cells = [[entry.label, *summarize(entry.run)[1:]] for entry in shown]
-    return (
-        f"<section><h2>Runs</h2>{table(HEADINGS, cells, numbers=range(1, 8))}"
-        '<p class="note">loss: nats a token, mean of the last 20 logged steps; tokens/s and MFU: '
-        "median; silent: not ended in order, and no line for ten minutes</p></section>"
-    )
+    labels, runs = [entry.label for entry in shown], [entry.run for entry in shown]
+    tables = run_tables(labels, runs, [entry.is_policy for entry in shown])
+    parts = [
+        table(each.headings, each.rows, numbers=each.numbers) + element("p", each.note, cls="note")
+        for each in tables
+    ]
+    silent = "silent: not ended in order, and no line for ten minutes"
+    return f"<section><h2>Runs</h2>{''.join(parts)}{element('p', silent, cls='note')}</section>"
 
 
 def _group(group: str, title: str, data: PageData) -> str:

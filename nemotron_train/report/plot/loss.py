@@ -28,7 +28,7 @@ def plot_loss(run_folder: Path, run: Run | None = None) -> Path:
     )
     _draw_loss(loss_axes, run)
     _draw_learning_rate(rate_axes, run)
-    loss_axes.set_title(run.name, loc="left", fontweight="bold")
+    loss_axes.set_title(run.name.replace("$", "\\$"), loc="left", fontweight="bold")
     loss_axes.set_title(_subtitle(run), loc="right", fontsize=9, color=REFERENCE)
     path = run_folder / "loss.png"
     with replacing(path) as temporary:
@@ -54,7 +54,7 @@ def plot_runs(path: Path, labels: Sequence[str], runs: Sequence[Run]) -> Path:
     axes.set_xlabel("tokens")
     axes.set_ylabel("training loss, smoothed (nats a token)")
     axes.xaxis.set_major_formatter(lambda value, _: format_tokens(value))
-    _tidy(axes)
+    tidy(axes)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, fontsize=8, loc="upper right")
     with replacing(path) as temporary:
@@ -92,7 +92,7 @@ def _draw_loss(axes, run: Run) -> None:
             label=f"unigram entropy {entropy:.2f}",
         )
     axes.set_ylabel("loss (nats a token)")
-    _tidy(axes)
+    tidy(axes)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, loc="upper right")
 
@@ -105,10 +105,11 @@ def _draw_learning_rate(axes, run: Run) -> None:
     axes.set_xlabel("tokens")
     axes.xaxis.set_major_formatter(lambda value, _: format_tokens(value))
     axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
-    _tidy(axes)
+    tidy(axes)
 
 
-def _tidy(axes) -> None:
+def tidy(axes) -> None:
+    """Grid, and no frame above and to the right."""
     axes.grid(color="0.9", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

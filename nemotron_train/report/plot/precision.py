@@ -76,8 +76,9 @@ def plot_precision(run_folder: Path, run: Run | None = None) -> Path | None:
     origin = (
         "as training rounds, or probed where it uses another format" if probed else "in training"
     )
+    name = run.name.replace("$", "\\$")  # else matplotlib reads a formula
     figure.suptitle(
-        f"{run.name} · {form.upper()} {origin} · step {records[-1].step}, "
+        f"{name} · {form.upper()} {origin} · step {records[-1].step}, "
         f"{format_tokens(records[-1].tokens)} tokens",
         fontweight="bold",
         x=0.01,

@@ -8,6 +8,7 @@ import dataclasses
 import io
 import itertools
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from nemotron_train.compose.compose import compose_config, recipes_folder
 from nemotron_train.compose.overrides import parse_overrides
 from nemotron_train.config.errors import ConfigError
 from nemotron_train.config.schema import Config
+from nemotron_train.launch.sweep import local
 from nemotron_train.launch.sweep import plan as sweep_module
 from nemotron_train.launch.sweep.local import cores_for, run_here
 from nemotron_train.launch.sweep.plan import is_finished, plan_sweep
@@ -27,8 +29,16 @@ from nemotron_train.plan.architecture.layers import forward_flops, linears, para
 from nemotron_train.report.gap.gap import gaps
 from nemotron_train.report.gap.pairs import read_sweep
 from nemotron_train.run_folder.lineage import read_lineage
+from tests import warm_process
 
 Small = tuple[Path, list[str]]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def warm() -> Iterator[None]:
+    """The runs of a sweep are processes of their own that need not import torch again."""
+    with warm_process.in_place_of_subprocess(local):
+        yield
 
 
 def test_grid_is_the_product_of_all_values() -> None:
