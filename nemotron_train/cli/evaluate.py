@@ -51,6 +51,17 @@ def run_environments(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def run_budget(arguments: argparse.Namespace) -> int:
+    """Run `evaluate budget`."""
+    from nemotron_train.posttrain.knobs import EvaluateBudgetConfig
+
+    (run,), knobs = runs_and_knobs(EvaluateBudgetConfig, arguments.words)
+    from nemotron_train.posttrain.budget_curve import evaluate_budget
+
+    evaluate_budget(run, knobs)
+    return 0
+
+
 EVALUATE_VERBS: dict[str, Verb] = {
     "evaluate loss": Verb(
         "loss, perplexity and bits a byte of a checkpoint on prepared data, folder by folder",
@@ -91,11 +102,31 @@ The knobs: environment=all|NAME,NAME, rows=FILE.jsonl (tasks of your own),
 split=evaluation|harder|train|warm_start, level=1|2|3 (default 0: the three in turn), prompts=32 (of
 each environment), samples=8, output=PATH (PATH.json, PATH.png, PATH.0.jsonl.gz with the rollouts),
 temperature=, seed=, max_new_tokens=, batch=, speculative=true, tensor=, expert=, scoring_workers=,
-scoring_seconds=, sandbox=.
+scoring_seconds=, sandbox=; budget=N (most thinking tokens of a turn), budget_grace=N,
+budget_scope=turn|episode.
 
 Examples:
   nemotron-train evaluate environments runs/warm
   nemotron-train evaluate environments runs/warm runs/grpo environment=arithmetic,tools prompts=64
+""",
+    ),
+    "evaluate budget": Verb(
+        "pass@1 of a checkpoint against its reasoning budget, with paired draws",
+        run_budget,
+        run_arguments,
+        """\
+The tasks of `evaluate environments` are asked under several budgets, after which `</think>` is
+forced. All budgets get the same tasks and draws, so they differ only after the forced close.
+
+The knobs: budgets=[N,N,inf] (inf: no limit; default: 0, B/8, B/4, B/2, B, inf), budget=B (default:
+the thinking tokens that 95 % of the model's own reasoning stays below), budget_grace=N (tokens in
+which a line break is waited for; default: a tenth of the budget, 4 at least),
+budget_scope=turn|episode (each turn has the budget, or all share it), output=PATH (PATH.json,
+PATH.png, PATH.BUDGET.jsonl.gz with the rollouts), and those of `evaluate environments`.
+
+Examples:
+  nemotron-train evaluate budget runs/warm
+  nemotron-train evaluate budget runs/warm budgets=[0,8,32,inf] environment=arithmetic prompts=64
 """,
     ),
     "evaluate harness": Verb(

@@ -1,17 +1,20 @@
 """The knobs of environments and of their scoring, and their checks. No torch."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 
-from nemotron_train.config.budget import TurnBudgetKnobs
+from nemotron_train.config.budget import NO_LIMIT, TurnBudgetKnobs
 from nemotron_train.config.environments import EnvironmentConfig, ScoringConfig
 from nemotron_train.config.errors import ConfigError
+from nemotron_train.config.typed_values import whole_number
 from nemotron_train.generate.knobs import DecodingKnobs, ModelKnobs, Sampling
 from nemotron_train.posttrain.environments.families import FAMILY_NAMES, check_name
 from nemotron_train.posttrain.environments.family import HELD_OUT_LEVEL, LEVELS
 from nemotron_train.posttrain.environments.scoring import ScoringLimits
 from nemotron_train.posttrain.ratios import check_ratios
+
+INFINITE = "inf"  # among `budgets`: no limit
 
 
 @dataclass
@@ -32,6 +35,16 @@ class EvaluateEnvironmentsConfig(
 
 
 @dataclass
+class EvaluateBudgetConfig(EvaluateEnvironmentsConfig):
+    """Knobs of `evaluate budget`. B is `budget`; -1: the smallest one that 95 % of the reasoning of
+    the model without a limit stays below, where it was closed."""
+
+    # Budgets to compare, inf for no limit; empty: 0, B/8, B/4, B/2, B and inf.
+    budgets: list[str] = field(default_factory=list)
+    output: str = "budget"  # OUTPUT.json, OUTPUT.png, OUTPUT.BUDGET.jsonl.gz; empty: none
+
+
+@dataclass
 class CheckEnvironmentConfig(ScoringConfig):
     """Knobs of `check environment`."""
 
@@ -39,6 +52,33 @@ class CheckEnvironmentConfig(ScoringConfig):
     samples: int = 8  # rows
     level: int = 1
     most_reward: float = 0.0  # that a canary may get
+
+
+def given_budgets(knobs: EvaluateBudgetConfig) -> list[int]:
+    """The budgets of the knob `budgets` in order, `NO_LIMIT` last; none if it is empty. Raises
+    ConfigError for one that is no number of tokens, and for one alone."""
+    found: set[int] = set()
+    for text in knobs.budgets:
+        number = NO_LIMIT if text == INFINITE else whole_number(text)
+        if number is None or (number < 0 and text != INFINITE):
+            raise ConfigError(
+                f"budgets={text}: give numbers of thinking tokens and {INFINITE} for no limit, "
+                f"such as budgets=[0,16,{INFINITE}]"
+            )
+        found.add(number)
+    if len(found) == 1:
+        raise ConfigError(f"budgets=[{knobs.budgets[0]}]: give two or more, which are compared")
+    return in_order(found)
+
+
+def in_order(budgets: Collection[int]) -> list[int]:
+    """Budgets from the smallest to no limit."""
+    return sorted(set(budgets), key=lambda budget: (budget == NO_LIMIT, budget))
+
+
+def budget_label(budget: int) -> str:
+    """A budget as the knob `budgets` writes it."""
+    return INFINITE if budget == NO_LIMIT else str(budget)
 
 
 def scoring_limits(knobs: ScoringConfig) -> ScoringLimits:

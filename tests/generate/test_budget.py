@@ -166,18 +166,20 @@ def test_drafts_change_nothing(model: Any, prompts: Any, sampling: Sampling, dra
 def test_drafts_beyond_the_budget_are_no_rejections(
     model: Any, prompts: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The drafts are the text that follows, so all that are judged are accepted. Those after the
-    place of the forced close are wrong there, and so are those after the length limit."""
+    """The drafts are the text without a budget as long as it goes on like that, then the text with
+    it. So the model accepts all of them, those beyond the forced close too, which are dropped.
+    Those after the length limit are wrong."""
     sampling = Sampling(temperature=0)
     plain, _ = generate(model, prompts, sampling, KNOBS)
-    texts = {tuple(s.prompt): s.tokens for s in plain}
+    free = Engine(model, END).generate(prompts, sampling, KNOBS)
+    texts = [s.tokens for s in (*free, *plain)]
     really = Drafter.draft
 
     def knowing(self: Drafter, known: Any, draws: Any) -> Drafted:
         really(self, known, draws)
         rows = []
         for tokens in known:
-            whole = next(t for p, t in texts.items() if tuple(tokens[: len(p)]) == p)
+            whole = next(text for text in texts if text[: len(tokens)] == list(tokens))
             rows.append([*whole, 0, 0, 0][len(tokens) : len(tokens) + 3])
         tokens_Bk = torch.tensor(rows)
         return Drafted(tokens_Bk, torch.nn.functional.one_hot(tokens_Bk, 512).double())

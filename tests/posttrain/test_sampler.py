@@ -82,6 +82,8 @@ class Environments:
 class Scripted:
     """An engine whose tokens are written down: for each sequence the tokens that it draws."""
 
+    end_tokens: frozenset[int] = frozenset()
+
     def __init__(self, scripts: Sequence[Sequence[int]]) -> None:
         self.scripts = scripts
 
@@ -161,7 +163,8 @@ def test_an_episode_with_tools_is_its_conversation(chat: ChatFormat, level: int)
         assert one.prompt_ids + one.ids == whole[:-1], "all but the last line break"
         assert [math.isnan(v) for v in one.log_probabilities] == [k == "e" for k in kinds]
         assert one.text == chat.tokenizer.decode(ids)
-        assert one.thinking_tokens + one.answer_tokens == kinds.count("s")
+        closes = one.turns
+        assert one.thinking_tokens + one.answer_tokens + closes == kinds.count("s")
         assert not one.cut and not one.malformed_calls and one.episode.ended_by == EndedBy.stop
     assert len(environments.scored) == 4, "one score for each sample"
 
