@@ -24,6 +24,14 @@ pytestmark = pytest.mark.usefixtures("in_small_run")
 
 ROOT = Path(__file__).resolve().parents[2]
 SHORT = ["train.validation_tokens=256", "train.micro_batch_sequences=2", "train.threads=1"]
+# A layer of each kind, and both multi-token-prediction depths: every operator of a step.
+LAYERS = "model.pattern=M*E"
+FOUR_STEPS = [
+    "train.total_tokens=1024",
+    "optim.decay_tokens=256",
+    "optim.warmup_tokens=256",
+    LAYERS,
+]
 MOST_WAITS_A_STEP = 12
 KERNELS = {"_twice", "_strip_amax", "_quantized_operand", "_grouped_product"}
 KERNELS |= {"_grouped_outer_product", "_gather_rows", "_sum_rows"}
@@ -83,12 +91,11 @@ def train(small_run: tuple[Path, list[str]], name: str, *words: str) -> list[str
 @pytest.fixture(scope="module")
 def first(small_run: tuple[Path, list[str]], in_small_run: None) -> str:
     """A run stopped after two steps, with its checkpoint, and what the verbs do with it."""
-    four = ["train.total_tokens=1024", "optim.decay_tokens=256", "optim.warmup_tokens=256"]
-    begin = train(small_run, "pretended", "precision=bf16", *four)
+    begin = train(small_run, "pretended", "precision=bf16", *FOUR_STEPS)
     pretend(
         [*begin, "train.stop_after_steps=2"],
         begin,
-        train(small_run, "whole", "precision=bf16", *four, "train.async_save=true"),
+        train(small_run, "whole", "precision=bf16", *FOUR_STEPS, "train.async_save=true"),
         ["pretrain", "branch=runs/gpu_pretended@2", "name=gpu_branched"],
         [
             "generate",
@@ -119,8 +126,7 @@ def test_save_resume_and_branch(first: str, small_run: tuple[Path, list[str]]) -
     losses up to the order of its sums."""
     assert losses("whole") == losses(first) and len(losses(first)) == 4
     assert losses("branched") == losses(first)[2:]
-    four = ["train.total_tokens=1024", "optim.decay_tokens=256", "optim.warmup_tokens=256"]
-    assert main(train(small_run, "cpu", "precision=bf16", *four)) == 0
+    assert main(train(small_run, "cpu", "precision=bf16", *FOUR_STEPS)) == 0
     assert losses("cpu") == pytest.approx(losses(first), abs=0.01)
 
 
@@ -131,8 +137,7 @@ def test_generation_is_greedy_either_way(first: str) -> None:
 
 def test_a_checkpoint_goes_to_a_cpu_and_back(first: str, small_run: tuple[Path, list[str]]) -> None:
     """The state of a device's generator stays on its kind of device."""
-    words = ["precision=bf16", "train.total_tokens=1024", "optim.decay_tokens=256"]
-    words += ["optim.warmup_tokens=256"]
+    words = ["precision=bf16", *FOUR_STEPS]
     assert main(["pretrain", f"branch=runs/gpu_{first}@2", "name=gpu_on_cpu"]) == 0
     assert losses("on_cpu") == pytest.approx(losses(first)[2:], abs=0.01)
     assert main(train(small_run, "from_cpu", *words, "train.stop_after_steps=2")) == 3
@@ -141,7 +146,7 @@ def test_a_checkpoint_goes_to_a_cpu_and_back(first: str, small_run: tuple[Path, 
 
 
 def test_emulated_formats_and_measurements(small_run: tuple[Path, list[str]]) -> None:
-    words = ["train.total_tokens=512", "optim.decay_tokens=256", "optim.warmup_tokens=256"]
+    words = ["train.total_tokens=512", "optim.decay_tokens=256", "optim.warmup_tokens=256", LAYERS]
     measured = ["precision.telemetry.every=1", "guard.health_every=1"]
     pretend(
         train(small_run, "nvfp4", "precision=nvfp4_nemotron3", *words, *measured),
@@ -175,7 +180,7 @@ def test_the_host_hardly_waits(small_run: tuple[Path, list[str]]) -> None:
     torch forms of convolution, scan and experts."""
     words = ["precision=bf16", "optim.decay_tokens=256", "optim.warmup_tokens=256"]
     words += ["train.total_tokens=8192", "guard.health_every=0"]
-    patterns = ("model.pattern=MEM*E", "model.pattern=MEMEM*EMEMEM*EME")
+    patterns = (LAYERS, "model.pattern=MEM*EME*E")
     records = pretend(
         *(
             train(
@@ -212,7 +217,17 @@ def test_a_step_on_our_triton_kernels(small_run: tuple[Path, list[str]]) -> None
     assert losses("kernels") == pytest.approx(losses("operators"), abs=0.01)
 
 
-def test_two_ranks_in_each_layout(small_run: tuple[Path, list[str]]) -> None:
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("tensor", "expert"),
+        pytest.param(("data", "pipeline", "context"), marks=pytest.mark.layouts),
+    ],
+    ids=" ".join,
+)
+def test_two_ranks_in_each_layout(
+    names: tuple[str, ...], small_run: tuple[Path, list[str]]
+) -> None:
     """NCCL takes no CPU tensor, and all layouts compute the same."""
     layouts = {
         "data": ["parallel.distributed_optimizer=true", "train.micro_batch_sequences=1"],
@@ -228,9 +243,10 @@ def test_two_ranks_in_each_layout(small_run: tuple[Path, list[str]]) -> None:
     words = ["precision=bf16", "model.pattern=MEM*E", "train.total_tokens=512"]
     words += ["optim.decay_tokens=256", "optim.warmup_tokens=256"]
     pretend(
-        *(train(small_run, f"two_{name}", *words, *layout) for name, layout in layouts.items()),
+        *(train(small_run, f"two_{name}", *words, *layouts[name]) for name in names),
         ranks=2,
     )
-    assert main(train(small_run, "one_rank", *words)) == 0
-    for name in layouts:
-        assert losses(f"two_{name}") == pytest.approx(losses("one_rank"), abs=0.01), name
+    one = f"one_for_{names[0]}"
+    assert main(train(small_run, one, *words)) == 0
+    for name in names:
+        assert losses(f"two_{name}") == pytest.approx(losses(one), abs=0.01), name

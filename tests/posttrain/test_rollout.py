@@ -42,6 +42,7 @@ def test_what_is_written_is_read(tmp_path_factory: Any, written: list[Rollout]) 
     read = list(read_rollouts(paths[0]))
     assert [comparable(r) for r in read] == [comparable(r) for r in written]
     assert paths[0].read_bytes() == paths[1].read_bytes()
+    assert paths[0].read_bytes()[4:8] == bytes(4), "no time of writing"
     lines = gzip.decompress(paths[0].read_bytes()).decode().split("\n")
     for line, of in zip([line for line in lines if line], written, strict=True):
         value = json.loads(line, parse_constant=lambda name: pytest.fail(name))
