@@ -133,8 +133,9 @@ class _Reader:
     """Reads each run folder once. Adds its curves to the page, redraws plots that are older than
     its metrics, and keeps the columns that tables and comparisons need.
 
-    known: configurations that were read already. Reads the next folders of `order` in background threads. This overlaps with the processing
-    because Arrow, which does most of the reading, releases the GIL."""
+    known: configurations that were read already. Reads the next folders of `order` in background
+    threads. This overlaps with the processing because Arrow, which does most of the reading,
+    releases the GIL."""
 
     def __init__(
         self,
