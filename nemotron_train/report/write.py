@@ -4,7 +4,7 @@ Owns: which folders are reported on, which files are written and where. Does not
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,13 +14,14 @@ from nemotron_train.config.errors import ConfigError
 from nemotron_train.config.schema import Config
 from nemotron_train.report.gap.pairs import (
     cell_folders,
-    config_of,
+    config_in,
     find_pairs,
     is_sweep,
     read_sweep,
 )
 from nemotron_train.report.html.data import PageData
 from nemotron_train.report.html.page import ReportedRun, build_page, write_page
+from nemotron_train.report.html.policy import add_policy
 from nemotron_train.report.plot.gap import plot_gaps
 from nemotron_train.report.plot.loss import plot_loss, plot_runs
 from nemotron_train.report.plot.precision import plot_precision
@@ -28,12 +29,14 @@ from nemotron_train.report.plot.reward import plot_reward, plot_rewards
 from nemotron_train.report.runs.card import Capability, run_card
 from nemotron_train.report.runs.policy import METRICS, is_policy, split
 from nemotron_train.report.runs.read import Run, label_runs, read_run
+from nemotron_train.report.runs.rollouts import Rollout, sample_rollouts
 from nemotron_train.report.runs.table import print_runs, run_tables
 from nemotron_train.report.write_gaps import print_gaps, write_gaps
 
 PAGE = "report.html"
 READ_AHEAD = min(4, os.cpu_count() or 1)  # runs read in the background while one is processed
 MAX_PICTURED = 8  # with more runs, only the plots that show them together are drawn
+MAX_SAMPLED = 8  # runs of which rollouts are shown
 # Metrics that comparisons and tables need. The others are dropped once a run's curves are thinned.
 KEPT = ("step", "tokens", "loss", "validation_loss", "tokens_per_second", "time")
 KEPT += ("model_flops_utilization", *METRICS)
@@ -48,9 +51,10 @@ def report(folders: Sequence[Path], output: Path | None, console: Console) -> li
     plain, sweeps = _split_folders(folders)
     order = [*plain, *(cell for folder in sweeps for cell in cell_folders(folder))]
     order = [folder for folder in order if folder in plain or (folder / "metrics.jsonl").exists()]
-    data = PageData(len(order))
+    configs: dict[Path, Config | None] = {}
+    data = PageData(len(order), _over(order, configs))
     with ThreadPoolExecutor(READ_AHEAD) as threads:
-        reader = _Reader(data, order, threads, draws=len(order) <= MAX_PICTURED)
+        reader = _Reader(data, order, threads, configs, draws=len(order) <= MAX_PICTURED)
         runs, problems = _read_all(reader, plain)
         swept = [read_sweep(folder, reader) for folder in sweeps]
     pairs = find_pairs(runs)
@@ -76,7 +80,9 @@ def report(folders: Sequence[Path], output: Path | None, console: Console) -> li
     all_comparisons = [comparison for comparisons in [*swept, pairs] for comparison in comparisons]
     shown = [
         ReportedRun(*values)
-        for values in zip(labels, reader.runs, reader.configs, reader.cards, strict=True)
+        for values in zip(
+            labels, reader.runs, reader.configs, reader.cards, reader.rollouts, strict=True
+        )
     ]
     html = build_page(_title(folders), shown, all_comparisons, data)
     try:
@@ -84,6 +90,17 @@ def report(folders: Sequence[Path], output: Path | None, console: Console) -> li
     except OSError as error:
         raise ConfigError(f"--output {page}: cannot be written ({error.strerror})") from None
     return written
+
+
+def _over(order: Sequence[Path], configs: dict[Path, Config | None]) -> str:
+    """What the page's curves are drawn over: steps if each run trains on rollouts, whose tokens
+    only the schedule counts; else tokens. Keeps the configurations that it read."""
+    for folder in order:
+        configs[folder] = config_in(folder)
+        config = configs[folder]
+        if config is None or not config.grpo.steps:
+            return "tokens"
+    return "steps"
 
 
 def _plot_together(page: Path, labels: Sequence[str], reader: "_Reader") -> list[Path]:
@@ -116,12 +133,20 @@ class _Reader:
     """Reads each run folder once. Adds its curves to the page, redraws plots that are older than
     its metrics, and keeps the columns that tables and comparisons need.
 
-    Reads the next folders of `order` in background threads. This overlaps with the processing
-    because Arrow, which does most of the reading, releases the GIL."""
+    known: configurations that were read already. Reads the next folders of `order` in background
+    threads. This overlaps with the processing because Arrow, which does most of the reading,
+    releases the GIL."""
 
     def __init__(
-        self, data: PageData, order: Sequence[Path], threads: ThreadPoolExecutor, *, draws: bool
+        self,
+        data: PageData,
+        order: Sequence[Path],
+        threads: ThreadPoolExecutor,
+        known: Mapping[Path, Config | None],
+        *,
+        draws: bool,
     ) -> None:
+        self._known = known
         self._data = data
         self._draws = draws
         self._order = list(order)
@@ -131,13 +156,14 @@ class _Reader:
         self.configs: list[Config | None] = []
         self.policies: list[bool] = []  # whether each run trained on rollouts
         self.cards: list[list[Capability]] = []
+        self.rollouts: list[list[Rollout]] = []
         self.pictures: list[Path] = []
 
     def __call__(self, folder: Path) -> Run:
         run = self._read(folder)
-        config = config_of(run)
+        config = self._known[folder] if folder in self._known else config_in(folder)
         on_rollouts = is_policy(run, config)
-        self._data.add(run)
+        (add_policy(self._data, run) if on_rollouts else self._data.add(run))
         main = ("reward.png", plot_reward) if on_rollouts else ("loss.png", plot_loss)
         for name, draw in (main, ("precision.png", plot_precision)):
             if self._draws and not _is_fresh(folder / name, run):
@@ -146,6 +172,10 @@ class _Reader:
         self.configs.append(config)
         self.policies.append(on_rollouts)
         self.cards.append(run_card(run, config) if config is not None else [])
+        tokenizer = Path(config.data.tokenizer) if config is not None else None
+        takes = on_rollouts and sum(map(bool, self.rollouts)) < MAX_SAMPLED
+        last = run.last("step") or 0.0
+        self.rollouts.append(sample_rollouts(folder, last, tokenizer) if takes else [])
         slim = run.only(KEPT)
         self.runs.append(slim)
         return slim

@@ -11,6 +11,7 @@ import yaml
 
 from nemotron_train.compose.compose import compose_config
 from nemotron_train.config.knobs import to_plain
+from nemotron_train.data.tokenize import train_tokenizer
 
 NAMES = ("arithmetic", "tools")
 
@@ -52,8 +53,8 @@ def make_policy_run(
 
 
 def rollout(name: str, passed: bool, text: str = "yes", **fields: Any) -> dict[str, Any]:
-    """A rollout as its file has it. Token ids are those of bytes."""
-    ids = list(text.encode())
+    """A rollout as its file has it. Its ids are numbers of bytes, not those of `byte_tokenizer`."""
+    ids = list(text.encode("utf-8", "replace"))
     prompt = [{"role": "user", "content": f"a task of {name}"}]
     row = {"id": f"{name}/1", "environment": name, "messages": prompt}
     turns = [{"role": "assistant", "content": text}]
@@ -95,3 +96,9 @@ def write_step(folder: Path, step: int, rollouts: list[dict[str, Any]]) -> Path:
     lines = [json.dumps(each) + "\n" for each in rollouts]
     path.write_bytes(gzip.compress("".join(lines).encode(), mtime=0))
     return path
+
+
+def byte_tokenizer(folder: Path) -> Path:
+    """Writes a tokenizer of the special tokens, ids 0 to 8, and of the 256 bytes."""
+    train_tokenizer([], 265, folder)
+    return folder

@@ -124,8 +124,13 @@ def find_pairs(runs: Sequence[Run]) -> list[Comparison]:
 
 def config_of(run: Run) -> Config | None:
     """The run's configuration; None if this version cannot read it."""
+    return config_in(run.path)
+
+
+def config_in(folder: Path) -> Config | None:
+    """The configuration in a run folder; None if this version cannot read it."""
     try:
-        return read_config(run.path)
+        return read_config(folder)
     except ConfigError:
         return None
 

@@ -4,13 +4,14 @@ Owns: which curves and heat maps exist, and their format for page.js. Does not o
 (`page`), comparisons (`gap`). Runs are added one by one and only their thinned curves are kept, so
 twenty runs of a hundred thousand steps fit in a laptop's memory.
 
-A chart is a dict: id, group, title, y (axis title), x ("tokens" or "hours"), log, lines, and
-`options` instead of lines if the reader selects one of several. A line: run (its number), name, x
-(index into `xs`), y, lo and hi (minimum and maximum of each bucket of several points), and the
+A chart is a dict: id, group, title, y (axis title), x ("tokens", "steps" or "hours"), log, lines,
+and `options` instead of lines if the reader selects one of several. A line: run (its number), name,
+x (index into `xs`), y, lo and hi (minimum and maximum of each bucket of several points), and the
 flags that page.js reads: dots, raw, fixed (not smoothed). A heat map: id, group, title, options,
 each with rows, columns and cells.
 """
 
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,18 @@ TITLES: dict[str, tuple[str, str, bool]] = {
     "straggler_ratio": ("Slowest rank over median rank", "ratio", False),
     "lr": ("Learning rate", "", False),
     "skipped_updates": ("Updates dropped by the guard", "count", False),
+    "reward": ("Reward, mean over rollouts", "", False),
+    "pass": ("Rollouts that passed", "share", False),
+    "groups_trivial": ("Groups whose rewards are all equal", "share", False),
+    "entropy": ("Entropy of the policy", "nats a token", False),
+    "rate_mean": ("Pass rate that the curriculum aims at", "share", False),
+    "truncated": ("Rollouts cut off by the length limit", "share", False),
+    "malformed": ("Rollouts not in the chat format", "share", False),
+    "forced_closes": ("Rollouts whose thinking a budget closed", "share", False),
+    "logprob_gap_max": ("Largest gap of trainer's and sampler's log-probability", "nats", True),
+    "masked_tokens": ("Sampled tokens that a correction left out", "share", False),
+    "masked_sequences": ("Rollouts that a correction left out", "share", False),
+    "rollouts_per_second": ("Rollouts while sampling", "rollouts/s", False),
 }
 LEFT_OUT = {"step", "tokens", "time", "slowest_rank"}
 EXTREMES = {"loss", "grad_norm", "tokens_per_second", "step_seconds", "max_vio"}
@@ -52,9 +65,10 @@ STEP_PARTS = ("data", "forward_backward", "gradient_reduce", "optimizer", "valid
 
 class PageData:
     """Collects all data that page.js draws. `num_runs`: the expected number of runs; it sets the
-    resolution of the curves."""
+    resolution of the curves. `over`: what curves are drawn over, "tokens" or "steps"."""
 
-    def __init__(self, num_runs: int) -> None:
+    def __init__(self, num_runs: int, over: str = "tokens") -> None:
+        self.over = over
         self._points = max(100, min(MAX_POINTS, ALL_POINTS // max(num_runs, 1)))
         self._columns = MAX_HEAT_COLUMNS if num_runs <= MANY_RUNS else FEW_COLUMNS
         self._places: dict[bytes, int] = {}
@@ -68,15 +82,17 @@ class PageData:
         charts, heats = list(self.charts.values()), list(self.heats.values())
         return {"xs": self.xs, "runs": self.runs, "charts": charts, "heats": heats}
 
-    def add(self, run: Run) -> int:
-        """Adds a run with its curves, heat maps and marks; returns its number."""
+    def add(self, run: Run, left_out: Collection[str] = ()) -> int:
+        """Adds a run with its curves, heat maps and marks; returns its number. left_out: metrics
+        that get no chart of their own."""
         number = len(self.runs)
         marks = [
-            {"kind": h.kind, "x": h.tokens, "text": h.text} for h in timeline(run)[-MAX_MARKS:]
+            {"kind": h.kind, "x": h.step if self.over == "steps" else h.tokens, "text": h.text}
+            for h in timeline(run)[-MAX_MARKS:]
         ]
         self.runs.append({"label": run.name, "color": number, "dash": 0, "marks": marks})
         for name in run.columns.numbers:
-            if name not in LEFT_OUT and "/" not in name:
+            if name not in LEFT_OUT and name not in left_out and "/" not in name:
                 self._add_number(run, number, name)
         self._add_step_parts(run, number)
         self._add_clock(run, number)
@@ -84,6 +100,24 @@ class PageData:
         self._add_loads(run, number)
         self._add_telemetry(run, number)
         return number
+
+    @property
+    def _x(self) -> str:
+        """The metric that curves are drawn over."""
+        return "step" if self.over == "steps" else "tokens"
+
+    def series(self, run: Run, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """(x, values) of a metric, float64 [n] each, over what the page is drawn over."""
+        return run.series(name, along=self._x)
+
+    def filled(self, run: Run, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """The same at every logged step, 0 where the metric is missing: for stacked charts, which
+        need every part at the same x."""
+        numbers = run.columns.numbers
+        missing = np.full(len(numbers["step"]), np.nan)
+        x = numbers.get(self._x, missing)
+        keep = np.isfinite(x)
+        return x[keep], np.nan_to_num(numbers.get(name, missing)[keep])
 
     def place(self, x: np.ndarray) -> int:
         """Index of a curve's x values in `xs`. Most curves of a run share one entry."""
@@ -107,7 +141,7 @@ class PageData:
     def chart(self, name: str, group: str, title: str, y: str, **about: Any) -> dict[str, Any]:
         """The chart with the id `name`, created if it does not exist. `about`: further fields,
         listed in the module docstring."""
-        new = {"id": name, "group": group, "title": title, "y": y, "x": "tokens", "lines": []}
+        new = {"id": name, "group": group, "title": title, "y": y, "x": self.over, "lines": []}
         return self.charts.setdefault(name, new | about)
 
     def heat(self, name: str, group: str, title: str, **about: Any) -> dict[str, Any]:
@@ -116,8 +150,8 @@ class PageData:
         return self.heats.setdefault(name, new | about)
 
     def _add_number(self, run: Run, number: int, name: str) -> None:
-        tokens, values = run.series(name)
-        if not len(tokens) or (name == "skipped_updates" and not values.any()):
+        x, values = self.series(run, name)
+        if not len(x) or (name == "skipped_updates" and not values.any()):
             return
         title, axis, log = TITLES.get(name, (_words(name), _unit(name), False))
         chart = self.chart(name, group_of(name), title, axis, log=log)
@@ -126,18 +160,14 @@ class PageData:
             about |= {"dots": True, "fixed": True}
         if name in ("lr", "skipped_updates"):
             about["fixed"] = True
-        chart["lines"].append(self.line(tokens, values, extremes=name in EXTREMES, **about))
+        chart["lines"].append(self.line(x, values, extremes=name in EXTREMES, **about))
 
     def _add_step_parts(self, run: Run, number: int) -> None:
         lines = []
         for part in STEP_PARTS:
-            seconds = run.columns.numbers.get(f"step_time/{part}")
-            if seconds is not None:
-                # A stacked chart needs every part at the same x values.
-                tokens = run.columns.numbers.get("tokens", np.full(len(seconds), np.nan))
-                keep = np.isfinite(tokens)
-                filled = np.nan_to_num(seconds[keep])
-                lines.append(self.line(tokens[keep], filled, name=part.replace("_", " ")))
+            if f"step_time/{part}" in run.columns.numbers:
+                x, seconds = self.filled(run, f"step_time/{part}")
+                lines.append(self.line(x, seconds, name=part.replace("_", " ")))
         if lines:
             chart = self.chart(
                 "step_time", "speed", "Where a step's time goes", "s a step", stack=True
@@ -161,7 +191,7 @@ class PageData:
         ]
 
     def _add_layers(self, run: Run, number: int) -> None:
-        """Adds heat maps of per-layer metrics over tokens."""
+        """Adds heat maps of per-layer metrics over tokens or steps."""
         for prefix, group, title, log in (
             ("max_vio/", "experts", "MaxVio of each layer", False),
             ("gradient_norm/", "norms", "Gradient norm of each part of the model", True),
@@ -170,13 +200,12 @@ class PageData:
             names = run.names(prefix)
             rows, columns = [], None
             for name in names:
-                tokens, values = run.series(name)
-                cut = thin(tokens, values, self._columns)
+                cut = thin(*self.series(run, name), self._columns)
                 columns = cut.x if columns is None else columns
                 if len(cut.x) == len(columns):
                     rows.append((_layer(name.removeprefix(prefix)), rounded(cut.mean, 3)))
             if rows and columns is not None and len(columns):
-                heat = self.heat(prefix.rstrip("/"), group, title, log=log, over="tokens")
+                heat = self.heat(prefix.rstrip("/"), group, title, log=log, over=self.over)
                 option = {"label": run.name, "rows": [row for row, _ in rows]}
                 option |= {"columns": rounded(columns, 4), "cells": [cells for _, cells in rows]}
                 heat["options"].append(option)
@@ -234,8 +263,7 @@ class PageData:
         self._add_flushing(run, records, form)
 
     def _add_flushing(self, run: Run, records: list, form: str) -> None:
-        """Adds the share of flushed activations in fprop over tokens, mean over the linears of a
-        kind."""
+        """Adds the share of flushed activations in fprop, mean over the linears of a kind."""
         points: dict[str, tuple[list[float], list[float]]] = {}
         for record in records:
             by_kind: dict[str, list[float]] = {}
@@ -244,12 +272,12 @@ class PageData:
                 if value is not None:
                     by_kind.setdefault(kind_of(path), []).append(100 * value)
             for kind, values in by_kind.items():
-                tokens, means = points.setdefault(kind, ([], []))
-                tokens.append(float(record.tokens))
+                xs, means = points.setdefault(kind, ([], []))
+                xs.append(float(record.step if self.over == "steps" else record.tokens))
                 means.append(sum(values) / len(values))
         lines = [
-            self.line(np.array(tokens), np.array(means), name=kind, fixed=True, dots=True)
-            for kind, (tokens, means) in points.items()
+            self.line(np.array(xs), np.array(means), name=kind, fixed=True, dots=True)
+            for kind, (xs, means) in points.items()
         ]
         title = "Activations flushed to zero, by kind of linear"
         chart = self.chart(

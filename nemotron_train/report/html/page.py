@@ -16,10 +16,12 @@ from nemotron_train.report.gap.pairs import Comparison
 from nemotron_train.report.html.data import PageData
 from nemotron_train.report.html.elements import details, element, frame, table
 from nemotron_train.report.html.gap import gap_section, size_section
+from nemotron_train.report.html.rollouts import rollout_section
 from nemotron_train.report.plan.diff import as_text, flatten, rows
 from nemotron_train.report.runs.card import CPU, EMULATED, GPU, UNVERIFIED, Capability
 from nemotron_train.report.runs.policy import is_policy
 from nemotron_train.report.runs.read import Run
+from nemotron_train.report.runs.rollouts import Rollout
 from nemotron_train.report.runs.table import run_tables
 from nemotron_train.report.runs.timeline import parse_time
 from nemotron_train.run_folder.metric_groups import GROUPS, OTHER
@@ -45,12 +47,14 @@ def write_page(path: Path, html: str) -> Path:
 
 @dataclass(frozen=True)
 class ReportedRun:
-    """A run on the page. config: None if this version cannot read it; card: empty in that case."""
+    """A run on the page. config: None if this version cannot read it; card: empty in that case;
+    rollouts: a sample of them."""
 
     label: str
     run: Run
     config: Config | None
     card: Sequence[Capability]
+    rollouts: Sequence[Rollout] = ()
 
     @property
     def is_policy(self) -> bool:
@@ -83,8 +87,7 @@ def build_page(
         _runs(shown),
         *(f'<section id="gap-section-{n}">{s}</section>' for n, s in enumerate(gap_sections) if s),
         f"<section>{sizes}</section>" if sizes else "",
-        *(_group(group, title, data) for group, (title, _) in GROUPS.items()),
-        _group(OTHER, "Other numbers", data),
+        *_groups(shown, data),
         _starts(shown),
         _differences(shown),
         _cards(shown),
@@ -120,6 +123,19 @@ def _runs(shown: Sequence[ReportedRun]) -> str:
     return f"<section><h2>Runs</h2>{''.join(parts)}{element('p', silent, cls='note')}</section>"
 
 
+def _groups(shown: Sequence[ReportedRun], data: PageData) -> list[str]:
+    """The sections of the metrics, and the sampled rollouts after the metrics about them. If no run
+    trains on data, its loss follows what is said of the policies."""
+    groups = {group: title for group, (title, _) in GROUPS.items()} | {OTHER: "Other numbers"}
+    sections = {group: _group(group, title, data) for group, title in groups.items()}
+    sections["rollouts"] += rollout_section([(entry.label, entry.rollouts) for entry in shown])
+    order = list(sections)
+    if all(entry.is_policy for entry in shown):
+        order.remove("loss")
+        order.insert(order.index("correction") + 1, "loss")
+    return [sections[group] for group in order]
+
+
 def _group(group: str, title: str, data: PageData) -> str:
     charts = [c for c in data.charts.values() if c["group"] == group]
     heats = [h for h in data.heats.values() if h["group"] == group]
@@ -137,12 +153,13 @@ def _group(group: str, title: str, data: PageData) -> str:
 
 
 def _width_of(name: str) -> str:
-    return "wide" if name in ("loss", "clock") else ""
+    return "wide" if name in ("loss", "clock", "reward") else ""
 
 
 def _ordered(charts: list[dict]) -> list[dict]:
     order = ["loss", "validation_loss", "tokens_per_second", "model_flops_utilization", "step_time"]
     order += ["grad_norm", "max_vio", "clock", "flushing"]
+    order += ["reward", "reward/", "pass/", "pass", "groups", "entropy", "logprob_gap_max"]
     return sorted(charts, key=lambda c: order.index(c["id"]) if c["id"] in order else len(order))
 
 

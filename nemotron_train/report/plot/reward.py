@@ -12,16 +12,12 @@ import numpy as np
 
 from nemotron_train.platform.files import replacing
 from nemotron_train.report.plot.loss import MAX_POINTS, RAW, REFERENCE, SMOOTH, tidy
-from nemotron_train.report.runs.policy import environments_of
+from nemotron_train.report.runs.policy import GROUPS, environments_of
 from nemotron_train.report.runs.read import Run, read_run
 from nemotron_train.report.runs.thin import smoothed, thin
 
-# Groups, the samples of a prompt, from the bottom of the picture to its top.
-GROUPS = {
-    "groups_full": ("all rewards 1", "#31a354"),
-    "groups_mixed": ("mixed", "#fdae6b"),
-    "groups_zero": ("all rewards 0", "#d9d9d9"),
-}
+# Colours of the groups, from the bottom of the picture to its top.
+COLOURS = {"groups_full": "#31a354", "groups_mixed": "#fdae6b", "groups_zero": "#d9d9d9"}
 STYLES = ("-", "--", ":", "-.")
 SMOOTHING = 40  # curves are means over a 40th of the run on either side
 
@@ -116,9 +112,8 @@ def _draw_groups(axes, run: Run) -> None:
     # Half a step more on either side, so that a run of one step has a picture too.
     places = np.concatenate([[curves[0].x[0] - 0.5], curves[0].x, [curves[0].x[-1] + 0.5]])
     heights = [np.pad(height, 1, mode="edge") for height in heights]
-    names = [name for name, _ in GROUPS.values()]
-    colours = [colour for _, colour in GROUPS.values()]
-    axes.stackplot(places, heights, labels=names, colors=colours, linewidth=0)
+    labels, colours = list(GROUPS.values()), [COLOURS[name] for name in GROUPS]
+    axes.stackplot(places, heights, labels=labels, colors=colours, linewidth=0)
     axes.set_ylim(0, 1)
     axes.set_ylabel("groups")
     axes.set_xlabel("steps")

@@ -13,6 +13,8 @@ from nemotron_train.config.schema import Config
 from nemotron_train.report.runs.read import Run
 
 LAST_STEPS = 20  # means are over so many logged steps, since single steps are noisy
+# Shares of the groups, which are the samples of a prompt, by their rewards.
+GROUPS = {"groups_full": "all rewards 1", "groups_mixed": "mixed", "groups_zero": "all rewards 0"}
 # What `policy_numbers` reads.
 METRICS = ("reward", "pass", "rollouts_per_second", "masked_tokens", "logprob_gap_max")
 

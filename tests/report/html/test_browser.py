@@ -16,6 +16,7 @@ from PIL import Image
 
 from nemotron_train.cli.main import main
 from tests.report.html.chromium import CHROMIUM, browse
+from tests.report.made_up_policy import make_policy_run, rollout, write_step
 
 pytestmark = [
     pytest.mark.browser,
@@ -98,3 +99,18 @@ def test_it_is_painted(page: Path, tmp_path: Path, width: int, options: list[str
         assert (0x12, 0x16, 0x1C) in colours and (0x56, 0xB4, 0xE9) in colours
     else:
         assert (0xFF, 0xFF, 0xFF) in colours and (0x00, 0x72, 0xB2) in colours
+
+
+def test_a_page_of_policies_is_drawn(tmp_path: Path) -> None:
+    """Charts over steps with several environments, and rollouts that try to become elements."""
+    bad = "</script><img src=http://example.com/x onerror=alert(1)></pre>"
+    run = make_policy_run(tmp_path / "a", names=(bad, "tools"))
+    write_step(run, 1, [rollout(bad, True, bad), rollout("tools", False, f"{bad}\u202e")])
+    assert main(["report", str(run)]) == 0
+    document, console, asked = browse(run / "report.html", tmp_path / "b", "--dump-dom")
+    assert (console, asked) == ("", [])
+    charts = re.search(r'data-charts="(\d+)"', document)
+    assert charts and int(charts[1]) == document.count("<figure") >= 12
+    assert not re.search(r"<img", document) and document.count('class="card rollout') == 2
+    keys = re.findall(r'<figure data-chart="pass/">.*?</figure>', document, re.S)
+    assert "tools" in keys[0] and "onerror" in unescape(keys[0]), "the legend names both"

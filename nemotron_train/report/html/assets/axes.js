@@ -64,13 +64,13 @@ function paintYAxis(pen, spec, {limits, area, toY}) {
 function paintXAxis(pen, spec, {limits, area, toX, width, height}) {
   pen.textAlign = "center";
   pen.textBaseline = "top";
-  const {x0, x1} = limits, isTokens = spec.x === "tokens";
-  const unit = isTokens ? 1 : timeUnit(x1)[0];
+  const {x0, x1} = limits, isTime = spec.x === "hours";
+  const unit = isTime ? timeUnit(x1)[0] : 1;
   for (const tick of ticks(x0 / unit, x1 / unit, Math.max(2, width / 110))) {
     const x = tick * unit;
     segment(pen, toX(x), area.bottom, toX(x), area.bottom + 4);
-    pen.fillText(isTokens ? short(x) : time(x, x1), toX(x), area.bottom + 6);
+    pen.fillText(isTime ? time(x, x1) : short(x), toX(x), area.bottom + 6);
   }
-  const title = isTokens ? "tokens" : "time since the first start";
+  const title = isTime ? "time since the first start" : spec.x;
   pen.fillText(title, (area.left + area.right) / 2, height - 13);
 }

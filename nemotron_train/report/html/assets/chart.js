@@ -1,14 +1,16 @@
 // A chart: curves over tokens or over time, with what happened in a row below them.
 
+const MARKED = new Set(["loss", "reward"]);
+
 class Chart {
   constructor(figure, spec) {
     this.figure = figure;
     this.spec = spec;
     this.picked = 0;  // the option shown
     this.frame = null;  // what was drawn last and where, for the pointer
-    this.isTokens = spec.x === "tokens";
+    this.isTime = spec.x === "hours";
     // The field of a run with the marks to draw, if any.
-    this.marksField = spec.id === "loss" ? "marks" : spec.x === "hours" ? "clock" : null;
+    this.marksField = MARKED.has(spec.id) ? "marks" : this.isTime ? "clock" : null;
     addCaption(figure, spec, option => {
       this.picked = option;
       this.draw();
@@ -65,7 +67,7 @@ class Chart {
   // The range of both axes, or null if there is nothing to draw.
   limits(lines) {
     const {spec} = this;
-    const range = this.isTokens ? state.range : null;
+    const range = this.isTime ? null : state.range;
     let {x0, x1, values} = this.extent(lines, range);
     if (!values.length) return null;
     values.sort((a, b) => a - b);

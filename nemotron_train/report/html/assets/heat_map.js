@@ -104,7 +104,7 @@ class HeatMap {
   }
 
   columnName(value) {
-    return this.spec.over === "tokens" ? short(+value.toPrecision(3)) : `${value}`;
+    return ["tokens", "steps"].includes(this.spec.over) ? short(+value.toPrecision(3)) : `${value}`;
   }
 
   // A strip of all colours on the right, with the greatest value on top and the least below.

@@ -74,8 +74,10 @@ class ChartPointer {
       const spread = hasSpread ? ` (${exact(line.lo[i])} – ${exact(line.hi[i])})` : "";
       entries.push([line.color, nameOf(line), `${exact(line.own[i])}${spread}`, line.ys[i]]);
     }
+    const {isTime, spec} = this.chart;
+    const title = isTime ? time(x, limits.x1) : `${short(x)} ${spec.x}`;
     entries.sort((a, b) => b[3] - a[3]);
-    showTip(event, this.chart.isTokens ? `${short(x)} tokens` : time(x, limits.x1), entries);
+    showTip(event, title, entries);
   }
 
   leave() {
@@ -85,7 +87,7 @@ class ChartPointer {
   }
 
   press(event) {
-    const canZoom = this.chart.frame && this.chart.isTokens;
+    const canZoom = this.chart.frame && !this.chart.isTime;
     if (canZoom && event.pointerType === "mouse") this.dragStart = this.pixelOf(event);
   }
 

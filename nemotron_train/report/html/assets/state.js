@@ -3,7 +3,8 @@
 const began = performance.now();
 const data = JSON.parse(document.getElementById("data").textContent);
 
-// `range`: the tokens zoomed in on, or null for all. `smooth`: where the slider stands, 0 to 10.
+// `range`: the tokens or steps zoomed in on, or null for all. `smooth`: where the slider stands, 0 to
+// 10.
 // The raw values of many runs hide one another, so with more than six runs they start off.
 const state = {hidden: new Set(), range: null, smooth: 3, raw: data.runs.length <= 6};
 
