@@ -140,7 +140,8 @@ Example:
         _overrides,
         """\
 The knobs: output=FILE.jsonl (required), environment=NAME,NAME (default all), count=1000 (of each),
-level=1|2|3 (default 0: all three), seed=1234.
+level=1|2|3 (default 0: all three), low_effort_share=0 (of the rows: effort low and half of the
+reasoning), seed=1234.
 
 Example:
   nemotron-train posttrain rows output=solutions.jsonl count=2000
