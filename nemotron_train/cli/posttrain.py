@@ -97,7 +97,7 @@ Without branch= it first makes what it starts from: runs/tiny (`pretrain`) and r
 (`posttrain warm`).
 
 The knobs: branch=RUN_FOLDER@STEP, name=policy, steps=100, prompts=16, samples=8 (of each prompt),
-environments (default: the six families), optim.peak_learning_rate=2e-4, those of
+environments (default: the six families), optim.peak_learning_rate=1e-4, those of
 GrpoConfig in nemotron_train/config/grpo.py and grpo_knobs.py, and those of `pretrain`.
 
 Examples:
@@ -140,7 +140,8 @@ Example:
         _overrides,
         """\
 The knobs: output=FILE.jsonl (required), environment=NAME,NAME (default all), count=1000 (of each),
-level=1|2|3 (default 0: all three), seed=1234.
+level=1|2|3 (default 0: all three), low_effort_share=0 (of the rows: effort low and half of the
+reasoning), seed=1234.
 
 Example:
   nemotron-train posttrain rows output=solutions.jsonl count=2000

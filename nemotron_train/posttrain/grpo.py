@@ -38,7 +38,7 @@ from nemotron_train.run_folder.integrity import steps_in
 # turned into tokens of `train.global_batch_tokens` a step, which only the schedule counts with.
 _DEFAULTS = {
     "weights_only": "true",
-    "optim.peak_learning_rate": "2e-4",
+    "optim.peak_learning_rate": "1e-4",
     "optim.weight_decay": "0",
     "optim.beta2": "0.999",
     "optim.decay_tokens": "0",

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 
 from nemotron_train.config.budget import NO_LIMIT, TurnBudgetKnobs
 from nemotron_train.config.errors import ConfigError
+from nemotron_train.data.chat.messages import with_effort
 from nemotron_train.data.chat.parse import parse_turn
 from nemotron_train.data.chat.render import END, THINK_END, ChatFormat
 from nemotron_train.generate.budget import ThinkingBudget, line_break_test
@@ -129,7 +130,8 @@ class Sampler:
 
     def _prompt(self, row: Row, messages: Sequence[Message]) -> list[int]:
         # With budget 0, the ids that fine-tuning teaches for an answer without reasoning.
-        ids = self.chat.prompt(messages, row.tools, row.thinking and row.budget != 0)
+        asked = with_effort(messages, row.effort)
+        ids = self.chat.prompt(asked, row.tools, row.thinking and row.budget != 0)
         if len(ids) >= self.max_context:
             raise ConfigError(
                 f"row {row.id} of environment {row.environment}: its prompt has {len(ids)} tokens, "

@@ -6,8 +6,9 @@ small model gets part of the tasks right. The rows are of the split `warm_start`
 problem with those that train and evaluate later.
 """
 
+import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from nemotron_train.config.json_text import json_text
 from nemotron_train.data.chat.messages import message_json
 from nemotron_train.data.permutation import key64
 from nemotron_train.platform.files import check_output, write_output
+from nemotron_train.posttrain.advantage import LOW_EFFORT
 from nemotron_train.posttrain.environments.families import worked_solution
 from nemotron_train.posttrain.environments.family import LEVELS
 from nemotron_train.posttrain.environments.protocol import Row
@@ -33,6 +35,8 @@ class RowsConfig:
     count: int = 1000  # rows of each family
     level: int = 0  # of difficulty: 1, 2, 3; 0: the three in turn
     balance: bool = False  # more rows of families that take longer to learn, fewer of others
+    # Of the rows: `effort: low` and the first half of the reasoning. Nemotron 3 Super has 0.02.
+    low_effort_share: float = 0.0
     seed: int = 1234
 
 
@@ -58,9 +62,16 @@ def write_rows(config: RowsConfig, say: Callable[[str], None]) -> None:
         raise ConfigError(f"count={config.count}: must be at least 1")
     if config.level not in (0, *LEVELS):
         raise ConfigError(f"level={config.level}: must be one of 0, {', '.join(map(str, LEVELS))}")
+    if not 0 <= config.low_effort_share <= 1:
+        raise ConfigError(
+            f"low_effort_share={config.low_effort_share}: is a share of the rows, from 0 to 1"
+        )
     check_output(Path(config.output), "output")
     lines = [
-        (key64("mixed", config.seed, row.id), json_text(_conversation(row), ensure_ascii=False))
+        (
+            key64("mixed", config.seed, row.id),
+            json_text(_conversation(row, config), ensure_ascii=False),
+        )
         for name in names
         for row in rows_of_levels(
             name,
@@ -74,9 +85,23 @@ def write_rows(config: RowsConfig, say: Callable[[str], None]) -> None:
     say(f"wrote {len(lines):,} conversations of {', '.join(names)} to {config.output}")
 
 
-def _conversation(row: Row) -> dict[str, Any]:
+def _line(row: Row, config: RowsConfig) -> str:
+    return json_text(_conversation(row, config), ensure_ascii=False)
+
+
+def _conversation(row: Row, config: RowsConfig) -> dict[str, Any]:
     solution = worked_solution(row)
     assert solution is not None, row.id
+    is_low = key64("effort", config.seed, row.id) / 2.0**64 < config.low_effort_share
+    if is_low:
+        solution = [replace(m, thinking=_first_half(m.thinking)) for m in solution]
     messages = [message_json(message) for message in (*row.messages, *solution)]
     value: dict[str, Any] = {"id": row.id, "environment": row.environment, "messages": messages}
+    value |= {"effort": LOW_EFFORT} if is_low else {}
     return value | ({"tools": list(row.tools)} if row.tools else {})
+
+
+def _first_half(text: str) -> str:
+    """The first half of a text's words, at least one of them."""
+    words = list(re.finditer(r"\S+", text))
+    return text[: words[(len(words) - 1) // 2].end()] if words else text

@@ -199,6 +199,14 @@ def test_a_row_has_its_own_budget(play: Play) -> None:
     assert off.kinds == "s" * 6 and off.forced_closes == 0
 
 
+def test_low_effort_is_said_in_the_prompt(play: Play) -> None:
+    """As fine-tuning shows it. The environment sees the task as it was written."""
+    one = play("a|yes$", play.row(effort="low"))
+    asked = Message("user", "a\n\n{reasoning effort: low}")
+    assert one.prompt_ids == play.chat.prompt([asked])
+    assert one.episode.prompt == (Message("user", "a"),)
+
+
 @pytest.mark.parametrize(("room", "kinds"), [(3, "sss"), (4, "ssss"), (5, "ssss"), (6, "ssssfs")])
 def test_a_close_without_room_for_an_answer_is_not_forced(
     play: Play, room: int, kinds: str

@@ -72,10 +72,35 @@ def test_the_judge_is_content_with_what_is_trained(
         assert judge(family, episode).reward == 1.0
 
 
+def test_low_effort_rows_think_half(tmp_path: Path, chat: ChatFormat) -> None:
+    """A share of the rows, the same ones each time; their prompt is that of the task with the same
+    effort, and the answers are those of full effort."""
+    words = ["posttrain", "rows", "environment=arithmetic,tools", "count=60"]
+    outputs = [tmp_path / "full.jsonl", tmp_path / "low.jsonl"]
+    for output, share in zip(outputs, ("0", "0.3"), strict=True):
+        assert main([*words, f"output={output}", f"low_effort_share={share}"]) == 0
+    full, low = ([json.loads(line) for line in path.read_text().splitlines()] for path in outputs)
+    chosen = [place for place, row in enumerate(low) if "effort" in row]
+    assert 20 < len(chosen) < 52
+    entries = list(read_rows(outputs[1]))
+    for place, (before, after) in enumerate(zip(full, low, strict=True)):
+        if place not in chosen:
+            assert after == before
+            continue
+        assert after["effort"] == "low" and before["id"] == after["id"]
+        for one, other in zip(before["messages"], after["messages"], strict=True):
+            whole, cut = one.pop("reasoning_content", ""), other.pop("reasoning_content", "")
+            assert one == other and whole.startswith(cut) and bool(whole) == bool(cut)
+            assert len(cut.split()) == -(-len(whole.split()) // 2)
+        user = entries[place].messages[0]
+        assert user.content == after["messages"][0]["content"] + "\n\n{reasoning effort: low}"
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (["count=0"], "count=0"),
+        (["low_effort_share=2"], "low_effort_share=2.0"),
         (["level=4"], "level=4"),
         (["environment=arithmetic,sums"], "'sums' makes no tasks"),
         (["environment=mathematics"], "'mathematics' makes no tasks"),

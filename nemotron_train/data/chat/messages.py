@@ -5,7 +5,7 @@ assistant's message may have `reasoning_content` (also read as `thinking`) and `
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from nemotron_train.config.errors import ConfigError
@@ -42,6 +42,19 @@ class Message:
     tool_calls: tuple[ToolCall | str, ...] = ()
     trained: bool = True
     fault: str = ""
+
+
+def with_effort(messages: Sequence[Message], effort: str) -> tuple[Message, ...]:
+    """The messages with the line `{reasoning effort: EFFORT}` under the last one of the user; as
+    they are if there is no effort, or no user. It is text like any other, so a chat template needs
+    to know nothing about it, and a user may write it."""
+    users = [place for place, message in enumerate(messages) if message.role == "user"]
+    changed = list(messages)
+    if effort and users:
+        asked = messages[users[-1]]
+        line = f"{{reasoning effort: {effort}}}"
+        changed[users[-1]] = replace(asked, content=f"{asked.content}\n\n{line}")
+    return tuple(changed)
 
 
 def call_text(call: ToolCall | str) -> str:

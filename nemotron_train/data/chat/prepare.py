@@ -48,7 +48,7 @@ from nemotron_train.platform.files import file_sha256, flush_to_disk, writing
 from nemotron_train.platform.lock import exclusive
 
 KIND = "conversations"
-_RECIPE = 2  # increase it if the format or the choice of rows changes
+_RECIPE = 3  # increase it if the format or the choice of rows changes
 _SHARD_TOKENS = 100_000_000
 _REPORT_EVERY = 10_000
 

@@ -5,7 +5,8 @@
 
 A prompt is a text, or messages to answer; `messages` may lack the answer too. So a row of a task
 (`posttrain/tasks`) with an answer that is a text is a conversation. `tools` lists the tools that
-may be called. Other fields are kept out of the tokens.
+may be called. `effort` adds the line of `messages.with_effort`. Other fields are kept out of the
+tokens.
 """
 
 from collections.abc import Iterator, Mapping
@@ -13,7 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemotron_train.data.chat.messages import Message, read_messages, read_reasoning
+from nemotron_train.data.chat.messages import (
+    Message,
+    read_messages,
+    read_reasoning,
+    with_effort,
+)
 from nemotron_train.data.json_lines import Fields, json_lines
 
 
@@ -33,7 +39,8 @@ def read_rows(path: Path) -> Iterator[ChatRow]:
     an answer to train on, and as `json_lines` does.
     """
     for _, row in json_lines(path):
-        yield ChatRow(_conversation(row), row_tools(row), row.where)
+        messages = with_effort(_conversation(row), row.text("effort", ""))
+        yield ChatRow(messages, row_tools(row), row.where)
 
 
 def row_messages(row: Fields) -> tuple[Message, ...]:
