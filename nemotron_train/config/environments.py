@@ -15,10 +15,10 @@ class Isolation(StrEnum):
 class EnvironmentConfig:
     """One environment of a run: an entry of the mapping from its name to these knobs."""
 
-    use: str = ""  # module:name or file.py:name of your own; empty: the one that the key names
     ratio: float = 1.0  # share of the prompts of a step, relative to the others'; 0: none
     level: int = 0  # of generated rows: 1, 2, 3; 0: the three in turn
     rows: str = ""  # JSONL file; empty: generated, which only the families can
+    use: str = ""  # module:name or file.py:name of your own; empty: the one that the key names
 
 
 @dataclass

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from nemotron_train.cli.main import main
 from nemotron_train.config.errors import ConfigError
-from nemotron_train.posttrain.evaluation import measure
+from nemotron_train.posttrain.evaluation_parts import measure
 from nemotron_train.posttrain.rollout import read_rollouts, write_rollouts
 from nemotron_train.posttrain.show import Only, ShowConfig, show_rollouts
 from tests.posttrain.rollouts import rollout

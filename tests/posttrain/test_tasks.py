@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from nemotron_train.config.errors import ConfigError
+from nemotron_train.data.chat.messages import with_effort
 from nemotron_train.data.chat.rows import read_rows as read_chat_rows
 from nemotron_train.posttrain.environments.families import FAMILY_NAMES
 from nemotron_train.posttrain.environments.protocol import Message, row_from_json, row_json
@@ -111,7 +112,7 @@ def test_a_row_with_an_answer_is_a_conversation(tmp_path: Path) -> None:
     tasks, conversations = read_rows(path), list(read_chat_rows(path))
     assert len(tasks) == len(conversations) == 3
     for task, conversation in zip(tasks, conversations, strict=True):
-        assert conversation.messages[:-1] == task.messages
+        assert conversation.messages[:-1] == with_effort(task.messages, task.effort)
         assert conversation.tools == task.tools
         assert conversation.messages[-1].content == task.answer == "2"
     assert [row.messages[-1].thinking for row in conversations] == [
