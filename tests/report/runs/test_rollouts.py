@@ -48,6 +48,7 @@ def test_the_report_reads_what_the_trainer_writes(folder: Path, tmp_path: Path) 
     value["ids"], value["prompt_ids"] = [*chain(*parts)], encode("<|im_start|>user")
     value["kinds"] = [[kind, len(part)] for kind, part in zip("sef", parts, strict=True)]
     value["log_probabilities"] = [-0.5] * len(value["ids"])
+    value["trainer_log_probabilities"] = [-0.5] * len(parts[0])
     path = tmp_path / "rollouts" / "step_00000004.jsonl.gz"
     path.parent.mkdir()
     write_rollouts(path, [from_json(value)])
