@@ -101,23 +101,22 @@ class PolicySupply:
         if self._round is None or self._round[0] != first:
             self._round = self._begin_round(first, step, measured)
         _, rollouts, rows = self._round
-        started = time.perf_counter()
-        trainer_BS = log_probabilities(self._trainer, rows)
-        measured["contract_seconds"] = time.perf_counter() - started
         if step == first:
-            pairs = _pairs(rows, trainer_BS)
-            self._check_contract(step, first, rollouts, rows, pairs)
-            previous_BS = trainer_BS
+            started = time.perf_counter()
+            previous_BS = log_probabilities(self._trainer, rows)
+            measured["contract_seconds"] = time.perf_counter() - started
         else:
             previous_BS = _recorded(rollouts, rows)
-            pairs = _pairs(rows, previous_BS)
+        pairs = _pairs(rows, previous_BS)
+        if step == first:
+            self._check_contract(step, first, rollouts, pairs)
         correction = correct(pairs, knobs)
         outcomes = [outcome_of(rollout) for rollout in rollouts]
         advantages = compute_advantages(outcomes, knobs)
         if knobs.heal:  # the main head has no loss; the depths have that of all sampled tokens
             advantages = replace(advantages, weight=np.zeros_like(advantages.weight))
         if step == first:
-            rollouts = _with_results(rollouts, rows, trainer_BS, advantages)
+            rollouts = _with_results(rollouts, rows, previous_BS, advantages)
             self._round = (first, rollouts, rows)
             self._files.write(first, self._gathered(rollouts))
         metrics = self._metrics(rollouts, outcomes, advantages, pairs, correction, measured)
@@ -203,12 +202,7 @@ class PolicySupply:
         return sorted((r for part in parts for r in part), key=lambda rollout: rollout.sequence)
 
     def _check_contract(
-        self,
-        step: int,
-        first: int,
-        rollouts: Sequence[Rollout],
-        rows: PolicyRows,
-        pairs: TokenPairs,
+        self, step: int, first: int, rollouts: Sequence[Rollout], pairs: TokenPairs
     ) -> None:
         """Raises TrainingFailed on all ranks if the contract is broken on one. Not with `lag`: the
         trainer's weights are then others than the sampler's."""
