@@ -130,6 +130,7 @@ class NemotronModel(HybridModel):
         document_ids_BS: torch.Tensor | PackedDocuments | None = None,
         token_loss: TokenLoss | None = None,
         with_mtp: bool = True,
+        unknown_V: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Losses of one micro-batch, or logits.
 
@@ -137,7 +138,8 @@ class NemotronModel(HybridModel):
         GPU's host a wait. token_loss: from the main head's negative log-likelihoods [S,B] of this
         rank's piece to the losses to be summed, in place of the product with the loss mask; the
         mask then only says what the depths of multi-token prediction are trained on. with_mtp:
-        compute the losses of the depths, too.
+        compute the losses of the depths, too. unknown_V: ids that get no probability from the main
+        head, bool [V]; for a sampler that never draws them.
 
         On the last pipeline stage it returns, with labels, the loss sums over the targets that
         count, FP32 [1 + depths] (main head first); without labels, logits [B,S,V]. On other stages
@@ -157,7 +159,7 @@ class NemotronModel(HybridModel):
             return self._output_logits(hidden).transpose(0, 1)
         assert loss_mask_BS is not None and documents is not None
         weigh = token_loss or _masked(piece(loss_mask_BS, cp_group))
-        sums = [self._loss_sum(hidden, labels_BS, weigh)]
+        sums = [self._loss_sum(hidden, labels_BS, weigh, unknown_V=unknown_V)]
         if self.mtp_process and with_mtp:
             sums += self._mtp_loss_sums(hidden, tokens_BS, labels_BS, loss_mask_BS, documents)
         return torch.stack(sums)
@@ -214,12 +216,14 @@ class NemotronModel(HybridModel):
         labels_BS: torch.Tensor,
         token_loss: TokenLoss,
         weight: torch.Tensor | None = None,
+        unknown_V: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The sum of the losses over this rank's piece. Labels are whole rows."""
         labels_BS = piece(labels_BS, self.pg_collection.cp)
-        loss_SB = vocab_parallel_cross_entropy(
-            self._output_logits(hidden_SBD, weight), labels_BS.t(), self.pg_collection.tp
-        )
+        logits_SBV = self._output_logits(hidden_SBD, weight)
+        if unknown_V is not None:
+            logits_SBV = logits_SBV.masked_fill(unknown_V, float("-inf"))
+        loss_SB = vocab_parallel_cross_entropy(logits_SBV, labels_BS.t(), self.pg_collection.tp)
         return token_loss(loss_SB).sum()
 
     def _mtp_loss_sums(

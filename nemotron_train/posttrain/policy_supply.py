@@ -46,7 +46,7 @@ from nemotron_train.posttrain.curriculum import rate_mean
 from nemotron_train.posttrain.environments.scoring import Scoring
 from nemotron_train.posttrain.objective import denominator
 from nemotron_train.posttrain.policy_rows import PolicyRows, pack_rollouts
-from nemotron_train.posttrain.policy_tokens import TrainedTokens, log_probabilities
+from nemotron_train.posttrain.policy_tokens import TrainedTokens, log_probabilities, unknown_ids
 from nemotron_train.posttrain.pool import Pool
 from nemotron_train.posttrain.rollout import Rollout, outcome_of
 from nemotron_train.posttrain.rollout_files import RolloutFiles
@@ -76,6 +76,9 @@ class PolicySupply:
         self._device = trainer.platform.device
         self._length = trainer.config.train.sequence_length
         self._padding_id = end_token
+        self._unknown_V = unknown_ids(
+            chat.tokenizer.known_ids, trainer.config.model.vocab_size, self._device
+        )
         self._bound = self._knobs.contract_bound or default_bound(trainer.derived.plan)
         model: Any = trainer.chunks[0].module
         # Ranks with other prompts decode on their own.
@@ -103,7 +106,7 @@ class PolicySupply:
         _, rollouts, rows = self._round
         if step == first:
             started = time.perf_counter()
-            previous_BS = log_probabilities(self._trainer, rows)
+            previous_BS = log_probabilities(self._trainer, rows, self._unknown_V)
             measured["contract_seconds"] = time.perf_counter() - started
         else:
             previous_BS = _recorded(rollouts, rows)
@@ -267,6 +270,7 @@ class PolicySupply:
             correction.weight.reshape(shape) * weight_BS,
             previous_BS,
             self._knobs,
+            self._unknown_V,
         )
         heads = 1 + self._trainer.config.model.mtp.depths
         counts = [float(counted_BS.sum()), float(len(np.unique(index_BS[counted_BS])))]

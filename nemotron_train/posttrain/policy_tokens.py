@@ -5,7 +5,7 @@ Owns: what goes to the device. Does not own: the formulas (`objective`), the row
 Shapes: B rows, S places of a row.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import numpy as np
@@ -27,9 +27,24 @@ from nemotron_train.train.train_step import forward_step, run_micro_batches
 from nemotron_train.train.trainer import Trainer
 
 
+def unknown_ids(known: Collection[int], vocab_size: int, device: str) -> Tensor | None:
+    """The ids of the model that the tokenizer does not have, bool [V]; None if there are none.
+
+    The sampler never draws them, so the trainer must give them no probability either.
+    """
+    unknown_V = torch.ones(vocab_size, dtype=torch.bool)
+    unknown_V[torch.tensor(sorted(known))] = False
+    return unknown_V.to(device) if bool(unknown_V.any()) else None
+
+
 @torch.no_grad()
-def log_probabilities(trainer: Trainer, rows: PolicyRows) -> np.ndarray:
-    """The trainer's log-probability of each label, FP64 [B,S], by the forward pass of training."""
+def log_probabilities(
+    trainer: Trainer, rows: PolicyRows, unknown_V: Tensor | None = None
+) -> np.ndarray:
+    """The trainer's log-probability of each label, FP64 [B,S], by the forward pass of training.
+
+    unknown_V: as `unknown_ids`.
+    """
     found: list[Tensor] = []
 
     def record(nll_SB: Tensor) -> Tensor:
@@ -38,7 +53,12 @@ def log_probabilities(trainer: Trainer, rows: PolicyRows) -> np.ndarray:
 
     def split(batch: Batch, num_rows: int, device: str) -> Iterator[Tensors]:
         for tensors in micro_batches(batch, num_rows, device):
-            yield {**tensors, "token_loss": record, "with_mtp": False}
+            yield {
+                **tensors,
+                "token_loss": record,
+                "with_mtp": False,
+                "unknown_V": unknown_V,
+            }
 
     for chunk in trainer.chunks:
         chunk.eval()
@@ -66,8 +86,10 @@ class TrainedTokens:
         weight_BS: np.ndarray,
         previous_BS: np.ndarray,
         knobs: ObjectiveKnobs,
+        unknown_V: Tensor | None = None,
     ) -> None:
         self._rows = rows
+        self._unknown_V = unknown_V
         self._arrays = (advantage_BS, weight_BS, previous_BS)
         self._knobs = knobs
         self._sums: list[tuple[Tensor, Tensor]] = []
@@ -82,7 +104,7 @@ class TrainedTokens:
                 self._sums.append(token_sums(nll_SB, constants, self._knobs))
                 return token_losses(nll_SB, constants, self._knobs)
 
-            yield {**tensors, "token_loss": loss}
+            yield {**tensors, "token_loss": loss, "unknown_V": self._unknown_V}
 
     def _constants(self, rows: slice, device: str) -> TokenConstants:
         advantage, weight, previous = (

@@ -194,6 +194,17 @@ def test_healing_trains_the_drafts_alone(warm: str, weights: Weights, metrics: M
     assert all(0 < row["mtp_acceptance_1"] <= 1 for row in rows)
 
 
+def test_ids_that_no_tokenizer_has_get_no_probability(small_run: Small, metrics: Metrics) -> None:
+    """A hardly trained model with 64 ids more than its tokenizer would give them a tenth of the
+    probability. The sampler never draws them, and the contract holds."""
+    words = [*small_run[1], "model.vocab_size=576", "name=grpo_wide"]
+    assert main(["pretrain", *words]) == 0
+    words = [*GRPO, "branch=runs/grpo_wide@10", YES, "name=grpo_wide_policy", "steps=1"]
+    assert main(words) == 0
+    (row,) = policy(metrics, "grpo_wide_policy")
+    assert row["logprob_gap_max"] < 1e-4
+
+
 def test_several_updates_on_the_same_rollouts(warm: str, metrics: Metrics) -> None:
     """The second update of a round sees the ratio of the policy that the first one moved."""
     words = [*GRPO, warm, YES, "updates=2", "ratio=clipped", "steps=4", "name=grpo_updates"]
