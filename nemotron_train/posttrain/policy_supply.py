@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from nemotron_train.config.errors import TrainingFailed
+from nemotron_train.config.errors import ConfigError, TrainingFailed
 from nemotron_train.config.grpo import GrpoConfig
 from nemotron_train.data.batches import Batch
 from nemotron_train.data.chat.render import ChatFormat
@@ -73,6 +73,11 @@ class PolicySupply:
         self._pool = pool
         self._chat = chat
         self._group = trainer.groups.dp
+        if self._knobs.prompts < self._group.size():
+            raise ConfigError(
+                f"prompts={self._knobs.prompts}: the {self._group.size()} data-parallel ranks need "
+                "one each"
+            )
         self._device = trainer.platform.device
         self._length = trainer.config.train.sequence_length
         self._padding_id = end_token
@@ -122,7 +127,7 @@ class PolicySupply:
             rollouts = _with_results(rollouts, rows, previous_BS, advantages)
             self._round = (first, rollouts, rows)
             self._files.write(first, self._gathered(rollouts))
-        metrics = self._metrics(rollouts, outcomes, advantages, pairs, correction, measured)
+        metrics = self._metrics(rollouts, outcomes, advantages, pairs, correction, measured, first)
         return self._batch(progress, rows, previous_BS, correction, advantages, metrics)
 
     def _enter(self, progress: Progress) -> None:
@@ -140,7 +145,8 @@ class PolicySupply:
         """The rollouts of the round that begins with step `first`: sampled now, or by an earlier
         step or process."""
         lag = self._knobs.lag
-        if step > first or (lag and self._files.exists(first)):
+        # With `lag`, only the first round is sampled with the weights that it trains.
+        if step > first or (lag and first > 1):
             rollouts = self._files.read(first, *self._share())
         else:
             rollouts = self._sample(first, first, measured)
@@ -159,6 +165,10 @@ class PolicySupply:
         rows = self._trainer.config.train.micro_batch_sequences
         return pack_rollouts(rollouts, self._length, rows, self._padding_id, least)
 
+    def _place(self, first: int) -> tuple[int, int]:
+        """The number of the round that begins with step `first`, from 0, and of all rounds."""
+        return (first - 1) // self._knobs.updates, self._knobs.steps // self._knobs.updates
+
     def _share(self) -> tuple[int, int]:
         return self._group.rank(), self._group.size()
 
@@ -166,10 +176,10 @@ class PolicySupply:
         """Sample this rank's rollouts of the round `first` with the weights before step `now`, and
         write those of all ranks."""
         knobs = self._knobs
-        number = (first - 1) // knobs.updates
+        number, rounds = self._place(first)
         rank, ranks = self._share()
         state = self._files.curriculum(first - knobs.updates)
-        drawn = self._pool.draw(state, number, -(-knobs.steps // knobs.updates))
+        drawn = self._pool.draw(state, number, rounds)
         started = time.perf_counter()
         acceptance = self._sampler.engine.acceptance = Acceptance()
         rollouts = self._sampler.rollouts(
@@ -234,6 +244,7 @@ class PolicySupply:
         pairs: TokenPairs,
         correction: Correction,
         measured: dict[str, float],
+        first: int,
     ) -> dict[str, Any]:
         """Metrics of the global batch, the same on every rank."""
         own = rollout_metrics(rollouts) | advantage_metrics(outcomes, advantages)
@@ -243,8 +254,7 @@ class PolicySupply:
         metrics = merged(own, len(rollouts), self._group)
         tokens = {name: v for name, v in of_tokens.items() if not name.endswith("/padding")}
         metrics |= merged(tokens, int(pairs.trained.sum()), self._group)
-        number = rollouts[0].policy_version if rollouts else 0
-        metrics["rate_mean"] = rate_mean(self._knobs, number, self._knobs.steps)
+        metrics["rate_mean"] = rate_mean(self._knobs, *self._place(first))
         if "rollout_seconds" in measured:
             count = self._knobs.prompts * self._knobs.samples
             metrics["rollouts_per_second"] = count / measured["rollout_seconds"]

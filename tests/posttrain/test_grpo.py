@@ -124,6 +124,19 @@ def test_an_interrupted_run_equals_an_uninterrupted_one(
         assert ours == theirs and len(ours) >= count
     versions = [rollouts(one, step)[0]["policy_version"] for step in range(1, 6)]
     assert versions == ([0, 0, 1, 2, 3] if lag else [0, 1, 2, 3, 4])
+    means = [row["rate_mean"] for row in policy(metrics, one)]
+    assert means == pytest.approx([0.8, 0.65, 0.5, 0.35, 0.2])
+
+
+def test_rollouts_of_one_step_before_must_be_there(
+    warm: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Newer weights would give others, so a resumed run refuses to sample them again."""
+    words = [*GRPO, warm, YES, "lag=1", "steps=5", "name=grpo_lost", "train.stop_after_steps=2"]
+    assert main(words) == 3
+    Path("runs/grpo_lost/rollouts/step_00000003.jsonl.gz").unlink()
+    assert main(["posttrain", "grpo", "resume=runs/grpo_lost"]) == 2
+    assert "step_00000003.jsonl.gz: is missing" in capsys.readouterr().err
 
 
 def test_what_is_not_trained_does_not_move(warm: str, weights: Weights, metrics: Metrics) -> None:
