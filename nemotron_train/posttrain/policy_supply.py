@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 from nemotron_train.config.errors import ConfigError, TrainingFailed
 from nemotron_train.config.grpo import GrpoConfig
+from nemotron_train.config.grpo_knobs import CurriculumKind
 from nemotron_train.data.batches import Batch
 from nemotron_train.data.chat.render import ChatFormat
 from nemotron_train.generate.engine import Engine
@@ -254,7 +255,8 @@ class PolicySupply:
         metrics = merged(own, len(rollouts), self._group)
         tokens = {name: v for name, v in of_tokens.items() if not name.endswith("/padding")}
         metrics |= merged(tokens, int(pairs.trained.sum()), self._group)
-        metrics["rate_mean"] = rate_mean(self._knobs, *self._place(first))
+        if self._knobs.curriculum is CurriculumKind.gaussian:
+            metrics["rate_mean"] = rate_mean(self._knobs, *self._place(first))
         if "rollout_seconds" in measured:
             count = self._knobs.prompts * self._knobs.samples
             metrics["rollouts_per_second"] = count / measured["rollout_seconds"]
